@@ -1,0 +1,1 @@
+"""The SpaFL federated simulator: algorithms, data, round loop, cost accounting and reports."""

@@ -1,0 +1,30 @@
+"""Threshold layers whose forward and backward pass skip pruned filters."""
+
+from .convert import convert, to_dense
+from .functional import (
+    active_filters,
+    density,
+    filter_scores,
+    threshold_conv2d,
+    threshold_layers,
+    threshold_linear,
+    threshold_penalty,
+)
+from .layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ThresholdConv2d",
+    "ThresholdLayer",
+    "ThresholdLinear",
+    "active_filters",
+    "convert",
+    "density",
+    "filter_scores",
+    "threshold_conv2d",
+    "threshold_layers",
+    "threshold_linear",
+    "threshold_penalty",
+    "to_dense",
+]

@@ -1,0 +1,123 @@
+"""Turn the layers of any model into threshold layers, and back into plain ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from . import reference
+from .layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
+from .reference import Estimator
+
+_THRESHOLD_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: ThresholdConv2d, nn.Linear: ThresholdLinear}
+_PLAIN_CLASS = {threshold: plain for plain, threshold in _THRESHOLD_CLASS.items()}
+
+
+def _replace(model: nn.Module, change: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
+    """Apply ``change`` to every module once; a module used in several places is replaced by one object everywhere."""
+    replaced: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        replaced[id(module)] = change(name, module)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = replaced[id(child)]
+    return replaced[id(model)]
+
+
+def _with_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """A module of class ``cls`` with the parameters, hooks, mode and settings of ``module`` (not copied)."""
+    new = cls.__new__(cls)
+    new.__dict__ = {
+        key: copy.copy(value) if isinstance(value, dict) else value for key, value in module.__dict__.items()
+    }
+    return new
+
+
+def convert(
+    model: nn.Module,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    *,
+    estimator: Estimator = "identity",
+    mask_bias: bool = False,
+    inplace: bool = False,
+) -> nn.Module:
+    """Replace the ``nn.Conv2d`` and ``nn.Linear`` layers of a model by threshold layers with the same weights.
+
+    Args:
+        model: any module; left alone unless ``inplace``.
+        where: ``where(name, layer)`` says whether to convert this layer; all by default.
+        estimator, mask_bias: passed to the new layers.
+        inplace: change ``model`` itself (its Parameters stay the same objects).
+
+    Returns:
+        The converted model. Thresholds are 0, so it computes what it did before.
+
+    Raises:
+        ValueError: ``where`` names a layer whose weight is computed (a parametrisation such as weight norm), or one
+            that its parent reads without calling it (``nn.MultiheadAttention.out_proj``); a mask could not reach it.
+    """
+    reference.check_estimator(estimator)
+    if not inplace:
+        model = copy.deepcopy(model)
+
+    def change(name: str, module: nn.Module) -> nn.Module:
+        cls = _THRESHOLD_CLASS.get(type(module))
+        if cls is None:
+            # A subclass of a convertible class is skipped by default, and refused when asked for by name.
+            if where and isinstance(module, tuple(_THRESHOLD_CLASS)) and not isinstance(module, ThresholdLayer):
+                if where(name, module):
+                    raise ValueError(
+                        f"layer {name!r} is a {type(module).__name__}, which cannot be converted: only plain "
+                        "nn.Conv2d and nn.Linear can (parametrised layers and layers that are not called cannot "
+                        "be masked)"
+                    )
+            return module
+        if parametrize.is_parametrized(module):
+            if where and where(name, module):
+                raise ValueError(f"layer {name!r} has a parametrised weight; remove the parametrisation first")
+            return module
+        if where and not where(name, module):
+            return module
+        if any(getattr(module, p, None) is not None for p in ("weight_g", "weight_orig")):
+            raise ValueError(f"layer {name!r} has a computed weight (weight norm or pruning); remove that first")
+        new = _with_class(module, cls)
+        new._init_threshold(estimator, mask_bias)  # type: ignore[operator]
+        return new
+
+    return _replace(model, change)
+
+
+def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Replace every threshold layer by the plain layer that computes the same, its mask burned into the weight.
+
+    Args:
+        model: any module; left alone unless ``inplace``.
+        inplace: change ``model`` itself.
+
+    Returns:
+        A model without threshold layers and with the same shapes; pruned rows of weights are 0.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+
+    def change(name: str, module: nn.Module) -> nn.Module:
+        if not isinstance(module, ThresholdLayer):
+            return module
+        assert isinstance(module, nn.Module)
+        cls = next(plain for threshold, plain in _PLAIN_CLASS.items() if isinstance(module, threshold))
+        with torch.no_grad():
+            weight, bias = reference.mask_weight_and_bias(
+                module.weight, module.threshold, module.bias, module.estimator, module.mask_bias
+            )
+        new = _with_class(module, cls)
+        del new._parameters["threshold"], new.__dict__["estimator"], new.__dict__["mask_bias"]
+        new.weight = nn.Parameter(weight, module.weight.requires_grad)
+        new.bias = None if bias is None else nn.Parameter(bias.detach(), module.bias.requires_grad)
+        return new
+
+    return _replace(model, change)

@@ -1,0 +1,131 @@
+"""Functional forms of the threshold layers, and the helpers that look at their filters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .reference import Estimator, filter_scores
+
+__all__ = [
+    "Estimator",
+    "active_filters",
+    "density",
+    "filter_scores",
+    "threshold_conv2d",
+    "threshold_layers",
+    "threshold_linear",
+    "threshold_penalty",
+]
+
+
+def _check(weight: Tensor, threshold: Tensor, estimator: str) -> None:
+    reference.check_estimator(estimator)
+    if threshold.shape != weight.shape[:1]:
+        raise ValueError(
+            f"threshold must have one value per filter: expected shape ({weight.shape[0]},) for a weight of shape "
+            f"{tuple(weight.shape)}; got {tuple(threshold.shape)}"
+        )
+    if threshold.device != weight.device:
+        raise ValueError(f"threshold is on {threshold.device} but weight is on {weight.device}")
+    if threshold.dtype != weight.dtype:
+        raise ValueError(f"threshold has dtype {threshold.dtype} but weight has {weight.dtype}")
+
+
+def threshold_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    estimator: Estimator = "identity",
+    mask_bias: bool = False,
+) -> Tensor:
+    """2-d convolution whose filters are pruned, whole, while ``mean|w| <= threshold`` (SpaFL, arXiv 2406.00431).
+
+    Args:
+        input: ``(N, in, H, W)`` or ``(in, H, W)``.
+        weight: ``(out, in / groups, kH, kW)``, same dtype as ``input`` (or under autocast).
+        threshold: ``(out,)``, dtype and device of ``weight``.
+        bias: ``(out,)`` or None. A pruned filter keeps its bias unless ``mask_bias``.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`.
+        estimator: straight-through rule of the threshold comparison, ``"identity"`` or ``"window"``.
+        mask_bias: prune the bias together with its filter.
+
+    Returns:
+        ``(N, out, H', W')`` or ``(out, H', W')``.
+
+    Raises:
+        ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
+    """
+    _check(weight, threshold, estimator)
+    return reference.threshold_conv2d(
+        input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
+    )
+
+
+def threshold_linear(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    estimator: Estimator = "identity",
+    mask_bias: bool = False,
+) -> Tensor:
+    """Linear map whose neurons are pruned, whole, while ``mean|w| <= threshold`` (SpaFL, arXiv 2406.00431).
+
+    Args:
+        input: ``(..., in)``.
+        weight: ``(out, in)``.
+        threshold: ``(out,)``, dtype and device of ``weight``.
+        bias: ``(out,)`` or None. A pruned neuron keeps its bias unless ``mask_bias``.
+        estimator: straight-through rule of the threshold comparison, ``"identity"`` or ``"window"``.
+        mask_bias: prune the bias together with its neuron.
+
+    Returns:
+        ``(..., out)``.
+
+    Raises:
+        ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
+    """
+    _check(weight, threshold, estimator)
+    return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
+
+
+def threshold_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``(name, layer)`` of every threshold layer of ``model``, each once, in registration order."""
+    from .layers import ThresholdLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, ThresholdLayer):
+            yield name, module
+
+
+@torch.no_grad()
+def active_filters(weight: Tensor, threshold: Tensor) -> Tensor:
+    """Indices of the active filters, ascending: int64, shape ``(active,)``, on the device of ``weight``."""
+    return (filter_scores(weight) > threshold).nonzero().flatten()
+
+
+def threshold_penalty(model: nn.Module) -> Tensor:
+    """``sum_l sum_i exp(-tau_li)`` over all threshold layers, differentiable; multiply by the coefficient yourself.
+
+    A scalar tensor; 0 for a model without threshold layers. The regulariser of SpaFL (arXiv 2406.00431).
+    """
+    terms = [torch.exp(-layer.threshold).sum() for _, layer in threshold_layers(model)]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+@torch.no_grad()
+def density(model: nn.Module) -> dict[str, float]:
+    """Share of active filters of every threshold layer, by layer name, in [0, 1]."""
+    return {
+        name: (filter_scores(layer.weight) > layer.threshold).double().mean().item()
+        for name, layer in threshold_layers(model)
+    }
