@@ -19,7 +19,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .algorithms import Algorithm, LocalTraining, find_algorithm
-from .data import DATASETS
+from .data import DATASETS, SCHEMES
 from .errors import UserError
 from .models import MODELS
 
@@ -38,16 +38,18 @@ class DataConfig(_Section):
     train: int | None = Field(default=None, ge=1)
     test: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=0)
-    augment: bool | None = None
+    augment: Literal["none", "crop-flip"] | None = None
+    """Training augmentation; by default what is usual for the data set."""
     verify_checksums: bool | None = None
 
 
 class PartitionConfig(_Section):
     scheme: str = "dirichlet"
     clients: int = Field(default=100, ge=1)
-    alpha: float = Field(default=0.3, gt=0, allow_inf_nan=False)
-    """Concentration of the Dirichlet draws; small is uneven."""
-    classes_per_client: int = Field(default=2, ge=1)
+    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Concentration of the Dirichlet draws (schemes ``dirichlet`` and ``size``); small is uneven."""
+    classes_per_client: int | None = Field(default=None, ge=1)
+    """Classes of each client (scheme ``pathological``)."""
     min_train: int = Field(default=1, ge=1)
     min_test: int = Field(default=1, ge=1)
     max_draws: int = Field(default=100, ge=1)
@@ -205,7 +207,12 @@ def resolve_config(raw: Mapping[str, Any]) -> RunConfig:
 
 
 def _check_names(config: RunConfig) -> None:
-    for where, name, known in (("data.name", config.data.name, DATASETS), ("model.name", config.model.name, MODELS)):
+    names: tuple[tuple[str, str, Iterable[str]], ...] = (
+        ("data.name", config.data.name, DATASETS),
+        ("model.name", config.model.name, MODELS),
+        ("partition.scheme", config.partition.scheme, SCHEMES),
+    )
+    for where, name, known in names:
         if name not in known:
             near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
             raise UserError(f"{where}: unknown name {name!r}; did you mean {near[0]!r}? known: {', '.join(known)}")

@@ -35,8 +35,8 @@ from .simulation.resident import ClientSetting, Resident
 
 FIGURES = ("threshold", "l2", "sum", "loss", "accuracy", "density", "flops")
 
-# Recordings of the CIFAR variants drop the last short batch of an epoch.
-_MODEL_NAMES = {"lenet5": "lenet5", "lenet": "lenet5", "conv4": "conv4", "resnet18": "resnet18", "vit": "vit"}
+# By the beginning of the recorded name.
+_MODEL_NAMES = {"lenet": "lenet5", "conv4": "conv4", "resnet": "resnet18", "vit": "vit"}
 
 
 @dataclass
@@ -75,10 +75,11 @@ class Recording:
             self.config: dict[str, Any] = self.meta["config"]
             self.rounds: list[dict[str, Any]] = self.meta["rounds"]
             self.clients = int(self.config["num_clients"])
-            self.model_name = _MODEL_NAMES[self.config["model"]]
+            recorded = str(self.config["model"]).lower()
+            self.model_name = next(name for start, name in _MODEL_NAMES.items() if recorded.startswith(start))
         except FileNotFoundError:
             raise UserError(f"recording {path} does not exist") from None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, StopIteration, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is not a recording of a published run: {error!r}") from None
         if self.variant not in VARIANTS:
             raise UserError(f"{path}: unknown variant {self.variant!r}; known: {', '.join(VARIANTS)}")

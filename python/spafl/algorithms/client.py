@@ -110,6 +110,10 @@ class Client:
         """This client's random numbers for a purpose in a round."""
         return rng.numpy_stream(self._seed, purpose, round, self.id)
 
+    def as_input(self, x: Tensor) -> Tensor:
+        """Raw images as the model takes them: on the device, normalised, not augmented."""
+        return self._transform(x.to(self._device), self._dtype, None)
+
     def training_batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of all local epochs of a round: shuffled anew each epoch, augmented, normalised, on the device."""
         n, size = len(self.train), self.local.batch_size
@@ -164,7 +168,7 @@ class Client:
         losses, correct, batch_size = [], 0, self.evaluation_batch
         for start in range(0, len(data), batch_size):
             x, y = data.x[start : start + batch_size], data.y[start : start + batch_size].to(self._device)
-            loss, right = self.trainer.evaluate(self._transform(x.to(self._device), self._dtype, None), y)
+            loss, right = self.trainer.evaluate(self.as_input(x), y)
             losses.append(loss.item() / len(y))
             correct += int(right)
         return sum(losses) / len(losses), correct / len(data)

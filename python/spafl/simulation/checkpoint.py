@@ -84,7 +84,9 @@ def save(
     work = folder / f".{target.name}.tmp"
     shutil.rmtree(work, ignore_errors=True)
     (work / "clients").mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in server.items()}, work / "server.safetensors")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in server.items()}, work / "server.safetensors"
+    )
     state = {
         "format": FORMAT,
         "progress": asdict(progress),

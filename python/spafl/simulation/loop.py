@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -32,7 +33,16 @@ from .progress import ProgressLine
 from .resident import ClientSetting
 from .runfolder import RunFolder, write_atomic
 from .store import ClientStore
-from .tasks import DATA_PARTS, STORE_FILE, Announced, EvaluateOutcome, EvaluateTask, TrainOutcome, TrainTask, WorkerSetup
+from .tasks import (
+    DATA_PARTS,
+    STORE_FILE,
+    Announced,
+    EvaluateOutcome,
+    EvaluateTask,
+    TrainOutcome,
+    TrainTask,
+    WorkerSetup,
+)
 
 # Undelivered announcements are kept in memory: past this many, everybody is brought up to date.
 MAX_PENDING = 16
@@ -113,7 +123,27 @@ def build_problem(config: RunConfig) -> Problem:
         model = algorithm.prepare_model(model)
     except ValueError as error:
         raise UserError(f"algorithm {config.algorithm['name']}: {error}") from None
+    _check_single_samples(config, model, sample, parts)
     return Problem(dataset, parts, model, algorithm, macs)
+
+
+def _check_single_samples(config: RunConfig, model: nn.Module, sample: Tensor, parts: Partition) -> None:
+    """Refuse parts that leave a training batch of one sample to a model that cannot normalise over one."""
+    size, drop = config.training.batch_size, config.training.drop_last
+    lone = [
+        k for k, part in enumerate(parts.train) if len(part) == 1 or (len(part) % size == 1 and not drop) or size == 1
+    ]
+    if not lone:
+        return
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(sample)
+    except ValueError:
+        raise UserError(
+            f"training: client {lone[0]} has {len(parts.train[lone[0]])} samples, so with batch_size = {size} a batch "
+            f"of one sample is left, which {config.model.name} cannot normalise; set training.drop_last = true, "
+            "another training.batch_size or a larger partition.min_train"
+        ) from None
 
 
 class Simulation:
@@ -185,10 +215,19 @@ class Simulation:
 
     def _worker_setup(self) -> WorkerSetup:
         setting = ClientSetting(
-            self.config.local_training(), self.problem.dataset.transform, self.problem.macs, self.config.seed, self.device
+            self.config.local_training(),
+            self.problem.dataset.transform,
+            self.problem.macs,
+            self.config.seed,
+            self.device,
         )
         return WorkerSetup(
-            self.algorithm, self.problem.model, self.config.simulation.engine, setting, self.clients, self.folder.scratch
+            self.algorithm,
+            self.problem.model,
+            self.config.simulation.engine,
+            setting,
+            self.clients,
+            self.folder.scratch,
         )
 
     # -- the loop -----------------------------------------------------------------------------------------------
@@ -251,7 +290,9 @@ class Simulation:
         evaluations = None
         if final or (round + 1) % config.evaluation.every == 0:
             train_data = config.evaluation.train_data
-            evaluations = self._visit_all(pool, round, True, train_data == "always" or (train_data == "final" and final))
+            evaluations = self._visit_all(
+                pool, round, True, train_data == "always" or (train_data == "final" and final)
+            )
         elif len(self.pending) >= MAX_PENDING:
             self._visit_all(pool, round, False, False)
         end = time.perf_counter()
@@ -280,7 +321,9 @@ class Simulation:
             "cost": self._cost_line(counted=None not in executed),
             "figures": _mean_figures([o.training.figures for o in outcomes]),
         }
-        if evaluations is not None and line["evaluation"]["accuracy"]["mean"] > self.progress.best.get("accuracy", -1.0):
+        if evaluations is not None and line["evaluation"]["accuracy"]["mean"] > self.progress.best.get(
+            "accuracy", -1.0
+        ):
             self.progress.best = {"round": round, "accuracy": line["evaluation"]["accuracy"]["mean"]}
         return line
 
@@ -339,9 +382,7 @@ class Simulation:
 
     def _save(self) -> None:
         keep = self.config.simulation.keep_checkpoints
-        checkpoint.save(
-            self.folder.checkpoints, self.progress, self.server, self.pending, self.store, self.dirty, keep
-        )
+        checkpoint.save(self.folder.checkpoints, self.progress, self.server, self.pending, self.store, self.dirty, keep)
         self.dirty.clear()
 
     def _summarise(self) -> dict[str, Any]:

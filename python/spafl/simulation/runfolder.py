@@ -96,9 +96,11 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Remove the scratch files and let other processes in."""
+        """Remove the scratch files, and the folder if it is empty, and let other processes in."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
             (self.path / ".lock").unlink(missing_ok=True)
             self._lock = None
+            if not any(self.path.iterdir()):  # nothing came of it
+                self.path.rmdir()

@@ -92,10 +92,7 @@ class Worker:
         self.store = ClientStore(setup.scratch / STORE_FILE, initial, setup.clients) if initial else None
         self.resident = Resident(self.algorithm, model, setup.engine, setup.setting)
         # Copy-on-write maps: shared between processes, and torch may call them writable.
-        self._data = {
-            part: np.load(setup.scratch / f"{part}.npy", mmap_mode="c")
-            for part in DATA_PARTS
-        }
+        self._data = {part: np.load(setup.scratch / f"{part}.npy", mmap_mode="c") for part in DATA_PARTS}
         parts = np.load(setup.scratch / "partition.npz")
         self._parts = {split: np.split(parts[f"{split}_index"], parts[f"{split}_cut"]) for split in ("train", "test")}
 
@@ -147,4 +144,3 @@ class Worker:
             if self.store:
                 self.store.release(k)
         return EvaluateOutcome(task.clients, tuple(evaluations), tuple(changed), time.perf_counter() - start)
-
