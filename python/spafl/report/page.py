@@ -18,6 +18,7 @@ from .table import comparison_html
 __all__ = ["write_report"]
 
 DPI = 150
+TALLEST = 60_000  # pixels; matplotlib draws no picture of 65,536 or more
 _CSS = """
 :root { color-scheme: light dark; --text: #1b1b1b; --back: #ffffff; --soft: #666666; --line: #d0d0d0; }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e4e4; --back: #16181b; --soft: #a0a0a0; --line: #44484d; } }
@@ -70,8 +71,9 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
 @in_style
 def _png(picture: Picture, runs: Sequence[Run]) -> bytes:
     buffer = io.BytesIO()
-    # without the version of the drawing library the same run gives the same bytes on every machine that has it
-    picture.draw(runs).savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    figure = picture.draw(runs)
+    dpi = min(DPI, TALLEST / figure.get_figheight())
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -84,9 +86,9 @@ def _page(runs: Sequence[Run], pictures: dict[Picture, bytes]) -> str:
         *(f'<p class="soft">{html.escape(_about(name, run))}</p>' for name, run in zip(titles, runs)),
         "<h2>Results</h2>",
         f'<div class="wide">{comparison_html(runs)}</div>',
-        '<p class="soft">Each row speaks of the last evaluated round and of the costs up to it. Accuracy is over clients, '
-        "each with its own model on its own test data. The kinds of cost do not add up: the paper's formulas, "
-        "operations and bytes as executed and sent, and measured time.</p>",
+        '<p class="soft">Each row speaks of the last evaluated round and of the costs up to it. Accuracy is over '
+        "clients, each with its own model on its own test data. The kinds of cost do not add up: the paper's "
+        "formulas, operations and bytes as executed and sent, and measured time.</p>",
         *(f"<p><strong>Note.</strong> {html.escape(note)}</p>" for note in notes),
     ]
     for picture in PICTURES:

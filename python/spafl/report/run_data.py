@@ -62,7 +62,7 @@ class Point:
 
 @dataclass(frozen=True)
 class ClientGaps:
-    """Train accuracy minus test accuracy ``(clients,)`` of a round and, if recorded, layer-mean density ``(clients,)``."""
+    """Train minus test accuracy ``(clients,)`` of a round and, if recorded, layer-mean density ``(clients,)``."""
 
     round: int
     gap: np.ndarray
@@ -112,6 +112,11 @@ class Run:
     def last(self) -> Point:
         """The round a table row speaks of: the last evaluated one, so that costs belong to the accuracy beside them."""
         return self.evaluated or self.points[-1]
+
+    def curve(self, name: str) -> tuple[list[Point], np.ndarray]:
+        """The rounds that recorded the field ``name`` of :class:`Point`, and its values float64 ``(rounds,)``."""
+        points = [p for p in self.points if getattr(p, name) is not None]
+        return points, np.array([getattr(p, name) for p in points], dtype=np.float64)
 
     @property
     def layers(self) -> list[str]:
@@ -338,10 +343,11 @@ def _summary(path: Path, points: Sequence[Point]) -> tuple[bool, dict[str, Any],
     if not isinstance(completed, bool):
         raise value["completed"].fail("true or false")
     notes = [] if completed else [f"summary.json says the run is not complete; read up to round {points[-1].round}"]
-    evaluated = [p.round for p in points if p.accuracy is not None]
-    if final and final["round"].integer() != (evaluated or [None])[-1]:
+    last = next((p.round for p in reversed(points) if p.accuracy is not None), None)
+    if final and final["round"].integer() != last:
+        found = "none" if last is None else f"round {last}"
         notes.append(
-            f"summary.json ends at round {final['round'].value}, the last evaluated line of metrics.jsonl is "
-            f"{f'round {evaluated[-1]}' if evaluated else 'absent'}; metrics.jsonl was used"
+            f"summary.json ends at round {final['round'].value}, but the last evaluated round in metrics.jsonl is "
+            f"{found}; metrics.jsonl was used"
         )
     return completed, environment.value, notes
