@@ -360,7 +360,7 @@ def partition(runs: Sequence[Run]) -> Figure:
             axes = figure.add_subplot(grid[3 * g + i, 0], sharex=total)
             none_left_out = np.ma.masked_equal(counts.T, 0)
             image = axes.imshow(
-                none_left_out, aspect="auto", cmap=shades, vmin=0, vmax=max(1, counts.max()), origin="lower"
+                none_left_out, aspect="auto", cmap=shades, vmin=1, vmax=max(2, counts.max()), origin="lower"
             )
             _axis_of_clients(axes)
             axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))

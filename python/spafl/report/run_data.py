@@ -11,6 +11,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,13 +211,24 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return [f"{tag} #{tagged[: i + 1].count(tag)}" if tagged.count(tag) > 1 else tag for i, tag in enumerate(tagged)]
 
 
-def _bytes(path: Path) -> bytes:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return path.read_bytes()
+        yield
     except FileNotFoundError:
         raise ReportError(f"{path}: the file is missing; is {path.parent} a run folder?") from None
     except OSError as error:
         raise ReportError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _bytes(path: Path) -> bytes:
+    with _reading(path):
+        return path.read_bytes()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with _reading(path), path.open("rb") as file:
+        yield from enumerate(file, 1)
 
 
 def _json(data: bytes, where: str) -> _Value:
@@ -249,21 +261,20 @@ def _partition(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _metrics(path: Path, clients: int) -> tuple[list[Point], dict[str, Any], list[str]]:
-    lines = _bytes(path).split(b"\n")
     points: list[Point] = []
     details: dict[str, Any] = {"accuracies": None, "gaps": None, "masks": None}
     notes: list[str] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in _lines(path):
         if not line.strip():
             continue
         where = f"{path} line {number}"
         try:
             value = _json(line, where)
         except ReportError:
-            if number < len(lines):  # the line was ended, so it is damaged rather than half written
+            if line.endswith(b"\n"):  # it was written to its end, so it is damaged rather than half written
                 raise
             notes.append(f"the last line of metrics.jsonl (line {number}) is half written and was ignored")
-            break
+            continue
         point, of_clients = _line(value, clients)
         if points:
             _follows(points[-1], point, where)
@@ -317,7 +328,8 @@ def _masks(value: _Value, number: int, clients: int) -> FilterMasks:
     for row in rows:
         if len(row.text()) != width or set(row.value) - {"0", "1"}:
             raise row.fail(f"a string of {width} zeros and ones, as for the first client")
-    kept = np.array([[bit == "1" for bit in row.value] for row in rows])
+    bits = np.frombuffer("".join(row.value for row in rows).encode(), dtype=np.uint8)
+    kept = bits.reshape(clients, width) == ord("1")
     return FilterMasks(number, value["name"].text(), kept)
 
 

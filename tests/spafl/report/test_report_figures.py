@@ -165,8 +165,7 @@ def test_nothing_to_show_is_said(make_run, picture):
         picture.draw([run])
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
-@pytest.mark.parametrize("clients", [1, 2])
+@pytest.mark.parametrize(("rounds", "clients"), [(1, 1), (2, 2)])
 def test_the_smallest_runs_can_be_drawn(make_run, rounds, clients):
     run = load_run(make_run(rounds=rounds, clients=clients, layers={"fc": 1}))
     for picture in figures.PICTURES:
