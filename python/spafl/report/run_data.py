@@ -205,9 +205,10 @@ def load_run(folder: str | Path) -> Run:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """One distinct label per run: its name; where names repeat, the folder's name is added, then a number."""
-    names = [run.name for run in runs]
-    tagged = [f"{run.name} ({run.folder.resolve().name})" if names.count(run.name) > 1 else run.name for run in runs]
+    """One distinct one-line label per run: its name; where names repeat, the folder's name is added, then a number."""
+    names = [" ".join(run.name.split()) for run in runs]
+    folders = [" ".join(run.folder.resolve().name.split()) for run in runs]
+    tagged = [f"{name} ({folder})" if names.count(name) > 1 else name for name, folder in zip(names, folders)]
     return [f"{tag} #{tagged[: i + 1].count(tag)}" if tagged.count(tag) > 1 else tag for i, tag in enumerate(tagged)]
 
 

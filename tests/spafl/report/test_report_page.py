@@ -96,7 +96,8 @@ def test_a_run_going_on_without_evaluation(make_run):
     folder = make_run(rounds=2, evaluate_every=0, completed=False)
     text, reader = read(write_report([folder]))
     assert len(reader.images) == 2  # its densities and its partition
-    assert text.count("Not shown: not evaluated yet.") == 4
+    assert "Not shown: accuracy over rounds (not evaluated yet), accuracy over payload" in text
+    assert text.count("(not evaluated yet)") == 4 and "(no train accuracies recorded)." in text
     assert "not completed" in text and "no summary.json" in text
 
 

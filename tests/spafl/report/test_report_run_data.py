@@ -172,3 +172,4 @@ def test_labels_are_distinct(make_run):
     same, again, other = (load_run(make_run(f, name=n, rounds=1)) for f, n in (("a", "x"), ("b", "x"), ("c", "y")))
     assert labels([same, again, other]) == ["x (a)", "x (b)", "y"]
     assert labels([same, same]) == ["x (a) #1", "x (a) #2"]
+    assert labels([load_run(make_run("d", name="two\nlines\t", rounds=1))]) == ["two lines"]

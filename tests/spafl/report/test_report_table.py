@@ -58,6 +58,17 @@ def test_the_row_holds_the_recorded_numbers(known):
     assert cells(table, 0) == ["accuracy (%)", "density", "paper's formulas", "executed", "payload", "measured"]
 
 
+def test_costs_belong_to_the_round_of_the_accuracy(make_run):
+    folder = make_run(rounds=4, evaluate_every=2)
+    whole = cells(comparison_table([folder]))
+    records = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    final(folder, evaluation=None)  # the last evaluated round is now round 2
+    row = cells(comparison_table([folder]))
+    assert whole[1] == "3" and row[1] == "2" and row[2] != "-"
+    seconds = [json.loads(record)["cost"]["seconds"]["total"] for record in records]
+    assert (whole[-1], row[-1]) == (f"{seconds[3]:.1f} s", f"{seconds[2]:.1f} s")
+
+
 def test_columns_are_aligned(known, make_run):
     runs = [known, make_run("b", name="a much longer name", algorithm="fedavg", rounds=12)]
     groups, header, rule, *rows = comparison_table(runs).splitlines()
