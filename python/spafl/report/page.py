@@ -121,10 +121,9 @@ def _section(picture: Picture, runs: Sequence[Run], titles: Sequence[str], png: 
     absent = [name for name, run in zip(titles, runs) if not picture.shows(run)]
     missing = f" Not in the picture ({picture.lacking}): {', '.join(absent)}." if absent else ""
     data = base64.b64encode(png).decode()
-    return (
-        f'<h2>{html.escape(picture.title)}</h2>\n<figure><img alt="{html.escape(picture.title)}" src="data:image/png;base64,{data}">\n'
-        f"<figcaption>{html.escape(picture.caption + missing)}</figcaption></figure>"
-    )
+    title, caption = html.escape(picture.title), html.escape(picture.caption + missing)
+    image = f'<img alt="{title}" src="data:image/png;base64,{data}">'
+    return f"<h2>{title}</h2>\n<figure>{image}\n<figcaption>{caption}</figcaption></figure>"
 
 
 def _folded(summary: str, text: str) -> str:

@@ -130,7 +130,7 @@ def test_a_picture_of_a_former_report_does_not_stay(make_run, tmp_path, two_pict
     assert (out / "mine.png").read_bytes() == b"kept"
 
 
-def test_the_same_run_gives_the_same_bytes(make_run, tmp_path):
+def test_the_same_run_gives_the_same_bytes(make_run, tmp_path, two_pictures):
     folder = make_run(rounds=2)
     first, second = (write_report([folder], tmp_path / name) for name in ("one", "two"))
     assert first.read_bytes() == second.read_bytes()
