@@ -18,7 +18,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-from .run_data import ClientGaps, FilterMasks, ReportError, Run, labels
+from .run_data import ClientGaps, FilterMasks, Point, ReportError, Run, labels
 
 __all__ = [
     "PICTURES",
@@ -35,7 +35,7 @@ __all__ = [
 
 # Okabe and Ito's colours, told apart with every common colour vision; their yellow is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (5, 1.5, 1, 1.5)))
+DASHES = ("-", (0, (5, 1.5)), (0, (6, 1.2, 1.2, 1.2)), (0, (1.5, 1)))
 MARKERS = "osD^vPX"
 STYLE = {
     "figure.constrained_layout.use": True,
@@ -52,8 +52,10 @@ STYLE = {
     "lines.linewidth": 1.8,
 }
 WIDTH = 9.0  # inches; shown about 1000 pixels wide
-LINE = 250  # clients beside each other in one strip of filters
+LINE, LINES = 250, 8  # clients beside each other in one strip of filters, and most strips per run
 MANY_LAYERS = 7  # beyond this a line per layer cannot be told apart
+
+NOT_EVALUATED = "no run has been evaluated yet"
 
 _Draw = Callable[[Sequence[Run]], Figure]
 
@@ -70,7 +72,7 @@ def in_style(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def plain(text: str, limit: int = 40) -> str:
-    """``text`` as matplotlib shows it literally: no mathematics between dollars, no hiding after ``_``, not too long."""
+    """``text`` as matplotlib shows it literally: no formula between dollars, no hiding after ``_``, not too long."""
     half = limit // 2
     text = text if len(text) <= limit else f"{text[: half - 1]}…{text[-half:]}"
     text = text.replace("$", r"\$")
@@ -78,7 +80,7 @@ def plain(text: str, limit: int = 40) -> str:
 
 
 def _chosen(runs: Sequence[Run], shows: Callable[[Run], Any], why: str) -> list[tuple[Run, str, dict[str, Any]]]:
-    """The runs a picture can show, each with its label and line style; the style depends on the place among all runs."""
+    """The runs a picture can show, with label and line style; the style depends on the place among all runs."""
     found = [
         (run, plain(label), {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]})
         for i, (run, label) in enumerate(zip(runs, labels(runs)))
@@ -107,69 +109,82 @@ def _axis_of_clients(axes: Axes) -> None:
 # --- accuracy ---------------------------------------------------------------------------------------------------
 
 
-def _accuracy(runs: Sequence[Run], cost: Callable[[Any], float], label: str, unit: str) -> Figure:
+def _accuracy_against(runs: Sequence[Run], cost: Callable[[Point], float], label: str, unit: str = "") -> Figure:
     """Mean accuracy over clients against a cost. A run that never pays it is a level line at its last accuracy."""
-    chosen = _chosen(runs, _evaluated, "no run has been evaluated yet")
+    chosen = _chosen(runs, _evaluated, NOT_EVALUATED)
     figure = Figure(figsize=(WIDTH, 4.2))
     axes = figure.add_subplot()
     handles, names, spent = [], [], []
     for run, name, style in chosen:
-        points = [p for p in run.points if p.accuracy is not None]
-        x, y = np.array([cost(p) for p in points], dtype=float), np.array([p.accuracy for p in points])
-        if unit and x[-1] == 0:
+        points, y = run.curve("accuracy")
+        x = np.array([cost(p) for p in points], dtype=np.float64)
+        if x[-1] == 0:
             handles.append(axes.axhline(y[-1], alpha=0.7, **{**style, "linewidth": 1.2}))
-            names.append(f"{name} (none; accuracy of round {points[-1].round})")
+            names.append(f"{name} (none)")
             continue
         spent.append(x[x > 0])
-        handles += axes.plot(x, y, marker=MARKERS[0] if len(x) < 3 else None, **style)
+        handles += axes.plot(x, y, marker="o" if len(x) < 3 else None, **style)
         names.append(name)
-        if not unit:
-            axes.plot(x, [p.accuracy_worst for p in points], **{**style, "linestyle": ":", "linewidth": 1.1})
-    if unit and spent:
-        axes.xaxis.set_major_formatter(EngFormatter(unit))
-        # thresholds and whole models differ by orders of magnitude: on a linear axis the cheaper run would be a point
-        if max(x[-1] for x in spent) > 30 * min(x[-1] for x in spent):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(EngFormatter(unit))
-    if not unit:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    elif not spent:
+    if not spent:
         axes.set_xticks([])
+    # thresholds and whole models differ by orders of magnitude: on a linear axis the cheaper run would be a point
+    elif max(x[-1] for x in spent) > 30 * min(x[-1] for x in spent):
+        axes.set_xscale("log")
+    if spent:
+        axes.xaxis.set_major_formatter(EngFormatter(unit) if unit else FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel(label)
-    _percent_axis(axes, "test accuracy (%)")
+    _percent_axis(axes, "test accuracy, mean over clients (%)")
     _legend(figure, handles, names)
     return figure
 
 
 @in_style
 def accuracy_over_rounds(runs: Sequence[Run]) -> Figure:
-    """Mean test accuracy over clients (line) and the mean of the worst tenth of them (dotted) against rounds."""
-    return _accuracy(runs, lambda p: p.round, "round", "")
+    """Test accuracy against rounds: the mean over all clients, and beside it the mean of the worst tenth of them."""
+    chosen = _chosen(runs, _evaluated, NOT_EVALUATED)
+    figure = Figure(figsize=(WIDTH, 4.2))
+    mean, worst = figure.subplots(1, 2, sharex=True, sharey=True)
+    handles = []
+    for run, _, style in chosen:
+        points, accuracy = run.curve("accuracy")
+        rounds, marker = [p.round for p in points], "o" if len(points) < 3 else None
+        handles += mean.plot(rounds, accuracy, marker=marker, **style)
+        worst.plot(rounds, run.curve("accuracy_worst")[1], marker=marker, **style)
+    for axes, title in ((mean, "all clients"), (worst, "worst 10 % of the clients")):
+        axes.set_title(title)
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _percent_axis(mean, "test accuracy, mean (%)")
+    _legend(figure, handles, [name for _, name, _ in chosen])
+    return figure
 
 
 @in_style
 def accuracy_over_payload(runs: Sequence[Run]) -> Figure:
     """Mean test accuracy over clients against bytes sent so far, up and down together."""
-    return _accuracy(runs, lambda p: p.cost.payload_bytes, "payload sent so far, up and down (bytes)", "B")
+    return _accuracy_against(runs, lambda p: p.cost.payload_bytes, "payload sent so far, up and down (bytes)", "B")
 
 
 @in_style
 def accuracy_over_seconds(runs: Sequence[Run]) -> Figure:
-    """Mean test accuracy over clients against measured wall-clock time."""
-    return _accuracy(runs, lambda p: p.cost.total_seconds, "measured time (seconds)", "s")
+    """Mean test accuracy over clients against measured wall-clock time, in the unit that suits the longest run."""
+    longest = max((run.last.cost.total_seconds for run in runs), default=0)
+    unit, size = ("seconds", 1) if longest <= 300 else ("minutes", 60) if longest <= 3 * 3600 else ("hours", 3600)
+    return _accuracy_against(runs, lambda p: p.cost.total_seconds / size, f"measured time ({unit})")
 
 
 @in_style
 def accuracy_spread(runs: Sequence[Run]) -> Figure:
     """Every client's test accuracy in the last evaluated round, sorted: one rising curve per run."""
-    chosen = _chosen(runs, _evaluated, "no run has been evaluated yet")
+    chosen = _chosen(runs, _evaluated, NOT_EVALUATED)
     figure = Figure(figsize=(WIDTH, 4.2))
     axes = figure.add_subplot()
     axes.axvspan(0, 10, color="#eeeeee", zorder=0)
-    axes.text(5, 0.02, "worst 10 %", transform=axes.get_xaxis_transform(), rotation=90, ha="center", color="#666666")
+    above = axes.get_xaxis_transform()
+    axes.text(5, 1.01, "worst 10 %", transform=above, ha="center", va="bottom", color="#666666", fontsize=9)
     handles = []
     for i, (run, _, style) in enumerate(chosen):
-        y = np.sort(run.accuracies)
+        y = np.sort(np.asarray(run.accuracies))
         x = 100 * (np.arange(len(y)) + 0.5) / len(y)
         handles += axes.plot(x, y, marker=MARKERS[i % len(MARKERS)] if len(y) <= 50 else None, markersize=4, **style)
     axes.set_xlim(0, 100)
@@ -209,7 +224,7 @@ def generalisation_gap(runs: Sequence[Run]) -> Figure:
         panels[-1].set_xlabel("no thresholds")
         panels[-1].set_xticks([])
         panels[-1].set_xlim(-0.5, column - 0.5)
-    _percent_axis(panels[0], "train − test accuracy\n(percentage points)")
+    _percent_axis(panels[0], "train minus test accuracy\n(percentage points)")
     _legend(figure, handles, [f"{name}, round {gap.round}" for (_, name, _), gap in zip(chosen, gaps)])
     return figure
 
@@ -239,12 +254,11 @@ def density_per_layer(runs: Sequence[Run]) -> Figure:
     for panel in panels[len(layers) :]:
         panel.set_visible(False)
     for i in range(len(layers)):
-        if i + columns >= len(layers):
-            panels[i].set_xlabel("round")
-            panels[i].xaxis.set_tick_params(labelbottom=True)
+        panels[i].xaxis.set_tick_params(labelbottom=i + columns >= len(layers))  # the lowest of each column
     panels[0].set_ylim(-0.03, 1.03)
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     figure.supylabel("density (mean over clients)", fontsize=10)
+    figure.supxlabel("round", fontsize=10)
     _legend(figure, list(shown.values()), list(shown))
     return figure
 
@@ -258,9 +272,9 @@ def _density_of_one(run: Run, layers: Sequence[str]) -> Figure:
         handles += axes.plot(
             x, y, color=COLOURS[i], linestyle=DASHES[i % len(DASHES)], marker="." if len(x) < 3 else None
         )
-    points = [p for p in run.points if p.density is not None]
-    x, y = [p.round for p in points], [p.density for p in points]
-    handles += axes.plot(x, y, color="#999999", linewidth=4, alpha=0.6, zorder=1, marker="." if len(x) < 3 else None)
+    points, mean = run.curve("density")
+    x = [p.round for p in points]
+    handles += axes.plot(x, mean, color="#999999", linewidth=4, alpha=0.6, zorder=1, marker="." if len(x) < 3 else None)
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("round")
     axes.set_ylabel("density (mean over clients)")
@@ -284,7 +298,7 @@ def first_layer_filters(runs: Sequence[Run]) -> Figure:
         masks = run.masks
         assert isinstance(masks, FilterMasks)  # chosen for having them
         clients, filters = masks.kept.shape
-        count = -(-clients // LINE)
+        count = min(LINES, -(-clients // LINE))
         parts = np.array_split(np.arange(clients), count)
         title = f"{name}: {plain(masks.layer)}, round {masks.round}"
         strips += [(masks, part, title if i == 0 else "", style["color"]) for i, part in enumerate(parts)]
@@ -311,7 +325,7 @@ def first_layer_filters(runs: Sequence[Run]) -> Figure:
         share.set_xlim(0, 100)
         share.set_xlabel("% of these\nclients keep it")
         share.grid(axis="y", visible=False)
-        share.yaxis.set_tick_params(labelleft=False, left=False)
+        share.tick_params(axis="y", which="both", labelleft=False, left=False)
     return figure
 
 
@@ -329,21 +343,25 @@ def partition(runs: Sequence[Run]) -> Figure:
         groups.setdefault(key, (run, []))[1].append(name)
     rows = 3 * len(groups)
     height = [0.9, 1.7, 1.7]
+    # from a visible tint upwards, so that one sample differs from none, which stays white
+    shades = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.18, 1, 256)))
     figure = Figure(figsize=(WIDTH, (sum(height) + 1.7) * len(groups)))
     grid = figure.add_gridspec(rows, 2, height_ratios=height * len(groups), width_ratios=[1, 0.02])
     for g, (run, names) in enumerate(groups.values()):
-        clients = np.arange(run.clients)
         total = figure.add_subplot(grid[3 * g, 0])
-        total.bar(clients, run.train.sum(axis=1), width=0.8 if len(clients) <= 100 else 1.0, color="#777777")
+        total.stairs(run.train.sum(axis=1), np.arange(run.clients + 1) - 0.5, fill=True, color="#777777")
+        total.set_ylim(bottom=0)
         total.grid(axis="x", visible=False)
         total.set_ylabel("training\nsamples")
-        total.set_title(
-            f"{plain(run.data)}, {len(clients)} clients" + (f": {plain(', '.join(names), 80)}" if len(runs) > 1 else "")
-        )
+        whose = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        total.set_title(f"{plain(run.data)}, {run.clients} clients" + (f": {whose}" if len(runs) > 1 else ""))
         total.xaxis.set_tick_params(labelbottom=False)
         for i, (part, counts) in enumerate((("training", run.train), ("test", run.test)), 1):
             axes = figure.add_subplot(grid[3 * g + i, 0], sharex=total)
-            image = axes.imshow(counts.T, aspect="auto", cmap="cividis_r", vmin=0, origin="lower")
+            none_left_out = np.ma.masked_equal(counts.T, 0)
+            image = axes.imshow(
+                none_left_out, aspect="auto", cmap=shades, vmin=1, vmax=max(2, counts.max()), origin="lower"
+            )
             _axis_of_clients(axes)
             axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
             axes.set_ylabel(f"class\n({part})")
@@ -391,21 +409,22 @@ PICTURES = (
     Picture(
         "accuracy_rounds",
         "Accuracy over rounds",
-        "Solid or dashed: mean over all clients, each with its own model on its own test data; dotted in the same colour: "
-        "the mean of the worst tenth of the clients.",
+        "Left the mean over all clients, each with its own model on its own test data; right the mean over the tenth "
+        "of them that is worst off in that round.",
         accuracy_over_rounds,
     ),
     Picture(
         "accuracy_payload",
         "Accuracy over payload",
         "Further left is cheaper: mean accuracy against all bytes sent so far in both directions; "
-        "a level line marks a run that sends nothing.",
+        "a level line is the last accuracy of a run that sends nothing.",
         accuracy_over_payload,
     ),
     Picture(
         "accuracy_seconds",
         "Accuracy over time",
-        "Mean accuracy against the wall-clock time measured on the machine that ran the simulation, evaluation included.",
+        "Further left is faster: mean accuracy against the wall-clock time measured where the simulation ran, "
+        "evaluation included.",
         accuracy_over_seconds,
     ),
     Picture(
@@ -425,8 +444,8 @@ PICTURES = (
     Picture(
         "first_layer",
         "First-layer filters, client by client",
-        "A column is a client, a row a filter, coloured where the client keeps it: full rows are filters that everybody "
-        "keeps, broken rows are personal.",
+        "A column is a client, a row a filter, coloured where the client keeps it: full rows are filters that "
+        "everybody keeps, broken rows are personal.",
         first_layer_filters,
         _with_masks,
         "no first-layer masks recorded",
@@ -442,8 +461,8 @@ PICTURES = (
     Picture(
         "partition",
         "Partition",
-        "A column is a client, a row a class, darker means more samples: a column with few dark cells is a client that "
-        "has few classes.",
+        "A column is a client, a row a class, darker means more samples and white none: a column with few cells "
+        "is a client that has few classes.",
         partition,
         lambda run: True,
         "",

@@ -18,6 +18,7 @@ from .table import comparison_html
 __all__ = ["write_report"]
 
 DPI = 150
+TALLEST = 60_000  # pixels; matplotlib draws no picture of 65,536 or more
 _CSS = """
 :root { color-scheme: light dark; --text: #1b1b1b; --back: #ffffff; --soft: #666666; --line: #d0d0d0; }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e4e4; --back: #16181b; --soft: #a0a0a0; --line: #44484d; } }
@@ -70,8 +71,9 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
 @in_style
 def _png(picture: Picture, runs: Sequence[Run]) -> bytes:
     buffer = io.BytesIO()
-    # without the version of the drawing library the same run gives the same bytes on every machine that has it
-    picture.draw(runs).savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    figure = picture.draw(runs)
+    dpi = min(DPI, TALLEST / figure.get_figheight())
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -81,16 +83,18 @@ def _page(runs: Sequence[Run], pictures: dict[Picture, bytes]) -> str:
     notes = [f"{name}: {note}" for name, run in zip(titles, runs) for note in run.notes]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        *(f'<p class="soft">{html.escape(_about(name, run))}</p>' for name, run in zip(titles, runs)),
+        *(f'<p class="soft">{html.escape(about)}</p>' for about in _about(runs, titles)),
         "<h2>Results</h2>",
         f'<div class="wide">{comparison_html(runs)}</div>',
-        '<p class="soft">Each row speaks of the last evaluated round and of the costs up to it. Accuracy is over clients, '
-        "each with its own model on its own test data. The kinds of cost do not add up: the paper's formulas, "
-        "operations and bytes as executed and sent, and measured time.</p>",
+        '<p class="soft">Each row speaks of the last evaluated round and of the costs up to it. Accuracy is over '
+        "clients, each with its own model on its own test data. The kinds of cost do not add up: the paper's "
+        "formulas, operations and bytes as executed and sent, and measured time.</p>",
         *(f"<p><strong>Note.</strong> {html.escape(note)}</p>" for note in notes),
     ]
-    for picture in PICTURES:
-        parts.append(_section(picture, runs, titles, pictures.get(picture)))
+    parts += [_section(picture, runs, titles, png) for picture, png in pictures.items()]
+    left_out = [f"{p.title.lower()} ({p.lacking})" for p in PICTURES if p not in pictures]
+    if left_out:
+        parts.append(f'<p class="soft">Not shown: {html.escape(", ".join(left_out))}.</p>')
     parts.append("<h2>Configuration</h2>")
     for name, run in zip(titles, runs):
         parts.append(_folded(f"{name}: config.toml", run.config))
@@ -104,25 +108,22 @@ def _page(runs: Sequence[Run], pictures: dict[Picture, bytes]) -> str:
     )
 
 
-def _about(name: str, run: Run) -> str:
-    state = "completed" if run.completed else "not completed"
-    return (
-        f"{name}: {run.algorithm}, model {run.model}, data {run.data}, {run.clients} clients, "
-        f"{len(run.points)} rounds recorded, {state}"
-    )
+def _about(runs: Sequence[Run], titles: Sequence[str]) -> list[str]:
+    return [
+        (f"{name}: " if len(runs) > 1 else "")
+        + f"{run.algorithm}, model {run.model}, data {run.data}, {run.clients} clients, "
+        + f"{len(run.points)} rounds recorded, {'completed' if run.completed else 'not completed'}"
+        for name, run in zip(titles, runs)
+    ]
 
 
-def _section(picture: Picture, runs: Sequence[Run], titles: Sequence[str], png: bytes | None) -> str:
+def _section(picture: Picture, runs: Sequence[Run], titles: Sequence[str], png: bytes) -> str:
     absent = [name for name, run in zip(titles, runs) if not picture.shows(run)]
-    heading = f"<h2>{html.escape(picture.title)}</h2>"
-    if png is None:
-        return f'{heading}\n<p class="soft">Not shown: {html.escape(picture.lacking)}.</p>'
     missing = f" Not in the picture ({picture.lacking}): {', '.join(absent)}." if absent else ""
     data = base64.b64encode(png).decode()
-    return (
-        f'{heading}\n<figure><img alt="{html.escape(picture.title)}" src="data:image/png;base64,{data}">\n'
-        f"<figcaption>{html.escape(picture.caption + missing)}</figcaption></figure>"
-    )
+    title, caption = html.escape(picture.title), html.escape(picture.caption + missing)
+    image = f'<img alt="{title}" src="data:image/png;base64,{data}">'
+    return f"<h2>{title}</h2>\n<figure>{image}\n<figcaption>{caption}</figcaption></figure>"
 
 
 def _folded(summary: str, text: str) -> str:

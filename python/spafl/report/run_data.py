@@ -11,6 +11,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Point:
 
 @dataclass(frozen=True)
 class ClientGaps:
-    """Train accuracy minus test accuracy ``(clients,)`` of a round and, if recorded, layer-mean density ``(clients,)``."""
+    """Train minus test accuracy ``(clients,)`` of a round and, if recorded, layer-mean density ``(clients,)``."""
 
     round: int
     gap: np.ndarray
@@ -112,6 +113,11 @@ class Run:
     def last(self) -> Point:
         """The round a table row speaks of: the last evaluated one, so that costs belong to the accuracy beside them."""
         return self.evaluated or self.points[-1]
+
+    def curve(self, name: str) -> tuple[list[Point], np.ndarray]:
+        """The rounds that recorded the field ``name`` of :class:`Point`, and its values float64 ``(rounds,)``."""
+        points = [p for p in self.points if getattr(p, name) is not None]
+        return points, np.array([getattr(p, name) for p in points], dtype=np.float64)
 
     @property
     def layers(self) -> list[str]:
@@ -199,19 +205,31 @@ def load_run(folder: str | Path) -> Run:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """One distinct label per run: its name; where names repeat, the folder's name is added, then a number."""
-    names = [run.name for run in runs]
-    tagged = [f"{run.name} ({run.folder.resolve().name})" if names.count(run.name) > 1 else run.name for run in runs]
+    """One distinct one-line label per run: its name; where names repeat, the folder's name is added, then a number."""
+    names = [" ".join(run.name.split()) for run in runs]
+    folders = [" ".join(run.folder.resolve().name.split()) for run in runs]
+    tagged = [f"{name} ({folder})" if names.count(name) > 1 else name for name, folder in zip(names, folders)]
     return [f"{tag} #{tagged[: i + 1].count(tag)}" if tagged.count(tag) > 1 else tag for i, tag in enumerate(tagged)]
 
 
-def _bytes(path: Path) -> bytes:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return path.read_bytes()
+        yield
     except FileNotFoundError:
         raise ReportError(f"{path}: the file is missing; is {path.parent} a run folder?") from None
     except OSError as error:
         raise ReportError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _bytes(path: Path) -> bytes:
+    with _reading(path):
+        return path.read_bytes()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with _reading(path), path.open("rb") as file:
+        yield from enumerate(file, 1)
 
 
 def _json(data: bytes, where: str) -> _Value:
@@ -244,21 +262,20 @@ def _partition(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _metrics(path: Path, clients: int) -> tuple[list[Point], dict[str, Any], list[str]]:
-    lines = _bytes(path).split(b"\n")
     points: list[Point] = []
     details: dict[str, Any] = {"accuracies": None, "gaps": None, "masks": None}
     notes: list[str] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in _lines(path):
         if not line.strip():
             continue
         where = f"{path} line {number}"
         try:
             value = _json(line, where)
         except ReportError:
-            if number < len(lines):  # the line was ended, so it is damaged rather than half written
+            if line.endswith(b"\n"):  # it was written to its end, so it is damaged rather than half written
                 raise
             notes.append(f"the last line of metrics.jsonl (line {number}) is half written and was ignored")
-            break
+            continue
         point, of_clients = _line(value, clients)
         if points:
             _follows(points[-1], point, where)
@@ -312,7 +329,8 @@ def _masks(value: _Value, number: int, clients: int) -> FilterMasks:
     for row in rows:
         if len(row.text()) != width or set(row.value) - {"0", "1"}:
             raise row.fail(f"a string of {width} zeros and ones, as for the first client")
-    kept = np.array([[bit == "1" for bit in row.value] for row in rows])
+    bits = np.frombuffer("".join(row.value for row in rows).encode(), dtype=np.uint8)
+    kept = bits.reshape(clients, width) == ord("1")
     return FilterMasks(number, value["name"].text(), kept)
 
 
@@ -338,10 +356,11 @@ def _summary(path: Path, points: Sequence[Point]) -> tuple[bool, dict[str, Any],
     if not isinstance(completed, bool):
         raise value["completed"].fail("true or false")
     notes = [] if completed else [f"summary.json says the run is not complete; read up to round {points[-1].round}"]
-    evaluated = [p.round for p in points if p.accuracy is not None]
-    if final and final["round"].integer() != (evaluated or [None])[-1]:
+    last = next((p.round for p in reversed(points) if p.accuracy is not None), None)
+    if final and final["round"].integer() != last:
+        found = "none" if last is None else f"round {last}"
         notes.append(
-            f"summary.json ends at round {final['round'].value}, the last evaluated line of metrics.jsonl is "
-            f"{f'round {evaluated[-1]}' if evaluated else 'absent'}; metrics.jsonl was used"
+            f"summary.json ends at round {final['round'].value}, but the last evaluated round in metrics.jsonl is "
+            f"{found}; metrics.jsonl was used"
         )
     return completed, environment.value, notes

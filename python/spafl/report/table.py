@@ -15,7 +15,7 @@ _Cell = Callable[[Point], str]
 
 
 def quantity(value: float | None, unit: str = "") -> str:
-    """``value`` with three significant digits and a decimal prefix (k = 1000): ``quantity(2.1e9, "B") == "2.10 GB"``."""
+    """``value`` to three digits with a decimal prefix (k = 1000): ``quantity(2.1e9, "B")`` is ``2.10 GB``."""
     if value is None:
         return ABSENT
     prefixes = ["", "k", "M", "G", "T", "P", "E"]

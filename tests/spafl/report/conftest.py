@@ -27,8 +27,9 @@ def craft(
     sparse = algorithm == "spafl"
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(
-        f"name = {json.dumps(name)}\nseed = {seed}\nrounds = {rounds}\n\n[algorithm]\nname = {json.dumps(algorithm)}\n\n"
-        f'[model]\nname = "lenet5"\n\n[data]\nname = "digits"\nclients = {clients}\n'
+        f"name = {json.dumps(name)}\nseed = {seed}\nrounds = {rounds}\n\n"
+        f'[algorithm]\nname = {json.dumps(algorithm)}\n\n[model]\nname = "lenet5"\n\n'
+        f'[data]\nname = "digits"\nclients = {clients}\n'
     )
     shares = rng.dirichlet(0.3 * np.ones(classes), size=clients)
     sizes = rng.integers(30, 120, clients)
