@@ -10,7 +10,7 @@ from spafl.algorithms import Algorithm, Evaluation, Options, Training, Upload
 
 
 class ToyOptions(Options):
-    rates: list[float] = [1.0, 0.5]
+    rates: tuple[float, ...] = (1.0, 0.5)
 
 
 class ToyHeteroFL(Algorithm):

@@ -6,6 +6,7 @@ from itertools import pairwise
 import matplotlib
 import numpy as np
 import pytest
+
 from spafl.report import ReportError, figures
 from spafl.report.run_data import load_run
 

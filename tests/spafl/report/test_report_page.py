@@ -9,6 +9,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+
 from spafl.report import ReportError, figures, write_report
 
 STEMS = {picture.stem for picture in figures.PICTURES}

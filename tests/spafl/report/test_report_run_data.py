@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from spafl.report.run_data import ReportError, labels, load_run
 
 

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+
 from spafl.report import ReportError, comparison_table
 from spafl.report.run_data import load_run
 from spafl.report.table import comparison_html, duration, quantity
