@@ -329,8 +329,10 @@ def make_trainer(
         strict = os.environ.get("SPAFL_STRICT", "") == "1"
     if engine == "masked":
         return MaskedTrainer(model, loss)
+    from .compact import CompactTrainer
+
     try:
-        raise Unsupported("the compact engine is not part of this build")
+        return CompactTrainer(model, loss, strict)
     except Unsupported as error:
         if strict:
             raise
