@@ -6,6 +6,7 @@ times; then the best draw is repaired by moving samples. So a partition always e
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -125,6 +126,7 @@ def partition(
     while draws < max_draws and (best is None or best[0] > 0):
         draws += 1
         owners = SCHEMES[scheme].draw(labels, clients, rng, **options)
+        _check_owners(scheme, owners, labels, clients)
         lacking = sum(
             int(np.maximum(least - np.bincount(owner, minlength=clients), 0).sum())
             for owner, least in zip(owners, minimum)
@@ -239,6 +241,15 @@ register_scheme("pathological", Scheme(_pathological, required=("classes_per_cli
 register_scheme("size", Scheme(_size, optional=("alpha", "sizes")))
 
 
+def _check_owners(scheme: str, owners: Owners, labels: Owners, clients: int) -> None:
+    for owner, y in zip(owners, labels):
+        if owner.shape != y.shape or owner.dtype.kind not in "iu" or owner.min() < 0 or owner.max() >= clients:
+            raise PartitionError(
+                f"partition scheme {scheme!r} must give each of {len(y)} samples an owner in 0..{clients - 1}; "
+                f"it gave {owner.dtype} {owner.shape}, {owner.min()}..{owner.max()}"
+            )
+
+
 def _check_labels(name: str, y: np.ndarray) -> np.ndarray:
     y = np.asarray(y)
     if y.ndim != 1 or y.dtype.kind not in "iu" or len(y) == 0 or y.min() < 0:
@@ -275,4 +286,6 @@ def _check_arguments(name: str, clients: int, options: dict, max_draws: int) -> 
         except (TypeError, ValueError):
             sizes = np.empty(0)
         if sizes.shape != (clients,) or not (np.isfinite(sizes) & (sizes > 0)).all():
-            raise PartitionError(f"sizes must be {clients} positive numbers, one per client; got {options['sizes']!r}")
+            raise PartitionError(
+                f"sizes must be {clients} positive numbers, one per client; got {reprlib.repr(options['sizes'])}"
+            )
