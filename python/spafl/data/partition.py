@@ -86,6 +86,7 @@ def partition(
     min_train: int = 1,
     min_test: int = 1,
     max_draws: int = 100,
+    **others: object,
 ) -> Partition:
     """Split train and test samples over clients.
 
@@ -106,12 +107,13 @@ def partition(
         min_train, min_test: least samples per client, at least 1 and 0.
         max_draws: draws tried before the one that misses least is repaired: clients that lack samples take them from
             the richest ones, of classes they hold already where possible.
+        others: options of a scheme that ``register_scheme`` added.
 
     Raises:
         PartitionError: before any drawing, if an argument is wrong or no such partition exists.
     """
     labels = (_check_labels("train_y", train_y), _check_labels("test_y", test_y))
-    given = {"alpha": alpha, "classes_per_client": classes_per_client, "sizes": sizes}
+    given = {"alpha": alpha, "classes_per_client": classes_per_client, "sizes": sizes, **others}
     options = {name: value for name, value in given.items() if value is not None}
     _check_arguments(scheme, clients, options, max_draws)
     minimum = (_check_whole("min_train", min_train, 1), _check_whole("min_test", min_test, 0))

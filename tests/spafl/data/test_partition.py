@@ -240,6 +240,21 @@ def test_labels_must_be_labels(y):
         partition(y, Y[1], "iid", 1, rng())
 
 
+def test_a_new_scheme_brings_its_own_options():
+    def draw(labels, clients, rng, first):
+        return tuple(np.arange(len(y)) % clients if first else np.arange(len(y)) // 2 % clients for y in labels)
+
+    register_scheme("turns", Scheme(draw, required=("first",)))
+    try:
+        assert partition(*Y, "turns", 5, rng(), first=1).train[1].tolist() == list(range(1, 100, 5))
+        with pytest.raises(PartitionError, match="'turns' needs first"):
+            partition(*Y, "turns", 5, rng())
+        with pytest.raises(PartitionError, match="'turns' takes no last; got 1"):
+            partition(*Y, "turns", 5, rng(), first=1, last=1)
+    finally:
+        del SCHEMES["turns"]
+
+
 def test_a_scheme_that_gives_wrong_owners_is_named():
     for owners in (np.full(100, 5), np.full(100, -1), np.zeros(99, int), np.zeros(100)):
         register_scheme("wrong", Scheme(lambda labels, clients, rng, owners=owners: (owners, np.zeros(50, int))))
