@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .dataset import DataError, Dataset
-from .files import Source, check_root, missing, read
+from .files import Source, check_root, missing, one_line, read
 from .transform import Transform
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -80,7 +80,9 @@ _ALLOWED: dict[tuple[str, str], object] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The Python implementation: its memo is a dict, so that no index in a file can make it allocate gigabytes."""
+
     def find_class(self, module: str, name: str) -> object:
         try:
             return _ALLOWED[module, name]
@@ -99,14 +101,16 @@ def parse_pickle(path: str, raw: bytes, *, key: str, classes: int) -> tuple[np.n
         content = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
         content = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in content.items()}
         x = content["data"].array()
-        labels = np.array(content[key])
+        labels = content[key]
+        if not isinstance(labels, list) or not all(type(v) is int for v in labels):
+            raise ValueError(f"'{key}' is not a list of whole numbers")
     except KeyError as error:
         raise DataError(f"{path}: no entry {error} in the pickle; expected 'data' and '{key}'") from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise DataError(f"{path}: not a readable CIFAR pickle ({type(error).__name__}: {error}); see {URL}") from error
+        raise DataError(f"{path}: not a readable CIFAR pickle ({one_line(error)}); see {URL}") from error
     if x.ndim != 2 or x.shape[1] != PIXELS:
         raise DataError(f"{path}: 'data' has shape {x.shape}, expected (n, {PIXELS})")
-    return _checked(path, x, labels, classes)
+    return _checked(path, x, np.array(labels), classes)
 
 
 def parse_bin(path: str, raw: bytes, *, label_bytes: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +126,7 @@ def _checked(path: str, x: np.ndarray, y: np.ndarray, classes: int) -> tuple[np.
     if y.shape != (len(x),):
         raise DataError(f"{path}: {y.size} labels for {len(x)} images")
     if y.dtype.kind not in "iu":
-        raise DataError(f"{path}: labels are not whole numbers 0..{classes - 1}")
+        raise DataError(f"{path}: a label does not fit 64 bits; expected 0..{classes - 1}")
     wrong = np.flatnonzero((y < 0) | (y >= classes))
     if len(wrong):
         raise DataError(f"{path}: label {y[wrong[0]]} at position {wrong[0]}, expected 0..{classes - 1}")
@@ -246,7 +250,7 @@ def _from_archive(form: Form, archive: Path, verify: bool) -> dict[str, tuple[st
                         raise DataError(f"{archive}: {member.name} has {member.size} bytes; at most {MAX_MEMBER}")
                     members[file] = (f"{archive}:{member.name}", tar.extractfile(member).read())  # type: ignore[union-attr]
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{archive}: not a complete .tar.gz: {error}; fetch it again from {URL}") from error
+        raise DataError(f"{archive}: not a complete .tar.gz: {one_line(error)}; fetch it again from {URL}") from error
     for file in form.train + form.test:
         if file not in members:
             raise DataError(f"{archive}: has no {form.folder}/{file}; fetch it again from {URL}")

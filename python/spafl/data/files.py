@@ -38,6 +38,12 @@ def check_root(name: str, root: Path | None, hint: str) -> Path:
     return root
 
 
+def one_line(error: Exception) -> str:
+    """The text of ``error`` on one line, shortened: it may quote what a damaged or hostile file contains."""
+    text = " ".join(str(error).split())
+    return "".join(c for c in text if c.isprintable())[:200] or type(error).__name__
+
+
 def missing(name: str, path: Path, hint: str) -> DataError:
     return DataError(f"{name}: {path} is missing: {hint}")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .dataset import DataError, Dataset
-from .files import Source, check_root, missing, read
+from .files import Source, check_root, missing, one_line, read
 from .transform import Transform
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -94,11 +94,12 @@ def parse_idx(path: Path, raw: bytes, image: tuple[int, ...]) -> np.ndarray:
     ndim = 1 + len(image)
     magic = 0x0800 + ndim
     start = 4 + 4 * ndim
+    found = int.from_bytes(raw[:4], "big")
+    if len(raw) >= 4 and found != magic:
+        raise DataError(f"{path}: magic number {found}, expected {magic} (unsigned bytes, {ndim} dimensions)")
     if len(raw) < start:
         raise DataError(f"{path}: {len(raw)} bytes, too short for an IDX header of {start}; the file is truncated")
-    found, n, *dims = struct.unpack(f">{1 + ndim}I", raw[:start])
-    if found != magic:
-        raise DataError(f"{path}: magic number {found}, expected {magic} (unsigned bytes, {ndim} dimensions)")
+    n, *dims = struct.unpack(f">{ndim}I", raw[4:start])
     if tuple(dims) != image:
         raise DataError(f"{path}: images of {'x'.join(map(str, dims))}, expected {'x'.join(map(str, image))}")
     expected = start + n * int(np.prod(image, dtype=np.int64))
@@ -113,7 +114,7 @@ def _unpack(path: Path, packed: bytes) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
             return file.read()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a complete gzip file: {error}") from error
+        raise DataError(f"{path}: not a complete gzip file: {one_line(error)}") from error
 
 
 def _check_labels(path: Path, labels: np.ndarray, images: int) -> None:

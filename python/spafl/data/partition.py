@@ -6,6 +6,7 @@ times; then the best draw is repaired by moving samples. So a partition always e
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -85,6 +86,7 @@ def partition(
     min_train: int = 1,
     min_test: int = 1,
     max_draws: int = 100,
+    **others: object,
 ) -> Partition:
     """Split train and test samples over clients.
 
@@ -105,12 +107,13 @@ def partition(
         min_train, min_test: least samples per client, at least 1 and 0.
         max_draws: draws tried before the one that misses least is repaired: clients that lack samples take them from
             the richest ones, of classes they hold already where possible.
+        others: options of a scheme that ``register_scheme`` added.
 
     Raises:
         PartitionError: before any drawing, if an argument is wrong or no such partition exists.
     """
     labels = (_check_labels("train_y", train_y), _check_labels("test_y", test_y))
-    given = {"alpha": alpha, "classes_per_client": classes_per_client, "sizes": sizes}
+    given = {"alpha": alpha, "classes_per_client": classes_per_client, "sizes": sizes, **others}
     options = {name: value for name, value in given.items() if value is not None}
     _check_arguments(scheme, clients, options, max_draws)
     minimum = (_check_whole("min_train", min_train, 1), _check_whole("min_test", min_test, 0))
@@ -125,6 +128,7 @@ def partition(
     while draws < max_draws and (best is None or best[0] > 0):
         draws += 1
         owners = SCHEMES[scheme].draw(labels, clients, rng, **options)
+        _check_owners(scheme, owners, labels, clients)
         lacking = sum(
             int(np.maximum(least - np.bincount(owner, minlength=clients), 0).sum())
             for owner, least in zip(owners, minimum)
@@ -239,6 +243,15 @@ register_scheme("pathological", Scheme(_pathological, required=("classes_per_cli
 register_scheme("size", Scheme(_size, optional=("alpha", "sizes")))
 
 
+def _check_owners(scheme: str, owners: Owners, labels: Owners, clients: int) -> None:
+    for owner, y in zip(owners, labels):
+        if owner.shape != y.shape or owner.dtype.kind not in "iu" or owner.min() < 0 or owner.max() >= clients:
+            raise PartitionError(
+                f"partition scheme {scheme!r} must give each of {len(y)} samples an owner in 0..{clients - 1}; "
+                f"it gave {owner.dtype} {owner.shape}, {owner.min()}..{owner.max()}"
+            )
+
+
 def _check_labels(name: str, y: np.ndarray) -> np.ndarray:
     y = np.asarray(y)
     if y.ndim != 1 or y.dtype.kind not in "iu" or len(y) == 0 or y.min() < 0:
@@ -275,4 +288,6 @@ def _check_arguments(name: str, clients: int, options: dict, max_draws: int) -> 
         except (TypeError, ValueError):
             sizes = np.empty(0)
         if sizes.shape != (clients,) or not (np.isfinite(sizes) & (sizes > 0)).all():
-            raise PartitionError(f"sizes must be {clients} positive numbers, one per client; got {options['sizes']!r}")
+            raise PartitionError(
+                f"sizes must be {clients} positive numbers, one per client; got {reprlib.repr(options['sizes'])}"
+            )
