@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
 from .reference import Estimator, filter_scores
+
+if TYPE_CHECKING:
+    from .layers import ThresholdLayer
 
 __all__ = [
     "Estimator",
@@ -100,7 +103,7 @@ def threshold_linear(
     return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
 
 
-def threshold_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def threshold_layers(model: nn.Module) -> Iterator[tuple[str, ThresholdLayer]]:
     """``(name, layer)`` of every threshold layer of ``model``, each once, in registration order."""
     from .layers import ThresholdLayer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spafl_kernels.functional import threshold_layers
-from spafl_kernels.training import SGDOptions, Trainer
+from spafl_kernels.training import SGDOptions, Trainer, TrainResult
 
 from .. import rng
 from ..data import Transform
@@ -173,15 +173,23 @@ class Client:
             correct += int(right)
         return sum(losses) / len(losses), correct / len(data)
 
-    def evaluate_model(self, train_data: bool) -> Evaluation:
-        """Test ``model`` as it stands with the trainer, which must have begun."""
+    def evaluate_model(
+        self, train_data: bool, collapse_floor: float | None = None, densities: dict[str, float] | None = None
+    ) -> tuple[Evaluation, TrainResult]:
+        """Test ``model`` as it stands, on the test data and, if ``train_data``, on the training data.
+
+        ``collapse_floor`` and ``densities`` are the guard's, which in the published code also acts here; the result
+        holds the densities of the last forward pass.
+        """
+        self.trainer.begin(self.sgd_options(0, collapse_floor=collapse_floor), densities=densities)
         loss, accuracy = self._test_on(self.test)
-        result = Evaluation(len(self.test), loss, accuracy)
+        evaluation = Evaluation(len(self.test), loss, accuracy)
         if train_data:
-            result.train_accuracy = self._test_on(self.train)[1]
+            evaluation.train_accuracy = self._test_on(self.train)[1]
+        result = self.trainer.finish()
         layers = list(threshold_layers(self.model))
         if layers:
-            masks = {name: layer.mask() for name, layer in layers}  # type: ignore[operator]
-            result.densities = {name: mask.double().mean().item() for name, mask in masks.items()}
-            result.first_layer = "".join("1" if active else "0" for active in masks[layers[0][0]].tolist())
-        return result
+            masks = {name: layer.mask() for name, layer in layers}
+            evaluation.densities = {name: mask.double().mean().item() for name, mask in masks.items()}
+            evaluation.first_layer = "".join("1" if active else "0" for active in masks[layers[0][0]].tolist())
+        return evaluation, result

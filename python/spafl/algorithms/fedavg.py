@@ -68,10 +68,7 @@ class FedAvg(Algorithm):
 
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
         load_state(client.model, message)
-        client.trainer.begin(client.sgd_options(0))
-        evaluation = client.evaluate_model(train_data)
-        client.trainer.finish()
-        return evaluation
+        return client.evaluate_model(train_data)[0]
 
     def paper_bits(self, server: ServerState, sampled: int) -> int:
         return 2 * sampled * 8 * payload_bytes(server)

@@ -179,10 +179,9 @@ class SpaFL(Algorithm):
             importance_update_(weight, delta.to(weight.device), self.options.importance_normaliser)  # type: ignore[arg-type]
 
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
-        options = client.sgd_options(0, collapse_floor=self.options.collapse_floor)
-        client.trainer.begin(options, densities=self._densities(client))
-        evaluation = client.evaluate_model(train_data)
-        self._remember(client, client.trainer.finish().densities)
+        floor = self.options.collapse_floor
+        evaluation, result = client.evaluate_model(train_data, floor, self._densities(client))
+        self._remember(client, result.densities)
         return evaluation
 
     def _densities(self, client: Client) -> dict[str, float] | None:
