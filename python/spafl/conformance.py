@@ -15,6 +15,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,14 +150,22 @@ class Replay:
             self.local, Transform(), {n: macs[n] for n in layers}, 0, torch.device("cpu"), torch.float64
         )
         self.server = self.algorithm.server_state(model)
-        self.resident = Resident(self.algorithm, model, engine, setting)
         fresh = self.algorithm.client_state(model)
         self.tensors = [{n: t.clone() for n, t in fresh.items()} for _ in range(recording.clients)]
+        self.buffers = {n: t.clone() for n, t in fresh.items()}
+        self.resident = Resident(self.algorithm, model, engine, setting, self.buffers)
         self.flops = [0.0] * recording.clients
 
-    def _lend(self, client: int) -> Any:
+    @contextmanager
+    def _lend(self, client: int) -> Iterator[Client]:
+        """A client's turn, on tensors kept in memory."""
+        for name, tensor in self.buffers.items():
+            tensor.copy_(self.tensors[client][name])
         samples = self.recording.samples
-        return self.resident.lend(client, self.tensors[client], samples("train", client), samples("test", client))
+        yield self.resident.lend(client, samples("train", client), samples("test", client))
+        self.resident.take_back()
+        for name, tensor in self.buffers.items():
+            self.tensors[client][name].copy_(tensor)
 
     def round(self, number: int) -> list[Evaluation]:
         """One round over the recorded clients, then every client's evaluation."""

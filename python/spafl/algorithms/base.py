@@ -117,7 +117,10 @@ class Algorithm(ABC):
 
     @abstractmethod
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
-        """Test one client on its own data, and on its training data too if ``train_data``."""
+        """Test one client on its own data, and on its training data too if ``train_data``.
+
+        Changes to the client's tensors are kept only if the result says ``changed``.
+        """
 
     # -- cost by the paper's formulas ---------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ class Evaluation:
     """Active share per threshold layer, or None for a model without."""
     first_layer: str | None = None
     """The first threshold layer's mask, one character 0 or 1 per filter."""
+    changed: bool = False
+    """Whether the evaluation changed the client's own tensors; otherwise they are not written back."""
 
 
 class Client:

@@ -180,7 +180,10 @@ class SpaFL(Algorithm):
 
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
         floor = self.options.collapse_floor
-        evaluation, result = client.evaluate_model(train_data, floor, self._densities(client))
+        before = self._densities(client)
+        evaluation, result = client.evaluate_model(train_data, floor, before)
+        # Where the guard resets thresholds, the density it looked at changes too.
+        evaluation.changed = before is not None and result.densities != before
         self._remember(client, result.densities)
         return evaluation
 

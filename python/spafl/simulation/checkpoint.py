@@ -103,8 +103,7 @@ def save(
         if previous is not None and client not in dirty and (previous / name).exists():
             _link(previous / name, work / "clients" / name)
         else:
-            save_file(store.open(client), work / "clients" / name)
-            store.release(client)
+            save_file(store.load(client), work / "clients" / name)
             written.append(work / "clients" / name)
     for file in written:
         _sync(file)
@@ -144,10 +143,10 @@ class Checkpoint:
         """Fill the rows of all clients the checkpoint holds."""
         for file in sorted((self.path / "clients").iterdir()):
             client = int(file.stem)
-            row = store.open(client)
+            row = store.load(client)
             for name, tensor in _load(file).items():
                 row[name].copy_(tensor)
-            store.release(client)
+            store.save(client)
 
     def client(self, client: int) -> dict[str, Tensor] | None:
         """One client's tensors, or None if it was never touched."""

@@ -254,6 +254,8 @@ class Simulation:
         finally:
             line.close()
             torch.set_num_threads(threads)
+            if self.store is not None:
+                self.store.close()
         return self._summarise()
 
     def _round(self, pool: Pool, round: int) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,47 +27,56 @@ class ClientSetting:
 
 
 class Resident:
-    """A model and its trainer; :meth:`lend` makes them one client's, in place.
+    """A model, its trainer, and the tensors of the client whose turn it is.
 
     Args:
         model: already prepared by the algorithm.
         engine: ``"auto"``, ``"masked"`` or ``"compact"``.
+        tensors: buffers on the CPU for what a client keeps. On a CPU the model's parameters become these very tensors;
+            on a GPU they are copied there by :meth:`lend` and back by :meth:`take_back`. Names that are not the model's
+            become ``client.memory``.
     """
 
-    def __init__(self, algorithm: Algorithm, model: nn.Module, engine: str, setting: ClientSetting) -> None:
+    def __init__(
+        self, algorithm: Algorithm, model: nn.Module, engine: str, setting: ClientSetting, tensors: Mapping[str, Tensor]
+    ) -> None:
         self.algorithm = algorithm
         self.setting = setting
         self.model = model.to(setting.device, setting.dtype)
-        self.trainer: Trainer = make_trainer(self.model, engine)  # type: ignore[arg-type]
-        self._tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-
-    @contextmanager
-    def lend(self, id: int, tensors: Mapping[str, Tensor], train: Samples, test: Samples) -> Iterator[Client]:
-        """The client's turn: changes to the model and to ``client.memory`` end up in ``tensors``.
-
-        Args:
-            tensors: the client's own tensors on the CPU; names of the model's state dict are bound to the model, the
-                others become ``client.memory``. Model tensors that are not among them keep what they hold.
-        """
-        device = self.setting.device
-        here = device.type == "cpu"
-        memory: dict[str, Tensor] = {}
-        copies: list[tuple[Tensor, Tensor]] = []
-        for name, own in tensors.items():
-            if name in self._tensors:
-                if here:
-                    self._tensors[name].data = own
-                else:
-                    self._tensors[name].data.copy_(own)
-                    copies.append((own, self._tensors[name].data))
+        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self._memory: dict[str, Tensor] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []  # (on the CPU, on the device)
+        for name, tensor in tensors.items():
+            there = tensor if setting.device.type == "cpu" else tensor.to(setting.device)
+            if name in own:
+                own[name].data = there
             else:
-                memory[name] = own if here else own.to(device)
-                if not here:
-                    copies.append((own, memory[name]))
+                self._memory[name] = there
+            if there is not tensor:
+                self._copies.append((tensor, there))
+        self.trainer: Trainer = make_trainer(self.model, engine)  # type: ignore[arg-type]
+
+    def lend(self, id: int, train: Samples, test: Samples) -> Client:
+        """The client whose tensors are in the buffers now."""
+        for here, there in self._copies:
+            there.copy_(here)
         s = self.setting
-        client = Client(
-            id, self.model, memory, train, test, self.trainer, s.local, s.transform, s.macs, s.seed, device, s.dtype
+        return Client(
+            id,
+            self.model,
+            self._memory,
+            train,
+            test,
+            self.trainer,
+            s.local,
+            s.transform,
+            s.macs,
+            s.seed,
+            s.device,
+            s.dtype,
         )
-        yield client
-        for own, there in copies:
-            own.copy_(there)
+
+    def take_back(self) -> None:
+        """End the client's turn: the buffers hold its tensors again."""
+        for here, there in self._copies:
+            here.copy_(there)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..algorithms import Algorithm, Client, Evaluation, Samples, Training
 from ..wire import decode, encode
@@ -90,7 +90,8 @@ class Worker:
         model = copy.deepcopy(setup.model)
         initial = self.algorithm.client_state(model)
         self.store = ClientStore(setup.scratch / STORE_FILE, initial, setup.clients) if initial else None
-        self.resident = Resident(self.algorithm, model, setup.engine, setup.setting)
+        tensors = self.store.tensors if self.store else {}
+        self.resident = Resident(self.algorithm, model, setup.engine, setup.setting, tensors)
         # Copy-on-write maps: shared between processes, and torch may call them writable.
         self._data = {part: np.load(setup.scratch / f"{part}.npy", mmap_mode="c") for part in DATA_PARTS}
         parts = np.load(setup.scratch / "partition.npz")
@@ -101,12 +102,19 @@ class Worker:
         x, y = self._data[f"{split}_x"][index], self._data[f"{split}_y"][index]
         return Samples(torch.from_numpy(x), torch.from_numpy(y))
 
-    def _tensors(self, client: int) -> dict[str, Tensor]:
-        return self.store.open(client) if self.store else {}
-
-    def _catch_up(self, client: Client, announced: Announced) -> None:
+    def _lend(self, k: int, announced: Announced) -> Client:
+        """Client ``k``'s turn: its tensors are in place and it has heard everything."""
+        if self.store:
+            self.store.load(k)
+        client = self.resident.lend(k, self._samples("train", k), self._samples("test", k))
         for round, frame in announced.items:
             self.algorithm.receive(client, decode(frame), round)
+        return client
+
+    def _keep(self, k: int) -> None:
+        self.resident.take_back()
+        if self.store:
+            self.store.save(k)
 
     def run(self, task: TrainTask | EvaluateTask) -> TrainOutcome | EvaluateOutcome:
         """Carry out a task; with one worker this is called directly."""
@@ -114,16 +122,12 @@ class Worker:
 
     def _train(self, task: TrainTask) -> TrainOutcome:
         start = time.perf_counter()
-        k = task.client
-        tensors = self._tensors(k)
-        with self.resident.lend(k, tensors, self._samples("train", k), self._samples("test", k)) as client:
-            self._catch_up(client, task.announced)
-            training = self.algorithm.train(client, decode(task.frame), task.round)
-        if self.store:
-            self.store.release(k)
+        client = self._lend(task.client, task.announced)
+        training = self.algorithm.train(client, decode(task.frame), task.round)
+        self._keep(task.client)
         frame = encode(training.message)
         seconds = time.perf_counter() - start
-        return TrainOutcome(k, len(client.train), frame, replace(training, message={}), seconds)
+        return TrainOutcome(task.client, len(client.train), frame, replace(training, message={}), seconds)
 
     def _evaluate(self, task: EvaluateTask) -> EvaluateOutcome:
         start = time.perf_counter()
@@ -131,16 +135,10 @@ class Worker:
         evaluations: list[Evaluation | None] = []
         changed: list[bool] = []
         for k, announced in zip(task.clients, task.announced, strict=True):
-            tensors = self._tensors(k)
-            with self.resident.lend(k, tensors, self._samples("train", k), self._samples("test", k)) as client:
-                self._catch_up(client, announced)
-                before = {name: tensor.clone() for name, tensor in client.memory.items() if tensor.numel() < 1024}
-                if task.evaluate:
-                    evaluations.append(self.algorithm.evaluate(client, message, task.train_data))
-                else:
-                    evaluations.append(None)
-                moved = any(not torch.equal(client.memory[name], old) for name, old in before.items())
-            changed.append(bool(announced.items) or moved)
-            if self.store:
-                self.store.release(k)
+            client = self._lend(k, announced)
+            evaluation = self.algorithm.evaluate(client, message, task.train_data) if task.evaluate else None
+            evaluations.append(evaluation)
+            changed.append(bool(announced.items) or (evaluation is not None and evaluation.changed))
+            if changed[-1]:
+                self._keep(k)
         return EvaluateOutcome(task.clients, tuple(evaluations), tuple(changed), time.perf_counter() - start)
