@@ -5,9 +5,8 @@
 One process, one thread, LeNet-5, two batches of 16 per client and round, so that the framework is not hidden behind the
 training. Overhead is everything a client's turn takes except the trainer's own work (``step``, and ``begin`` and
 ``finish``, which are listed apart): message coding, reading and writing the client's tensors, shuffling, normalisation,
-merging and metrics, without evaluation. Times are processor time of the one thread, so that a busy machine does not
-count. A client's first turn also allocates its row on disk; that is listed apart as well. The memory is the peak after
-all clients have been evaluated.
+merging and metrics, without evaluation. Times are wall-clock: run it on an idle machine. A client's first turn also
+allocates its row on disk; that is listed apart as well. The memory is the peak after all clients have been evaluated.
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ class StepClock:
 
     def _timed(self, name: str, method: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
+            start = time.perf_counter()
             try:
                 return method(*args, **kwargs)
             finally:
-                self.seconds[name] += time.process_time() - start
+                self.seconds[name] += time.perf_counter() - start
 
         return call
 
@@ -63,17 +62,18 @@ def measure(clients: int, sampled: int, rounds: int, engine: str) -> dict[str, A
     """Run the rounds and return one row of :data:`COLUMNS`."""
     config = resolve_config(
         {
-            "name": "overhead", "rounds": rounds,
+            "name": "overhead", "rounds": rounds + 1,
             "data": {
-                "name": "synthetic", "image": 28, "channels": 1, "classes": 10, "train": 32 * clients, "test": 2 * clients
+                "name": "synthetic", "image": 28, "channels": 1, "classes": 10,
+                "train": 32 * clients, "test": 2 * clients,
             },
             "partition": {"scheme": "iid", "clients": clients},
             "model": {"name": "lenet5"},
             "algorithm": {"name": "spafl", "variant": "fmnist"},
             "training": {"batch_size": 16, "epochs": 1, "lr": 0.001},
             "sampling": {"clients_per_round": sampled},
-            "evaluation": {"every": rounds + 1, "train_data": "never"},
-            "simulation": {"workers": 1, "engine": engine, "device": "cpu", "checkpoint_every": rounds + 1},
+            "evaluation": {"every": rounds + 2, "train_data": "never"},
+            "simulation": {"workers": 1, "engine": engine, "device": "cpu", "checkpoint_every": rounds + 2},
         }
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -83,16 +83,16 @@ def measure(clients: int, sampled: int, rounds: int, engine: str) -> dict[str, A
         with loop.Pool(simulation._worker_setup(), 1) as pool:
             assert pool._own is not None and simulation.store is not None
             simulation._round(pool, 0)  # warm-up: kernels are chosen, rows of the store are new
-            start = time.process_time()
+            start = time.perf_counter()
             for k in range(clients):
                 simulation.store.load(k)
                 simulation.store.save(k)
-            first_write = (time.process_time() - start) / clients
+            first_write = (time.perf_counter() - start) / clients
             clock = StepClock(pool._own.resident.trainer)
             for number in range(1, rounds):
-                start = time.process_time()
+                start = time.perf_counter()
                 simulation._round(pool, number)
-                seconds += time.process_time() - start
+                seconds += time.perf_counter() - start
             turns = (rounds - 1) * sampled
             simulation._visit_all(pool, rounds, True, False)
         row = simulation.store.row_bytes

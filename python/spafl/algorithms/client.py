@@ -123,8 +123,12 @@ class Client:
         augment = None
         if self._transform.augment:
             augment = rng.torch_stream(self._seed, "augment", round, self.id)
-        # Dropout and the like draw from the global generator.
-        torch.manual_seed(rng.stream_seed(self._seed, "model", round, self.id))
+        # Dropout and the like draw from the device's global generator. torch.manual_seed would seed every backend there
+        # might be, and takes a millisecond to remember where it was called from.
+        seed = rng.stream_seed(self._seed, "model", round, self.id)
+        torch.default_generator.manual_seed(seed)
+        if self._device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         last = n - n % size if self.local.drop_last and n >= size else n
         for _ in range(self.local.epochs):
             order = torch.from_numpy(shuffle.permutation(n)) if self.local.shuffle else torch.arange(n)
