@@ -33,20 +33,34 @@ struct ThresholdRows {
   int64_t rows, columns, n_in;
 };
 
-// One tensor of an SGD step.
+// One tensor of a step.
 template <typename T>
-struct SgdTensor {
+struct StepTensor {
   T* param;
-  T* grad;      // read; written back scaled (and with the penalty) only if write_grad
+  T* grad;      // scratch; holds the clipped gradient afterwards if write_grad
   T* momentum;  // null when momentum is 0
   int64_t size;
   bool is_threshold;  // gets -penalty * exp(-param) added to its gradient
 };
 
-struct SgdOptions {
+// Filters of one layer in a step: their weights, split into stored columns (which have a gradient) and dropped ones
+// (whose only gradient is the sign term), and their thresholds.
+template <typename T>
+struct StepRows {
+  T *weight, *grad, *momentum;        // rows x columns; grad null: these filters have no gradient
+  T *dropped, *dropped_momentum;      // rows x dropped_columns
+  T *threshold, *threshold_momentum;  // rows
+  const T* dot;                       // rows, or null: r_i, if it is not sum_j grad_ij weight_ij
+  T* score;                           // rows; in: the score of the forward pass, out: of the new weights
+  uint8_t* mask;                      // rows; in: of the forward pass, out: new
+  int64_t rows, columns, dropped_columns, n_in;
+};
+
+struct StepOptions {
   double lr, momentum, weight_decay, penalty;
   double max_norm;     // < 0: no clipping
-  double extra_norm2;  // added to the squared norm: gradients of entries that are not in the list
+  double extra_norm2;  // added to the squared norm: gradients of entries that are in no list
+  bool window;         // estimator: gradient only where |score - threshold| > 1
   bool write_grad;
 };
 
@@ -63,8 +77,10 @@ struct Kernels {
                          const uint8_t* argmax, T* gx);
   // Number of rows whose mask changed.
   int64_t (*threshold_rows)(const ThresholdRows<T>&);
-  // The gradient norm before clipping, extra_norm2 included; tensors are updated in place.
-  double (*sgd_step)(SgdTensor<T>* tensors, int64_t count, const SgdOptions&);
+  // Everything in place; flips: by layer, the number of rows whose mask changed. Returns the gradient norm before
+  // clipping (without clipping: the root of extra_norm2).
+  double (*step)(const StepRows<T>* layers, int64_t layer_count, const StepTensor<T>* tensors, int64_t tensor_count,
+                 const StepOptions&, int64_t* flips);
 };
 
 enum class Isa { scalar, avx2, avx512 };

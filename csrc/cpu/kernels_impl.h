@@ -397,10 +397,12 @@ void relu_pool_grad(int64_t planes, int64_t height, int64_t width, int64_t pool,
 
 // ---- sums with one result on every machine ------------------------------------------------------------------------
 
-// Sum of f over n numbers: 32 partial sums whatever the vector length, folded in a fixed order, and carried in double
-// every 2048 numbers. The bits do not depend on the instruction set.
-template <bool Square, typename T>
-double steady_sum(const T* p, int64_t n) {
+enum class Sum { abs, square, product };
+
+// Sum over n numbers of |a|, a * a or a * b: 32 partial sums whatever the vector length, folded in a fixed order, and
+// carried in double every 2048 numbers. The bits do not depend on the instruction set.
+template <Sum kind, typename T>
+double steady_sum(const T* a, int64_t n, const T* b = nullptr) {
   using V = Vec<T>;
   constexpr int width = 32, parts = width / V::size;
   constexpr int64_t block = 64 * width;
@@ -413,13 +415,19 @@ double steady_sum(const T* p, int64_t n) {
     for (int64_t i = start; i < whole; i += width)
 #pragma GCC unroll 16
       for (int k = 0; k < parts; k++) {
-        const V a = V::load(p + i + k * V::size);
-        sum[k] = V::add(sum[k], Square ? V::mul(a, a) : V::abs(a));
+        const V x = V::load(a + i + k * V::size);
+        if constexpr (kind == Sum::abs) sum[k] = V::add(sum[k], V::abs(x));
+        if constexpr (kind == Sum::square) sum[k] = V::add(sum[k], V::mul(x, x));
+        if constexpr (kind == Sum::product) sum[k] = V::add(sum[k], V::mul(x, V::load(b + i + k * V::size)));
       }
     T lane[width];
 #pragma GCC unroll 16
     for (int k = 0; k < parts; k++) sum[k].store(lane + k * V::size);
-    for (int64_t i = whole; i < end; i++) lane[i - whole] += Square ? p[i] * p[i] : std::fabs(p[i]);
+    for (int64_t i = whole; i < end; i++) {
+      if constexpr (kind == Sum::abs) lane[i - whole] += std::fabs(a[i]);
+      if constexpr (kind == Sum::square) lane[i - whole] += a[i] * a[i];
+      if constexpr (kind == Sum::product) lane[i - whole] += a[i] * b[i];
+    }
     for (int half = width / 2; half; half /= 2)
       for (int i = 0; i < half; i++) lane[i] += lane[i + half];
     total += lane[0];
@@ -433,7 +441,7 @@ template <typename T>
 int64_t threshold_rows(const ThresholdRows<T>& layer) {
   int64_t changed = 0;
   for (int64_t row = 0; row < layer.rows; row++) {
-    double sum = steady_sum<false>(layer.weight + row * layer.columns, layer.columns);
+    double sum = steady_sum<Sum::abs>(layer.weight + row * layer.columns, layer.columns);
     if (layer.rest) sum += layer.rest[row];
     const T score = (T)(sum / (double)layer.n_in);
     const uint8_t mask = score > layer.threshold[row];
@@ -444,17 +452,120 @@ int64_t threshold_rows(const ThresholdRows<T>& layer) {
   return changed;
 }
 
-// ---- SGD step -----------------------------------------------------------------------------------------------------
+// ---- the step -----------------------------------------------------------------------------------------------------
 
 template <typename T>
-double sgd_step(SgdTensor<T>* tensors, int64_t count, const SgdOptions& options) {
-  double norm2 = options.extra_norm2;
+T sign(T x) {
+  return (T)((x > 0) - (x < 0));
+}
+
+// torch.optim.SGD on n numbers; gradient(i, p[i]) is the gradient of the i-th.
+template <typename T, typename Gradient>
+inline void update(T* __restrict__ p, T* __restrict__ m, int64_t n, const StepOptions& options, Gradient gradient) {
+  const T lr = (T)options.lr, momentum = (T)options.momentum, decay = (T)options.weight_decay;
+  // With decay 0 the term is left out, not multiplied: an infinite weight must not become NaN.
+  if (m && decay != 0)
+    for (int64_t i = 0; i < n; i++) m[i] = momentum * m[i] + (gradient(i, p[i]) + decay * p[i]), p[i] -= lr * m[i];
+  else if (m)
+    for (int64_t i = 0; i < n; i++) m[i] = momentum * m[i] + gradient(i, p[i]), p[i] -= lr * m[i];
+  else if (decay != 0)
+    for (int64_t i = 0; i < n; i++) p[i] -= lr * (gradient(i, p[i]) + decay * p[i]);
+  else
+    for (int64_t i = 0; i < n; i++) p[i] -= lr * gradient(i, p[i]);
+}
+
+// What the gradients of one layer need beyond backward: per row, the sign term's coefficient and the gradient of the
+// threshold. Adds the sign term to grad. Returns the squared norm of everything, if it is asked for.
+template <typename T>
+double complete_gradients(const StepRows<T>& layer, const StepOptions& options, bool norm, T* coefficient,
+                          T* threshold_grad) {
+  double norm2 = 0;
+  for (int64_t row = 0; row < layer.rows; row++) {
+    const T* weight = layer.weight + row * layer.columns;
+    T* grad = layer.grad ? layer.grad + row * layer.columns : nullptr;
+    T dot = 0;
+    if (layer.dot)
+      dot = layer.dot[row];
+    else if (grad)
+      dot = (T)steady_sum<Sum::product>(grad, layer.columns, weight);
+    // Not a product: outside the window the gradient is 0 even if dot is infinite.
+    if (options.window && !(std::fabs(layer.score[row] - layer.threshold[row]) > 1)) dot = 0;
+    const T a = dot / (T)layer.n_in;
+    coefficient[row] = a;
+    T tau_grad = -dot;
+    if (options.penalty != 0) tau_grad -= (T)options.penalty * std::exp(-layer.threshold[row]);
+    threshold_grad[row] = tau_grad;
+    if (grad && a != 0)
+      for (int64_t i = 0; i < layer.columns; i++) grad[i] += a * sign(weight[i]);
+    if (norm) {
+      norm2 += (double)tau_grad * (double)tau_grad;
+      if (grad) norm2 += steady_sum<Sum::square>(grad, layer.columns);
+      if (a != 0 && layer.dropped_columns) {
+        const T* dropped = layer.dropped + row * layer.dropped_columns;
+        int64_t signs = 0;
+        for (int64_t i = 0; i < layer.dropped_columns; i++) signs += dropped[i] != 0;
+        norm2 += (double)a * (double)a * (double)signs;
+      }
+    }
+  }
+  return norm2;
+}
+
+template <typename T>
+int64_t update_rows(const StepRows<T>& layer, const StepOptions& options, T scale, const T* coefficient,
+                    const T* threshold_grad) {
+  int64_t changed = 0;
+  const auto at = [](T* p, int64_t offset) { return p ? p + offset : nullptr; };
+  for (int64_t row = 0; row < layer.rows; row++) {
+    const int64_t start = row * layer.columns, dropped_start = row * layer.dropped_columns;
+    T* weight = layer.weight + start;
+    T* momentum = at(layer.momentum, start);
+    if (layer.grad) {
+      T* grad = layer.grad + start;
+      if (options.write_grad)
+        for (int64_t i = 0; i < layer.columns; i++) grad[i] *= scale;
+      const T s = options.write_grad ? T(1) : scale;
+      update(weight, momentum, layer.columns, options, [=](int64_t i, T) { return s * grad[i]; });
+    } else if (coefficient[row] != 0) {
+      const T a = scale * coefficient[row];
+      update(weight, momentum, layer.columns, options, [=](int64_t, T w) { return a * sign(w); });
+    } else if (momentum || options.weight_decay != 0) {
+      update(weight, momentum, layer.columns, options, [](int64_t, T) { return T(0); });
+    }
+    double sum = steady_sum<Sum::abs>(weight, layer.columns);
+    if (layer.dropped_columns) {
+      T* dropped = layer.dropped + dropped_start;
+      const T a = scale * coefficient[row];
+      update(dropped, at(layer.dropped_momentum, dropped_start), layer.dropped_columns, options,
+             [=](int64_t, T w) { return a * sign(w); });
+      sum += steady_sum<Sum::abs>(dropped, layer.dropped_columns);
+    }
+    update(layer.threshold + row, at(layer.threshold_momentum, row), 1, options,
+           [=](int64_t, T) { return scale * threshold_grad[row]; });
+    const T score = (T)(sum / (double)layer.n_in);
+    const uint8_t mask = score > layer.threshold[row];
+    layer.score[row] = score;
+    changed += mask != layer.mask[row];
+    layer.mask[row] = mask;
+  }
+  return changed;
+}
+
+template <typename T>
+double step(const StepRows<T>* layers, int64_t layer_count, const StepTensor<T>* tensors, int64_t tensor_count,
+            const StepOptions& options, int64_t* flips) {
   const bool clip = options.max_norm >= 0;
-  for (int64_t t = 0; t < count; t++) {
-    const SgdTensor<T>& a = tensors[t];
+  double norm2 = options.extra_norm2;
+  int64_t rows = 0;
+  for (int64_t l = 0; l < layer_count; l++) rows += layers[l].rows;
+  std::vector<T> coefficient(rows), threshold_grad(rows);
+  for (int64_t l = 0, row = 0; l < layer_count; row += layers[l++].rows)
+    norm2 += complete_gradients(layers[l], options, clip, coefficient.data() + row, threshold_grad.data() + row);
+  for (int64_t t = 0; t < tensor_count; t++) {
+    const StepTensor<T>& a = tensors[t];
     if (a.is_threshold && options.penalty != 0)
       for (int64_t i = 0; i < a.size; i++) a.grad[i] -= (T)options.penalty * std::exp(-a.param[i]);
-    if (clip) norm2 += steady_sum<true>(a.grad, a.size);
+    if (clip) norm2 += steady_sum<Sum::square>(a.grad, a.size);
   }
   const T norm = (T)std::sqrt(norm2);
   T scale = 1;
@@ -463,24 +574,15 @@ double sgd_step(SgdTensor<T>* tensors, int64_t count, const SgdOptions& options)
     // Not min(): a norm that is not a number must reach the parameters, as it does in torch.
     if (scale > 1) scale = 1;
   }
-  const T lr = (T)options.lr, momentum = (T)options.momentum, decay = (T)options.weight_decay;
-  for (int64_t t = 0; t < count; t++) {
-    const SgdTensor<T>& a = tensors[t];
-    T* __restrict__ p = a.param;
-    T* __restrict__ g = a.grad;
-    T* __restrict__ m = a.momentum;
+  for (int64_t l = 0, row = 0; l < layer_count; row += layers[l++].rows)
+    flips[l] = update_rows(layers[l], options, scale, coefficient.data() + row, threshold_grad.data() + row);
+  for (int64_t t = 0; t < tensor_count; t++) {
+    const StepTensor<T>& a = tensors[t];
+    T* grad = a.grad;
     if (options.write_grad && clip)
-      for (int64_t i = 0; i < a.size; i++) g[i] *= scale;
+      for (int64_t i = 0; i < a.size; i++) grad[i] *= scale;
     const T s = options.write_grad ? T(1) : scale;
-    // With decay 0 the term is left out, not multiplied: an infinite weight must not become NaN.
-    if (m && decay != 0)
-      for (int64_t i = 0; i < a.size; i++) m[i] = momentum * m[i] + (s * g[i] + decay * p[i]), p[i] -= lr * m[i];
-    else if (m)
-      for (int64_t i = 0; i < a.size; i++) m[i] = momentum * m[i] + s * g[i], p[i] -= lr * m[i];
-    else if (decay != 0)
-      for (int64_t i = 0; i < a.size; i++) p[i] -= lr * (s * g[i] + decay * p[i]);
-    else
-      for (int64_t i = 0; i < a.size; i++) p[i] -= lr * (s * g[i]);
+    update(a.param, a.momentum, a.size, options, [=](int64_t i, T) { return s * grad[i]; });
   }
   return (double)norm;
 }
@@ -488,5 +590,5 @@ double sgd_step(SgdTensor<T>* tensors, int64_t count, const SgdOptions& options)
 template <typename T>
 constexpr Kernels<T> table = {
     conv_relu_pool<T>,   conv_relu_pool_grad_weight<T>, conv_relu_pool_grad_input<T>, relu_pool<T>,
-    relu_pool_grad<T>,   threshold_rows<T>,             sgd_step<T>,
+    relu_pool_grad<T>,   threshold_rows<T>,             step<T>,
 };
