@@ -136,13 +136,13 @@ def extension(home, record):
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    sources = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("csrc/cpu/*.cpp"), ROOT / "csrc" / "bindings.cpp"])
+    # cuda_bindings.cpp registers its schemas in every build and its kernels under USE_CUDA.
+    sources = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/*.cpp")])
     macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     if os.uname().machine in ("x86_64", "amd64"):
         macros.append("-DSPAFL_X86_VECTORS")
     libraries, link = [], []
     if home:
-        sources.append("csrc/cuda_bindings.cpp")
         # Without USE_CUDA the stream accessor of the stable ABI is not declared.
         macros.append("-DUSE_CUDA")
         # Static: the library must load in a torch that brings no CUDA runtime.
@@ -161,8 +161,12 @@ def extension(home, record):
             RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
         def compile_cuda(self, source):
-            target = Path(self.build_temp).resolve() / f"{source.stem}.cu.o"
+            name = re.sub(r"\W+", "_", f"{source.stem}_{archs}")
+            target = Path(self.build_temp).resolve() / f"{name}.cu.o"
             target.parent.mkdir(parents=True, exist_ok=True)
+            inputs = [*ROOT.glob("csrc/cuda/*"), Path(__file__)]
+            if target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in inputs):
+                return str(target)
             command = [
                 str(home / "bin" / "nvcc"), "-c", str(source), "-o", str(target), "-O3", "-std=c++17", "-lineinfo",
                 f"-I{ROOT / 'csrc'}", "-Xcompiler", "-fPIC", *gencode(archs),
