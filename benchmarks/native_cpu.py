@@ -178,10 +178,15 @@ def steps() -> Iterator[Case]:
             return run(state, use, "torch")
 
         agree("threshold_step", ours(), plain())
-        agree("threshold_step", [mine.weights, mine.thresholds, mine.scores], [other.weights, other.thresholds, other.scores])
+        agree(
+            "threshold_step",
+            [mine.weights, mine.thresholds, mine.scores],
+            [other.weights, other.thresholds, other.scores],
+        )
         yield "threshold_step", name, {"ours": ours, "torch": plain}
 
 
+COLUMNS = ["operator", "case", "rival", "ratio", "ratio_q1", "ratio_q3", "ours_ms", "rival_ms", "isa", "torch"]
 SUITES = {"conv": first_layers, "pool": pools, "pass": threshold_passes, "step": steps}
 
 
@@ -209,12 +214,13 @@ def main(arguments: list[str] | None = None) -> int:
                     f"{ours:.3f} ms against {theirs:.3f} ms{note}",
                     flush=True,
                 )
-                rows.append([operator, case, rival, f"{middle:.4f}", f"{low:.4f}", f"{high:.4f}", f"{ours:.4f}", f"{theirs:.4f}"])  # fmt: skip
+                figures = [f"{figure:.4f}" for figure in (middle, low, high, ours, theirs)]
+                rows.append([operator, case, rival, *figures, native.cpu_isa(), torch.__version__])
     if options.out:
         with open(options.out, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["operator", "case", "rival", "ratio", "ratio_q1", "ratio_q3", "ours_ms", "rival_ms", "isa", "torch"])  # fmt: skip
-            writer.writerows([*row, native.cpu_isa(), torch.__version__] for row in rows)
+            writer.writerow(COLUMNS)
+            writer.writerows(rows)
     return 0
 
 

@@ -149,8 +149,9 @@ void conv_relu_pool_forward(const ConvShape& s, const T* x, const T* w, const T*
   }
   // Vectors may read past the last plane by less than one vector.
   const Buffer<T> image = zeroed<T>(planes.count * planes.size + stride - count + lanes);
-  std::vector<T> values(most * stride);
-  std::vector<uint8_t> codes(most * stride);
+  const int64_t outputs = s.batch * s.out_channels * pooled, padded_w = (pooled_w + lanes - 1) / lanes * lanes;
+  std::vector<T> values(most * stride + padded_w);
+  std::vector<uint8_t> codes(most * stride + padded_w);
 
   for (int64_t n = 0; n < s.batch; n++) {
     planes.fill(s, x + n * s.in_channels * s.height * s.width, image.get());
@@ -160,12 +161,18 @@ void conv_relu_pool_forward(const ConvShape& s, const T* x, const T* w, const T*
                                                (bias ? bias : zero_bias.data()) + from, count, stride, values.data(),
                                                codes.data());
       for (int64_t c = 0; c < channels; c++) {
-        T* out = y + (n * s.out_channels + from + c) * pooled;
-        uint8_t* out_code = argmax + (n * s.out_channels + from + c) * pooled;
         for (int64_t row = 0; row < pooled_h; row++) {
-          const int64_t at = c * stride + row * planes.pitch;
-          std::copy_n(values.data() + at, pooled_w, out + row * pooled_w);
-          std::copy_n(codes.data() + at, pooled_w, out_code + row * pooled_w);
+          const int64_t at = c * stride + row * planes.pitch, to = (n * s.out_channels + from + c) * pooled + row * pooled_w;
+          // Whole vectors, as the next row overwrites what is too much; but not past the end of the output.
+          if (to + padded_w <= outputs) {
+            for (int64_t i = 0; i < padded_w; i += lanes) {
+              Vec<T>::load(values.data() + at + i).store(y + to + i);
+              std::memcpy(argmax + to + i, codes.data() + at + i, lanes);
+            }
+          } else {
+            std::copy_n(values.data() + at, pooled_w, y + to);
+            std::copy_n(codes.data() + at, pooled_w, argmax + to);
+          }
         }
       }
     }
@@ -183,6 +190,7 @@ void conv_relu_pool(const ConvShape& s, const T* x, const T* w, const T* bias, T
 // The surviving winners of one channel of one image: where their patch starts in the padded image, and their gradient.
 template <typename T>
 struct Winners {
+  static constexpr int64_t slack = 16;  // whole vectors may be written behind the last winner
   int64_t pooled, windows;
   std::vector<int32_t> corner;  // of each pool window
   int32_t shift[256];           // by argmax
@@ -190,16 +198,35 @@ struct Winners {
   std::vector<T> grad;
 
   Winners(const ConvShape& s, int64_t pitch)
-      : pooled(s.pooled_h() * s.pooled_w()), windows(s.pool * s.pool), corner(pooled), shift{}, patch(pooled), grad(pooled) {
+      : pooled(s.pooled_h() * s.pooled_w()),
+        windows(s.pool * s.pool),
+        corner(pooled),
+        shift{},
+        patch(pooled + slack),
+        grad(pooled + slack) {
     for (int64_t i = 0; i < pooled; i++)
       corner[i] = (int32_t)(i / s.pooled_w() * s.pool * pitch + i % s.pooled_w() * s.pool);
     for (int64_t k = 0; k < windows; k++) shift[k] = (int32_t)(k / s.pool * pitch + k % s.pool);
   }
 
   int64_t collect(const T* gy, const uint8_t* argmax) {
-    int64_t found = 0;
+    int64_t found = 0, i = 0;
+#if defined(SPAFL_ISA_AVX512)
+    if constexpr (std::is_same_v<T, float>) {
+      const __m512i shifts = _mm512_loadu_si512(shift);
+      for (; i + 16 <= pooled; i += 16) {
+        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(argmax + i)));
+        const __mmask16 alive = _mm512_cmplt_epi32_mask(code, _mm512_set1_epi32((int)windows));
+        const __m512i at = _mm512_add_epi32(_mm512_loadu_si512(corner.data() + i), _mm512_permutexvar_epi32(code, shifts));
+        // Compressed in a register and stored whole: storing under a mask is microcode on Zen 4.
+        _mm512_storeu_si512(patch.data() + found, _mm512_maskz_compress_epi32(alive, at));
+        _mm512_storeu_ps(grad.data() + found, _mm512_maskz_compress_ps(alive, _mm512_loadu_ps(gy + i)));
+        found += __builtin_popcount(alive);
+      }
+    }
+#endif
     // Always written, kept only by the count: no branch to mispredict.
-    for (int64_t i = 0; i < pooled; i++) {
+    for (; i < pooled; i++) {
       patch[found] = corner[i] + shift[argmax[i]];
       grad[found] = gy[i];
       found += argmax[i] < windows;
@@ -336,63 +363,73 @@ void conv_relu_pool_grad_input(const ConvShape& s, const T* w, const T* gy, cons
 
 // ---- ReLU + max-pool ----------------------------------------------------------------------------------------------
 
-template <typename T, int P>
-void relu_pool_rows(int64_t planes, int64_t height, int64_t width, const T* x, T* y, uint8_t* argmax) {
-  const int64_t pooled_h = height / P, pooled_w = width / P;
-  for (int64_t plane = 0; plane < planes; plane++) {
-    for (int64_t row = 0; row < pooled_h; row++) {
-      const T* __restrict__ from = x + (plane * height + row * P) * width;
-      T* __restrict__ to = y + (plane * pooled_h + row) * pooled_w;
-      uint8_t* __restrict__ code = argmax + (plane * pooled_h + row) * pooled_w;
-      for (int64_t column = 0; column < pooled_w; column++) {
-        T best = from[column * P];
-        int where = 0;
-#pragma GCC unroll 9
-        for (int k = 1; k < P * P; k++) {
-          const T candidate = from[(k / P) * width + column * P + k % P];
-          // Bitwise or: no branch.
-          const bool better = (candidate > best) | (candidate != candidate);
-          best = better ? candidate : best;
-          where = better ? k : where;
-        }
-        const bool blocked = best <= 0;
-        to[column] = blocked ? T(0) : best;
-        code[column] = (uint8_t)(blocked ? kBlocked : where);
-      }
-    }
+// Where the windows of one plane start. Padded to whole vectors with the last window.
+inline std::vector<int32_t> window_corners(int64_t height, int64_t width, int64_t pool, int64_t lanes) {
+  const int64_t pooled_w = width / pool, count = height / pool * pooled_w;
+  std::vector<int32_t> corners((count + lanes - 1) / lanes * lanes);
+  for (int64_t i = 0; i < (int64_t)corners.size(); i++) {
+    const int64_t window = std::min(i, count - 1);
+    corners[i] = (int32_t)(window / pooled_w * pool * width + window % pooled_w * pool);
   }
+  return corners;
 }
 
+// One vector lane per window; comparing in scalar code mispredicts on every other window.
 template <typename T, int P>
-void relu_pool_grad_rows(int64_t planes, int64_t height, int64_t width, const T* gy, const uint8_t* argmax, T* gx) {
-  const int64_t pooled_h = height / P, pooled_w = width / P;
+void relu_pool_forward(int64_t planes, int64_t height, int64_t width, const T* x, T* y, uint8_t* argmax) {
+  using V = Vec<T>;
+  const int64_t count = height / P * (width / P);
+  const std::vector<int32_t> corners = window_corners(height, width, P, V::size);
   for (int64_t plane = 0; plane < planes; plane++) {
-    T* out = gx + plane * height * width;
-    // Rows and columns that no window covers.
-    std::fill(out + pooled_h * P * width, out + height * width, T(0));
-    for (int64_t row = 0; row < pooled_h; row++) {
-      T* __restrict__ to = out + row * P * width;
-      const T* __restrict__ from = gy + (plane * pooled_h + row) * pooled_w;
-      const uint8_t* __restrict__ code = argmax + (plane * pooled_h + row) * pooled_w;
-      for (int64_t column = 0; column < pooled_w; column++) {
+    const T* from = x + plane * height * width;
+    T* to = y + plane * count;
+    uint8_t* code_to = argmax + plane * count;
+    for (int64_t i = 0; i < count; i += V::size) {
+      V best = V::gather(from, corners.data() + i);
+      auto code = V::codes(0);
 #pragma GCC unroll 9
-        for (int k = 0; k < P * P; k++)
-          to[(k / P) * width + column * P + k % P] = code[column] == k ? from[column] : T(0);
+      for (int k = 1; k < P * P; k++) {
+        const V candidate = V::gather(from + k / P * width + k % P, corners.data() + i);
+        const auto better = V::replaces(candidate, best);
+        best = V::select(better, candidate, best);
+        code = V::select(better, V::codes(k), code);
       }
-      for (int64_t k = 0; k < P; k++) std::fill(to + k * width + pooled_w * P, to + (k + 1) * width, T(0));
+      const auto alive = V::positive(best);
+      best = V::zero_unless(alive, best), code = V::select(alive, code, V::codes(kBlocked));
+      if (i + V::size <= count) {
+        best.store(to + i);
+        V::store(code, code_to + i);
+      } else {
+        T rest[V::size];
+        uint8_t rest_code[V::size];
+        best.store(rest);
+        V::store(code, rest_code);
+        std::copy_n(rest, count - i, to + i);
+        std::copy_n(rest_code, count - i, code_to + i);
+      }
     }
   }
 }
 
 template <typename T>
 void relu_pool(int64_t planes, int64_t height, int64_t width, int64_t pool, const T* x, T* y, uint8_t* argmax) {
-  (pool == 2 ? relu_pool_rows<T, 2> : relu_pool_rows<T, 3>)(planes, height, width, x, y, argmax);
+  (pool == 2 ? relu_pool_forward<T, 2> : relu_pool_forward<T, 3>)(planes, height, width, x, y, argmax);
 }
 
 template <typename T>
 void relu_pool_grad(int64_t planes, int64_t height, int64_t width, int64_t pool, const T* gy, const uint8_t* argmax,
                     T* gx) {
-  (pool == 2 ? relu_pool_grad_rows<T, 2> : relu_pool_grad_rows<T, 3>)(planes, height, width, gy, argmax, gx);
+  const int64_t count = height / pool * (width / pool);
+  const std::vector<int32_t> corners = window_corners(height, width, pool, 1);
+  int32_t shift[256] = {};
+  for (int64_t k = 0; k < pool * pool; k++) shift[k] = (int32_t)(k / pool * width + k % pool);
+  for (int64_t plane = 0; plane < planes; plane++) {
+    T* to = gx + plane * height * width;
+    const T* from = gy + plane * count;
+    const uint8_t* code = argmax + plane * count;
+    std::fill_n(to, height * width, T(0));
+    for (int64_t i = 0; i < count; i++) to[corners[i] + shift[code[i]]] = code[i] == kBlocked ? T(0) : from[i];
+  }
 }
 
 // ---- sums with one result on every machine ------------------------------------------------------------------------
