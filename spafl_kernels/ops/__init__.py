@@ -6,6 +6,7 @@ Every function takes ``backend``: ``"auto"`` uses the compiled kernel where it a
 
 from .conv_pool import conv_relu_pool, relu_pool
 from .sgd import sgd_step
+from .step import FilterRows, threshold_step
 from .threshold import threshold_pass
 
-__all__ = ["conv_relu_pool", "relu_pool", "sgd_step", "threshold_pass"]
+__all__ = ["FilterRows", "conv_relu_pool", "relu_pool", "sgd_step", "threshold_pass", "threshold_step"]
