@@ -9,10 +9,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,19 @@
 #ifndef SPAFL_NAMESPACE
 #define SPAFL_NAMESPACE spafl
 #endif
+
+// One clear line: torch's own check macro puts function, file and line of this source in front of the message.
+#define SPAFL_CHECK(condition, ...)         \
+  do {                                      \
+    if (!(condition)) refuse(__VA_ARGS__);  \
+  } while (0)
+
+template <typename... Parts>
+[[noreturn]] static void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -123,22 +137,22 @@ struct Checker {
   std::optional<int32_t> device = {};
 
   void on_one_device(const std::string& name, const Tensor& t) {
-    STD_TORCH_CHECK(on_device(t), op, ": ", name, " must be on a ", DEVICE, " device");
+    SPAFL_CHECK(on_device(t), op, ": ", name, " must be on a ", DEVICE, " device");
     if (!device) device = t.get_device();
-    STD_TORCH_CHECK(t.get_device() == *device, op, ": ", name, " is on ", DEVICE, ":", (int)t.get_device(),
+    SPAFL_CHECK(t.get_device() == *device, op, ": ", name, " is on ", DEVICE, ":", (int)t.get_device(),
                     " but other arguments are on ", DEVICE, ":", *device);
   }
 
   void dtype(const std::string& name, const Tensor& t, ScalarType want) {
-    STD_TORCH_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", dtype_name(want), "; got ", dtype_name(t.scalar_type()));
+    SPAFL_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", dtype_name(want), "; got ", dtype_name(t.scalar_type()));
   }
 
   // A contiguous tensor of one dtype and shape.
   void plain(const std::string& name, const Tensor& t, ScalarType want, const Shape& shape) {
     on_one_device(name, t);
     dtype(name, t, want);
-    STD_TORCH_CHECK(shape_of(t) == shape, op, ": ", name, " must have shape ", text(shape), "; got ", text(shape_of(t)));
-    STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+    SPAFL_CHECK(shape_of(t) == shape, op, ": ", name, " must have shape ", text(shape), "; got ", text(shape_of(t)));
+    SPAFL_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
   }
 
   // A parameter: (clients, ...), each client in one block of memory, in any order of its dimensions (contiguous and channels_last
@@ -151,11 +165,11 @@ struct Checker {
     std::sort(dims.begin(), dims.end());
     int64_t expected = 1;
     for (auto [stride, size] : dims) {
-      STD_TORCH_CHECK(stride == expected, op, ": ", name, " must keep each client in one block of memory; shape ",
+      SPAFL_CHECK(stride == expected, op, ": ", name, " must keep each client in one block of memory; shape ",
                       text(shape_of(t)), " has strides ", text(strides_of(t)));
       expected *= size;
     }
-    STD_TORCH_CHECK(t.size(0) == 1 || t.stride(0) >= expected, op, ": ", name, " must keep its clients apart in memory; shape ",
+    SPAFL_CHECK(t.size(0) == 1 || t.stride(0) >= expected, op, ": ", name, " must keep its clients apart in memory; shape ",
                     text(shape_of(t)), " has strides ", text(strides_of(t)));
   }
 
@@ -168,15 +182,15 @@ struct Checker {
   void same_layout(const std::string& name, const Tensor& t, const std::string& model_name, const Tensor& model) {
     on_one_device(name, t);
     dtype(name, t, model.scalar_type());
-    STD_TORCH_CHECK(shape_of(t) == shape_of(model), op, ": ", name, " must have the shape of ", model_name, ", ", text(shape_of(model)),
+    SPAFL_CHECK(shape_of(t) == shape_of(model), op, ": ", name, " must have the shape of ", model_name, ", ", text(shape_of(model)),
                     "; got ", text(shape_of(t)));
     for (int64_t d = 1; d < t.dim(); d++)
-      STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == model.stride(d), op, ": ", name, " must have the memory order of ", model_name,
+      SPAFL_CHECK(t.size(d) == 1 || t.stride(d) == model.stride(d), op, ": ", name, " must have the memory order of ", model_name,
                       ", strides ", text(strides_of(model)), "; got ", text(strides_of(t)));
   }
 
   void length(const char* name, size_t got, size_t want) {
-    STD_TORCH_CHECK(got == want, op, ": ", name, " must have ", want, " entries; got ", got);
+    SPAFL_CHECK(got == want, op, ": ", name, " must have ", want, " entries; got ", got);
   }
 };
 
@@ -193,26 +207,26 @@ struct Cohort {
 // Weights (and thresholds, if given) of one cohort.
 Cohort cohort(Checker& check, const Tensors& weights, const Tensors* thresholds) {
   const char* op = check.op;
-  STD_TORCH_CHECK(!weights.empty(), op, ": weights must name at least one layer");
+  SPAFL_CHECK(!weights.empty(), op, ": weights must name at least one layer");
   Cohort c;
   c.dtype = weights[0].scalar_type();
-  STD_TORCH_CHECK(dtype_code(c.dtype) >= 0, op, ": weights[0] must be float64, float32, float16 or bfloat16; got ", dtype_name(c.dtype));
+  SPAFL_CHECK(dtype_code(c.dtype) >= 0, op, ": weights[0] must be float64, float32, float16 or bfloat16; got ", dtype_name(c.dtype));
   if (thresholds) check.length("thresholds", thresholds->size(), weights.size());
   for (size_t l = 0; l < weights.size(); l++) {
     const Tensor& w = weights[l];
     const std::string name = item("weights", l);
-    STD_TORCH_CHECK(w.dim() >= 3, op, ": ", name, " must have shape (clients, filters, ...) with 3 dimensions or more; got ", text(shape_of(w)));
-    STD_TORCH_CHECK(w.numel() > 0, op, ": ", name, " must have no dimension of size 0; got ", text(shape_of(w)));
+    SPAFL_CHECK(w.dim() >= 3, op, ": ", name, " must have shape (clients, filters, ...) with 3 dimensions or more; got ", text(shape_of(w)));
+    SPAFL_CHECK(w.numel() > 0, op, ": ", name, " must have no dimension of size 0; got ", text(shape_of(w)));
     check.dtype(name, w, c.dtype);
     check.dense_clients(name, w);
     if (l == 0) c.clients = w.size(0);
-    STD_TORCH_CHECK(w.size(0) == c.clients, op, ": ", name, " must have ", c.clients, " clients like weights[0]; got ", w.size(0));
+    SPAFL_CHECK(w.size(0) == c.clients, op, ": ", name, " must have ", c.clients, " clients like weights[0]; got ", w.size(0));
     SpaflLayer layer{};
     layer.filters = w.size(1);
     layer.fan_in = w.numel() / w.size(0) / w.size(1);
-    STD_TORCH_CHECK(w.size(1) == 1 || w.stride(1) == layer.fan_in, op, ": ", name, " must keep each filter in one block of memory; shape ",
+    SPAFL_CHECK(w.size(1) == 1 || w.stride(1) == layer.fan_in, op, ": ", name, " must keep each filter in one block of memory; shape ",
                     text(shape_of(w)), " has strides ", text(Checker::strides_of(w)));
-    STD_TORCH_CHECK(c.columns + layer.filters <= INT32_MAX, op, ": the layers must have fewer than 2^31 filters together");
+    SPAFL_CHECK(c.columns + layer.filters <= INT32_MAX, op, ": the layers must have fewer than 2^31 filters together");
     layer.weight = w.const_data_ptr();
     layer.weight_stride = client_stride(w);
     layer.offset = c.columns;
@@ -222,7 +236,7 @@ Cohort cohort(Checker& check, const Tensors& weights, const Tensors* thresholds)
       const Tensor& tau = (*thresholds)[l];
       const std::string tau_name = item("thresholds", l);
       check.dtype(tau_name, tau, c.dtype);
-      STD_TORCH_CHECK((shape_of(tau) == Shape{c.clients, layer.filters}), op, ": ", tau_name, " must have one value per filter, shape ",
+      SPAFL_CHECK((shape_of(tau) == Shape{c.clients, layer.filters}), op, ": ", tau_name, " must have one value per filter, shape ",
                       text({c.clients, layer.filters}), "; got ", text(shape_of(tau)));
       check.dense_clients(tau_name, tau);
       layer.threshold = tau.const_data_ptr();
@@ -246,7 +260,7 @@ void check_lists(Checker& check, Cohort& c, const Tensors& weights, const Tensor
   check.plain("inverse", out.inverse, ScalarType::Int, c.wide());
   check.plain("counts", out.counts, ScalarType::Int, c.narrow());
   check.plain("changed", out.changed, ScalarType::Bool, c.narrow());
-  STD_TORCH_CHECK(out.pad_to >= 1, check.op, ": pad_to must be 1 or more; got ", out.pad_to);
+  SPAFL_CHECK(out.pad_to >= 1, check.op, ": pad_to must be 1 or more; got ", out.pad_to);
   if (out.packed.empty()) return;
   check.length("packed", out.packed.size(), c.layers.size());
   for (size_t l = 0; l < c.layers.size(); l++) {
@@ -256,20 +270,20 @@ void check_lists(Checker& check, Cohort& c, const Tensors& weights, const Tensor
     want[1] = (want[1] + out.pad_to - 1) / out.pad_to * out.pad_to;
     check.on_one_device(name, t);
     check.dtype(name, t, c.dtype);
-    STD_TORCH_CHECK(shape_of(t) == want, check.op, ": ", name, " must have shape ", text(want), " (filters rounded up to a multiple of ",
+    SPAFL_CHECK(shape_of(t) == want, check.op, ": ", name, " must have shape ", text(want), " (filters rounded up to a multiple of ",
                     out.pad_to, "); got ", text(shape_of(t)));
     check.dense_clients(name, t);
-    STD_TORCH_CHECK(t.size(1) == 1 || t.stride(1) == c.layers[l].fan_in, check.op, ": ", name,
+    SPAFL_CHECK(t.size(1) == 1 || t.stride(1) == c.layers[l].fan_in, check.op, ": ", name,
                     " must keep each filter in one block of memory; strides ", text(Checker::strides_of(t)));
     for (int64_t d = 2; d < t.dim(); d++)
-      STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == w.stride(d), check.op, ": ", name, " must have the memory order of ",
+      SPAFL_CHECK(t.size(d) == 1 || t.stride(d) == w.stride(d), check.op, ": ", name, " must have the memory order of ",
                       item("weights", l), ", strides ", text(Checker::strides_of(w)), "; got ", text(Checker::strides_of(t)));
     c.layers[l].packed = t.mutable_data_ptr();
     c.layers[l].packed_stride = client_stride(t);
   }
 }
 
-void launched(const char* op, int error) { STD_TORCH_CHECK(error == 0, op, ": the launch failed with CUDA error ", error); }
+void launched(const char* op, int error) { SPAFL_CHECK(error == 0, op, ": the launch failed with CUDA error ", error); }
 
 void run_lists(const char* op, const Cohort& c, const Tensor& mask, const Tensor& flipped, Lists& out, void* stream) {
   launched(op, spafl_active_lists(c.layers.data(), (int)c.layers.size(), c.clients, c.columns, (int64_t)c.layers.size(), dtype_code(c.dtype),
@@ -305,10 +319,10 @@ void active_lists(Tensors weights, Tensor mask, Tensor flipped, int64_t pad_to, 
 constexpr int64_t PLAIN_ROW = 1024;     // elements of a row of a parameter that is no threshold layer: 8 KB per block and tensor in fp32
 
 int64_t fused_step_partials(std::vector<int64_t> rows, std::vector<int64_t> sizes) {
-  STD_TORCH_CHECK(rows.size() == sizes.size(), "fused_step_partials: rows and sizes must have the same number of entries");
+  SPAFL_CHECK(rows.size() == sizes.size(), "fused_step_partials: rows and sizes must have the same number of entries");
   std::vector<SpaflParameter> parameters;
   for (size_t i = 0; i < rows.size(); i++) {
-    STD_TORCH_CHECK(rows[i] >= 0 && sizes[i] > 0 && (rows[i] == 0 || sizes[i] % rows[i] == 0),
+    SPAFL_CHECK(rows[i] >= 0 && sizes[i] > 0 && (rows[i] == 0 || sizes[i] % rows[i] == 0),
                     "fused_step_partials: rows must be 0 (no threshold layer) or divide sizes, and sizes must be 1 or more; got ", rows[i],
                     " and ", sizes[i]);
     SpaflParameter p{};
@@ -325,11 +339,11 @@ void fused_step(Tensors weights, Tensors weight_grads, Tensors weight_momenta, T
                 Tensor mask, Tensor flipped) {
   Checker check{"fused_step_cuda"};
   const char* op = check.op;
-  STD_TORCH_CHECK(momentum >= 0 && momentum < 1, op, ": momentum must be in [0, 1); got ", momentum);
-  STD_TORCH_CHECK(weight_decay >= 0, op, ": weight_decay must be 0 or more; got ", weight_decay);
-  STD_TORCH_CHECK(!max_norm || *max_norm > 0, op, ": max_norm must be positive, or None for no clipping; got ", *max_norm);
+  SPAFL_CHECK(momentum >= 0 && momentum < 1, op, ": momentum must be in [0, 1); got ", momentum);
+  SPAFL_CHECK(weight_decay >= 0, op, ": weight_decay must be 0 or more; got ", weight_decay);
+  SPAFL_CHECK(!max_norm || *max_norm > 0, op, ": max_norm must be positive, or None for no clipping; got ", *max_norm);
   Cohort c = cohort(check, weights, &thresholds);
-  STD_TORCH_CHECK(c.dtype == ScalarType::Float || c.dtype == ScalarType::Double, op, ": weights[0] must be float32 or float64; got ",
+  SPAFL_CHECK(c.dtype == ScalarType::Float || c.dtype == ScalarType::Double, op, ": weights[0] must be float32 or float64; got ",
                   dtype_name(c.dtype));
   const size_t layers = weights.size(), all = others.size();
   check.length("weight_grads", weight_grads.size(), layers);
@@ -368,7 +382,7 @@ void fused_step(Tensors weights, Tensors weight_grads, Tensors weight_momenta, T
   for (size_t i = 0; i < all; i++) {
     const Tensor& t = others[i];
     const std::string name = item("others", i);
-    STD_TORCH_CHECK(t.dim() >= 1 && t.numel() > 0 && t.size(0) == c.clients, op, ": ", name, " must have ", c.clients,
+    SPAFL_CHECK(t.dim() >= 1 && t.numel() > 0 && t.size(0) == c.clients, op, ": ", name, " must have ", c.clients,
                     " clients in its leading dimension and no dimension of size 0; got ", text(shape_of(t)));
     check.dtype(name, t, c.dtype);
     check.dense_clients(name, t);
@@ -408,7 +422,7 @@ void compact_copy(const char* op, Copy copy, Tensors& full, Tensors& compact, Te
                   const std::vector<int64_t>& filters, const std::vector<int64_t>& row_layers, const std::vector<int64_t>& column_layers,
                   Tensor& short_by) {
   Checker check{op};
-  STD_TORCH_CHECK(!full.empty(), op, ": full must name at least one tensor");
+  SPAFL_CHECK(!full.empty(), op, ": full must name at least one tensor");
   check.length("compact", compact.size(), full.size());
   check.length("row_layers", row_layers.size(), full.size());
   check.length("column_layers", column_layers.size(), full.size());
@@ -416,7 +430,7 @@ void compact_copy(const char* op, Copy copy, Tensors& full, Tensors& compact, Te
   std::vector<int64_t> offsets;
   int64_t columns = 0;
   for (int64_t f : filters) {
-    STD_TORCH_CHECK(f > 0, op, ": filters must be 1 or more for every layer; got ", f);
+    SPAFL_CHECK(f > 0, op, ": filters must be 1 or more for every layer; got ", f);
     offsets.push_back(columns);
     columns += f;
   }
@@ -425,25 +439,25 @@ void compact_copy(const char* op, Copy copy, Tensors& full, Tensors& compact, Te
   check.plain("counts", counts, ScalarType::Int, {clients, layers});
   check.plain("short_by", short_by, ScalarType::Int, {clients, (int64_t)full.size()});
   const ScalarType dtype = full[0].scalar_type();
-  STD_TORCH_CHECK(dtype_code(dtype) >= 0, op, ": full[0] must be float64, float32, float16 or bfloat16; got ", dtype_name(dtype));
+  SPAFL_CHECK(dtype_code(dtype) >= 0, op, ": full[0] must be float64, float32, float16 or bfloat16; got ", dtype_name(dtype));
   std::vector<SpaflCompact> items;
   for (size_t i = 0; i < full.size(); i++) {
     const Tensor &f = full[i], &t = compact[i];
     for (const auto& [name, x] : {std::pair<std::string, const Tensor&>{item("full", i), f}, {item("compact", i), t}}) {
       check.dtype(name, x, dtype);
-      STD_TORCH_CHECK(x.dim() == 5 && x.numel() > 0 && x.size(0) == clients, op, ": ", name, " must have shape (", clients,
+      SPAFL_CHECK(x.dim() == 5 && x.numel() > 0 && x.size(0) == clients, op, ": ", name, " must have shape (", clients,
                       ", rows, outer, columns, inner) with no dimension of size 0; got ", text(shape_of(x)));
       check.on_one_device(name, x);
       int64_t expected = 1;
       for (int d = 4; d >= 1; d--) {
-        STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected, op, ": ", name, " must be contiguous within a client; shape ",
+        SPAFL_CHECK(x.size(d) == 1 || x.stride(d) == expected, op, ": ", name, " must be contiguous within a client; shape ",
                         text(shape_of(x)), " has strides ", text(Checker::strides_of(x)));
         expected *= x.size(d);
       }
     }
-    STD_TORCH_CHECK(f.size(2) == t.size(2) && f.size(4) == t.size(4), op, ": ", item("compact", i),
+    SPAFL_CHECK(f.size(2) == t.size(2) && f.size(4) == t.size(4), op, ": ", item("compact", i),
                     " must have the outer and inner sizes of ", item("full", i), "; got ", text(shape_of(t)), " and ", text(shape_of(f)));
-    STD_TORCH_CHECK(t.numel() / t.size(0) / t.size(1) <= INT32_MAX, op, ": a row of ", item("compact", i), " must have fewer than 2^31 elements");
+    SPAFL_CHECK(t.numel() / t.size(0) / t.size(1) <= INT32_MAX, op, ": a row of ", item("compact", i), " must have fewer than 2^31 elements");
     SpaflCompact c{};
     c.full = f.mutable_data_ptr();
     c.compact = t.mutable_data_ptr();
@@ -458,10 +472,10 @@ void compact_copy(const char* op, Copy copy, Tensors& full, Tensors& compact, Te
     c.compact_columns = t.size(3);
     c.inner = f.size(4);
     auto use = [&](const char* what, int64_t layer, int64_t full_size, const int32_t*& list, const int32_t*& count) {
-      STD_TORCH_CHECK(layer >= -1 && layer < layers, op, ": ", item(what, i), " must be -1 (keep all) or the number of a layer, 0 to ",
+      SPAFL_CHECK(layer >= -1 && layer < layers, op, ": ", item(what, i), " must be -1 (keep all) or the number of a layer, 0 to ",
                       layers - 1, "; got ", layer);
       if (layer < 0) return;
-      STD_TORCH_CHECK(full_size == filters[layer], op, ": ", item("full", i), " has ", full_size, " where layer ", layer, " of ", what, " has ",
+      SPAFL_CHECK(full_size == filters[layer], op, ": ", item("full", i), " has ", full_size, " where layer ", layer, " of ", what, " has ",
                       filters[layer], " filters");
       list = (const int32_t*)active.const_data_ptr() + offsets[layer];
       count = (const int32_t*)counts.const_data_ptr() + layer;

@@ -10,7 +10,7 @@ constexpr int COPY_ROWS = WARPS;          // compact rows of a block: one per wa
 
 template <typename Unit, bool GATHER>
 __global__ void __launch_bounds__(THREADS)
-    compact_kernel(const __grid_constant__ Table<SpaflCompact> table, unsigned tiles, int first_item, int item_count,
+    compact_kernel(const Table<SpaflCompact> __grid_constant__ table, unsigned tiles, int first_item, int item_count,
                    int32_t* __restrict__ short_by) {
   const int64_t client = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int owner = owner_of(table, tile);

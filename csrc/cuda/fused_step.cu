@@ -56,7 +56,7 @@ __device__ __forceinline__ T row_square_sum(const T* row, int64_t length, int la
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    square_sum_kernel(const __grid_constant__ Table<SpaflParameter> table, unsigned tiles, int64_t base, int64_t all_tiles, Rates rates,
+    square_sum_kernel(const Table<SpaflParameter> __grid_constant__ table, unsigned tiles, int64_t base, int64_t all_tiles, Rates rates,
                       double* __restrict__ partials) {
   KERNEL_SHARED(double, scratch, WARPS);
   const int64_t client = blockIdx.x / tiles, tile = blockIdx.x % tiles;
@@ -137,7 +137,7 @@ __device__ __forceinline__ RowSum<T> update_row(const Step<T>& step, T* value, c
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    update_kernel(const __grid_constant__ Table<SpaflParameter> table, unsigned tiles, int64_t base, int64_t all_tiles, int64_t columns,
+    update_kernel(const Table<SpaflParameter> __grid_constant__ table, unsigned tiles, int64_t base, int64_t all_tiles, int64_t columns,
                   Rates rates, T momentum, T weight_decay, int clip, T max_norm, const double* __restrict__ partials,
                   double* __restrict__ norms, T* __restrict__ scores, uint8_t* __restrict__ mask, uint8_t* __restrict__ flipped) {
   KERNEL_SHARED(double, scratch, WARPS);

@@ -39,7 +39,7 @@ __device__ __forceinline__ acc_t<T> row_abs_sum(const T* row, int64_t length, in
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    score_kernel(const __grid_constant__ Table<SpaflLayer> table, unsigned tiles, int64_t columns, T* __restrict__ scores,
+    score_kernel(const Table<SpaflLayer> __grid_constant__ table, unsigned tiles, int64_t columns, T* __restrict__ scores,
                  uint8_t* __restrict__ mask, uint8_t* __restrict__ flipped, int compare) {
   const int64_t client = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int owner = owner_of(table, tile);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(THREADS)
 
 template <typename Unit>
 __global__ void __launch_bounds__(THREADS)
-    list_kernel(const __grid_constant__ Table<SpaflLayer> table, unsigned tiles, int64_t columns, int64_t layer_columns,
+    list_kernel(const Table<SpaflLayer> __grid_constant__ table, unsigned tiles, int64_t columns, int64_t layer_columns,
                 const uint8_t* __restrict__ mask, const uint8_t* __restrict__ flipped, int32_t* __restrict__ active,
                 int32_t* __restrict__ inverse, int32_t* __restrict__ counts, uint8_t* __restrict__ changed, int64_t pad_to) {
   KERNEL_SHARED(int, scratch, WARPS);

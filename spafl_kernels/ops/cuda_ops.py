@@ -1,16 +1,17 @@
 """The CUDA C++ operators: threshold pass, active lists, fused optimiser step, compact copies.
 
-The kernels (``csrc/cuda``) treat all layers of a model and all clients of a cohort in one or two launches, write into tensors that the
-caller owns, never wait for the device, and may be captured in a CUDA graph. Their library is optional: importing this module loads
-nothing, :func:`available` tries once, :func:`why_not` says what is missing.
+The kernels (``csrc/cuda``) treat all layers of a model and all clients of a cohort in one or two launches, write into
+tensors that the caller owns, never wait for the device, and may be captured in a CUDA graph. Their library is optional:
+importing this module loads nothing, :func:`available` tries once, :func:`why_not` says what is missing.
 
-Every parameter has the client as its leading dimension; for a single model use ``weight.unsqueeze(0)``. Below, C is the number of
-clients, L the number of layers, ``O_l`` the filters of layer l and ``T = sum_l O_l``; in ``(C, T)`` tensors layer l owns the columns
-``[sum(O_0 .. O_{l-1}), + O_l)``.
+Every parameter has the client as its leading dimension; for a single model use ``weight.unsqueeze(0)``. Below, C is the
+number of clients, L the number of layers, ``O_l`` the filters of layer l and ``T = sum_l O_l``; in ``(C, T)`` tensors
+layer l owns the columns ``[sum(O_0 .. O_{l-1}), + O_l)``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,8 @@ class MaskState:
         inverse: ``(C, T)`` int32: the place of a filter in ``active``, -1 if pruned.
         counts: ``(C, L)`` int32: active filters.
         changed: ``(C, L)`` bool: any filter of the layer flipped.
-        packed: per layer ``(C, O_l rounded up to pad_to, ...)``: the rows of active filters, then zero rows up to the next multiple of
-            ``pad_to``; rows after that keep whatever they held. Empty when packing was not asked for.
+        packed: per layer ``(C, O_l rounded up to pad_to, ...)``: the rows of active filters, then zero rows up to the
+            next multiple of ``pad_to``; rows after that keep whatever they held. Empty when packing was not asked for.
     """
 
     filters: tuple[int, ...]
@@ -168,7 +169,7 @@ def mask_state(weights: Sequence[Tensor], pad_to: int | None = None) -> MaskStat
 
 def _empty_packed(weight: Tensor, rows: int) -> Tensor:
     """``(C, rows, ...)`` in the memory order that ``weight`` has within a filter."""
-    fan_in = weight[0, 0].numel()
+    fan_in = math.prod(weight.shape[2:])
     strides = (rows * fan_in, fan_in, *weight.stride()[2:])
     return torch.empty_strided(
         (weight.shape[0], rows, *weight.shape[2:]), strides, dtype=weight.dtype, device=weight.device
@@ -180,11 +181,13 @@ def threshold_pass(
 ) -> None:
     """Scores, masks, active lists and packed weights of all layers and clients, into ``state``: two launches.
 
-    The score is summed in fp32 (float64 for float64 weights), divided by the fan-in and rounded once to the dtype of the weights; the
-    comparison is made in that dtype. Equal weights have bitwise equal scores wherever they lie in memory. NaN scores are pruned.
+    The score is summed in fp32 (float64 for float64 weights), divided by the fan-in and rounded once to the dtype of
+    the weights; the comparison is made in that dtype. Equal weights have bitwise equal scores wherever they lie in
+    memory. NaN scores are pruned.
 
     Args:
-        weights: per layer ``(C, O_l, ...)``; each client one block of memory (contiguous or channels_last), filters outermost.
+        weights: per layer ``(C, O_l, ...)``; each client one block of memory (contiguous or channels_last), filters
+            outermost.
         thresholds: per layer ``(C, O_l)``, dtype of the weights.
         state: from :func:`mask_state`.
         compare: read the former mask in ``state`` to tell flips; False in the first pass, which flags everything.
@@ -209,7 +212,10 @@ def threshold_pass(
 
 
 def active_lists(weights: Sequence[Tensor], state: MaskState) -> None:
-    """The second half of :func:`threshold_pass`, from ``state.mask`` and ``state.flipped``: for use after :func:`fused_step`."""
+    """The second half of :func:`threshold_pass`, from ``state.mask`` and ``state.flipped``: one launch.
+
+    For use after :func:`fused_step`. Arguments and errors as in :func:`threshold_pass`.
+    """
     _op("active_lists_cuda")(
         list(weights),
         state.mask,
@@ -258,7 +264,7 @@ def step_state(
         raise ValueError("weights must name at least one layer")
     clients, device = weights[0].shape[0], weights[0].device
     rows = [weight.shape[1] for weight in weights] + [0] * len(others)
-    sizes = [tensor[0].numel() for tensor in (*weights, *others)]
+    sizes = [math.prod(tensor.shape[1:]) for tensor in (*weights, *others)]
 
     def buffers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(torch.zeros_like(tensor) for tensor in tensors) if momentum else ()
@@ -291,15 +297,17 @@ def fused_step(
     weight_decay: float = 0.0,
     max_norm: float | None = None,
 ) -> None:
-    """One SGD step of a cohort, in place, and the scores, mask and flips that follow from it: two launches, one without clipping.
+    """One SGD step of a cohort, in place, and the scores, mask and flips that follow from it.
 
-    For every client on its own, in the order and with the roundings of PyTorch: threshold gradients get ``-c exp(-tau)``;
-    ``clip_grad_norm_`` over all parameters, factor ``min(1, max_norm / (norm + 1e-6))``; ``torch.optim.SGD`` without dampening or
-    Nesterov. Gradients are read only. ``masks.scores``, ``masks.mask`` and ``masks.flipped`` are updated (a pass of
-    :func:`threshold_pass` must have filled the mask); call :func:`active_lists` for the lists.
+    Two launches; one without clipping. For every client on its own, in the order and with the roundings of PyTorch:
+    threshold gradients get ``-c * exp(-tau)``;
+    ``clip_grad_norm_`` over all parameters, factor ``min(1, max_norm / (norm + 1e-6))``; ``torch.optim.SGD`` without
+    dampening or Nesterov. Gradients are read only. ``masks.scores``, ``masks.mask`` and ``masks.flipped`` are updated
+    (a pass of :func:`threshold_pass` must have filled the mask); call :func:`active_lists` for the lists.
 
     Args:
-        weights, weight_grads: per layer ``(C, O_l, ...)``, float32 or float64; gradients in the memory order of their weight.
+        weights, weight_grads: per layer ``(C, O_l, ...)``, float32 or float64; gradients in the memory order of their
+            weight.
         thresholds, threshold_grads: per layer ``(C, O_l)``.
         others, other_grads: every further parameter, ``(C, ...)``.
         state: from :func:`step_state`; its momenta must be there exactly if ``momentum`` is not 0.
@@ -341,21 +349,22 @@ def compact_gather(
     row_layers: Sequence[int],
     column_layers: Sequence[int],
 ) -> Tensor:
-    """``compact <- full``: the active rows and columns, in list order, zeros beyond the counts; one launch for all tensors.
+    """``compact <- full``: the active rows and columns, in list order, zeros beyond the counts.
 
-    Every tensor is seen as ``(C, rows, outer, columns, inner)``: a convolution's weight has outer 1 and inner ``kH * kW``, its
-    channels_last storage outer ``kH * kW`` and inner 1, a bias ``(C, O, 1, 1, 1)``.
+    One launch for all tensors. Every tensor is seen as ``(C, rows, outer, columns, inner)``: a convolution's weight has
+    outer 1 and inner ``kH * kW``, its channels_last storage outer ``kH * kW`` and inner 1, a bias ``(C, O, 1, 1, 1)``.
 
     Args:
-        full: ``(C, R, outer, K, inner)``, each client contiguous; any of the dtypes of :func:`threshold_pass`, all the same.
+        full: ``(C, R, outer, K, inner)``, each client contiguous; any of the dtypes of :func:`threshold_pass`, all the
+            same.
         compact: ``(C, r, outer, k, inner)``, each client contiguous, ``r`` and ``k`` large enough for the counts.
         masks: lists and counts.
         row_layers: per tensor the layer whose active filters are its rows, -1: keep all rows.
         column_layers: the same for columns: the layer that feeds this one, -1: keep all columns.
 
     Returns:
-        int32 ``(C, len(full))`` on the device: rows and columns that ``compact`` had no room for; anything but 0 is an error of
-        the caller, which only the device can see.
+        int32 ``(C, len(full))`` on the device: rows and columns that ``compact`` had no room for; anything but 0 is an
+        error of the caller, which only the device can see.
 
     Raises:
         RuntimeError: arguments of another dtype, device, shape or memory order than said here, or no CUDA operators.
@@ -370,7 +379,7 @@ def compact_scatter(
     row_layers: Sequence[int],
     column_layers: Sequence[int],
 ) -> Tensor:
-    """``full <- compact``: the inverse of :func:`compact_gather`; entries of ``full`` that are not listed keep their values."""
+    """``full <- compact``: the inverse of :func:`compact_gather`; what is not listed keeps its value in ``full``."""
     return _compact_copy("compact_scatter_cuda", full, compact, masks, row_layers, column_layers)
 
 
@@ -397,47 +406,56 @@ def _compact_copy(
 
 
 def _register_fakes(namespace: str) -> None:
-    """All operators only write into their arguments: a fake has nothing to make, it checks what shapes can tell."""
+    """All operators only write into their arguments: a fake has nothing to make, it checks devices and lengths."""
     if namespace in _faked:
         return
     _faked.add(namespace)
 
-    def lists(weights: list[Tensor], active: Tensor, counts: Tensor, packed: list[Tensor]) -> None:
+    def one_device(name: str, *arguments: Any) -> None:
+        tensors = [t for a in arguments for t in (a if isinstance(a, list | tuple) else [a]) if isinstance(t, Tensor)]
+        devices = sorted({str(tensor.device) for tensor in tensors})
+        torch._check(len(devices) == 1, lambda: f"{name}: all tensors must be on one device; got {', '.join(devices)}")
+
+    def length(name: str, what: str, tensors: Sequence[Any], size: int) -> None:
+        torch._check(len(tensors) == size, lambda: f"{name}: {what} must have {size} entries; got {len(tensors)}")
+
+    def lists(name: str, weights: list[Tensor], active: Tensor, counts: Tensor, packed: list[Tensor]) -> None:
         columns = sum(weight.shape[1] for weight in weights)
-        torch._check(active.shape[1] == columns, lambda: f"active must have {columns} columns")
-        torch._check(counts.shape[1] == len(weights), lambda: f"counts must have {len(weights)} columns")
-        torch._check(len(packed) in (0, len(weights)), lambda: f"packed must have {len(weights)} entries or none")
+        torch._check(active.shape[1] == columns, lambda: f"{name}: active must have {columns} columns")
+        torch._check(counts.shape[1] == len(weights), lambda: f"{name}: counts must have {len(weights)} columns")
+        if packed:
+            length(name, "packed", packed, len(weights))
 
     @torch.library.register_fake(f"{namespace}::threshold_pass_cuda")
     def _(weights, thresholds, compare, pad_to, scores, mask, flipped, active, inverse, counts, changed, packed):
-        torch._check(len(thresholds) == len(weights), lambda: f"thresholds must have {len(weights)} entries")
-        lists(weights, active, counts, packed)
+        name = "threshold_pass_cuda"
+        one_device(name, weights, thresholds, scores, mask, flipped, active, inverse, counts, changed, packed)
+        length(name, "thresholds", thresholds, len(weights))
+        lists(name, weights, active, counts, packed)
 
     @torch.library.register_fake(f"{namespace}::active_lists_cuda")
     def _(weights, mask, flipped, pad_to, active, inverse, counts, changed, packed):
-        lists(weights, active, counts, packed)
+        one_device("active_lists_cuda", weights, mask, flipped, active, inverse, counts, changed, packed)
+        lists("active_lists_cuda", weights, active, counts, packed)
 
     @torch.library.register_fake(f"{namespace}::fused_step_cuda")
-    def _(
-        weights,
-        weight_grads,
-        weight_momenta,
-        thresholds,
-        threshold_grads,
-        threshold_momenta,
-        others,
-        other_grads,
-        *_rest,
-    ):
-        for name, tensors in (("weight_grads", weight_grads), ("thresholds", thresholds)):
-            torch._check(len(tensors) == len(weights), lambda name=name: f"{name} must have {len(weights)} entries")
-        torch._check(len(other_grads) == len(others), lambda: f"other_grads must have {len(others)} entries")
+    def _(weights, weight_grads, weight_momenta, thresholds, threshold_grads, threshold_momenta, others, *rest):
+        name, other_grads = "fused_step_cuda", rest[0]
+        lists = (weight_grads, weight_momenta, thresholds, threshold_grads, threshold_momenta, others)
+        one_device(name, weights, *lists, *rest)
+        length(name, "weight_grads", weight_grads, len(weights))
+        length(name, "thresholds", thresholds, len(weights))
+        length(name, "threshold_grads", threshold_grads, len(weights))
+        length(name, "other_grads", other_grads, len(others))
 
     for copy in ("compact_gather_cuda", "compact_scatter_cuda"):
 
         @torch.library.register_fake(f"{namespace}::{copy}")
-        def _(full, compact, active, counts, filters, row_layers, column_layers, short_by):
-            torch._check(len(compact) == len(full), lambda: f"compact must have {len(full)} entries")
+        def _(full, compact, active, counts, filters, row_layers, column_layers, short_by, name=copy):
+            one_device(name, full, compact, active, counts, short_by)
+            length(name, "compact", compact, len(full))
+            length(name, "row_layers", row_layers, len(full))
+            length(name, "column_layers", column_layers, len(full))
 
 
 _faked: set[str] = set()

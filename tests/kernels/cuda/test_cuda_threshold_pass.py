@@ -10,13 +10,15 @@ from spafl_kernels.ops import cuda_ops
 
 NAN = float("nan")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Filters that are no multiple of a block (8 and 32), rows of one element, odd rows, rows longer than one round of a warp.
+# Filters that are no multiple of a block (8 and 32), rows of one element, odd rows, rows longer than one round of a
+# warp.
 SHAPES = [(37, 3, 5, 5), (8, 129), (1, 1), (33, 1), (70, 6), (5, 1031), (32, 64)]
 POISON = -77
 
 
 def cohort(clients, density, dtype=torch.float64, shapes=SHAPES, seed=3):
-    """Weights in one arena (clients far apart), and thresholds that leave exactly round(density * O) random filters active."""
+    """Weights in one arena (clients far apart), and thresholds that leave exactly round(density * O) random filters
+    active."""
     generator = torch.Generator().manual_seed(seed)
     size = sum(torch.Size(s).numel() for s in shapes)
     arena = torch.randn(clients, size + 16, generator=generator, dtype=torch.float64).to(dtype)

@@ -11,7 +11,6 @@
 #ifdef __CUDACC__
 #error "cpu_shim.h is for g++ only"
 #endif
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -31,7 +30,7 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
-#define __grid_constant__
+#define __grid_constant__ &                       // one copy per launch, not one per thread
 
 struct uint3 { unsigned x, y, z; };
 struct dim3 {
@@ -50,7 +49,7 @@ constexpr size_t STACK = 64 << 10;
 
 struct Fiber {
   ucontext_t context;
-  jmp_buf jump;
+  void* jump[5];
   std::unique_ptr<char[]> stack{new char[STACK]};
   bool started = false;
   uint3 tid;
@@ -60,8 +59,7 @@ struct Fiber {
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;   // the threads of the running block, reused by the next one
-inline ucontext_t scheduler;
-inline jmp_buf scheduler_jump;
+inline void* scheduler_jump[5];
 inline int current = -1;                          // linear index of the running thread
 inline uint3 block_id;
 inline dim3 grid_dim, block_dim;
@@ -75,22 +73,19 @@ inline unsigned long long launches = 0;
   abort();
 }
 
-// Switches between fibers. swapcontext makes a system call each time; setjmp and longjmp do not, but AddressSanitizer would take the
-// jump for an unwinding of the stack.
-#ifdef __SANITIZE_ADDRESS__
-inline void resume(Fiber& f) { swapcontext(&scheduler, &f.context); }
-inline void to_scheduler(Fiber& f) { swapcontext(&f.context, &scheduler); }
-#else
-__attribute__((noinline)) inline void resume(Fiber& f) {
-  if (_setjmp(scheduler_jump)) return;
-  if (f.started) _longjmp(f.jump, 1);
+// Switches between fibers. The builtins, because swapcontext makes a system call each time, and AddressSanitizer takes longjmp for an
+// unwinding of the stack.
+#define EMU_SWITCH __attribute__((noinline, no_sanitize_address))
+EMU_SWITCH inline void resume(Fiber& f) {
+  if (__builtin_setjmp(scheduler_jump)) return;
+  if (f.started) __builtin_longjmp(f.jump, 1);
   f.started = true;
   setcontext(&f.context);
 }
-__attribute__((noinline)) inline void to_scheduler(Fiber& f) {
-  if (!_setjmp(f.jump)) _longjmp(scheduler_jump, 1);
+EMU_SWITCH inline void to_scheduler(Fiber& f) {
+  if (__builtin_setjmp(f.jump)) return;
+  __builtin_longjmp(scheduler_jump, 1);
 }
-#endif
 
 inline void yield(Wait why) {
   fibers[current]->wait = why;

@@ -1,4 +1,4 @@
-"""Builds the CUDA sources two ways: with g++ over cpu_shim.h, to run them, and with nvcc for sm_90a, to look at the machine code."""
+"""Builds the CUDA sources with g++ over cpu_shim.h, to run them, and with nvcc for sm_90a, to read the machine code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,10 @@ from torch.utils.cpp_extension import include_paths, library_paths
 REPOSITORY = Path(__file__).resolve().parents[4]
 SOURCES = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
 SHIM = Path(__file__).with_name("cpu_shim.h")
+BINDINGS = REPOSITORY / "csrc" / "cuda_bindings.cpp"
 NAMESPACE = "spafl_on_cpu"
+TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11: the oldest torch that the library loads in
+Edits = Sequence[tuple[str, str, str]]
 
 # AddressSanitizer must be the first library of the process, and the fibers of the shim are stacks it did not make.
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -38,58 +42,91 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
-def on_cpu(sanitize: bool = False, flags: tuple[str, ...] = (), sources: tuple[Path, ...] | None = None) -> Path:
-    """The library of all kernels and bindings, compiled for the CPU; kept in ``build/`` under the hash of what it was made from.
+def on_cpu(sanitize: bool = False, edits: Edits = ()) -> Path:
+    """The kernels and bindings compiled for the CPU; kept in ``build/`` under the hash of what they are made of.
 
     Args:
         sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
-        flags: further compiler flags (seeded faults).
-        sources: other CUDA sources, without the bindings.
+        edits: seeded faults, ``(file name in csrc/cuda, old text, new text)``; the old text must be there once.
     """
-    cuda = sources or SOURCES
-    bindings = [] if sources else [REPOSITORY / "csrc" / "cuda_bindings.cpp"]
-    headers = [SHIM, *sorted((REPOSITORY / "csrc" / "cuda").glob("*.*h"))]
-    options = ["-std=c++20", "-O1", "-g", "-fPIC", *WARNINGS, *(SANITIZE if sanitize else ()), *flags]
-    key = hashlib.sha256(" ".join([torch.__version__, *options]).encode())
-    for source in (*cuda, *bindings, *headers):
-        key.update(source.read_bytes())
+    cuda = REPOSITORY / "csrc" / "cuda"
+    texts = {path.name: path.read_text() for path in sorted(cuda.iterdir())}
+    for name, old, new in edits:
+        if texts[name].count(old) != 1:
+            raise ValueError(f"{name} must hold this text exactly once: {old!r}")
+        texts[name] = texts[name].replace(old, new)
+    options = ["-std=c++20", "-O1", "-g", "-fPIC", *WARNINGS]
+    checks = SANITIZE if sanitize else ()
+    headers = [text for name, text in texts.items() if not name.endswith(".cu")]
     folder = REPOSITORY / "build" / "cuda_on_cpu"
-    library = folder / f"{key.hexdigest()[:20]}.so"
-    if library.exists():
-        return library
-    work = folder / f"{library.stem}.{os.getpid()}"
+    work = folder / f"work.{os.getpid()}"
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    for name, text in texts.items():
+        (work / name).write_text(text)
+    shim = [*checks, f"-I{work}", "-x", "c++", "-include", str(SHIM)]
+    torch_headers = [word for path in include_paths() for word in ("-isystem", path)]
+    bindings = [f"-I{REPOSITORY / 'csrc'}", "-DSPAFL_CUDA_ON_CPU", f"-DSPAFL_NAMESPACE={NAMESPACE}", *torch_headers]
+    bindings += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    jobs = [
+        (name, [*shim, str(work / name)], [SHIM.read_text(), text])
+        for name, text in texts.items()
+        if name.endswith(".cu")
+    ]
+    jobs.append(("cuda_bindings.cpp", [*bindings, str(BINDINGS)], [torch.__version__, BINDINGS.read_text()]))
     objects = []
-    for source in (*cuda, *bindings):
-        target = work / f"{source.stem}.o"
-        if source.suffix == ".cu":
-            language = ["-x", "c++", f"-I{REPOSITORY / 'csrc' / 'cuda'}", "-include", str(SHIM)]
-        else:
-            language = [f"-I{REPOSITORY / 'csrc'}", "-DSPAFL_CUDA_ON_CPU", f"-DSPAFL_NAMESPACE={NAMESPACE}"]
-            language += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-            language += [word for path in include_paths() for word in ("-isystem", path)]
-        _run(["g++", *options, *language, "-c", str(source), "-o", str(target)])
+    for name, arguments, inputs in jobs:
+        target = folder / f"{name}.{_hash(*options, *(checks if name.endswith('.cu') else ()), *inputs, *headers)}.o"
+        if not target.exists():
+            # -fdebug-prefix-map: sanitizers name the source, not the working copy.
+            rename = f"-fdebug-prefix-map={work}={cuda}"
+            _run(["g++", *options, rename, *arguments, "-c", "-o", str(work / "object.o")])
+            os.replace(work / "object.o", target)
         objects.append(str(target))
-    torch_libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch", "-lc10"]
-    _run(["g++", "-shared", *options, *objects, *torch_libraries, "-o", str(work / "library.so")])
-    os.replace(work / "library.so", library)
+    library = folder / f"{_hash(*objects)}.so"
+    if not library.exists():
+        libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch", "-lc10"]
+        _run(["g++", "-shared", *options, *checks, *objects, *libraries, "-o", str(work / "library.so")])
+        os.replace(work / "library.so", library)
     shutil.rmtree(work)
     return library
 
 
-def find_nvcc() -> str | None:
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:20]
+
+
+def cuda_home() -> Path | None:
+    """The folder of the CUDA toolkit, or None."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    return home if (home / "bin" / "nvcc").exists() else None
+
+
+def find_nvcc() -> Path | None:
     """The CUDA compiler, or None."""
-    candidate = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
-    return str(candidate) if candidate.exists() else shutil.which("nvcc")
+    return cuda_home() and cuda_home() / "bin" / "nvcc"
 
 
-def cubin(source: Path, folder: Path) -> Path:
-    """One source compiled for sm_90a; warnings, spills and local memory are errors."""
-    nvcc = find_nvcc()
-    assert nvcc
-    target = folder / f"{source.stem}.cubin"
-    _run([nvcc, "-cubin", *NVCC_FLAGS, f"-I{REPOSITORY / 'csrc' / 'cuda'}", str(source), "-o", str(target)])
-    return target
+def compile_cuda(source: Path, target: Path, *options: str) -> None:
+    """One source compiled by nvcc for sm_90a; warnings, spills and local memory are errors."""
+    _run([str(find_nvcc()), *NVCC_FLAGS, *options, str(source), "-o", str(target)])
+
+
+def extension(folder: Path) -> Path:
+    """The real library: nvcc's objects and the bindings, for a CUDA or a CPU-only torch."""
+    home = Path(os.path.realpath(cuda_home()))
+    objects = []
+    for source in SOURCES:
+        objects.append(str(folder / f"{source.stem}.o"))
+        compile_cuda(source, Path(objects[-1]), "-c", "-Xcompiler", "-fPIC")
+    options = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-DUSE_CUDA", f"-I{REPOSITORY / 'csrc'}"]
+    options += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{home / 'include'}"]
+    options += [word for path in include_paths() for word in ("-isystem", path)]
+    library = folder / "_C.abi3.so"
+    libraries = [f"-L{path}" for path in [*library_paths(), home / "lib64"]]
+    libraries += ["-ltorch_cpu", "-ltorch", "-lc10", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    _run(["g++", "-shared", *options, str(BINDINGS), *objects, *libraries, "-o", str(library)])
+    return library
 
 
 def _run(command: list[str]) -> None:
