@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .geometry import Geometry, channels_last, empty_channels_last, row_step
+from .geometry import Geometry, channels_last, empty_channels_last, offset_type, row_step
 from .plan import HEADER, Plan, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
@@ -48,7 +48,7 @@ def _spread(
 @triton.jit
 def _forward_tile(
     x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-    SHAPE: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr,
+    SHAPE: tl.constexpr, OFFSET: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """TILE packed filters from ``first`` on, for ROWS output positions."""
@@ -78,7 +78,7 @@ def _forward_tile(
             w = wide[:, None] + (k // C % S * SHAPE[12])[None, :]
             ok = live[:, None] & (k < C * R * S)[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             # Masked lanes get offset 0: a masked asynchronous copy from before the tensor faults (pytorch 187081).
-            at = tl.where(ok, base[:, None] + h.to(tl.int64) * x_h + w.to(tl.int64) * x_w + (k % C)[None, :], 0)
+            at = tl.where(ok, base[:, None] + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w + (k % C)[None, :], 0)
             a = tl.load(x + at, mask=ok, other=0.0)
             b = tl.load(weights + k[None, :], mask=(k < stride)[None, :], other=0.0)
         else:
@@ -91,7 +91,7 @@ def _forward_tile(
                 h = high + tap // S * SHAPE[11]
                 w = wide + tap % S * SHAPE[12]
                 ok = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                at = tl.where(ok, base + h.to(tl.int64) * x_h + w.to(tl.int64) * x_w, 0)
+                at = tl.where(ok, base + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w, 0)
             if C % DEPTH == 0:
                 a = tl.load(x + at[:, None] + c[None, :], mask=ok[:, None], other=0.0)
                 b = tl.load(weights + (tap * C + c)[None, :])
@@ -106,8 +106,8 @@ def _forward_tile(
 def threshold_forward(
     x, packed, bias, y, plan, x_client, packed_client, bias_client, y_client, plan_client,
     total, out, stride, x_n, x_h, x_w, row_tiles,
-    HEADER: tl.constexpr, SHAPE: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MASK_BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    HEADER: tl.constexpr, SHAPE: tl.constexpr, OFFSET: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """``y = conv(x, packed) + bias`` in dense layout; grid (row tiles * filter tiles, clients)."""
@@ -133,23 +133,23 @@ def threshold_forward(
     if TILE == 64:
         if left <= 16:
             _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                          SHAPE, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
+                          SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
         elif left <= 32:
             _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                          SHAPE, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
+                          SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
         else:
             _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                          SHAPE, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 64, DEPTH, GROUP)  # fmt: skip
+                          SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 64, DEPTH, GROUP)  # fmt: skip
     elif TILE == 32:
         if left <= 16:
             _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                          SHAPE, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
+                          SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
         else:
             _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                          SHAPE, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
+                          SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
     else:
         _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                      SHAPE, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, TILE, DEPTH, GROUP)  # fmt: skip
+                      SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, TILE, DEPTH, GROUP)  # fmt: skip
 
 
 def flat_is_better(channels: int, taps: int, depth: int) -> bool:
@@ -199,12 +199,13 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     depth = max(16, min(tile.depth, power_of_two(g.n_in)))
     flat = flat_is_better(g.channels, g.kernel[0] * g.kernel[1], depth)
+    depth = min(depth, 32) if flat else depth
     pointwise = g.pointwise and line is not None
     threshold_forward[(row_tiles * triton.cdiv(out, filters), clients)](
         x, packed, x if bias is None else bias, y, plan.data,
         x.stride(0), packed.stride(0), 0 if bias is None else bias.stride(0), y.stride(0), plan.data.stride(0),
         total, out, row_stride(g.n_in), x.stride(1), x.stride(2), line if pointwise else x.stride(3), row_tiles,
-        HEADER=HEADER, SHAPE=g.shape, POINTWISE=pointwise, FLAT=flat, HAS_BIAS=bias is not None, MASK_BIAS=mask_bias,
+        HEADER=HEADER, SHAPE=g.shape, OFFSET=offset_type(x), POINTWISE=pointwise, FLAT=flat, HAS_BIAS=bias is not None, MASK_BIAS=mask_bias,
         PRECISION=precision(kind), ROWS=tile.rows, TILE=filters, DEPTH=depth,
         GROUP=min(64, max(16, power_of_two(out))), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -8,6 +8,7 @@ its rows), and *one launch* with one program per layer and client, for models wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -171,25 +172,28 @@ def threshold_pass_model(
     )  # fmt: skip
 
 
-def row_order(weight: Tensor) -> tuple[int, int] | None:
-    """``(inner, outer)`` of a row in memory when rows are dense, else None. ``weight``: ``(out, in[, kH, kW])``."""
-    n_in = weight[0].numel() if weight.shape[0] else 1
-    if weight.stride(0) != n_in and weight.shape[0] > 1:
-        return None
-    if weight.dim() == 2:
-        return (n_in, 1) if weight.shape[1] == 1 or weight.stride(1) == 1 else None
-    row = weight[0]
-    if row.is_contiguous():
-        taps = row.shape[1] * row.shape[2]
-        return (row.shape[0], taps)
-    if row.permute(1, 2, 0).is_contiguous():
+def row_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
+    """``(inner, outer)`` of a row in memory when rows are dense, else None; ``shape``: ``(out, in[, kH, kW])``."""
+    out, n_in, taps = shape[0], math.prod(shape[1:]), math.prod(shape[2:])
+
+    def dense(order: Sequence[int]) -> bool:
+        span = 1
+        for i in order:
+            if shape[i] != 1 and strides[i] != span:
+                return False
+            span *= shape[i]
+        return out == 1 or strides[0] == n_in
+
+    if dense(range(len(shape) - 1, 0, -1)):
+        return (shape[1], taps) if taps > 1 else (n_in, 1)
+    if len(shape) == 4 and dense((1, 3, 2)):
         return (n_in, 1)
     return None
 
 
 def dense_rows(weight: Tensor) -> Tensor:
     """``weight`` itself if the rows of every client lie dense in memory, else a contiguous copy."""
-    return weight if row_order(weight[0]) is not None else weight.contiguous()
+    return weight if row_order(weight.shape[1:], weight.stride()[1:]) is not None else weight.contiguous()
 
 
 def plan_layer(
@@ -210,8 +214,8 @@ def plan_layer(
     """
     clients, out = weight.shape[:2]
     weight, threshold = dense_rows(weight), threshold.contiguous()
-    n_in = weight[0, 0].numel()
-    order = row_order(weight[0])
+    n_in = math.prod(weight.shape[2:])
+    order = row_order(weight.shape[1:], weight.stride()[1:])
     assert order is not None
     plan = Plan.empty(clients, out, weight.device) if plan is None else plan
     cap, stride = capacity(out), row_stride(n_in)
@@ -276,11 +280,11 @@ class ModelPass:
                     f"layer {i}: weight must be (out, in) or (out, in, kH, kW) and not empty, threshold contiguous (out,);"
                     f" got {tuple(w.shape)} and {tuple(t.shape)}"
                 )
-            orders.append(row_order(w))
+            orders.append(row_order(w.shape, w.stride()))
             if orders[-1] is None:
                 raise ValueError(f"layer {i}: the rows of the weight must lie dense in memory; got strides {w.stride()}")
         self.weights, self.thresholds, self.estimator, self._orders = list(weights), list(thresholds), estimator, orders
-        outs, n_ins = [w.shape[0] for w in weights], [w[0].numel() for w in weights]
+        outs, n_ins = [w.shape[0] for w in weights], [math.prod(w.shape[1:]) for w in weights]
         sizes = [capacity(o) * row_stride(n) for o, n in zip(outs, n_ins, strict=True)]
         self._plans = torch.full((sum(map(plan_size, outs)),), -1, dtype=torch.int32, device=device)
         self._packed = torch.empty(sum(sizes), dtype=dtype or kind, device=device)
@@ -307,7 +311,7 @@ class ModelPass:
         rows, plan_at, scores_at, packed_at = [], 0, 0, 0
         for (w_at, t_at), w, order in zip(self._addresses, self.weights, self._orders, strict=True):
             assert order is not None
-            out, n_in = w.shape[0], w[0].numel()
+            out, n_in = w.shape[0], math.prod(w.shape[1:])
             cap, stride = capacity(out), row_stride(n_in)
             rows.append([w_at, t_at, plan_at, scores_at, packed_at, out, n_in, *order, cap, stride, 0])
             plan_at, scores_at, packed_at = plan_at + plan_size(out), scores_at + out, packed_at + cap * stride
