@@ -1,9 +1,28 @@
-"""Triton kernels of the threshold layers, and their launchers. Importing this package imports ``triton``."""
+"""Triton kernels of the threshold layers, and their launchers. ``triton`` itself is imported at first use."""
 
-from .backward import backward
-from .forward import forward
-from .geometry import Geometry
-from .plan import Plan, capacity, plan_size, row_stride
-from .threshold import ModelPass, plan_layer
+from __future__ import annotations
 
-__all__ = ["Geometry", "ModelPass", "Plan", "backward", "capacity", "forward", "plan_layer", "plan_size", "row_stride"]
+import importlib
+from typing import Any
+
+_HOME = {
+    "Geometry": "geometry",
+    "ModelPass": "threshold",
+    "Plan": "plan",
+    "backward": "backward",
+    "capacity": "plan",
+    "forward": "forward",
+    "plan_layer": "threshold",
+    "plan_size": "plan",
+    "row_stride": "plan",
+}
+__all__ = [
+    "Geometry", "ModelPass", "Plan", "backward", "capacity", "forward", "plan_layer", "plan_size", "row_stride",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_HOME[name]}", __name__)
+    return getattr(module, name)

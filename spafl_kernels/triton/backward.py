@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .geometry import Geometry, channels_last, empty_channels_last, offset_type, row_step
+from .geometry import Geometry, channels_last, empty_channels_last, row_step
+from .kinds import offset_type
 from .plan import HEADER, WIDEST, Plan, capacity, row_stride
 from .threshold import dense_rows, row_order
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
@@ -79,7 +80,9 @@ def threshold_collect(
         for c0 in range(lo, limit, COLUMNS):
             c = c0 + tl.arange(0, COLUMNS)
             channel = tl.load(index + c, mask=c < hi, other=0).to(tl.int64)
-            part = tl.load(grad + at[:, None] + channel[None, :] * g_c, mask=live[:, None] & (c < hi)[None, :], other=0.0)
+            part = tl.load(
+                grad + at[:, None] + channel[None, :] * g_c, mask=live[:, None] & (c < hi)[None, :], other=0.0
+            )
             tl.store(to + c[None, :], part, mask=live[:, None] & (c < limit)[None, :])
     if STATISTICS:
         partial += client * partial_client + tl.program_id(0).to(tl.int64) * 2 * out
@@ -176,11 +179,11 @@ def threshold_dgrad(
     live = (row < total) & (h < H) & (w < W)
     # Taps that meet this class: r = first_r, first_r + STEP_H, ... ; the same for s.
     first_r = class_h * 0 + R
-    for r in tl.static_range(STEP_H):
-        first_r = tl.where((class_h + PH - r * DH) % SH == 0, r, first_r)
+    for i in tl.static_range(STEP_H):
+        first_r = tl.where((class_h + PH - i * DH) % SH == 0, i, first_r)
     first_s = class_w * 0 + S
-    for s in tl.static_range(STEP_W):
-        first_s = tl.where((class_w + PW - s * DW) % SW == 0, s, first_s)
+    for i in tl.static_range(STEP_W):
+        first_s = tl.where((class_w + PW - i * DW) % SW == 0, i, first_s)
     taps_r = tl.maximum((R - first_r + STEP_H - 1) // STEP_H, 0)
     taps_s = tl.maximum((S - first_s + STEP_W - 1) // STEP_W, 0)
     parts = (count + DEPTH - 1) // DEPTH
@@ -248,11 +251,9 @@ def _wgrad_tile(
             ok = live[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             image = (m // (P * Q)).to(tl.int64)[:, None] * x_n
             at = tl.where(ok, image + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w, 0)
-        if C % COLUMNS == 0:
-            a = tl.load(x + at + c[None, :], mask=ok & (column >= 0)[None, :], other=0.0)
-        else:
+        if FLAT or C % COLUMNS != 0:
             ok = ok & inside[None, :]
-            a = tl.load(x + tl.where(ok, at + c[None, :], 0), mask=ok, other=0.0)
+        a = tl.load(x + at + c[None, :], mask=ok, other=0.0)
         g = tl.load(collected + m.to(tl.int64)[:, None] * CAP + filters[None, :], mask=live[:, None], other=0.0)
         acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
     tl.store(slab + filters.to(tl.int64)[None, :] * stride + column[:, None], acc, mask=inside[:, None])

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .geometry import Geometry, channels_last, empty_channels_last, offset_type, row_step
+from .geometry import Geometry, channels_last, empty_channels_last, row_step
+from .kinds import offset_type
 from .plan import HEADER, Plan, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 

@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 
@@ -85,12 +84,3 @@ def row_step(x: Tensor) -> int | None:
         else:
             span = stride * size
     return 0 if step is None else step
-
-
-def offset_type(x: Tensor) -> tl.dtype:
-    """Integer for offsets inside one image of ``(clients, N, H, W, C)``: 32 bits where they are enough.
-
-    The start of an image is always a 64-bit offset. Inside, 64-bit multiplications would be most of the address work.
-    """
-    extent = sum((size - 1) * stride for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True))
-    return tl.int32 if extent < 2**31 else tl.int64

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Estimator, check_estimator
+from .kinds import DTYPES
 from .plan import HEADER, Plan, capacity, plan_size, row_stride
 
 ROWS = 16  # rows of a program
@@ -28,7 +29,9 @@ FIELDS = 12  # numbers per layer in the table of a model
 
 
 @triton.jit
-def _score(weight, threshold, flags, scores, first, out, n_in, WINDOW: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
+def _score(
+    weight, threshold, flags, scores, first, out, n_in, WINDOW: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr
+):
     """Flags and scores of rows [first, first + ROWS). The sum runs in float32, as PyTorch's mean does."""
     row = first + tl.arange(0, ROWS)
     live = row < out
@@ -89,7 +92,9 @@ def _pack(
         k = k0 + tl.arange(0, STEP)
         source = (k % inner) * outer + k // inner
         part = tl.load(
-            weight + row.to(tl.int64)[:, None] * n_in + source[None, :], mask=keep[:, None] & (k < n_in)[None, :], other=0.0
+            weight + row.to(tl.int64)[:, None] * n_in + source[None, :],
+            mask=keep[:, None] & (k < n_in)[None, :],
+            other=0.0,
         )
         part = part.to(packed.dtype.element_ty)
         wide = (k < stride)[None, :]
@@ -282,7 +287,9 @@ class ModelPass:
                 )
             orders.append(row_order(w.shape, w.stride()))
             if orders[-1] is None:
-                raise ValueError(f"layer {i}: the rows of the weight must lie dense in memory; got strides {w.stride()}")
+                raise ValueError(
+                    f"layer {i}: the rows of the weight must lie dense in memory; got strides {w.stride()}"
+                )
         self.weights, self.thresholds, self.estimator, self._orders = list(weights), list(thresholds), estimator, orders
         outs, n_ins = [w.shape[0] for w in weights], [math.prod(w.shape[1:]) for w in weights]
         sizes = [capacity(o) * row_stride(n) for o, n in zip(outs, n_ins, strict=True)]
@@ -330,6 +337,3 @@ class ModelPass:
                 FIELDS=FIELDS, ROWS=ROWS, STEP=STEP, num_warps=4,
             )  # fmt: skip
         return self.plans
-
-
-DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
