@@ -138,12 +138,12 @@ def threshold_linear(
 
 @threshold_linear.register_kernel("cuda")
 def _(input, weight, threshold, bias, estimator, mask_bias):
-    from ..triton import forward, plan_layer
+    from ..triton import layer_forward, plan_layer
 
     _check(input, weight, threshold, bias, estimator, (3, 3))
     plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
     geometry = Geometry(weight.shape[2])
-    y = forward(input[..., None, None], packed, plan, bias, geometry, mask_bias, _tf32(conv=False))
+    y = layer_forward(input[..., None, None], packed, plan, bias, geometry, mask_bias, _tf32(conv=False))
     return y.squeeze(4).squeeze(3), plan.data, packed
 
 
@@ -169,9 +169,9 @@ def threshold_linear_backward(
 
 @threshold_linear_backward.register_kernel("cuda")
 def _(grad, input, weight, packed, plan, bias, mask_bias, need_input, need_weight):
-    from ..triton import backward
+    from ..triton import layer_backward
 
-    dx, dw, dtau, db = backward(
+    dx, dw, dtau, db = layer_backward(
         grad[..., None, None], input[..., None, None], weight, packed, Plan(plan, weight.shape[1]), bias,
         Geometry(weight.shape[2]), mask_bias, _tf32(conv=False), need_input, need_weight,
     )  # fmt: skip
@@ -214,12 +214,12 @@ def threshold_conv2d(
 
 @threshold_conv2d.register_kernel("cuda")
 def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias):
-    from ..triton import forward, plan_layer
+    from ..triton import layer_forward, plan_layer
 
     _check(input, weight, threshold, bias, estimator, (5, 5))
     g = _geometry(input, weight, stride, padding, dilation)
     plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
-    return forward(input, packed, plan, bias, g, mask_bias, _tf32(conv=True)), plan.data, packed
+    return layer_forward(input, packed, plan, bias, g, mask_bias, _tf32(conv=True)), plan.data, packed
 
 
 @threshold_conv2d.register_fake
@@ -249,10 +249,10 @@ def threshold_conv2d_backward(
 
 @threshold_conv2d_backward.register_kernel("cuda")
 def _(grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_bias, need_input, need_weight):
-    from ..triton import backward
+    from ..triton import layer_backward
 
     g = _geometry(input, weight, stride, padding, dilation)
-    results = backward(
+    results = layer_backward(
         grad, input, weight, packed, Plan(plan, weight.shape[1]), bias, g, mask_bias, _tf32(conv=True),
         need_input, need_weight,
     )  # fmt: skip
@@ -286,21 +286,50 @@ def _unless_empty(ctx: Any, results: tuple[Tensor, ...]) -> tuple[Tensor | None,
     return tuple(r if need else None for r, need in zip(results, ctx.needs_input_grad[:4], strict=True))
 
 
+class _GradientForTransforms(torch.autograd.Function):
+    """A backward operator under ``torch.func.grad``, which asks every function for a derivative of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "second derivatives are not implemented by the packed threshold operators; use "
+            "spafl_kernels.reference, which has them"
+        )
+
+
+def _gradient(op: Any, *args: Any) -> tuple[Tensor, ...]:
+    if torch._C._are_functorch_transforms_active():
+        return _GradientForTransforms.apply(op, *args)
+    return op(*args)
+
+
 def _linear_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     input, weight, bias, plan, packed = ctx.saved_tensors
     _, mask_bias = ctx.rest
-    results = torch.ops.spafl.threshold_linear_backward(
-        grad, input, weight, packed, plan, bias, mask_bias, *_needs(ctx)
-    )
+    results = _gradient(
+        torch.ops.spafl.threshold_linear_backward,
+        grad, input, weight, packed, plan, bias, mask_bias, *_needs(ctx),
+    )  # fmt: skip
     return (*_unless_empty(ctx, results), None, None)
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     input, weight, bias, plan, packed = ctx.saved_tensors
     stride, padding, dilation, _, mask_bias = ctx.rest
-    results = torch.ops.spafl.threshold_conv2d_backward(
-        grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_bias, *_needs(ctx)
-    )
+    results = _gradient(
+        torch.ops.spafl.threshold_conv2d_backward,
+        grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_bias, *_needs(ctx),
+    )  # fmt: skip
     return (*_unless_empty(ctx, results), None, None, None, None, None)
 
 
@@ -355,6 +384,39 @@ for _op in (threshold_linear, threshold_conv2d):
         _register_autocast(_op, _device, _key)
 
 
+# --------------------------------------------------------------------------------------------------- torch.func
+class _LinearForTransforms(torch.autograd.Function):
+    """The linear operator for ``torch.func.grad``, which refuses the autograd of custom operators."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.spafl.threshold_linear(*args)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_linear_backward)
+
+
+class _Conv2dForTransforms(torch.autograd.Function):
+    """The convolution operator for ``torch.func.grad``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.spafl.threshold_conv2d(*args)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_conv2d_backward)
+
+
+def _call(op: Any, for_transforms: Any, *args: Any) -> Tensor:
+    if torch._C._are_functorch_transforms_active():
+        return for_transforms.apply(*args)[0]
+    return op(*args)[0]
+
+
 # --------------------------------------------------------------------------------------------------- single layers
 def _check_dtype(input: Tensor, weight: Tensor) -> None:
     if input.device != weight.device:
@@ -378,9 +440,10 @@ def linear(
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input must have {weight.shape[1]} features, as weight has; got shape {tuple(input.shape)}")
     rows = input.reshape(1, -1, input.shape[-1])
-    y, _, _ = torch.ops.spafl.threshold_linear(
-        rows, weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), estimator, mask_bias
-    )
+    y = _call(
+        torch.ops.spafl.threshold_linear, _LinearForTransforms,
+        rows, weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), estimator, mask_bias,
+    )  # fmt: skip
     return y.reshape(*input.shape[:-1], weight.shape[0])
 
 
@@ -429,7 +492,8 @@ def conv2d(
     strides, dilations = _pair(stride), _pair(dilation)
     image, pads = _pad(input, weight.shape[2:], padding, strides, dilations)
     batch = image if image.dim() == 4 else image.unsqueeze(0)
-    y, _, _ = torch.ops.spafl.threshold_conv2d(
+    y = _call(
+        torch.ops.spafl.threshold_conv2d, _Conv2dForTransforms,
         batch.unsqueeze(0), weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), strides, pads, dilations,
         estimator, mask_bias,
     )  # fmt: skip

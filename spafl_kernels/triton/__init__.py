@@ -9,15 +9,16 @@ _HOME = {
     "Geometry": "geometry",
     "ModelPass": "threshold",
     "Plan": "plan",
-    "backward": "backward",
+    "layer_backward": "backward",
     "capacity": "plan",
-    "forward": "forward",
+    "layer_forward": "forward",
     "plan_layer": "threshold",
     "plan_size": "plan",
     "row_stride": "plan",
 }
 __all__ = [
-    "Geometry", "ModelPass", "Plan", "backward", "capacity", "forward", "plan_layer", "plan_size", "row_stride",
+    "Geometry", "ModelPass", "Plan", "capacity", "layer_backward", "layer_forward", "plan_layer", "plan_size",
+    "row_stride",
 ]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .geometry import Geometry, channels_last, empty_channels_last, row_step
-from .kinds import offset_type
+from .kinds import is_wide
 from .plan import HEADER, WIDEST, Plan, capacity, row_stride
 from .threshold import dense_rows, row_order
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
@@ -211,7 +211,7 @@ def threshold_dgrad(
 @triton.jit
 def _wgrad_tile(
     x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-    SHAPE: tl.constexpr, OFFSET: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     CAP: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS weights of TILE listed filters, summed over output positions [lo, hi)."""
@@ -222,6 +222,9 @@ def _wgrad_tile(
     Q: tl.constexpr = SHAPE[4]
     S: tl.constexpr = SHAPE[6]
     N_IN: tl.constexpr = C * SHAPE[5] * S
+    OFFSET: tl.constexpr = tl.int64 if MODE[0] else tl.int32
+    POINTWISE: tl.constexpr = MODE[1]
+    FLAT: tl.constexpr = MODE[2]
     PARTS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
     if FLAT:
         column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -263,7 +266,7 @@ def _wgrad_tile(
 def threshold_wgrad(
     x, collected, slabs, extended, x_client, collected_client, slabs_client, extended_client,
     total, chunk, stride, x_n, x_h, x_w, column_tiles,
-    SHAPE: tl.constexpr, OFFSET: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     CAP: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Rows of G of the listed filters, one slab per part of the batch; grid (tiles, parts, clients)."""
@@ -282,23 +285,23 @@ def threshold_wgrad(
     if TILE == 64:
         if left <= 16:
             _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                        SHAPE, OFFSET, POINTWISE, FLAT, PRECISION, CAP, COLUMNS, 16, DEPTH)  # fmt: skip
+                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 16, DEPTH)  # fmt: skip
         elif left <= 32:
             _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                        SHAPE, OFFSET, POINTWISE, FLAT, PRECISION, CAP, COLUMNS, 32, DEPTH)  # fmt: skip
+                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 32, DEPTH)  # fmt: skip
         else:
             _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                        SHAPE, OFFSET, POINTWISE, FLAT, PRECISION, CAP, COLUMNS, 64, DEPTH)  # fmt: skip
+                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 64, DEPTH)  # fmt: skip
     elif TILE == 32:
         if left <= 16:
             _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                        SHAPE, OFFSET, POINTWISE, FLAT, PRECISION, CAP, COLUMNS, 16, DEPTH)  # fmt: skip
+                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 16, DEPTH)  # fmt: skip
         else:
             _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                        SHAPE, OFFSET, POINTWISE, FLAT, PRECISION, CAP, COLUMNS, 32, DEPTH)  # fmt: skip
+                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 32, DEPTH)  # fmt: skip
     else:
         _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                    SHAPE, OFFSET, POINTWISE, FLAT, PRECISION, CAP, COLUMNS, TILE, DEPTH)  # fmt: skip
+                    SHAPE, MODE, PRECISION, CAP, COLUMNS, TILE, DEPTH)  # fmt: skip
 
 
 @triton.jit
@@ -369,7 +372,7 @@ def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int
     return triton.cdiv(total, chunk), chunk
 
 
-def backward(
+def layer_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -383,7 +386,7 @@ def backward(
     need_weight: bool = True,
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of :func:`~spafl_kernels.triton.forward.forward` through the mask, as the definition gives them.
+    """Gradients of :func:`~spafl_kernels.triton.forward.layer_forward` through the mask, as the definition gives them.
 
     Args:
         grad: ``dL/dy``, ``(clients, N, out, H', W')``, dtype of ``x``, any strides (also expanded).
@@ -394,9 +397,9 @@ def backward(
         tile: for both products, instead of those from the table.
 
     Returns:
-        ``(dx, dw, dtau, dbias)``: ``(clients, N, C, H, W)`` channels last in the dtype of ``x``; shape, dtype and memory
-        order of ``weight``; ``(clients, out)`` in its dtype; ``(clients, out)`` in the dtype of ``bias``. None where not
-        wanted (dbias: or no bias).
+        ``(dx, dw, dtau, dbias)``: ``(clients, N, C, H, W)`` channels last in the dtype of ``x``; shape, dtype and
+        memory order of ``weight``; ``(clients, out)`` in its dtype; ``(clients, out)`` in the dtype of ``bias``. None
+        where not wanted (dbias: or no bias).
     """
     clients, n = x.shape[:2]
     g, out, cap = geometry, plan.out, capacity(plan.out)
@@ -473,7 +476,7 @@ def backward(
         threshold_wgrad[(tiles, parts, clients)](
             x, collected, slabs, extended, x.stride(0), collected.stride(0), slabs.stride(0), extended.stride(0),
             total, chunk, stride, x.stride(1), x.stride(2), line if pointwise else x.stride(3), column_tiles,
-            SHAPE=g.shape, OFFSET=offset_type(x), POINTWISE=pointwise, FLAT=flat, PRECISION=precision(kind), CAP=cap,
+            SHAPE=g.shape, MODE=(is_wide(x), pointwise, flat), PRECISION=precision(kind), CAP=cap,
             COLUMNS=columns, TILE=filters, DEPTH=t.depth, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         threshold_finish[(out, clients)](

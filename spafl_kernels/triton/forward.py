@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .geometry import Geometry, channels_last, empty_channels_last, row_step
-from .kinds import offset_type
+from .kinds import is_wide
 from .plan import HEADER, Plan, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
@@ -23,7 +23,7 @@ def _spread(
     acc, y, bias, inverse, first, start, end, rows, live, out,
     HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write output channels [start, end) of the rows: column ``inverse - first`` of ``acc``, zero if pruned, plus bias."""
+    """Write output channels [start, end): column ``inverse - first`` of ``acc``, zero if pruned, plus the bias."""
     target = y + rows.to(tl.int64)[:, None] * out
     for c0 in range(start // GROUP * GROUP, end, GROUP):
         c = c0 + tl.arange(0, GROUP)
@@ -49,8 +49,8 @@ def _spread(
 @triton.jit
 def _forward_tile(
     x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-    SHAPE: tl.constexpr, OFFSET: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """TILE packed filters from ``first`` on, for ROWS output positions."""
     C: tl.constexpr = SHAPE[0]
@@ -60,6 +60,9 @@ def _forward_tile(
     Q: tl.constexpr = SHAPE[4]
     R: tl.constexpr = SHAPE[5]
     S: tl.constexpr = SHAPE[6]
+    OFFSET: tl.constexpr = tl.int64 if MODE[0] else tl.int32
+    POINTWISE: tl.constexpr = MODE[1]
+    FLAT: tl.constexpr = MODE[2]
     live = rows < total
     position = tl.where(live, rows, 0)
     if POINTWISE:
@@ -100,16 +103,15 @@ def _forward_tile(
                 a = tl.load(x + at[:, None] + c[None, :], mask=ok[:, None] & (c < C)[None, :], other=0.0)
                 b = tl.load(weights + (tap * C + c)[None, :], mask=(c < C)[None, :], other=0.0)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-    _spread(acc, y, bias, inverse, first, start, end, rows, live, out, HAS_BIAS, MASK_BIAS, TILE, GROUP, ROWS)
+    _spread(acc, y, bias, inverse, first, start, end, rows, live, out, MODE[3], MODE[4], TILE, GROUP, ROWS)
 
 
 @triton.jit
 def threshold_forward(
     x, packed, bias, y, plan, x_client, packed_client, bias_client, y_client, plan_client,
     total, out, stride, x_n, x_h, x_w, row_tiles,
-    HEADER: tl.constexpr, SHAPE: tl.constexpr, OFFSET: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    HEADER: tl.constexpr, SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """``y = conv(x, packed) + bias`` in dense layout; grid (row tiles * filter tiles, clients)."""
     client = tl.program_id(1).to(tl.int64)
@@ -133,24 +135,24 @@ def threshold_forward(
     # The last tile shrinks to what is left, so that work follows the count in steps of 16, not of a whole tile.
     if TILE == 64:
         if left <= 16:
-            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                          SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
+            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
         elif left <= 32:
-            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                          SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
+            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
         else:
-            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                          SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 64, DEPTH, GROUP)  # fmt: skip
+            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 64, DEPTH, GROUP)  # fmt: skip
     elif TILE == 32:
         if left <= 16:
-            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                          SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
+            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
         else:
-            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                          SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
+            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
     else:
-        _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
-                      SHAPE, OFFSET, POINTWISE, FLAT, HAS_BIAS, MASK_BIAS, PRECISION, ROWS, TILE, DEPTH, GROUP)  # fmt: skip
+        _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+                      x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, TILE, DEPTH, GROUP)  # fmt: skip
 
 
 def flat_is_better(channels: int, taps: int, depth: int) -> bool:
@@ -159,7 +161,7 @@ def flat_is_better(channels: int, taps: int, depth: int) -> bool:
     return taps > 1 and 2 * -(-taps * channels // depth) <= per_tap
 
 
-def forward(
+def layer_forward(
     x: Tensor,
     packed: Tensor,
     plan: Plan,
@@ -206,7 +208,7 @@ def forward(
         x, packed, x if bias is None else bias, y, plan.data,
         x.stride(0), packed.stride(0), 0 if bias is None else bias.stride(0), y.stride(0), plan.data.stride(0),
         total, out, row_stride(g.n_in), x.stride(1), x.stride(2), line if pointwise else x.stride(3), row_tiles,
-        HEADER=HEADER, SHAPE=g.shape, OFFSET=offset_type(x), POINTWISE=pointwise, FLAT=flat, HAS_BIAS=bias is not None, MASK_BIAS=mask_bias,
+        HEADER=HEADER, SHAPE=g.shape, MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias),
         PRECISION=precision(kind), ROWS=tile.rows, TILE=filters, DEPTH=depth,
         GROUP=min(64, max(16, power_of_two(out))), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

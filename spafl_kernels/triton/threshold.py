@@ -2,8 +2,8 @@
 
 The rank of a filter among the active ones depends on every filter before it, and programs of one launch cannot wait
 for each other (a grid-wide barrier hangs when not all programs are resident). So there are two schedules of the same
-code: *two launches* (score all rows in parallel; then pack all rows in parallel, every program counting the flags before
-its rows), and *one launch* with one program per layer and client, for models whose layers are all small.
+code: *two launches* (score all rows in parallel; then pack all rows in parallel, every program counting the flags
+before its rows), and *one launch* with one program per layer and client, for models whose layers are all small.
 """
 
 from __future__ import annotations
@@ -277,13 +277,13 @@ class ModelPass:
         for i, (w, t) in enumerate(zip(weights, thresholds, strict=True)):
             if {w.dtype, t.dtype} != {kind} or {w.device, t.device} != {device}:
                 raise ValueError(
-                    f"all weights and thresholds must be {kind} on {device}; layer {i} has weight {w.dtype} on {w.device}"
-                    f" and threshold {t.dtype} on {t.device}"
+                    f"all weights and thresholds must be {kind} on {device}; layer {i} has weight {w.dtype} on "
+                    f"{w.device} and threshold {t.dtype} on {t.device}"
                 )
             if w.dim() not in (2, 4) or not w.numel() or t.shape != w.shape[:1] or not t.is_contiguous():
                 raise ValueError(
-                    f"layer {i}: weight must be (out, in) or (out, in, kH, kW) and not empty, threshold contiguous (out,);"
-                    f" got {tuple(w.shape)} and {tuple(t.shape)}"
+                    f"layer {i}: weight must be (out, in) or (out, in, kH, kW) and not empty, threshold contiguous "
+                    f"(out,); got {tuple(w.shape)} and {tuple(t.shape)}"
                 )
             orders.append(row_order(w.shape, w.stride()))
             if orders[-1] is None:
