@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..reference import Estimator
-from ..triton.geometry import Geometry, empty_channels_last
+from ..triton.geometry import Geometry, empty_channels_last, like_rows
 from ..triton.plan import Plan, capacity, plan_size, row_stride
 from . import backend, closed_form
 
@@ -86,18 +86,10 @@ def _fake_gradients(
     clients, out = weight.shape[:2]
     return (
         dx if need_input else input.new_empty(0),
-        _like(weight) if need_weight else weight.new_empty(0),
+        like_rows(weight) if need_weight else weight.new_empty(0),
         weight.new_empty(clients, out) if need_weight else weight.new_empty(0),
         bias.new_empty(clients, out) if bias is not None and need_weight else weight.new_empty(0),
     )
-
-
-def _like(weight: Tensor) -> Tensor:
-    """Uninitialised, shape of ``weight``; rows in channels-last order if those of ``weight`` are."""
-    if weight.dim() == 5 and weight.permute(0, 1, 3, 4, 2)[:1].is_contiguous() and not weight[:1].is_contiguous():
-        clients, out, c, high, wide = weight.shape
-        return weight.new_empty(clients, out, high, wide, c).permute(0, 1, 4, 2, 3)
-    return weight.new_empty(weight.shape)
 
 
 def _or_empty(weight: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
@@ -240,7 +232,7 @@ def threshold_conv2d_backward(
     g = _geometry(input, weight, stride, padding, dilation)
     dx, dw, dtau, db = closed_form.backward(grad, input, weight, Plan(plan, weight.shape[1]), bias, mask_bias, g)
     dx = _empty_input_gradient(input).copy_(dx)
-    dw = _like(weight).copy_(dw)
+    dw = like_rows(weight).copy_(dw)
     return _or_empty(
         weight, dx if need_input else None, *((dw, dtau) if need_weight else (None, None)),
         db if need_weight and bias is not None else None,

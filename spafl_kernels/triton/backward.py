@@ -21,17 +21,14 @@ Nothing is accumulated atomically, so results are the same in every run.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .geometry import Geometry, channels_last, empty_channels_last, row_step
+from .geometry import Geometry, channels_last, dense_rows, empty_channels_last, like_rows, row_order, row_step
 from .kinds import is_wide
 from .plan import HEADER, WIDEST, Plan, capacity, row_stride
-from .threshold import dense_rows, row_order
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
 COLLECT_ROWS = 128  # rows of dL/dy per program of the collecting kernel
@@ -356,14 +353,6 @@ def threshold_finish(
         tl.store(dw + source, (g + r * sign / n_in).to(dw.dtype.element_ty), mask=k < n_in)
 
 
-def _like_rows(weight: Tensor) -> Tensor:
-    """Uninitialised, shape and row order of ``weight`` (whose rows are dense), rows and clients one behind another."""
-    if weight.dim() == 5 and row_order(weight.shape[1:], weight.stride()[1:]) == (math.prod(weight.shape[2:]), 1):
-        clients, out, c, high, wide = weight.shape
-        return weight.new_empty(clients, out, high, wide, c).permute(0, 1, 4, 2, 3)
-    return weight.new_empty(weight.shape)
-
-
 def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int]:
     """``(parts, rows per part)`` into which wgrad cuts the batch: enough programs, bounded memory, whole steps."""
     steps = triton.cdiv(total, depth)
@@ -410,7 +399,7 @@ def layer_backward(
     if need_input:
         dx = empty_channels_last(clients, n, g.channels, (g.height, g.width), x.dtype, x.device)
     if need_weight:
-        dw = _like_rows(weight)
+        dw = like_rows(weight)
         dtau = weight.new_empty(clients, out)
         dbias = None if bias is None else bias.new_empty(clients, out)
     if total == 0 or clients == 0:

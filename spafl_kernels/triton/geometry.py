@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -84,3 +85,36 @@ def row_step(x: Tensor) -> int | None:
         else:
             span = stride * size
     return 0 if step is None else step
+
+
+def row_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
+    """``(inner, outer)`` of a row in memory when rows are dense, else None; ``shape``: ``(out, in[, kH, kW])``."""
+    out, n_in, taps = shape[0], math.prod(shape[1:]), math.prod(shape[2:])
+
+    def dense(order: Sequence[int]) -> bool:
+        span = 1
+        for i in order:
+            if shape[i] != 1 and strides[i] != span:
+                return False
+            span *= shape[i]
+        return out == 1 or strides[0] == n_in
+
+    if dense(range(len(shape) - 1, 0, -1)):
+        return (shape[1], taps) if taps > 1 else (n_in, 1)
+    if len(shape) == 4 and dense((1, 3, 2)):
+        return (n_in, 1)
+    return None
+
+
+def dense_rows(weight: Tensor) -> Tensor:
+    """``weight`` itself if the rows of every client lie dense in memory, else a contiguous copy."""
+    return weight if row_order(weight.shape[1:], weight.stride()[1:]) is not None else weight.contiguous()
+
+
+def like_rows(weight: Tensor) -> Tensor:
+    """Uninitialised, shape of ``weight`` (clients first), contiguous; rows channels last if those of ``weight`` are."""
+    n_in = math.prod(weight.shape[2:])
+    if weight.dim() == 5 and row_order(weight.shape[1:], weight.stride()[1:]) == (n_in, 1):
+        clients, out, c, high, wide = weight.shape
+        return weight.new_empty(clients, out, high, wide, c).permute(0, 1, 4, 2, 3)
+    return weight.new_empty(weight.shape)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Estimator, check_estimator
+from .geometry import dense_rows, row_order
 from .kinds import DTYPES
 from .plan import HEADER, Plan, capacity, plan_size, row_stride
 
@@ -175,30 +176,6 @@ def threshold_pass_model(
         weight, threshold, plans + plan_at, scores + scores_at, packed + packed_at, tl.program_id(0),
         out, n_in, inner, outer, cap, stride, SCORE, PACK, WINDOW, HEADER, ROWS, STEP,
     )  # fmt: skip
-
-
-def row_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
-    """``(inner, outer)`` of a row in memory when rows are dense, else None; ``shape``: ``(out, in[, kH, kW])``."""
-    out, n_in, taps = shape[0], math.prod(shape[1:]), math.prod(shape[2:])
-
-    def dense(order: Sequence[int]) -> bool:
-        span = 1
-        for i in order:
-            if shape[i] != 1 and strides[i] != span:
-                return False
-            span *= shape[i]
-        return out == 1 or strides[0] == n_in
-
-    if dense(range(len(shape) - 1, 0, -1)):
-        return (shape[1], taps) if taps > 1 else (n_in, 1)
-    if len(shape) == 4 and dense((1, 3, 2)):
-        return (n_in, 1)
-    return None
-
-
-def dense_rows(weight: Tensor) -> Tensor:
-    """``weight`` itself if the rows of every client lie dense in memory, else a contiguous copy."""
-    return weight if row_order(weight.shape[1:], weight.stride()[1:]) is not None else weight.contiguous()
 
 
 def plan_layer(

@@ -92,7 +92,10 @@ else:
         monkeypatch.setattr(threshold_module, "ONE_LAUNCH_NUMEL", 10**9 if one_launch else 0)
         for seed, count in enumerate(cases.counts(37)[one_launch::2]):
             case = cases.make(37, Geometry(5, kernel=(3, 2), height=3, width=2), 1, count, 2, dtype, seed)
-            weight = case.weight if seed % 2 else case.weight.to(memory_format=torch.channels_last_3d)
+            orders = (torch.contiguous_format, torch.channels_last_3d)  # the second has to be copied: rows not dense
+            weight = case.weight.to(memory_format=orders[seed % 2])
+            if seed == 2:
+                weight = weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
             with checks.options(order_seed=seed):
                 plan, packed, scores = plan_layer(weight, case.threshold, estimator)
             data, rows = closed_form.plan_and_packed(case.weight, case.threshold, estimator, dtype)
