@@ -184,18 +184,21 @@ def threshold_dgrad(
     taps_r = tl.maximum((R - first_r + STEP_H - 1) // STEP_H, 0)
     taps_s = tl.maximum((S - first_s + STEP_W - 1) // STEP_W, 0)
     parts = (count + DEPTH - 1) // DEPTH
+    OFFSET: tl.constexpr = tl.int64 if P * Q * CAP >= 2**31 else tl.int32
+    base = tl.where(live, image, 0).to(tl.int64) * (P * Q * CAP)
+    lane = tl.arange(0, DEPTH)
     acc = tl.zeros((ROWS, TILE), dtype=tl.float32)
     for step in range(0, taps_r * taps_s * parts):
         tap = step // parts
-        k = step % parts * DEPTH + tl.arange(0, DEPTH)
+        k0 = step % parts * DEPTH
         r = first_r + tap // taps_s * STEP_H
         s = first_s + tap % taps_s * STEP_W
         p = (h + PH - r * DH) // SH  # exact within the class
         q = (w + PW - s * DW) // SW
         ok = live & (h + PH - r * DH >= 0) & (p < P) & (w + PW - s * DW >= 0) & (q < Q)
-        at = tl.where(ok, (image * (P * Q) + p * Q + q).to(tl.int64), 0) * CAP
-        a = tl.load(collected + at[:, None] + k[None, :], mask=ok[:, None], other=0.0)
-        b = packed + k.to(tl.int64)[:, None] * stride + ((r * S + s) * C + c)[None, :]
+        at = tl.where(ok, base + (p * Q + q).to(OFFSET) * CAP, 0)
+        a = tl.load((collected + k0) + at[:, None] + lane[None, :], mask=ok[:, None], other=0.0)
+        b = (packed + (tl.cast(k0, tl.int64) * stride + (r * S + s) * C)) + (lane[:, None] * stride + c[None, :])
         if C % TILE == 0:
             b = tl.load(b)
         else:
@@ -237,9 +240,10 @@ def _wgrad_tile(
         down = tap // S * SHAPE[11]
         right = tap % S * SHAPE[12]
     filters = first + tl.arange(0, TILE)
+    lane = tl.arange(0, DEPTH)
     acc = tl.zeros((COLUMNS, TILE), dtype=tl.float32)
     for m0 in range(lo, hi, DEPTH):
-        m = m0 + tl.arange(0, DEPTH)
+        m = m0 + lane
         live = m < hi
         m = tl.where(live, m, 0)
         if POINTWISE:
@@ -254,7 +258,8 @@ def _wgrad_tile(
         if FLAT or C % COLUMNS != 0:
             ok = ok & inside[None, :]
         a = tl.load(x + at + c[None, :], mask=ok, other=0.0)
-        g = tl.load(collected + m.to(tl.int64)[:, None] * CAP + filters[None, :], mask=live[:, None], other=0.0)
+        g = (collected + tl.cast(m0, tl.int64) * CAP) + (lane[:, None] * CAP + filters[None, :])
+        g = tl.load(g, mask=live[:, None], other=0.0)
         acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
     tl.store(slab + filters.to(tl.int64)[None, :] * stride + column[:, None], acc, mask=inside[:, None])
 

@@ -71,7 +71,8 @@ def _forward_tile(
         base = (position // (P * Q)).to(tl.int64) * x_n
     high = position // Q % P * SHAPE[7] - SHAPE[9]
     wide = position % Q * SHAPE[8] - SHAPE[10]
-    weights = packed + (first + tl.arange(0, TILE)).to(tl.int64)[:, None] * stride
+    filters = tl.arange(0, TILE)
+    lane = tl.arange(0, DEPTH)
     acc = tl.zeros((ROWS, TILE), dtype=tl.float32)
     PARTS: tl.constexpr = (C + DEPTH - 1) // DEPTH  # steps per kernel tap
     STEPS: tl.constexpr = (C * R * S + DEPTH - 1) // DEPTH if FLAT else R * S * PARTS
@@ -84,10 +85,11 @@ def _forward_tile(
             # Masked lanes get offset 0: a masked asynchronous copy from before the tensor faults (pytorch 187081).
             at = tl.where(ok, base[:, None] + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w + (k % C)[None, :], 0)
             a = tl.load(x + at, mask=ok, other=0.0)
-            b = tl.load(weights + k[None, :], mask=(k < stride)[None, :], other=0.0)
+            b = packed + first.to(tl.int64) * stride + filters[:, None] * stride + k[None, :]
+            b = tl.load(b, mask=(k < stride)[None, :], other=0.0)
         else:
             tap = step // PARTS
-            c = step % PARTS * DEPTH + tl.arange(0, DEPTH)
+            c0 = step % PARTS * DEPTH
             if POINTWISE:
                 ok = live
                 at = base
@@ -95,13 +97,16 @@ def _forward_tile(
                 h = high + tap // S * SHAPE[11]
                 w = wide + tap % S * SHAPE[12]
                 ok = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                at = tl.where(ok, base + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w, 0)
+                at = tl.where(ok, base + (h.to(OFFSET) * x_h + w.to(OFFSET) * x_w), 0)
+            # Scalars are added to the pointer first: they stay out of the per-element address arithmetic.
+            a = (x + c0) + at[:, None] + lane[None, :]
+            b = (packed + (first.to(tl.int64) * stride + tap * C + c0)) + filters[:, None] * stride + lane[None, :]
             if C % DEPTH == 0:
-                a = tl.load(x + at[:, None] + c[None, :], mask=ok[:, None], other=0.0)
-                b = tl.load(weights + (tap * C + c)[None, :])
+                a = tl.load(a, mask=ok[:, None], other=0.0)
+                b = tl.load(b)
             else:
-                a = tl.load(x + at[:, None] + c[None, :], mask=ok[:, None] & (c < C)[None, :], other=0.0)
-                b = tl.load(weights + (tap * C + c)[None, :], mask=(c < C)[None, :], other=0.0)
+                a = tl.load(a, mask=ok[:, None] & (c0 + lane < C)[None, :], other=0.0)
+                b = tl.load(b, mask=(c0 + lane < C)[None, :], other=0.0)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
     _spread(acc, y, bias, inverse, first, start, end, rows, live, out, MODE[3], MODE[4], TILE, GROUP, ROWS)
 
