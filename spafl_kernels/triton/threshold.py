@@ -31,8 +31,9 @@ FIELDS = 12  # numbers per layer in the table of a model
 
 @triton.jit
 def _score(
-    weight, threshold, flags, scores, first, out, n_in, WINDOW: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr
-):
+    weight, threshold, flags, scores, first, out, n_in,
+    WINDOW: tl.constexpr, COMPARE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Flags and scores of rows [first, first + ROWS). The sum runs in float32, as PyTorch's mean does."""
     row = first + tl.arange(0, ROWS)
     live = row < out
@@ -52,7 +53,10 @@ def _score(
         flag += tl.where(tl.abs(margin) > 1.0, 2, 0)
     else:
         flag += 2
-    before = tl.load(flags + row, mask=live, other=0)
+    if COMPARE:
+        before = tl.load(flags + row, mask=live, other=0)
+    else:
+        before = tl.full((ROWS,), -1, tl.int32)
     flag += tl.where((before < 0) | ((before & 1) != (flag & 1)), 4, 0)
     tl.store(flags + row, flag, mask=live)
     tl.store(scores + row, score, mask=live)
@@ -118,7 +122,7 @@ def _finish(plan, flags, out, STEP: tl.constexpr):
 @triton.jit
 def _layer(
     weight, threshold, plan, scores, packed, block, out, n_in, inner, outer, cap, stride,
-    SCORE: tl.constexpr, PACK: tl.constexpr, WINDOW: tl.constexpr, HEADER: tl.constexpr,
+    SCORE: tl.constexpr, PACK: tl.constexpr, WINDOW: tl.constexpr, COMPARE: tl.constexpr, HEADER: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one half of the pass, or all blocks of both halves when one program has the layer."""
@@ -127,14 +131,14 @@ def _layer(
     flags = inverse + out
     if SCORE and PACK:
         for first in range(0, out, ROWS):
-            _score(weight, threshold, flags, scores, first, out, n_in, WINDOW, ROWS, STEP)
+            _score(weight, threshold, flags, scores, first, out, n_in, WINDOW, COMPARE, ROWS, STEP)
         tl.debug_barrier()  # the flags are read by other threads of this program
         for first in range(0, cap, ROWS):
             _pack(weight, flags, index, inverse, packed, first, out, n_in, inner, outer, cap, stride, ROWS, STEP)
         _finish(plan, flags, out, STEP)
     elif SCORE:
         if block * ROWS < out:
-            _score(weight, threshold, flags, scores, block * ROWS, out, n_in, WINDOW, ROWS, STEP)
+            _score(weight, threshold, flags, scores, block * ROWS, out, n_in, WINDOW, COMPARE, ROWS, STEP)
     else:
         if block * ROWS < cap:
             _pack(weight, flags, index, inverse, packed, block * ROWS, out, n_in, inner, outer, cap, stride, ROWS, STEP)
@@ -146,7 +150,7 @@ def _layer(
 def threshold_pass_layer(
     weight, threshold, plan, scores, packed, weight_client, threshold_client, plan_client, packed_client,
     out, n_in, inner, outer, cap, stride,
-    SCORE: tl.constexpr, PACK: tl.constexpr, WINDOW: tl.constexpr, HEADER: tl.constexpr,
+    SCORE: tl.constexpr, PACK: tl.constexpr, WINDOW: tl.constexpr, COMPARE: tl.constexpr, HEADER: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The pass for one layer of every client: grid (row blocks, clients)."""
@@ -154,15 +158,15 @@ def threshold_pass_layer(
     _layer(
         weight + client * weight_client, threshold + client * threshold_client, plan + client * plan_client,
         scores + client * out, packed + client * packed_client, tl.program_id(0), out, n_in, inner, outer, cap, stride,
-        SCORE, PACK, WINDOW, HEADER, ROWS, STEP,
+        SCORE, PACK, WINDOW, COMPARE, HEADER, ROWS, STEP,
     )  # fmt: skip
 
 
 @triton.jit
 def threshold_pass_model(
     table, plans, scores, packed,
-    DTYPE: tl.constexpr, SCORE: tl.constexpr, PACK: tl.constexpr, WINDOW: tl.constexpr, HEADER: tl.constexpr,
-    FIELDS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    DTYPE: tl.constexpr, SCORE: tl.constexpr, PACK: tl.constexpr, WINDOW: tl.constexpr, COMPARE: tl.constexpr,
+    HEADER: tl.constexpr, FIELDS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The pass for all layers of a model: grid (row blocks of the largest layer, layers); addresses from a table."""
     entry = table + tl.program_id(1) * FIELDS
@@ -174,7 +178,7 @@ def threshold_pass_model(
     cap, stride = tl.load(entry + 9).to(tl.int32), tl.load(entry + 10).to(tl.int32)
     _layer(
         weight, threshold, plans + plan_at, scores + scores_at, packed + packed_at, tl.program_id(0),
-        out, n_in, inner, outer, cap, stride, SCORE, PACK, WINDOW, HEADER, ROWS, STEP,
+        out, n_in, inner, outer, cap, stride, SCORE, PACK, WINDOW, COMPARE, HEADER, ROWS, STEP,
     )  # fmt: skip
 
 
@@ -199,7 +203,9 @@ def plan_layer(
     n_in = math.prod(weight.shape[2:])
     order = row_order(weight.shape[1:], weight.stride()[1:])
     assert order is not None
-    plan = Plan.empty(clients, out, weight.device) if plan is None else plan
+    compare = plan is not None
+    if plan is None:
+        plan = Plan(torch.empty(clients, plan_size(out), dtype=torch.int32, device=weight.device), out)
     cap, stride = capacity(out), row_stride(n_in)
     packed = torch.empty(clients, cap, stride, dtype=dtype or weight.dtype, device=weight.device)
     scores = torch.empty(clients, out, dtype=torch.float32, device=weight.device)
@@ -210,7 +216,8 @@ def plan_layer(
             weight, threshold, plan.data, scores, packed,
             weight.stride(0), threshold.stride(0), plan.data.stride(0), packed.stride(0),
             out, n_in, order[0], order[1], cap, stride,
-            SCORE=score, PACK=pack, WINDOW=estimator == "window", HEADER=HEADER, ROWS=ROWS, STEP=STEP, num_warps=4,
+            SCORE=score, PACK=pack, WINDOW=estimator == "window", COMPARE=compare, HEADER=HEADER, ROWS=ROWS,
+            STEP=STEP, num_warps=4,
         )  # fmt: skip
     return plan, packed, scores
 
@@ -310,7 +317,7 @@ class ModelPass:
         for score, pack, programs in halves:
             threshold_pass_model[(programs, len(self.weights))](
                 self._table, self._plans, self._scores, self._packed,
-                DTYPE=self._dtype, SCORE=score, PACK=pack, WINDOW=self.estimator == "window", HEADER=HEADER,
-                FIELDS=FIELDS, ROWS=ROWS, STEP=STEP, num_warps=4,
+                DTYPE=self._dtype, SCORE=score, PACK=pack, WINDOW=self.estimator == "window", COMPARE=True,
+                HEADER=HEADER, FIELDS=FIELDS, ROWS=ROWS, STEP=STEP, num_warps=4,
             )  # fmt: skip
         return self.plans
