@@ -219,4 +219,5 @@ def test_a_training_step_of_the_models(name):
     want_loss, want = step(dense.double(), x.double(), y)
     assert loss.item() == pytest.approx(want_loss.item(), rel=1e-3)
     for n in want:
-        assert cases.error(got[n], want[n]) < 2e-2, n
+        # Before a BatchNorm the threshold gradients cancel to about 0: an absolute bound, small beside other gradients.
+        torch.testing.assert_close(got[n].double(), want[n], rtol=2e-2, atol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
