@@ -1,0 +1,82 @@
+// CPU kernels behind raw pointers: no torch header here, so that they can be built and sanitised on their own.
+//
+// Every kernel exists once per instruction set (isa_*.cpp instantiate the same templates) and is reached through a
+// table chosen at run time. All arrays are dense and row-major. float and double only.
+#pragma once
+#include <cstdint>
+
+namespace spafl {
+
+// y = max_pool2d(relu(conv2d(x, w, b, stride=1, padding=(pad_h, pad_w))), pool), kernel = stride = pool, floor mode.
+struct ConvShape {
+  int64_t batch, in_channels, height, width;
+  int64_t out_channels, kernel_h, kernel_w, pad_h, pad_w;
+  int64_t pool;  // 2 or 3
+
+  int64_t conv_h() const { return height + 2 * pad_h - kernel_h + 1; }
+  int64_t conv_w() const { return width + 2 * pad_w - kernel_w + 1; }
+  int64_t pooled_h() const { return conv_h() / pool; }
+  int64_t pooled_w() const { return conv_w() / pool; }
+};
+
+// What argmax holds where ReLU blocks the winner: no gradient passes. Otherwise it is dy * pool + dx.
+constexpr uint8_t kBlocked = 255;
+
+// One layer of a threshold pass; rows = filters. A row's score is (sum |weight| + rest) / n_in.
+template <typename T>
+struct ThresholdRows {
+  const T* weight;     // rows x columns
+  const T* threshold;  // rows
+  const T* rest;       // rows, or null: sum of |w| over columns that are not stored
+  T* score;            // rows
+  uint8_t* mask;       // rows; in: the previous mask, out: score > threshold
+  int64_t rows, columns, n_in;
+};
+
+// One tensor of an SGD step.
+template <typename T>
+struct SgdTensor {
+  T* param;
+  T* grad;      // read; written back scaled (and with the penalty) only if write_grad
+  T* momentum;  // null when momentum is 0
+  int64_t size;
+  bool is_threshold;  // gets -penalty * exp(-param) added to its gradient
+};
+
+struct SgdOptions {
+  double lr, momentum, weight_decay, penalty;
+  double max_norm;     // < 0: no clipping
+  double extra_norm2;  // added to the squared norm: gradients of entries that are not in the list
+  bool write_grad;
+};
+
+template <typename T>
+struct Kernels {
+  void (*conv_relu_pool)(const ConvShape&, const T* x, const T* w, const T* bias, T* y, uint8_t* argmax);
+  // gw and gbias are overwritten; gbias may be null.
+  void (*conv_relu_pool_grad_weight)(const ConvShape&, const T* x, const T* gy, const uint8_t* argmax, T* gw,
+                                     T* gbias);
+  void (*conv_relu_pool_grad_input)(const ConvShape&, const T* w, const T* gy, const uint8_t* argmax, T* gx);
+  // planes x height x width -> planes x height/pool x width/pool
+  void (*relu_pool)(int64_t planes, int64_t height, int64_t width, int64_t pool, const T* x, T* y, uint8_t* argmax);
+  void (*relu_pool_grad)(int64_t planes, int64_t height, int64_t width, int64_t pool, const T* gy,
+                         const uint8_t* argmax, T* gx);
+  // Number of rows whose mask changed.
+  int64_t (*threshold_rows)(const ThresholdRows<T>&);
+  // The gradient norm before clipping, extra_norm2 included; tensors are updated in place.
+  double (*sgd_step)(SgdTensor<T>* tensors, int64_t count, const SgdOptions&);
+};
+
+enum class Isa { scalar, avx2, avx512 };
+
+// The best instruction set of this machine, or the one SPAFL_CPU_ISA names. Throws std::runtime_error for a name that
+// is unknown or that this machine or build cannot run.
+Isa active_isa();
+bool isa_supported(Isa);
+const char* isa_name(Isa);
+template <typename T>
+const Kernels<T>& kernels();           // of active_isa()
+template <typename T>
+const Kernels<T>& kernels_for(Isa);    // for tests
+
+}  // namespace spafl

@@ -1,0 +1,636 @@
+"""Channel flow: which threshold layer decides which channels of which tensor.
+
+The model is traced with ``torch.fx`` and every tensor gets a :class:`Layout`: its channel dimension as a list of
+segments, each a range of some threshold layer's filters. A consumer whose input has a layout needs only the columns of
+the filters that are kept. Where a layout cannot be carried on, the tensor is expanded to full width, and
+:attr:`Flow.stops` says which edge and why.
+
+Dropped channels are constants: 0, or one number per channel that is the same for every sample and position (a kept
+bias, or what BatchNorm makes of a constant). Only operations that keep them so are followed.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
+from ..training import Unsupported
+
+__all__ = ["Flow", "Layout", "Op", "Segment", "check_traceable", "trace_flow"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Channels ``start:stop`` of threshold layer ``source``, each ``repeat`` times in a row.
+
+    ``source=""``: channels of no threshold layer, never dropped; ``start`` is 0.
+    """
+
+    source: str
+    start: int
+    stop: int
+    repeat: int = 1
+
+    @property
+    def width(self) -> int:
+        return (self.stop - self.start) * self.repeat
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the channel dimension ``dim`` of a tensor is made of."""
+
+    dim: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(s.width for s in self.segments)
+
+    def repeated(self, times: int, dim: int) -> Layout:
+        return Layout(dim, tuple(Segment(s.source, s.start, s.stop, s.repeat * times) for s in self.segments))
+
+    def narrow(self, start: int, stop: int) -> Layout | None:
+        """Channels ``start:stop``, or None if that would cut through a repeated channel."""
+        parts, at = [], 0
+        for s in self.segments:
+            low, high = max(start, at), min(stop, at + s.width)
+            if low < high:
+                if (low - at) % s.repeat or (high - at) % s.repeat:
+                    return None
+                first = s.start + (low - at) // s.repeat
+                parts.append(Segment(s.source, first, first + (high - low) // s.repeat, s.repeat))
+            at += s.width
+        return Layout(self.dim, tuple(parts))
+
+
+@dataclass
+class Op:
+    """One node of the trace.
+
+    Args:
+        kind: ``input``, ``layer``, ``depthwise``, ``norm``, ``relu`` (any activation with f(x) = f'(x) = 0 for
+            x <= 0), ``unary``, ``pool``, ``same``, ``flatten``, ``dropout``, ``add``, ``cat``, ``split``, ``item``,
+            ``shape``, ``output`` or ``other`` (runs at full width).
+        sources: names of the tensor inputs that are followed.
+        layout: of the result; None at full width.
+        const: dropped channels of the result may be constants other than 0.
+        grad: the result depends on a parameter.
+        apply: the function of a ``relu``, ``unary``, ``pool`` or ``same`` op.
+        shape: of the result at batch 2; None if it is not a tensor.
+        macs: of an ``other`` op, per sample, forward only.
+    """
+
+    node: fx.Node
+    kind: str
+    sources: tuple[str, ...] = ()
+    layout: Layout | None = None
+    const: bool = False
+    grad: bool = False
+    apply: Callable[..., Any] | None = None
+    module: nn.Module | None = None
+    shape: tuple[int, ...] | None = None
+    macs: int = 0
+    data: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+
+@dataclass
+class Flow:
+    """A traced model: ``ops`` in order, and what was found about its layers.
+
+    Args:
+        layers, norms: op of every compactable layer (convolution, linear) and BatchNorm, by module name.
+        proofs: by threshold layer, why the gradient of its pruned rows is zero although the estimator lets it pass:
+            ``None`` if it need not be, else the norms between the layer and the ReLU that blocks it, each
+            ``(norm name or "", layout of the norm's input or None)``; blocked where the constant in front of the ReLU
+            is <= 0.
+        stops: ``(edge, reason)`` where channels could not be followed.
+        loose: names of parameters that are used at full width (not in ``layers`` or ``norms``).
+    """
+
+    model: nn.Module
+    image: tuple[int, ...]
+    ops: dict[str, Op] = field(default_factory=dict)
+    layers: dict[str, Op] = field(default_factory=dict)
+    norms: dict[str, Op] = field(default_factory=dict)
+    proofs: dict[str, tuple[tuple[str, Layout | None], ...] | None] = field(default_factory=dict)
+    stops: list[tuple[str, str]] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
+    output: str = ""
+
+    def explain(self) -> str:
+        lines = []
+        for name, op in self.layers.items():
+            origin = "input at full width"
+            if (layout := self.layout_in(name)) is not None:
+                origin = "input columns from " + ", ".join(dict.fromkeys(s.source or "(dense)" for s in layout.segments))
+            lines.append(f"{name}: {origin}")
+        for edge, reason in self.stops:
+            lines.append(f"full width at {edge}: {reason}")
+        return "\n".join(lines)
+
+    def layout_in(self, name: str) -> Layout | None:
+        """Layout of what a layer or norm reads, None at full width."""
+        op = self.layers[name] if name in self.layers else self.norms[name]
+        return op.data
+
+
+_RELU: dict[Any, Callable[..., Tensor]] = {nn.ReLU: F.relu, nn.ReLU6: F.relu6}
+_UNARY: dict[type, Callable[[Any], Callable[..., Tensor]]] = {
+    nn.GELU: lambda m: partial(F.gelu, approximate=m.approximate),
+    nn.SiLU: lambda m: F.silu,
+    nn.Tanh: lambda m: torch.tanh,
+    nn.LeakyReLU: lambda m: partial(F.leaky_relu, negative_slope=m.negative_slope),
+    nn.ELU: lambda m: partial(F.elu, alpha=m.alpha),
+    nn.Hardswish: lambda m: F.hardswish,
+    nn.Mish: lambda m: F.mish,
+    nn.Softsign: lambda m: F.softsign,
+}
+_RELU_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
+    F.relu: F.relu, torch.relu: F.relu, F.relu6: F.relu6, F.relu_: F.relu, torch.relu_: F.relu,
+}  # fmt: skip
+_UNARY_FUNCTIONS = {F.gelu, F.silu, F.tanh, torch.tanh, F.leaky_relu, F.elu, F.hardswish, F.mish, F.softsign}
+_POOL_FUNCTIONS = {F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+_ADD = {operator.add, operator.iadd, torch.add}
+_IN_PLACE = {operator.setitem, operator.imul, operator.isub, operator.itruediv, operator.iadd}
+
+
+class _Tracer(fx.Tracer):
+    """Keeps threshold layers whole, and unpacks ``chunk`` and ``split`` in loops, whose length is known."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, ThresholdLayer):
+            return True
+        inside = any(isinstance(child, ThresholdLayer) for child in m.modules())
+        return super().is_leaf_module(m, module_qualified_name) and not inside
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        node = obj.node
+        if _target(node) in ("chunk", torch.chunk):
+            count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
+            if isinstance(count, int):
+                return iter([obj[i] for i in range(count)])
+        return super().iter(obj)
+
+
+def _target(node: fx.Node) -> Any:
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
+class _Shapes(fx.Interpreter):
+    """Runs the trace once on zeros and keeps every shape, and the MACs of what is not a layer."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[str, tuple[int, ...] | None] = {}
+        self.macs: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
+        self.macs[n.name] = counter.get_total_flops() // 4  # two FLOPs each, two samples
+        return result
+
+
+def _check_model(model: nn.Module) -> None:
+    seen: dict[int, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in seen:
+            raise Unsupported(f"parameters {seen[id(p)]!r} and {name!r} are the same tensor")
+        seen[id(p)] = name
+        if not p.requires_grad:
+            raise Unsupported(f"parameter {name!r} is frozen (requires_grad=False)")
+    params = dict(model.named_parameters())
+    if len({(p.dtype, p.device) for p in params.values()}) > 1:
+        raise Unsupported("parameters have different dtypes or devices")
+    if params and not next(iter(params.values())).is_floating_point():
+        raise Unsupported("parameters are not floating point")
+    for name, module in model.named_modules():
+        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+        if any(getattr(module, h, None) for h in hooks):
+            raise Unsupported(f"module {name or type(model).__name__!r} has hooks")
+        if parametrize.is_parametrized(module):
+            raise Unsupported(f"module {name!r} has a parametrised tensor")
+
+
+def _trace_graph(model: nn.Module) -> fx.Graph:
+    """Trace in train mode; the eval trace must be the same up to ``training`` flags."""
+    modes = {m: m.training for m in model.modules()}
+    texts, graph = [], None
+    try:
+        for training in (False, True):
+            model.train(training)
+            graph = _Tracer().trace(model)
+            texts.append(re.sub(r"training = (True|False)", "training", str(graph)))
+    except Exception as error:  # whatever user code does with a proxy
+        raise Unsupported(f"cannot be traced: {str(error).splitlines()[0]}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if texts[0] != texts[1]:
+        raise Unsupported("forward does different things in train and eval mode")
+    assert graph is not None
+    return graph
+
+
+def check_traceable(model: nn.Module) -> fx.Graph:
+    """The graph of ``model``, as far as it is known without an input; raises :class:`Unsupported`."""
+    _check_model(model)
+    graph = _trace_graph(model)
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    if len(inputs) != 1:
+        raise Unsupported(f"forward takes {len(inputs)} inputs; one is needed")
+    return graph
+
+
+def trace_flow(model: nn.Module, image: tuple[int, ...]) -> Flow:
+    """Trace ``model`` and follow its channels.
+
+    Args:
+        model: the model; not changed.
+        image: shape of one input sample, without the batch.
+
+    Raises:
+        Unsupported: the model cannot be traced, or does something a compact engine cannot do exactly.
+    """
+    graph = check_traceable(model)
+    flow = Flow(model, tuple(image))
+    _Follower(flow, graph).run()
+    return flow
+
+
+class _Follower:
+    def __init__(self, flow: Flow, graph: fx.Graph) -> None:
+        self.flow, self.graph, self.model = flow, graph, flow.model
+        self.modules = dict(self.model.named_modules())
+        # A module registered under two names is one module: name it as named_modules does.
+        self.names = {id(m): name for name, m in self.modules.items()}
+
+    def run(self) -> None:
+        flow = self.flow
+        reference = next(self.model.parameters(), torch.zeros(()))
+        zeros = torch.zeros((2, *flow.image), dtype=reference.dtype, device=reference.device)
+        modes = {m: m.training for m in self.model.modules()}
+        shapes = _Shapes(fx.GraphModule(self.model, self.graph))
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                shapes.run(zeros)
+        except Exception as error:
+            raise Unsupported(f"input of shape {tuple(flow.image)} does not fit: {str(error).splitlines()[0]}") from error
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        for node in self.graph.nodes:
+            op = self.classify(node)
+            op.shape, op.macs = shapes.shapes[node.name], shapes.macs[node.name]
+            op.sources = tuple(n.name for n in node.all_input_nodes)
+            op.grad = op.grad or any(flow.ops[s].grad for s in op.sources)
+            flow.ops[node.name] = op
+            getattr(self, f"follow_{op.kind}", self.follow_channelwise)(op)
+        self.check_coverage()
+        for name, op in flow.layers.items():
+            if isinstance(op.module, ThresholdLayer):
+                flow.proofs[name] = self.proof(op)
+
+    # -- what a node is -------------------------------------------------------------------------------------------
+
+    def classify(self, node: fx.Node) -> Op:
+        if node.op == "placeholder":
+            return Op(node, "input")
+        if node.op == "output":
+            return Op(node, "output")
+        if node.op == "get_attr":
+            return Op(node, "other", grad=isinstance(self.attribute(str(node.target)), nn.Parameter))
+        if node.op == "call_module":
+            return self.classify_module(node, self.model.get_submodule(str(node.target)))
+        target = _target(node)
+        if node.op == "call_method" and str(target).endswith("_") and not str(target).endswith("__"):
+            if target != "relu_":
+                raise Unsupported(f"in-place operation .{target}() at {node.name}")
+        if target in _IN_PLACE or target in ("relu_", F.relu_, torch.relu_) or node.kwargs.get("inplace"):
+            first = node.args[0] if node.args else None
+            shared = isinstance(first, fx.Node) and (len(first.users) > 1 or first.op in ("placeholder", "get_attr"))
+            if target in _IN_PLACE - {operator.iadd} or shared:
+                raise Unsupported(f"in-place operation at {node.name}")
+        return self.classify_function(node, target)
+
+    def classify_module(self, node: fx.Node, m: nn.Module) -> Op:
+        name, kind = self.names[id(m)], type(m)
+        grad = any(True for _ in m.parameters())
+        if kind in (nn.Conv2d, ThresholdConv2d, nn.Linear, ThresholdLinear):
+            if name in self.flow.layers:
+                raise Unsupported(f"layer {name!r} is used twice")
+            op = Op(node, "layer", module=m, grad=True)
+            if isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups == m.in_channels == m.out_channels:
+                op.kind = "depthwise"
+            self.flow.layers[name] = op
+            return op
+        if isinstance(m, ThresholdLayer):
+            raise Unsupported(f"layer {name!r} is a {kind.__name__}; only the plain threshold layers are known")
+        if kind in (nn.BatchNorm1d, nn.BatchNorm2d) and m.track_running_stats and m.momentum is not None:
+            if name in self.flow.norms:
+                raise Unsupported(f"layer {name!r} is used twice")
+            self.flow.norms[name] = op = Op(node, "norm", module=m, grad=grad)
+            return op
+        if getattr(m, "inplace", False) and len(node.all_input_nodes[0].users) > 1:
+            raise Unsupported(f"in-place module {name!r} on a tensor that is used elsewhere")
+        if kind in _RELU:
+            return Op(node, "relu", module=m, apply=_RELU[kind])
+        if kind in _UNARY:
+            return Op(node, "unary", module=m, apply=_UNARY[kind](m))
+        if kind is nn.MaxPool2d and not m.return_indices:
+            return Op(node, "pool", module=m, apply=m, data="max")
+        if kind is nn.AvgPool2d and (m.padding in (0, (0, 0)) or not m.count_include_pad):
+            return Op(node, "pool", module=m, apply=m, data="avg")
+        if kind in (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d) and not getattr(m, "return_indices", False):
+            return Op(node, "pool", module=m, apply=m)
+        if kind is nn.Flatten and m.start_dim == 1 and m.end_dim == -1:
+            return Op(node, "flatten", module=m)
+        if kind is nn.Identity or (kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d) and m.p == 0):
+            return Op(node, "same", module=m)
+        if kind is nn.Dropout:
+            return Op(node, "dropout", module=m, data=m.p)
+        return Op(node, "other", module=m, grad=grad)
+
+    def classify_function(self, node: fx.Node, target: Any) -> Op:
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "input")}
+        plain = not any(isinstance(a, fx.Node) for a in (*node.args[1:], *kwargs.values()))
+        rest = node.args[1:]
+        one = len(node.all_input_nodes) == 1 and plain and bool(node.args)
+        if one and target in ("relu", "relu_"):
+            return Op(node, "relu", apply=F.relu)
+        if one and target in _RELU_FUNCTIONS and not any(rest):
+            return Op(node, "relu", apply=_RELU_FUNCTIONS[target])
+        if one and target in _UNARY_FUNCTIONS and (not rest or target is F.leaky_relu):
+            return Op(node, "unary", apply=partial(_call, target, rest[:1], kwargs))
+        if one and target in _POOL_FUNCTIONS and not kwargs.get("return_indices"):
+            padding = kwargs.get("padding", rest[2] if len(rest) > 2 else 0)
+            if target is not F.avg_pool2d or padding in (0, (0, 0)):
+                return Op(node, "pool", apply=partial(_call, target, rest, kwargs))
+        if one and target in ("mean", torch.mean):
+            dims = kwargs.get("dim", rest[0] if rest else None)
+            keep = kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
+            if dims is not None and set(kwargs) <= {"dim", "keepdim"}:
+                dims = (dims,) if isinstance(dims, int) else tuple(dims)
+                return Op(node, "pool", apply=partial(torch.mean, dim=dims, keepdim=keep), data=("mean", dims, keep))
+        if one and target in ("flatten", torch.flatten):
+            start = kwargs.get("start_dim", rest[0] if rest else 0)
+            end = kwargs.get("end_dim", rest[1] if len(rest) > 1 else -1)
+            return Op(node, "flatten" if (start, end) == (1, -1) else "other")
+        if target in ("view", "reshape", torch.reshape):
+            return Op(node, "flatten", data="reshape")
+        if target in ("contiguous", "clone"):
+            return Op(node, "same")
+        if target is F.dropout:
+            p = kwargs.get("p", rest[0] if rest else 0.5)
+            if p == 0:
+                return Op(node, "same")
+            return Op(node, "dropout", data=p) if len(rest) < 2 else Op(node, "other")
+        if target in _ADD and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and not kwargs:
+            return Op(node, "add")
+        if target in (torch.cat, torch.concat) and isinstance(node.args[0], (list, tuple)):
+            return Op(node, "cat", data=kwargs.get("dim", rest[0] if rest else 0))
+        if target in ("chunk", torch.chunk):
+            return Op(node, "split", data=kwargs.get("dim", rest[1] if len(rest) > 1 else 0))
+        if target is operator.getitem:
+            return Op(node, "item")
+        if (target is getattr and rest == ("shape",)) or (target == "size" and not node.kwargs):
+            return Op(node, "shape")
+        return Op(node, "other")
+
+    def attribute(self, path: str) -> Any:
+        parent, _, name = path.rpartition(".")
+        return getattr(self.model.get_submodule(parent), name)
+
+    # -- how channels pass a node ---------------------------------------------------------------------------------
+
+    def stop(self, op: Op, reason: str) -> None:
+        """The inputs of ``op`` are expanded to full width, and its result is at full width."""
+        for source in op.sources:
+            layout = self.flow.ops[source].layout
+            if layout is not None:
+                names = ", ".join(dict.fromkeys(s.source for s in layout.segments if s.source))
+                self.flow.stops.append((f"{names} -> {op.name}", reason))
+        op.kind = "other" if op.kind not in ("layer", "depthwise", "norm", "output", "add") else op.kind
+
+    def first(self, op: Op) -> Op:
+        return self.flow.ops[op.sources[0]]
+
+    def follow_input(self, op: Op) -> None:
+        pass
+
+    def follow_shape(self, op: Op) -> None:
+        pass
+
+    def follow_output(self, op: Op) -> None:
+        if len(op.sources) != 1 or not isinstance(op.node.args[0], fx.Node) or self.first(op).shape is None:
+            raise Unsupported("forward must return one tensor")
+        self.flow.output = op.sources[0]
+
+    def follow_other(self, op: Op) -> None:
+        target = op.node.target
+        what = type(op.module).__name__ if op.module is not None else getattr(target, "__name__", str(target))
+        self.stop(op, f"{what} is not followed")
+
+    def follow_channelwise(self, op: Op) -> None:
+        before = self.first(op)
+        op.layout, op.const = before.layout, before.const
+        if before.layout is None:
+            return
+        if op.kind == "pool" and isinstance(op.data, tuple):
+            _, dims, keep = op.data
+            dims = sorted(d % len(before.shape or ()) for d in dims)
+            if 0 in dims or before.layout.dim in dims:
+                op.layout, op.const = None, False
+                self.stop(op, "mean over channels or batch")
+            elif not keep:
+                op.layout = Layout(before.layout.dim - sum(d < before.layout.dim for d in dims), before.layout.segments)
+
+    def follow_dropout(self, op: Op) -> None:
+        before = self.first(op)
+        if before.layout is None:
+            op.kind = "other"
+        elif before.const:
+            self.stop(op, "dropout of pruned channels that are not zero")
+        else:
+            op.layout = before.layout
+
+    def follow_layer(self, op: Op) -> None:
+        m, before = op.module, self.first(op)
+        assert isinstance(m, (nn.Conv2d, nn.Linear))
+        ndim = len(op.shape or ())
+        dim = 1 if isinstance(m, nn.Conv2d) else ndim - 1
+        if before.layout is not None:
+            if isinstance(m, nn.Conv2d) and m.groups > 1:
+                self.stop(op, "grouped convolution")
+            elif before.layout.dim != dim:
+                self.stop(op, "channels are not where the layer reads them")
+            else:
+                op.data = before.layout
+        if isinstance(m, nn.Conv2d) and ndim != 4:
+            raise Unsupported(f"layer {op.node.target!r} gets an input without a batch dimension")
+        if isinstance(m, ThresholdLayer):
+            rows = m.weight.shape[0]
+            op.layout = Layout(dim, (Segment(self.names[id(m)], 0, rows),))
+            op.const = m.bias is not None and not m.mask_bias
+
+    follow_depthwise = follow_layer
+
+    def follow_norm(self, op: Op) -> None:
+        before = self.first(op)
+        if before.layout is not None and before.layout.dim != 1:
+            self.stop(op, "channels are not where the norm reads them")
+            return
+        op.data = op.layout = before.layout
+        op.const = before.layout is not None
+
+    def follow_flatten(self, op: Op) -> None:
+        before = self.first(op)
+        if op.data == "reshape" and len(op.sources) > 1 and before.shape is None:
+            op.kind = "other"
+        shape, result = before.shape or (), op.shape or ()
+        rest = 1
+        for size in shape[2:]:
+            rest *= size
+        if before.layout is None:
+            op.kind = "other"
+        elif result == shape:
+            op.kind, op.layout, op.const = "same", before.layout, before.const
+        elif len(result) == 2 and result[0] == shape[0] and before.layout.dim == 1:
+            op.layout, op.const = before.layout.repeated(rest, 1), before.const
+        elif len(shape) > 2 and len(result) == 2 and before.layout.dim == len(shape) - 1 and rest == shape[-1]:
+            self.stop(op, "flattened with tokens in front of channels")
+        else:
+            self.stop(op, "reshape cuts through channels")
+
+    def follow_add(self, op: Op) -> None:
+        a, b = (self.flow.ops[n.name] for n in op.node.args)  # type: ignore[union-attr]
+        if a.shape is None or b.shape is None:
+            op.kind = "other"
+            return
+        if a.layout is None and b.layout is None:
+            return
+        if a.shape != b.shape:
+            self.stop(op, "addition with broadcasting")
+            op.kind = "other"
+        elif a.layout == b.layout:
+            op.layout, op.const = a.layout, a.const or b.const
+        else:
+            self.stop(op, "addition of different channels")
+
+    def follow_cat(self, op: Op) -> None:
+        parts = [self.flow.ops[n.name] for n in op.node.args[0]]  # type: ignore[union-attr]
+        layouts = [p.layout for p in parts]
+        if all(layout is None for layout in layouts):
+            op.kind = "other"
+            return
+        dim = op.data % len(parts[0].shape or (0,))
+        if any(layout is not None and layout.dim != dim for layout in layouts) or dim == 0:
+            self.stop(op, "concatenation along another dimension")
+            return
+        segments: list[Segment] = []
+        for part, layout in zip(parts, layouts):
+            width = (part.shape or ())[dim]
+            segments += layout.segments if layout is not None else (Segment("", 0, width),)
+        op.layout, op.const, op.data = Layout(dim, tuple(segments)), any(p.const for p in parts), dim
+
+    def follow_split(self, op: Op) -> None:
+        before = self.first(op)
+        if before.layout is None:
+            op.kind = "other"
+        elif op.data % len(before.shape or (0,)) != before.layout.dim:
+            self.stop(op, "chunks along another dimension")
+        else:
+            width = before.layout.width
+            count = op.node.kwargs.get("chunks", op.node.args[1] if len(op.node.args) > 1 else 0)
+            size = -(-width // int(count))  # type: ignore[arg-type, call-overload]
+            op.data = [(low, min(low + size, width)) for low in range(0, width, size)]
+            if any(before.layout.narrow(*piece) is None for piece in op.data):
+                self.stop(op, "a chunk cuts through a flattened channel")
+
+    def follow_item(self, op: Op) -> None:
+        before, index = self.first(op), op.node.args[1]
+        if before.kind == "split" and isinstance(index, int):
+            whole = self.first(before)
+            assert whole.layout is not None
+            piece = before.data[index]
+            op.layout, op.const, op.data = whole.layout.narrow(*piece), whole.const, piece
+        else:
+            op.kind = "other"
+            if before.layout is not None:
+                self.follow_other(op)
+
+    # -- conclusions ----------------------------------------------------------------------------------------------
+
+    def proof(self, layer: Op) -> tuple[tuple[str, Layout | None], ...] | None:
+        """See :attr:`Flow.proofs`: walks from the layer to the ReLUs that block the gradient of a pruned row."""
+        found: list[tuple[str, Layout | None]] = []
+
+        def walk(op: Op, norm: tuple[str, Layout | None]) -> bool:
+            for user in op.node.users:
+                after = self.flow.ops[user.name]
+                if after.kind == "relu":
+                    found.append(norm)
+                elif after.kind == "norm" and not norm[0] and after.layout is not None:
+                    assert after.module is not None
+                    if not walk(after, (self.names[id(after.module)], after.layout)):
+                        return False
+                elif after.kind == "shape":
+                    continue
+                elif after.kind not in ("pool", "same", "flatten", "split", "item", "cat") or not walk(after, norm):
+                    return False
+            return bool(op.node.users)
+
+        return tuple(dict.fromkeys(found)) if walk(layer, ("", None)) else None
+
+    def check_coverage(self) -> None:
+        """Every parameter is used, and those of followed layers are used by their layer alone."""
+        flow, owned = self.flow, set()
+        for name, op in (*flow.layers.items(), *flow.norms.items()):
+            assert op.module is not None
+            owned |= {f"{name}.{p}" if name else p for p, _ in op.module.named_parameters(recurse=False)}
+        used: set[int] = set()
+        for op in flow.ops.values():
+            if op.node.op == "get_attr":
+                value = self.attribute(str(op.node.target))
+                used.add(id(value))
+                if any(value is p for n, p in self.model.named_parameters() if n in owned):
+                    raise Unsupported(f"parameter {op.node.target!r} is also used outside its layer")
+            elif op.module is not None:
+                used |= {id(p) for p in op.module.parameters()}
+        reached: set[str] = set()
+        pending = [flow.output]
+        while pending:
+            op = flow.ops[pending.pop()]
+            if op.name not in reached and op.kind != "shape":
+                reached.add(op.name)
+                pending += op.sources
+        for name, op in (*flow.layers.items(), *flow.norms.items()):
+            if op.name not in reached:
+                raise Unsupported(f"the result of layer {name!r} is not used")
+        for name, p in self.model.named_parameters():
+            if id(p) not in used:
+                raise Unsupported(f"parameter {name!r} is not used in forward")
+            if name not in owned:
+                flow.loose.append(name)
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Any:
+    return function(x, *args, **kwargs)

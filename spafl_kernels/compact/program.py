@@ -1,0 +1,534 @@
+"""A compact plan turned into a list of calls: the forward pass on compact activations.
+
+Every value has two parts: the tensor of kept channels, and the constants of its dropped channels (None when they are
+all 0). The tensors of layers and norms are read from slots at every run, so that whoever owns them may replace them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ..layers import ThresholdLayer
+from .flow import Flow, Op
+from .plan import Channels, Plan
+
+__all__ = ["LayerSlot", "NormSlot", "Program"]
+
+
+@dataclass
+class LayerSlot:
+    """Compact tensors of one layer. Rows are the kept filters, then zero rows.
+
+    Args:
+        weight: ``(rows, kept inputs + pads, *kernel)``.
+        weight_dropped: ``(rows, dropped inputs, *kernel)``; needed where dropped inputs are constants, else may be None.
+        bias: ``(rows,)`` or None.
+        bias_dropped: bias of the dropped filters; None without bias.
+        mask: ``(rows,)`` multiplies the output if some kept filters are pruned; its gradient is ``sum G w`` per row.
+    """
+
+    weight: Tensor
+    weight_dropped: Tensor | None = None
+    bias: Tensor | None = None
+    bias_dropped: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass
+class NormSlot:
+    """Compact tensors of one BatchNorm; the last two lines are those of the dropped channels, None if there are none."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    weight_dropped: Tensor | None = None
+    bias_dropped: Tensor | None = None
+    mean_dropped: Tensor | None = None
+    var_dropped: Tensor | None = None
+
+
+Run = Callable[[list[Any], bool], None]
+
+
+class Program:
+    """Runs ``flow`` under ``plan``. ``macs`` are executed per sample by one training step, ``macs_fixed`` per step."""
+
+    def __init__(
+        self, flow: Flow, plan: Plan, layers: dict[str, LayerSlot], norms: dict[str, NormSlot], fused: bool = True
+    ) -> None:
+        self.flow, self.plan, self.layers, self.norms = flow, plan, layers, norms
+        self.macs = self.macs_fixed = 0
+        self._index = {name: i for i, name in enumerate(flow.ops)}
+        self._count = len(self._index)
+        self._names = {id(m): name for name, m in flow.model.named_modules()}
+        self._pooled_first: set[str] = set()
+        self._calls: list[tuple[Run, tuple[int, ...]]] = []
+        last = {name: op.name for op in flow.ops.values() for name in op.sources}
+        last[flow.output] = ""
+        for op in flow.ops.values():
+            if op.kind == "input":
+                self._input = self._index[op.name]
+                continue
+            if op.kind == "output":
+                continue
+            run = getattr(self, f"_build_{op.kind}")(op, self._index[op.name])
+            n = self._count
+            frees = [self._index[s] for s in dict.fromkeys(op.sources) if last[s] == op.name]
+            self._calls.append((run, tuple(i + part * n for i in frees for part in (0, 1, 2))))
+        self._output = self._full(flow.output)
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        """The model's output for a batch, at full width."""
+        env: list[Any] = [None] * (3 * self._count)
+        env[self._input] = x
+        for run, frees in self._calls:
+            run(env, training)
+            for i in frees:
+                env[i] = None
+        return self._output(env)
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _channels(self, op: Op) -> Channels | None:
+        return None if op.layout is None else self.plan.channels(op.layout)
+
+    def _op(self, name: str) -> Op:
+        return self.flow.ops[name]
+
+    def _full(self, name: str) -> Callable[[list[Any]], Any]:
+        """Reads a value at full width."""
+        op, j, n = self._op(name), self._index[name], self._count
+        channels = self._channels(op)
+        if channels is None or channels.full:
+            return lambda env: env[j]
+        assert op.layout is not None
+        dim, real, kept, dropped = op.layout.dim, len(channels.kept), channels.kept, channels.dropped
+
+        def full(env: list[Any]) -> Tensor:
+            cached = env[2 * n + j]
+            if cached is not None:
+                return cached
+            x, c = env[j], env[n + j]
+            shape = list(x.shape)
+            shape[dim] = channels.width
+            if c is None:
+                out = x.new_zeros(shape)
+            else:
+                base = torch.zeros(channels.width, dtype=x.dtype, device=x.device).index_copy(0, dropped, c)
+                out = base.view(_at(len(shape), dim)).expand(shape)
+            if real:
+                out = out.index_copy(dim, kept, x.narrow(dim, 0, real))
+            elif c is not None:
+                out = out.contiguous()
+            env[2 * n + j] = out
+            return out
+
+        return full
+
+    def _single(self, name: str) -> bool:
+        return len([u for u in self._op(name).node.users if self._op(u.name).kind != "shape"]) == 1
+
+    # -- one method per kind of op ---------------------------------------------------------------------------------
+
+    def _build_layer(self, op: Op, i: int) -> Run:
+        m, n = op.module, self._count
+        assert isinstance(m, (nn.Conv2d, nn.Linear))
+        name = self._names[id(m)]
+        slot = self.layers[name]
+        source = self._op(op.sources[0])
+        mask_bias = isinstance(m, ThresholdLayer) and m.mask_bias
+        drops = self._channels(op) is not None and len(self.plan.rows[name].dropped) > 0
+        const_out = op.const and drops
+        columns = None if op.data is None else self.plan.channels(op.data)
+        read = self._full(source.name) if columns is None else None
+        j = self._index[source.name]
+        const_in = columns is not None and source.const and len(columns.dropped) > 0
+        self._count_macs(op, source, slot, const_in)
+        conv = isinstance(m, nn.Conv2d)
+        pad_first: list[int] | None = None
+        padded = False
+        taps: Tensor | None = None
+        if conv:
+            stride, padding, dilation, groups = m.stride, m.padding, m.dilation, m.groups
+            if m.padding_mode != "zeros":
+                pad_first, mode, padding = list(m._reversed_padding_repeated_twice), m.padding_mode, 0
+            padded = padding != "valid" and padding not in (0, (0, 0))
+            if const_in and padded:
+                # A constant map under zero padding: which taps of the kernel fall inside the image, at every position.
+                height, width = (source.shape or ())[2:]
+                kernel = m.kernel_size[0] * m.kernel_size[1]
+                eye = torch.eye(kernel, dtype=m.weight.dtype, device=m.weight.device).view(kernel, 1, *m.kernel_size)
+                ones = torch.ones(1, 1, height, width, dtype=m.weight.dtype, device=m.weight.device)
+                inside = F.conv2d(ones, eye, None, stride, padding, dilation)
+                size, taps = inside.shape[2:], inside.view(kernel, -1)
+
+        def run(env: list[Any], training: bool) -> None:
+            x = env[j] if read is None else read(env)
+            weight, bias = slot.weight, slot.bias
+            mask = slot.mask
+            late = bias if mask is not None else None
+            if mask is not None:
+                bias = None
+            shift = None
+            if const_in and (c := env[n + j]) is not None:
+                wd = slot.weight_dropped
+                assert wd is not None
+                if taps is not None:
+                    shift = torch.matmul(c, wd.flatten(2)) @ taps  # (rows, kernel) by (kernel, positions)
+                else:
+                    flat = wd.flatten(1)
+                    kernel = flat.shape[1] // len(c)
+                    extra = torch.mv(flat, c if kernel == 1 else c.repeat_interleave(kernel))
+                    bias = extra if bias is None else bias + extra
+            if conv:
+                if pad_first is not None:
+                    x = F.pad(x, pad_first, mode=mode)
+                y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+                if shift is not None:
+                    y += shift.view(1, -1, *size)
+            else:
+                y = F.linear(x, weight, bias)
+            if mask is not None:
+                shape = (1, -1, 1, 1) if conv else (-1,)
+                if late is not None and mask_bias:
+                    y = y + late.view(shape)
+                y = y * mask.view(shape)
+                if late is not None and not mask_bias:
+                    y = y + late.view(shape)
+            env[i] = y
+            if const_out:
+                env[n + i] = slot.bias_dropped
+
+        return run
+
+    def _build_depthwise(self, op: Op, i: int) -> Run:
+        """Channel by channel: only the kept filters' input channels are read, constants included."""
+        m, n = op.module, self._count
+        assert isinstance(m, nn.Conv2d)
+        name = self._names[id(m)]
+        slot, source = self.layers[name], self._op(op.sources[0])
+        self._count_macs(op, source, slot, False)
+        rows = self.plan.rows.get(name)
+        before = None if op.data is None else self.plan.channels(op.data)
+        read, j = self._full(source.name), self._index[source.name]
+        mask_bias = isinstance(m, ThresholdLayer) and m.mask_bias
+        const_out = op.const and rows is not None and len(rows.dropped) > 0
+        # Without constants a dropped input channel is 0; then only channels kept on both sides are moved.
+        select = None if rows is None or rows.full else rows.kept
+        direct = before is not None and rows is not None and bool(torch.equal(before.kept, rows.kept))
+
+        def run(env: list[Any], training: bool) -> None:
+            if direct:
+                assert rows is not None and before is not None
+                x = env[j].narrow(1, 0, len(before.kept)) if before.pads else env[j]
+            else:
+                x = read(env)
+                if select is not None:
+                    x = x.index_select(1, select)
+            weight, bias, mask = slot.weight, slot.bias, slot.mask
+            if rows is not None and rows.pads:
+                x = F.pad(x, (0, 0, 0, 0, 0, rows.pads))
+            padding: Any = m.padding
+            if m.padding_mode != "zeros":
+                x = F.pad(x, list(m._reversed_padding_repeated_twice), mode=m.padding_mode)
+                padding = 0
+            y = F.conv2d(x, weight, bias if mask is None else None, m.stride, padding, m.dilation, weight.shape[0])
+            if mask is not None:
+                if bias is not None and mask_bias:
+                    y = y + bias.view(1, -1, 1, 1)
+                y = y * mask.view(1, -1, 1, 1)
+                if bias is not None and not mask_bias:
+                    y = y + bias.view(1, -1, 1, 1)
+            env[i] = y
+            if const_out:
+                env[n + i] = slot.bias_dropped
+
+        return run
+
+    def _count_macs(self, op: Op, source: Op, slot: LayerSlot, const_in: bool) -> None:
+        positions = 1
+        shape = op.shape or ()
+        for size in shape[2:] if isinstance(op.module, nn.Conv2d) else shape[1:-1]:
+            positions *= size
+        passes = 3 if source.grad else 2
+        self.macs += passes * slot.weight.numel() * positions
+        if const_in and slot.weight_dropped is not None:
+            self.macs_fixed += 3 * slot.weight_dropped.numel()
+
+    def _build_norm(self, op: Op, i: int) -> Run:
+        m, n = op.module, self._count
+        assert isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
+        slot = self.norms[self._names[id(m)]]
+        momentum, eps = m.momentum, m.eps
+        channels = None if op.data is None else self.plan.channels(op.data)
+        read = self._full(op.sources[0]) if channels is None else None
+        drops = channels is not None and len(channels.dropped) > 0
+        j = self._index[op.sources[0]]
+        assert momentum is not None
+
+        def run(env: list[Any], training: bool) -> None:
+            x = env[j] if read is None else read(env)
+            env[i] = F.batch_norm(
+                x, slot.running_mean, slot.running_var, slot.weight, slot.bias, training, momentum, eps
+            )
+            if not drops:
+                return
+            c, mean, var, bias = env[n + j], slot.mean_dropped, slot.var_dropped, slot.bias_dropped
+            assert mean is not None and var is not None
+            if training:
+                # A constant has batch variance 0, and its normalised value is 0.
+                env[n + i] = bias
+                with torch.no_grad():
+                    mean.mul_(1 - momentum)
+                    if c is not None:
+                        mean.add_(c, alpha=momentum)
+                    var.mul_(1 - momentum)
+            else:
+                out = -mean if c is None else c - mean
+                out = out * torch.rsqrt(var + eps)
+                if bias is not None:
+                    out = torch.addcmul(bias, out, slot.weight_dropped)
+                env[n + i] = out
+
+        return run
+
+    def _build_relu(self, op: Op, i: int) -> Run:
+        apply, n, j = op.apply, self._count, self._index[op.sources[0]]
+        assert apply is not None
+        source = self._op(op.sources[0])
+        users = [self._op(u.name) for u in op.node.users]
+        if len(users) == 1 and users[0].kind == "pool" and _is_max(users[0]):
+            # ReLU after the max-pool is the same function with the same gradient, on a quarter of the elements.
+            self._pooled_first.add(op.name)
+
+            def pass_on(env: list[Any], training: bool) -> None:
+                env[i], env[n + i] = env[j], env[n + j]
+
+            return pass_on
+        inside = source.kind in ("layer", "depthwise", "norm", "pool") and self._single(source.name)
+        if inside and apply is F.relu:
+            apply = torch.relu_
+        outside = op.apply
+
+        def run(env: list[Any], training: bool) -> None:
+            env[i] = apply(env[j])
+            c = env[n + j]
+            if c is not None:
+                env[n + i] = outside(c)  # type: ignore[misc]
+
+        return run
+
+    _build_unary = _build_relu
+
+    def _build_pool(self, op: Op, i: int) -> Run:
+        apply, n, j = op.apply, self._count, self._index[op.sources[0]]
+        assert apply is not None
+        source = self._op(op.sources[0])
+        relu = source.apply if source.name in self._pooled_first else None
+        inner = torch.relu_ if relu is F.relu else relu
+
+        def run(env: list[Any], training: bool) -> None:
+            y, c = apply(env[j]), env[n + j]
+            if relu is not None:
+                y = inner(y)  # type: ignore[misc]
+                c = None if c is None else relu(c)
+            env[i], env[n + i] = y, c
+
+        return run
+
+    def _build_same(self, op: Op, i: int) -> Run:
+        n, j = self._count, self._index[op.sources[0]]
+
+        def run(env: list[Any], training: bool) -> None:
+            env[i], env[n + i] = env[j], env[n + j]
+
+        return run
+
+    def _build_flatten(self, op: Op, i: int) -> Run:
+        n, j = self._count, self._index[op.sources[0]]
+        before, after = self._channels(self._op(op.sources[0])), self._channels(op)
+        assert before is not None and after is not None
+
+        def run(env: list[Any], training: bool) -> None:
+            x, c = env[j], env[n + j]
+            repeat = x[0, 0].numel()
+            if before.pads:
+                x = x.narrow(1, 0, len(before.kept))
+            x = x.flatten(1)
+            env[i] = F.pad(x, (0, after.pads)) if after.pads else x
+            if c is not None:
+                env[n + i] = c.repeat_interleave(repeat) if repeat > 1 else c
+
+        return run
+
+    def _build_dropout(self, op: Op, i: int) -> Run:
+        p, n, j = op.data, self._count, self._index[op.sources[0]]
+        channels = self._channels(op)
+        assert channels is not None and op.layout is not None
+        dim = op.layout.dim
+
+        def run(env: list[Any], training: bool) -> None:
+            x = env[j]
+            if training:
+                # Draw the mask at full width: the same random numbers as the masked model.
+                shape = list(x.shape)
+                shape[dim] = channels.width
+                noise = F.dropout(x.new_ones(shape), p, True).index_select(dim, channels.kept)
+                if channels.pads:
+                    shape[dim] = channels.pads
+                    noise = torch.cat([noise, noise.new_zeros(shape)], dim)
+                x = x * noise
+            env[i] = x
+
+        return run
+
+    def _build_add(self, op: Op, i: int) -> Run:
+        n = self._count
+        a, b = (self._op(s.name) for s in op.node.args)  # type: ignore[union-attr]
+        ja, jb = self._index[a.name], self._index[b.name]
+        if a.layout == b.layout:
+
+            def run(env: list[Any], training: bool) -> None:
+                env[i] = env[ja] + env[jb]
+                ca, cb = env[n + ja], env[n + jb]
+                env[n + i] = cb if ca is None else ca if cb is None else ca + cb
+
+            return run
+        fa, fb = self._full(a.name), self._full(b.name)
+        ca, cb = self._channels(a), self._channels(b)
+        # Add a compact operand into the rows it has; its dropped channels are 0.
+        if cb is not None and not cb.full and not b.const:
+            return self._add_into(fa, jb, b, cb, i)
+        if ca is not None and not ca.full and not a.const:
+            return self._add_into(fb, ja, a, ca, i)
+
+        def wide(env: list[Any], training: bool) -> None:
+            env[i] = fa(env) + fb(env)
+
+        return wide
+
+    def _add_into(self, full: Callable[[list[Any]], Any], j: int, part: Op, channels: Channels, i: int) -> Run:
+        assert part.layout is not None
+        dim, kept, real = part.layout.dim, channels.kept, len(channels.kept)
+
+        def run(env: list[Any], training: bool) -> None:
+            x = env[j]
+            if real < x.shape[dim]:
+                x = x.narrow(dim, 0, real)
+            env[i] = torch.index_add(full(env), dim, kept, x)
+
+        return run
+
+    def _build_cat(self, op: Op, i: int) -> Run:
+        n, dim = self._count, op.data
+        after = self._channels(op)
+        assert after is not None
+        parts = []
+        for s in op.node.args[0]:  # type: ignore[union-attr]
+            source = self._op(s.name)
+            channels = self._channels(source)
+            width = (source.shape or ())[dim]
+            parts.append(
+                (self._index[source.name], width if channels is None else len(channels.kept),
+                 0 if channels is None else len(channels.dropped))
+            )  # fmt: skip
+
+        def run(env: list[Any], training: bool) -> None:
+            xs = [env[j] if env[j].shape[dim] == real else env[j].narrow(dim, 0, real) for j, real, _ in parts]
+            if after.pads:
+                shape = list(xs[0].shape)
+                shape[dim] = after.pads
+                xs.append(xs[0].new_zeros(shape))
+            env[i] = torch.cat(xs, dim)
+            if any(env[n + j] is not None for j, _, _ in parts):
+                x = xs[0]
+                cs = [x.new_zeros(lost) if env[n + j] is None else env[n + j] for j, _, lost in parts]
+                env[n + i] = torch.cat(cs)
+
+        return run
+
+    def _build_split(self, op: Op, i: int) -> Run:
+        return self._build_same(op, i)
+
+    def _build_item(self, op: Op, i: int) -> Run:
+        n, j = self._count, self._index[op.sources[0]]
+        whole = self._op(self._op(op.sources[0]).sources[0])
+        before, after = self._channels(whole), self._channels(op)
+        assert before is not None and after is not None and op.layout is not None
+        low, high = op.data
+        first = int((before.kept < low).sum())
+        first_dropped = int((before.dropped < low).sum())
+        dim, pads = op.layout.dim, after.pads
+        same = high - low == before.width
+
+        def run(env: list[Any], training: bool) -> None:
+            x, c = env[j], env[n + j]
+            if not same:
+                x = x.narrow(dim, first, len(after.kept))
+                if pads:
+                    shape = list(x.shape)
+                    shape[dim] = pads
+                    x = torch.cat([x, x.new_zeros(shape)], dim)
+                if c is not None:
+                    c = c.narrow(0, first_dropped, len(after.dropped))
+            env[i], env[n + i] = x, c
+
+        return run
+
+    def _build_shape(self, op: Op, i: int) -> Run:
+        source = self._op(op.sources[0])
+        j, layout = self._index[source.name], source.layout
+        args = op.node.args[1:] if op.node.op == "call_method" else ()
+
+        def run(env: list[Any], training: bool) -> None:
+            shape = list(env[j].shape)
+            if layout is not None:
+                shape[layout.dim] = layout.width
+            env[i] = shape[args[0]] if args else torch.Size(shape)  # type: ignore[index]
+
+        return run
+
+    def _build_other(self, op: Op, i: int) -> Run:
+        """Any other node, as the trace has it, on full-width inputs."""
+        node, model = op.node, self.flow.model
+        self.macs += op.macs * 3
+        if node.op == "get_attr":
+            parent, _, leaf = str(node.target).rpartition(".")
+            owner = model.get_submodule(parent)
+
+            def attribute(env: list[Any], training: bool) -> None:
+                env[i] = getattr(owner, leaf)
+
+            return attribute
+        reads = {s.name: self._full(s.name) for s in node.all_input_nodes}
+        flag = "training" in node.kwargs
+        target = op.module if node.op == "call_module" else node.target
+
+        def run(env: list[Any], training: bool) -> None:
+            args = fx.node.map_arg(node.args, lambda s: reads[s.name](env))
+            kwargs = dict(fx.node.map_arg(node.kwargs, lambda s: reads[s.name](env)))
+            if flag:
+                kwargs["training"] = training
+            if node.op == "call_method":
+                env[i] = getattr(args[0], target)(*args[1:], **kwargs)  # type: ignore[arg-type]
+            else:
+                env[i] = target(*args, **kwargs)  # type: ignore[operator]
+
+        return run
+
+
+def _is_max(op: Op) -> bool:
+    if isinstance(op.module, nn.MaxPool2d):
+        return True
+    return op.node.op == "call_function" and op.node.target in (F.max_pool2d, torch.max_pool2d)
+
+
+def _at(ndim: int, dim: int) -> list[int]:
+    return [-1 if d == dim else 1 for d in range(ndim)]

@@ -1,0 +1,904 @@
+"""The persistent engine: weights and momentum stay compact across steps, and only a mask that changes costs a rebuild.
+
+What is stored where, between ``begin`` and ``finish``:
+
+* the *arena*: one flat parameter tensor, one momentum and one gradient tensor of the same length. Its regions, in
+  order: vectors and plain weights; kept weights of threshold layers; their dropped input columns where these are
+  constants; dropped columns whose input is 0; parameters without a gradient; all thresholds. Autograd sees the leading
+  regions as leaves, and an SGD step is three calls for the whole model.
+* rows that are dropped stay in the model's own tensors. Their loss gradient is exactly 0, so momentum and weight decay
+  move them by a fixed linear map per step, ``(w, v) <- M (w, v)``; ``k`` steps are ``M^k``, applied when somebody needs
+  the row. Until then ``|a_k| mean|w| + |b_k| mean|v|`` bounds the row's score from above; only a row whose bound exceeds
+  its threshold is looked at.
+* dropped columns of kept rows are stepped eagerly: the estimator's sign term moves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers import ThresholdLayer
+from ..reference import WINDOW, filter_scores
+from ..training import Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
+from .flow import Flow, Layout, check_traceable, trace_flow
+from .plan import Channels, Plan
+from .program import LayerSlot, NormSlot, Program
+
+__all__ = ["CompactTrainer"]
+
+
+class _Layer:
+    """One convolution or linear: its full tensors, and its place in the arena."""
+
+    def __init__(self, name: str, module: nn.Module, index: int) -> None:
+        assert isinstance(module, (nn.Conv2d, nn.Linear))
+        self.name, self.module = name, module
+        self.rows = module.weight.shape[0]
+        self.inputs = module.weight.shape[1]
+        self.size = module.weight[0].numel()
+        self.is_threshold = isinstance(module, ThresholdLayer)
+        self.window = self.is_threshold and module.estimator == "window"
+        self.mask_bias = self.is_threshold and module.mask_bias
+        self.begin = index  # of its first threshold among all thresholds
+        # A convolution in groups needs its rows where they are.
+        self.all_rows = isinstance(module, nn.Conv2d) and module.groups > 1 and module.weight.shape[1] > 1
+        self.all_rows |= isinstance(module, nn.Conv2d) and module.groups not in (1, module.out_channels)
+        self.slot = LayerSlot(module.weight)
+        self.far: Tensor | None = None
+        self.signed = False
+        self.dead_grad: Tensor | None = None
+        self.row_channels: Channels | None = None
+        self.column_channels: Channels | None = None
+
+    def read(self, momentum: Mapping[str, Tensor]) -> None:
+        prefix = f"{self.name}." if self.name else ""
+        m = self.module
+        self.weight = m.weight.data.view(self.rows, self.inputs, -1)
+        self.momentum = momentum[f"{prefix}weight"].view(self.rows, self.inputs, -1) if momentum else None
+        self.bias = None if m.bias is None else m.bias.data
+        self.bias_momentum = momentum[f"{prefix}bias"] if momentum and m.bias is not None else None
+
+
+@dataclass
+class _Piece:
+    """One tensor in the arena: where it belongs, and where it is."""
+
+    key: tuple[str, str]
+    shape: tuple[int, ...]
+    at: int = 0
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for s in self.shape:
+            size *= s
+        return size
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.at : self.at + self.size].view(self.shape)
+
+
+class CompactTrainer(Trainer):
+    """Equal to :class:`~spafl_kernels.training.MaskedTrainer`, on compact weights and activations.
+
+    The channels are followed when the first batch shows the input shape; if that fails the trainer becomes a masked one
+    (``engine`` and ``reason`` say so) or raises in strict mode.
+
+    Args:
+        model, loss: see :class:`~spafl_kernels.training.Trainer`.
+        strict: raise :class:`~spafl_kernels.training.Unsupported` instead of falling back.
+        multiple: convolutions keep a multiple of this many filters.
+
+    Raises:
+        Unsupported: the model has no threshold layers, or cannot be traced.
+    """
+
+    engine = "compact"
+
+    def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy, strict: bool = False, multiple: int = 8) -> None:
+        super().__init__(model, loss)
+        if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
+            raise Unsupported("the model has no threshold layers")
+        check_traceable(model)
+        self.strict, self.multiple = strict, multiple
+        self.reason = "all channels can be traced"
+        self._flows: dict[tuple[int, ...], Flow] = {}
+        self._scratch: dict[str, Tensor] = {}
+        self._fallback: MaskedTrainer | None = None
+        self._parameters = dict(model.named_parameters())
+
+    # -- interface -------------------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        options: SGDOptions,
+        momentum: Mapping[str, Tensor] | None = None,
+        densities: Mapping[str, float] | None = None,
+    ) -> None:
+        start = self._start(options, momentum, densities)
+        try:
+            self._check_parameters()
+        except RuntimeError:
+            self._open = False
+            raise
+        self._options, self._given, self._density = options, momentum, start
+        self._flow: Flow | None = None
+        self._steps = self._macs = self._rebuilds = 0
+        if self._fallback is not None:
+            self._fallback.begin(options, momentum, densities)
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        self._check_open()
+        if not self._ready(x):
+            assert self._fallback is not None
+            return self._fallback.step(x, y)
+        self._refresh()
+        loss = self.loss(self._program(x, True), y)
+        grads: tuple[Tensor | None, ...] = (None,) * len(self._leaves)
+        if loss.requires_grad:  # not so when the whole last layer is pruned
+            grads = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+        with torch.no_grad():
+            self._update(grads)
+        self._steps += 1
+        self._macs += self._program.macs * len(x) + self._program.macs_fixed
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_open()
+        if not self._ready(x):
+            assert self._fallback is not None
+            return self._fallback.evaluate(x, y)
+        self._refresh()
+        # Modules that run as they are (dropout, attention) read their own flag.
+        self.model.eval()
+        out = self._program(x, False)
+        self.model.train()
+        return self.loss(out, y) * len(y), (out.argmax(dim=1) == y).sum()
+
+    @torch.no_grad()
+    def finish(self) -> TrainResult:
+        if self._result is not None:
+            return self._result
+        self._check_open()
+        if self._fallback is not None:
+            self._result = self._fallback.finish()
+        else:
+            if self._flow is not None:
+                self._check_parameters(self._versions)
+                self._write_all()
+            momentum = {}
+            if self._options.momentum:
+                momentum = dict(self._given) if self._given else self._own_momentum(self._flow is None)
+            self._result = TrainResult(
+                densities=dict(self._density),
+                macs=self._macs,
+                steps=self._steps,
+                rebuilds=self._rebuilds,
+                momentum=momentum,
+            )
+        self._open = False
+        return self._result
+
+    # -- start -----------------------------------------------------------------------------------------------------
+
+    def _check_parameters(self, versions: dict[str, tuple[int, int]] | None = None) -> None:
+        now = dict(self.model.named_parameters())
+        if now.keys() != self._parameters.keys() or any(now[k] is not p for k, p in self._parameters.items()):
+            raise RuntimeError("parameters of the model were replaced; make a new trainer (p.data may be swapped)")
+        for name, p in now.items():
+            if not p.requires_grad:
+                raise RuntimeError(f"requires_grad of {name!r} was switched off; make a new trainer")
+            if versions is not None and (p.data_ptr(), p._version) != versions[name]:
+                raise RuntimeError(f"{name!r} was changed by somebody else between begin() and finish()")
+
+    def _ready(self, x: Tensor) -> bool:
+        """True once the compact state exists; False if the masked trainer has taken over."""
+        if self._flow is not None:
+            if x.shape[1:] != self._flow.image:
+                raise ValueError(
+                    f"x must have the sample shape this training began with, {tuple(self._flow.image)}; "
+                    f"got {tuple(x.shape[1:])}"
+                )
+            return True
+        if self._fallback is not None:
+            return False
+        image = tuple(x.shape[1:])
+        try:
+            if image not in self._flows:
+                self._flows[image] = trace_flow(self.model, image)
+        except Unsupported as error:
+            if self.strict:
+                raise
+            self._fallback = MaskedTrainer(self.model, self.loss, str(error))
+            self.engine, self.reason = "masked", str(error)
+            self._fallback.begin(self._options, self._given, self._density)
+            return False
+        with torch.no_grad():
+            self._load(self._flows[image])
+        return True
+
+    def _own_momentum(self, clear: bool) -> dict[str, Tensor]:
+        if not self._scratch:
+            self._scratch = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        elif clear:
+            for v in self._scratch.values():
+                v.zero_()
+        return self._scratch
+
+    def _load(self, flow: Flow) -> None:
+        """Read the model; the first refresh makes the plan."""
+        self.model.train()
+        options, model = self._options, self.model
+        self._flow = flow
+        momentum: Mapping[str, Tensor] = {}
+        if options.momentum:
+            momentum = self._given or self._own_momentum(True)
+        self._fresh = not self._given
+        self._versions = {name: (p.data_ptr(), p._version) for name, p in self._parameters.items()}
+        p0 = next(iter(self._parameters.values()))
+        self._dtype, self._device = p0.dtype, p0.device
+
+        self._layers: dict[str, _Layer] = {}
+        count = 0
+        for name, op in flow.layers.items():
+            assert op.module is not None
+            self._layers[name] = layer = _Layer(name, op.module, count)
+            layer.read(momentum)
+            count += layer.rows if layer.is_threshold else 0
+        self._pruned = [layer for layer in self._layers.values() if layer.is_threshold]
+        self._tau_full = {layer.name: layer.module.threshold.data for layer in self._pruned}
+        self._tau_momentum = (
+            {layer.name: momentum[_join(layer.name, "threshold")] for layer in self._pruned} if momentum else None
+        )
+        self._norms = {name: op.module for name, op in flow.norms.items()}
+        self._norm_slots = {
+            name: NormSlot(None, None, m.running_mean, m.running_var) for name, m in self._norms.items()
+        }
+        self._norm_momentum = momentum
+        self._norm_channels: dict[str, Channels | None] = {}
+        self._loose = [self._parameters[name].data for name in flow.loose]
+        self._loose_leaves = [self._parameters[name] for name in flow.loose]
+        self._loose_momentum = [momentum[name] for name in flow.loose] if momentum else None
+
+        def flat(values: list[Tensor]) -> Tensor:
+            return torch.cat(values) if values else torch.empty(0, dtype=self._dtype, device=self._device)
+
+        self._scores = flat([filter_scores(layer.module.weight.data) for layer in self._pruned])
+        self._tau = flat([self._tau_full[layer.name] for layer in self._pruned])
+        self._moving_mean = torch.zeros_like(self._scores)
+        self._base = torch.zeros(count, dtype=torch.int64, device=self._device)
+        self._keep = torch.zeros(count, dtype=torch.bool, device=self._device)
+        self._active = self._keep.clone()
+        self._far: Tensor | None = None
+        window = [torch.full((la.rows,), la.window, device=self._device) for la in self._pruned]
+        self._window_rows = torch.cat(window)
+        self._any_window = any(layer.window for layer in self._pruned)
+        self._conditions = [c for layer in self._pruned if (c := _Condition.of(flow, layer)) is not None]
+        self._clock = 0
+        self._powers = _Powers(options, self._dtype, self._device)
+        self._plan: Plan | None = None
+        self._pieces: dict[tuple[str, str], _Piece] = {}
+        self._moving = False
+        self._stale = True
+        self._collapsed = self._find_collapsed()
+
+    def _find_collapsed(self) -> list[_Layer]:
+        floor = self._options.collapse_floor
+        return [] if floor is None else [la for la in self._pruned if self._density[la.name] <= floor]
+
+    # -- masks -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """What happens at the start of a forward: guard, masks, and a new plan if a row's class changed."""
+        for layer in self._collapsed:
+            self._tau[layer.begin : layer.begin + layer.rows] = 0
+            self._stale = True
+        if not self._stale:
+            return
+        first = self._plan is None
+        if not first:
+            self._score()
+        scores, tau = self._scores, self._tau
+        if self._moving:
+            dropped = ~self._keep
+            active = (self._bounds() > tau) & dropped
+            unsure = active | (dropped & self._window_rows & (tau > WINDOW)) if self._any_window else active
+            if bool(unsure.any()):
+                self._catch_up(unsure)
+        active = scores > tau
+        far = None
+        if self._any_window:
+            far = ((scores - tau).abs() > WINDOW) & self._window_rows
+            far = far if bool(far.any()) else None
+        keep = self._kept_rows(active, far)
+        if first or not torch.equal(keep, self._keep):
+            self._rebuild(keep)
+        if first or not torch.equal(active, self._active) or far is not None or self._far is not None:
+            self._active, self._far = active, far
+            self._set_masks()
+        self._stale = False
+        self._collapsed = self._find_collapsed()
+
+    def _score(self) -> None:
+        torch.abs(self._flat[self._abs_from : self._abs_to], out=self._absolute)
+        for rows, dead, out in self._score_views:
+            torch.sum(rows, 1, out=out)
+            if dead is not None:
+                out += dead.sum(1)
+        self._scores.index_copy_(0, self._kept_index, self._row_sums.index_select(0, self._kept_place) / self._row_size)
+
+    def _bounds(self) -> Tensor:
+        """Upper bounds of the dropped rows' scores (kept rows: anything)."""
+        a, b, _, _ = self._powers.at(self._clock - self._base)
+        slack = 1 + 8 * torch.finfo(self._dtype).eps
+        bound = (a.abs() * self._scores + b.abs() * self._moving_mean) * slack
+        still = (self._moving_mean == 0) & (a == 1)
+        return torch.where(still, self._scores, bound)
+
+    def _catch_up(self, rows: Tensor) -> None:
+        """Apply the steps that dropped rows have missed; ``rows``: bool over all thresholds."""
+        for layer in self._pruned:
+            index = rows[layer.begin : layer.begin + layer.rows].nonzero().flatten()
+            if not len(index):
+                continue
+            place = index + layer.begin
+            a, b, c, d = (t.view(-1, 1, 1) for t in self._powers.at(self._clock - self._base[place]))
+            w = layer.weight[index]
+            if layer.momentum is None:
+                w = a * w
+            else:
+                v = layer.momentum[index]
+                w, v = a * w + b * v, c * w + d * v
+                layer.momentum[index] = v
+                self._moving_mean[place] = v.flatten(1).abs().mean(1)
+            layer.weight[index] = w
+            self._scores[place] = filter_scores(w)
+            self._base[place] = self._clock
+
+    def _kept_rows(self, active: Tensor, far: Tensor | None) -> Tensor:
+        keep = active
+        for condition in self._conditions:
+            layer = condition.layer
+            part = slice(layer.begin, layer.begin + layer.rows)
+            carry = condition.carry(self, None if not layer.window else far)
+            if carry is not None:
+                if keep is active:
+                    keep = active.clone()
+                keep[part] |= carry
+        return keep
+
+    def _constant_in_front(self, layer: _Layer, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
+        """By filter: the constant a pruned filter has in front of ReLU; with ``zero``: 1 where it is 0, else 0."""
+        if not norm:
+            value = self._current(layer.name, "b", layer.bias, layer.row_channels)
+            return self._scores.new_zeros(layer.rows) if value is None or layer.mask_bias else value
+        assert layout is not None
+        m = self._norms[norm]
+        bias = None if m.bias is None else m.bias.data
+        value = self._current(norm, "nb", bias, self._norm_channels.get(norm))
+        if value is None:
+            value = self._scores.new_zeros(layout.width)
+        if zero:
+            value = (value == 0).to(self._dtype)
+        out, at = self._scores.new_zeros(layer.rows), 0
+        for s in layout.segments:
+            if s.source == layer.name:
+                part = value[at : at + s.width].view(-1, s.repeat).amax(1)
+                out[s.start : s.stop] = torch.maximum(out[s.start : s.stop], part)
+            at += s.width
+        return out
+
+    def _current(self, name: str, key: str, full: Tensor | None, channels: Channels | None) -> Tensor | None:
+        """A vector at full width as it is now: from the arena, or from the model before the first plan."""
+        if full is None or self._plan is None or channels is None:
+            return full
+        value = torch.empty_like(full)
+        value[channels.kept] = self._pieces[name, key].of(self._flat)[: len(channels.kept)]
+        if len(channels.dropped):
+            value[channels.dropped] = self._pieces[name, key + "d"].of(self._flat)
+        return value
+
+    def _set_masks(self) -> None:
+        """Masks of the kept rows where some are pruned; densities."""
+        self._masks: list[_Layer] = []
+        for layer in self._pruned:
+            active = self._active[layer.begin : layer.begin + layer.rows]
+            self._density[layer.name] = int(active.sum()) / layer.rows
+            assert layer.row_channels is not None
+            kept = active[layer.row_channels.kept]
+            layer.slot.mask = None
+            layer.far = None if self._far is None else self._far[layer.begin : layer.begin + layer.rows]
+            if not bool(kept.all()):
+                mask = torch.zeros(layer.row_channels.stored, dtype=self._dtype, device=self._device)
+                mask[: len(kept)] = kept
+                layer.slot.mask = mask.requires_grad_()
+                self._masks.append(layer)
+            layer.signed = not layer.window or (layer.far is not None and bool(layer.far.any()))
+            if not layer.signed and layer.dead_grad is not None:
+                layer.dead_grad.zero_()
+        self._leaves = self._arena_leaves + self._loose_leaves + [layer.slot.mask for layer in self._masks]
+
+    # -- rebuild ---------------------------------------------------------------------------------------------------
+
+    def _rebuild(self, keep: Tensor) -> None:
+        flow, first = self._flow, self._plan is None
+        assert flow is not None
+        plan = Plan(flow, {la.name: keep[la.begin : la.begin + la.rows] for la in self._pruned}, self.multiple)
+        if not first:
+            self._rebuilds += 1
+        changed = []
+        for layer in self._layers.values():
+            layout = flow.layout_in(layer.name) if flow.layers[layer.name].kind == "layer" else None
+            rows = plan.rows.get(layer.name) or _all(layer.rows, self._device)
+            columns = _all(layer.inputs, self._device) if layout is None else plan.channels(layout)
+            if first or not (_same(rows, layer.row_channels) and _same(columns, layer.column_channels)):
+                changed.append((layer, rows, columns))
+        old_flat = None if first else (self._flat, self._velocity)
+        old_pieces = self._pieces
+        if not first:
+            for layer, _, _ in changed:
+                self._write_layer(layer)
+            self._write_norms()
+        # Rows that come back first make the steps they have missed; rows that go are the model's from now on.
+        if self._moving and bool((back := keep & ~self._keep).any()):
+            self._catch_up(back)
+        gone = ~keep if first else self._keep & ~keep
+        self._base[gone] = self._clock
+        for layer, rows, columns in changed:
+            layer.row_channels, layer.column_channels = rows, columns
+            part = gone[layer.begin : layer.begin + layer.rows] if layer.is_threshold else None
+            if part is not None and layer.momentum is not None and not (first and self._fresh):
+                index = part.nonzero().flatten()
+                if len(index):
+                    self._moving_mean[index + layer.begin] = layer.momentum[index].abs().mean((1, 2))
+        dropped = ~keep
+        self._moving = bool(dropped.any()) and (
+            self._options.weight_decay > 0 or bool((self._moving_mean[dropped] > 0).any())
+        )
+        self._keep, self._plan = keep, plan
+        again = {layer.name for layer, _, _ in changed}
+        self._fill(again, old_pieces, old_flat)
+        self._program = Program(flow, plan, {n: la.slot for n, la in self._layers.items()}, self._norm_slots)
+
+    def _fill(
+        self, again: set[str], old_pieces: dict[tuple[str, str], _Piece], old: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Lay the arena out and fill it: layers in ``again`` from the model, the others from the old arena."""
+        flow, plan = self._flow, self._plan
+        assert flow is not None and plan is not None
+        with_momentum = bool(self._options.momentum)
+        vectors: list[tuple[_Piece, Any]] = []
+        weights: list[tuple[_Piece, Any]] = []
+        constants: list[tuple[_Piece, Any]] = []
+        columns: list[tuple[_Piece, Any]] = []
+        still: list[tuple[_Piece, Any]] = []
+
+        for layer in self._layers.values():
+            op = flow.layers[layer.name]
+            rows, cols = layer.row_channels, layer.column_channels
+            assert rows is not None and cols is not None
+            kernel = layer.module.weight.shape[2:]
+            shape = (rows.stored, cols.stored, *kernel)
+            region = weights if layer.is_threshold else vectors
+            region.append((_Piece((layer.name, "w"), shape), layer.name in again and _Gather(layer, "kept")))
+            if len(cols.dropped):
+                source = flow.ops[op.sources[0]]
+                shape = (rows.stored, len(cols.dropped), *kernel)
+                if layer.is_threshold:
+                    region = constants if source.const else columns
+                else:
+                    region = vectors if source.const else still
+                region.append((_Piece((layer.name, "wd"), shape), layer.name in again and _Gather(layer, "dropped")))
+            if layer.bias is not None:
+                vectors.append((_Piece((layer.name, "b"), (rows.stored,)), _Vector(layer.bias, layer.bias_momentum, rows)))
+                if len(rows.dropped):
+                    region = still if layer.mask_bias else vectors
+                    gather = _Vector(layer.bias, layer.bias_momentum, rows, dropped=True)
+                    region.append((_Piece((layer.name, "bd"), (len(rows.dropped),)), gather))
+        for name, m in self._norms.items():
+            layout = flow.layout_in(name)
+            channels = _all(m.num_features, self._device) if layout is None else plan.channels(layout)
+            self._norm_channels[name] = channels
+            for key, p in (("g", m.weight), ("b", m.bias)):
+                if p is None:
+                    continue
+                v = self._norm_momentum[_join(name, "weight" if key == "g" else "bias")] if with_momentum else None
+                vectors.append((_Piece((name, "n" + key), (channels.stored,)), _Vector(p.data, v, channels)))
+                if len(channels.dropped):
+                    region = still if key == "g" else vectors
+                    gather = _Vector(p.data, v, channels, dropped=True)
+                    region.append((_Piece((name, f"n{key}d"), (len(channels.dropped),)), gather))
+
+        order = vectors + weights + constants + columns + still
+        parts_p: list[Tensor] = []
+        parts_v: list[Tensor] = []
+        at = 0
+        for piece, gather in order:
+            piece.at = at
+            at += piece.size
+            if gather is False or gather is None:
+                assert old is not None
+                was = old_pieces[piece.key]
+                parts_p.append(old[0][was.at : was.at + was.size])
+                if with_momentum:
+                    parts_v.append(old[1][was.at : was.at + was.size])
+            else:
+                p, v = gather.take()
+                parts_p.append(p.reshape(-1))
+                if with_momentum:
+                    parts_v.append(p.new_zeros(piece.size) if v is None else v.reshape(-1))
+        parts_p.append(self._tau)
+        if with_momentum:
+            if old is None:
+                assert self._tau_momentum is not None
+                parts_v += list(self._tau_momentum.values())
+            else:
+                parts_v.append(old[1][-len(self._tau) :])
+        self._flat = torch.cat(parts_p)
+        self._velocity = torch.cat(parts_v) if with_momentum else self._flat.new_empty(0)
+        self._grad = torch.zeros_like(self._flat)
+        self._tau = self._flat[at:]
+        self._tau_grad = self._grad[at:]
+        self._pieces = {piece.key: piece for piece, _ in order}
+
+        leaves = vectors + weights + constants
+        self._leaf_end = sum(piece.size for piece, _ in leaves)
+        self._arena_leaves = []
+        tensors: dict[tuple[str, str], Tensor] = {}
+        for piece, _ in leaves:
+            tensors[piece.key] = piece.of(self._flat).detach().requires_grad_()
+            self._arena_leaves.append(tensors[piece.key])
+        for piece, _ in columns + still:
+            tensors[piece.key] = piece.of(self._flat)
+        for name, layer in self._layers.items():
+            slot = layer.slot
+            slot.weight = tensors[name, "w"]
+            slot.weight_dropped = tensors.get((name, "wd"))
+            slot.bias, slot.bias_dropped = tensors.get((name, "b")), tensors.get((name, "bd"))
+        for name, m in self._norms.items():
+            norm, channels = self._norm_slots[name], self._norm_channels[name]
+            assert channels is not None
+            norm.weight, norm.bias = tensors.get((name, "ng")), tensors.get((name, "nb"))
+            if m.weight is None and channels.pads:
+                # A pad channel must stay 0: without an affine part BatchNorm already maps 0 to 0.
+                norm.weight = None
+            norm.weight_dropped, norm.bias_dropped = tensors.get((name, "ngd")), tensors.get((name, "nbd"))
+            norm.running_mean = _Vector(m.running_mean, None, channels).take()[0]
+            norm.running_var = _Vector(m.running_var, None, channels).take()[0]
+            if len(channels.dropped):
+                norm.mean_dropped = m.running_mean[channels.dropped]
+                norm.var_dropped = m.running_var[channels.dropped]
+                if norm.bias_dropped is None:
+                    norm.bias_dropped = torch.zeros_like(norm.mean_dropped)
+
+        # Views for the threshold mathematics.
+        regions = weights + constants + columns
+        self._abs_from = regions[0][0].at
+        self._abs_to = regions[-1][0].at + regions[-1][0].size
+        self._absolute = self._flat.new_empty(self._abs_to - self._abs_from)
+        total = sum(layer.row_channels.stored for layer in self._pruned if layer.row_channels is not None)
+        self._row_sums = self._flat.new_zeros(total)
+        self._row_dots = self._flat.new_zeros(total)
+        self._score_views = []
+        index, place, sizes, start = [], [], [], 0
+        for layer in self._pruned:
+            rows = layer.row_channels
+            assert rows is not None
+            stop = start + rows.stored
+            piece, dead = self._pieces[layer.name, "w"], self._pieces.get((layer.name, "wd"))
+
+            def two(piece: _Piece, flat: Tensor, rows: Channels = rows, offset: int = 0) -> Tensor:
+                return flat[piece.at - offset : piece.at - offset + piece.size].view(rows.stored, -1)
+
+            self._score_views.append(
+                (
+                    two(piece, self._absolute, offset=self._abs_from),
+                    None if dead is None else two(dead, self._absolute, offset=self._abs_from),
+                    self._row_sums[start:stop],
+                )
+            )
+            layer.kept_rows, layer.kept_grad = two(piece, self._flat), two(piece, self._grad)
+            layer.dead_rows = None if dead is None else two(dead, self._flat)
+            layer.dead_grad = None if dead is None else two(dead, self._grad)
+            layer.dead_const = dead is not None and dead.at < self._leaf_end
+            layer.dots = self._row_dots[start:stop]
+            index.append(rows.kept + layer.begin)
+            place.append(torch.arange(start, start + len(rows.kept), device=self._device))
+            sizes.append(torch.full((len(rows.kept),), layer.size, dtype=self._dtype, device=self._device))
+            start = stop
+        self._kept_index, self._kept_place, self._row_size = torch.cat(index), torch.cat(place), torch.cat(sizes)
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def _update(self, grads: tuple[Tensor | None, ...]) -> None:
+        options, grad, flat = self._options, self._grad, self._flat
+        n, loose = len(self._arena_leaves), len(self._loose)
+        parts = [
+            g.reshape(-1) if g is not None else leaf.new_zeros(leaf.numel())
+            for g, leaf in zip(grads[:n], self._arena_leaves)
+        ]
+        if parts:
+            torch.cat(parts, out=grad[: self._leaf_end])
+        loose_grads = [g if g is not None else torch.zeros_like(p) for g, p in zip(grads[n : n + loose], self._loose)]
+        for layer, g in zip(self._masks, grads[n + loose :]):
+            layer.mask_grad = g
+        signed = False
+        for layer in self._pruned:
+            if layer.signed:
+                signed = True
+                self._sign_term(layer)
+        tau_grad = self._tau_grad
+        if options.penalty:
+            torch.neg(self._tau, out=tau_grad)
+            tau_grad.exp_().mul_(-options.penalty)
+        else:
+            tau_grad.zero_()
+        if signed:
+            tau_grad.index_add_(0, self._kept_index, self._row_dots.index_select(0, self._kept_place), alpha=-1)
+        if options.max_grad_norm is not None:
+            norm = torch.linalg.vector_norm(grad)
+            if loose_grads:
+                norm = torch.linalg.vector_norm(torch.stack([norm, *torch._foreach_norm(loose_grads)]))
+            scale = (options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            grad.mul_(scale)
+            if loose_grads:
+                torch._foreach_mul_(loose_grads, scale)
+        if options.weight_decay:
+            grad.add_(flat, alpha=options.weight_decay)
+            if loose_grads:
+                torch._foreach_add_(loose_grads, self._loose, alpha=options.weight_decay)
+        if options.momentum:
+            grad_or_v = self._velocity.mul_(options.momentum).add_(grad)
+            if loose_grads:
+                assert self._loose_momentum is not None
+                torch._foreach_mul_(self._loose_momentum, options.momentum)
+                torch._foreach_add_(self._loose_momentum, loose_grads)
+                loose_grads = self._loose_momentum
+        else:
+            grad_or_v = grad
+        flat.add_(grad_or_v, alpha=-options.lr)
+        if loose_grads:
+            torch._foreach_add_(self._loose, loose_grads, alpha=-options.lr)
+        if options.weight_decay:
+            self._clear_grad()
+        self._clock += 1
+        self._stale = True
+
+    def _clear_grad(self) -> None:
+        """Weight decay was added in place; entries that no later gradient overwrites start at 0 again."""
+        self._grad[self._leaf_end :].zero_()
+
+    def _sign_term(self, layer: _Layer) -> None:
+        """``r_i = sum_j G_ij w_ij`` of every kept row, and ``r_i sign(w_ij) / n_in`` added to the gradient."""
+        w, g, dead, dead_grad = layer.kept_rows, layer.kept_grad, layer.dead_rows, layer.dead_grad
+        if layer.slot.mask is not None:
+            r = layer.mask_grad
+        else:
+            r = (w * g).sum(1)
+            if layer.dead_const:
+                r += (dead * dead_grad).sum(1)
+            if layer.mask_bias and layer.slot.bias is not None:
+                piece = self._pieces[layer.name, "b"]
+                r += piece.of(self._flat) * piece.of(self._grad)
+        if layer.far is not None:
+            assert layer.row_channels is not None
+            passes = torch.zeros_like(r)
+            passes[: len(layer.row_channels.kept)] = layer.far[layer.row_channels.kept].to(r.dtype)
+            r = r * passes
+        layer.dots.copy_(r)
+        rho = (r / layer.size).unsqueeze(1)
+        g.addcmul_(w.sign(), rho)
+        if layer.dead_const:
+            dead_grad.addcmul_(dead.sign(), rho)
+        elif dead is not None:
+            torch.mul(dead.sign(), rho, out=dead_grad)
+
+    # -- write back ------------------------------------------------------------------------------------------------
+
+    def _write_layer(self, layer: _Layer) -> None:
+        rows, cols = layer.row_channels, layer.column_channels
+        assert rows is not None and cols is not None
+        flats = [(self._flat, layer.weight, layer.bias)]
+        if self._options.momentum:
+            flats.append((self._velocity, layer.momentum, layer.bias_momentum))  # type: ignore[arg-type]
+        live, lost = len(rows.kept), len(cols.dropped)
+        for flat, full, bias in flats:
+            part = self._pieces[layer.name, "w"].of(flat).view(rows.stored, cols.stored, -1)[:live, : len(cols.kept)]
+            if lost:
+                whole = part.new_empty(live, cols.width, full.shape[2])
+                whole.index_copy_(1, cols.kept, part)
+                dead = self._pieces[layer.name, "wd"].of(flat).view(rows.stored, lost, -1)
+                whole.index_copy_(1, cols.dropped, dead[:live])
+                part = whole
+            _put(full, rows, part)
+            if bias is not None:
+                _put(bias, rows, self._pieces[layer.name, "b"].of(flat)[:live])
+                if len(rows.dropped):
+                    bias[rows.dropped] = self._pieces[layer.name, "bd"].of(flat)
+
+    def _write_norms(self) -> None:
+        flats = [(self._flat, False)] + ([(self._velocity, True)] if self._options.momentum else [])
+        for layer in self._layers.values():
+            # Bias pieces of unchanged layers are gathered again from the model, so they are written too.
+            if layer.bias is not None:
+                rows = layer.row_channels
+                assert rows is not None
+                for flat, is_momentum in flats:
+                    target = layer.bias_momentum if is_momentum else layer.bias
+                    assert target is not None
+                    _put(target, rows, self._pieces[layer.name, "b"].of(flat)[: len(rows.kept)])
+                    if len(rows.dropped):
+                        target[rows.dropped] = self._pieces[layer.name, "bd"].of(flat)
+        for name, m in self._norms.items():
+            channels, slot = self._norm_channels[name], self._norm_slots[name]
+            assert channels is not None
+            real = len(channels.kept)
+            _put(m.running_mean, channels, slot.running_mean[:real])
+            _put(m.running_var, channels, slot.running_var[:real])
+            if len(channels.dropped):
+                m.running_mean[channels.dropped] = slot.mean_dropped
+                m.running_var[channels.dropped] = slot.var_dropped
+            for flat, is_momentum in flats:
+                for key, p, full_name in (("g", m.weight, "weight"), ("b", m.bias, "bias")):
+                    if p is None:
+                        continue
+                    target = self._norm_momentum[_join(name, full_name)] if is_momentum else p.data
+                    _put(target, channels, self._pieces[name, "n" + key].of(flat)[:real])
+                    if len(channels.dropped):
+                        target[channels.dropped] = self._pieces[name, f"n{key}d"].of(flat)
+
+    def _write_all(self) -> None:
+        """The whole state, into the model's tensors and the momentum."""
+        if self._plan is None:
+            return
+        for layer in self._layers.values():
+            self._write_layer(layer)
+        self._write_norms()
+        if self._moving:
+            self._catch_up(~self._keep)
+        for m in self._norms.values():
+            if m.num_batches_tracked is not None:
+                m.num_batches_tracked += self._steps
+        velocity = self._velocity[len(self._velocity) - len(self._tau) :]
+        for layer in self._pruned:
+            part = slice(layer.begin, layer.begin + layer.rows)
+            self._tau_full[layer.name].copy_(self._tau[part])
+            if self._tau_momentum is not None:
+                self._tau_momentum[layer.name].copy_(velocity[part])
+
+
+# -- small parts -------------------------------------------------------------------------------------------------------
+
+
+def _join(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
+
+
+def _all(width: int, device: torch.device) -> Channels:
+    return Channels(width, torch.arange(width, device=device), torch.empty(0, dtype=torch.int64, device=device), 0)
+
+
+def _same(a: Channels, b: Channels | None) -> bool:
+    return b is not None and a.pads == b.pads and torch.equal(a.kept, b.kept)
+
+
+def _put(full: Tensor, rows: Channels, values: Tensor) -> None:
+    if len(rows.dropped):
+        full.index_copy_(0, rows.kept, values)
+    else:
+        full.copy_(values)
+
+
+class _Gather:
+    """Takes a layer's weight and momentum at its kept rows and its kept or dropped columns."""
+
+    def __init__(self, layer: _Layer, which: str) -> None:
+        self.layer, self.which = layer, which
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        rows, cols = self.layer.row_channels, self.layer.column_channels
+        assert rows is not None and cols is not None
+
+        def part(full: Tensor) -> Tensor:
+            x = full.index_select(0, rows.kept) if len(rows.dropped) else full
+            pads = 0
+            if self.which == "dropped":
+                x = x.index_select(1, cols.dropped)
+            else:
+                pads = cols.pads
+                x = x.index_select(1, cols.kept) if len(cols.dropped) else x
+            return F.pad(x, (0, 0, 0, pads, 0, rows.pads)) if pads or rows.pads else x
+
+        momentum = self.layer.momentum
+        return part(self.layer.weight), None if momentum is None else part(momentum)
+
+
+class _Vector:
+    """Takes a per-channel vector and its momentum at the kept (then zeros) or the dropped channels."""
+
+    def __init__(self, full: Tensor, momentum: Tensor | None, channels: Channels, dropped: bool = False) -> None:
+        self.full, self.momentum, self.channels, self.dropped = full, momentum, channels, dropped
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        def part(full: Tensor) -> Tensor:
+            if self.dropped:
+                return full[self.channels.dropped]
+            return F.pad(full[self.channels.kept], (0, self.channels.pads))
+
+        return part(self.full), None if self.momentum is None else part(self.momentum)
+
+
+class _Powers:
+    """``M^k`` of the map that SGD without a gradient applies to ``(w, v)``: ``v <- mu v + wd w; w <- w - lr v``."""
+
+    def __init__(self, options: SGDOptions, dtype: torch.dtype, device: torch.device) -> None:
+        lr, mu, wd = options.lr, options.momentum, options.weight_decay
+        self._step = torch.tensor([[1 - lr * wd, -lr * mu], [wd, mu]], dtype=torch.float64)
+        self._rows = [torch.eye(2, dtype=torch.float64)]
+        self._dtype, self._device = dtype, device
+        self._table: Tensor | None = None
+
+    def at(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``a, b, c, d`` of ``w <- a w + b v; v <- c w + d v`` after ``steps`` (int64) steps."""
+        need = int(steps.max()) + 1 if steps.numel() else 1
+        if self._table is None or need > len(self._table):
+            while len(self._rows) < max(need, 2 * len(self._rows) if self._table is not None else 64):
+                self._rows.append(self._step @ self._rows[-1])
+            self._table = torch.stack(self._rows).flatten(1).to(self._dtype).to(self._device)
+        return self._table[steps].unbind(1)  # type: ignore[return-value]
+
+
+class _Condition:
+    """When the pruned rows of a layer must be computed although they are pruned."""
+
+    def __init__(self, layer: _Layer, proof: tuple[tuple[str, Layout | None], ...] | None, noisy: list[Any]) -> None:
+        self.layer, self.proof, self.noisy = layer, proof, noisy
+
+    @classmethod
+    def of(cls, flow: Flow, layer: _Layer) -> _Condition | None:
+        proof = flow.proofs[layer.name]
+        bias = layer.module.bias is not None and not layer.mask_bias
+        noisy = []
+        if bias:
+            # BatchNorm of a constant c != 0 is beta up to rounding; at beta = 0 the sign of that rounding decides
+            # whether ReLU passes a gradient, so such channels are computed as they are.
+            noisy = [
+                (name, layout)
+                for name in flow.norms
+                if (layout := flow.layout_in(name)) is not None and any(s.source == layer.name for s in layout.segments)
+            ]
+        if proof is not None and not bias and not layer.all_rows and all(not norm for norm, _ in proof):
+            return None
+        return cls(layer, proof, noisy)
+
+    def carry(self, trainer: CompactTrainer, far: Tensor | None) -> Tensor | None:
+        """Rows to keep though pruned (also set for active ones): bool ``(rows,)`` or None."""
+        layer = self.layer
+        if layer.all_rows:
+            return torch.ones(layer.rows, dtype=torch.bool, device=trainer._device)
+        result: Tensor | None = None
+        passes = not layer.window
+        if layer.window and far is not None:
+            part = far[layer.begin : layer.begin + layer.rows]
+            passes = bool(part.any())
+        if passes:
+            if self.proof is None:
+                result = torch.ones(layer.rows, dtype=torch.bool, device=trainer._device)
+            else:
+                result = torch.zeros(layer.rows, dtype=torch.bool, device=trainer._device)
+                for norm, layout in self.proof:
+                    result |= trainer._constant_in_front(layer, norm, layout) > 0
+            if layer.window:
+                result = result & part
+        for norm, layout in self.noisy:
+            zero = trainer._constant_in_front(layer, norm, layout, zero=True) > 0
+            result = zero if result is None else result | zero
+        return result

@@ -1,0 +1,341 @@
+"""Local training by SGD on weights and thresholds: the interface, and the trainer that defines it.
+
+:class:`MaskedTrainer` runs the reference layers and ``torch.optim.SGD``; it is what every faster trainer must equal.
+:func:`make_trainer` picks a trainer for a model and says why.
+
+One step, in this order (the order of the published code):
+
+1. collapse guard: a threshold layer whose density in its previous forward was ``<= collapse_floor`` gets ``tau = 0``;
+2. masks from the current weights and thresholds; forward in train mode; ``loss(model(x), y)``;
+3. gradients of ``loss + penalty * sum exp(-tau)`` for weights, thresholds and all other parameters;
+4. the gradient is scaled down if its global norm exceeds ``max_grad_norm`` (``torch.nn.utils.clip_grad_norm_``);
+5. ``torch.optim.SGD``: ``g += weight_decay * p; v = momentum * v + g; p -= lr * v``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from .functional import threshold_layers, threshold_penalty
+
+__all__ = ["Engine", "MaskedTrainer", "SGDOptions", "TrainResult", "Trainer", "Unsupported", "make_trainer"]
+
+Engine = Literal["auto", "masked", "compact"]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Unsupported(ValueError):
+    """An engine cannot run this model exactly; the message says why."""
+
+
+@dataclass(frozen=True)
+class SGDOptions:
+    """Settings of one local training.
+
+    Args:
+        lr: learning rate, finite, >= 0.
+        momentum: in [0, 1).
+        weight_decay: finite, >= 0; applies to thresholds too, as one parameter group of ``torch.optim.SGD`` does.
+        max_grad_norm: largest global gradient norm over all parameters including thresholds, > 0; None does not clip.
+        penalty: coefficient of ``sum exp(-tau)``, finite, >= 0; any warm-up is already in it.
+        collapse_floor: density in [0, 1) at or below which a layer's thresholds are reset to 0 before its next
+            forward (published code: 0.01); None switches the guard off.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    penalty: float = 0.0
+    collapse_floor: float | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, allowed: str, ok: Callable[[float], bool]) -> None:
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and math.isfinite(value) and ok(value)):
+                raise ValueError(f"{name} must be {allowed}; got {value!r}")
+
+        for name in ("lr", "weight_decay", "penalty"):
+            check(name, "a finite number >= 0", lambda v: v >= 0)
+        check("momentum", "a number in [0, 1)", lambda v: 0 <= v < 1)
+        if self.max_grad_norm is not None:
+            check("max_grad_norm", "None or a finite number > 0", lambda v: v > 0)
+        if self.collapse_floor is not None:
+            check("collapse_floor", "None or a number in [0, 1)", lambda v: 0 <= v < 1)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a local training did.
+
+    Args:
+        densities: share of active filters in the last forward (train or eval), by threshold layer; what was given to
+            ``begin`` if there was no forward.
+        macs: multiply-accumulates executed by ``step`` calls in convolutions and matrix products: forward, gradient of
+            the input and gradient of the weight. Evaluation is not counted.
+        steps: SGD steps done.
+        rebuilds: times the compact plan was made anew because a mask changed (0 for the masked engine).
+        momentum: full-size momentum buffers by parameter name: the tensors given to ``begin``, or the trainer's own,
+            which its next ``begin`` overwrites. Empty when the momentum is 0.
+    """
+
+    densities: dict[str, float]
+    macs: int
+    steps: int
+    rebuilds: int
+    momentum: dict[str, Tensor] = field(repr=False)
+
+
+class Trainer:
+    """Trains and evaluates one resident model; between ``begin`` calls its parameters may point at other memory.
+
+    Use: ``begin(...)``, any number of ``step`` and ``evaluate``, ``finish()``. The parameters are read at ``begin`` and
+    complete again, in place, after ``finish``; in between their contents are undefined and nobody else may write them.
+    The ``nn.Parameter`` objects must stay the same; their ``data`` may be swapped (same shape, dtype, device) while no
+    training is open. A trainer is not thread safe.
+
+    Args:
+        model: any module; without threshold layers the training is plain SGD.
+        loss: ``loss(model(x), y)``, a scalar, the mean over the batch.
+    """
+
+    engine: str
+    reason: str
+
+    def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy) -> None:
+        self.model = model
+        self.loss = loss
+        self._open = False
+        self._result: TrainResult | None = None
+
+    def begin(
+        self,
+        options: SGDOptions,
+        momentum: Mapping[str, Tensor] | None = None,
+        densities: Mapping[str, float] | None = None,
+    ) -> None:
+        """Start a local training from the model's current parameters and buffers.
+
+        Args:
+            options: settings of the optimiser and of the SpaFL terms.
+            momentum: full-size momentum buffers for every trainable parameter, by name, with the parameter's shape,
+                dtype and device; ``finish`` leaves the new state in these tensors. None or an empty mapping starts
+                without state, which is the same as zero buffers: without dampening the first step of
+                ``torch.optim.SGD`` sets ``v = g``, and ``momentum * 0 + g`` is ``g``.
+            densities: density of every threshold layer in its last forward, the collapse guard's state; 1.0 by default.
+
+        Raises:
+            ValueError: a buffer or density that is missing, unknown or of the wrong shape, dtype or device.
+            RuntimeError: the last training was not finished.
+        """
+        raise NotImplementedError
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One SGD step in train mode.
+
+        Args:
+            x: a batch the model takes.
+            y: targets the loss takes.
+
+        Returns:
+            The loss without the penalty, before the update: a detached scalar on the model's device. If it is not
+            finite the parameters are not either; the caller decides what to do.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and hits on a batch in eval mode; the collapse guard fires here too, as in the published code.
+
+        Args:
+            x: a batch the model takes; the output is ``(N, classes)``.
+            y: int64 ``(N,)`` classes.
+
+        Returns:
+            ``(loss summed over the batch, number of correct predictions)``, scalars on the model's device.
+        """
+        raise NotImplementedError
+
+    def finish(self) -> TrainResult:
+        """Write all state back to the model and the momentum tensors; a second call returns the same result."""
+        raise NotImplementedError
+
+    def explain(self) -> str:
+        """Which engine runs, and why."""
+        return f"{self.engine}: {self.reason}"
+
+    # -- shared by the engines -------------------------------------------------------------------------------------
+
+    def _start(
+        self, options: SGDOptions, momentum: Mapping[str, Tensor] | None, densities: Mapping[str, float] | None
+    ) -> dict[str, float]:
+        """Check the arguments of ``begin``; returns complete densities."""
+        if self._open:
+            raise RuntimeError("begin() was called before the last training was finished; call finish() first")
+        layers = [name for name, _ in threshold_layers(self.model)]
+        if momentum:
+            trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            if wrong := sorted(trainable.keys() ^ momentum.keys()):
+                raise ValueError(f"momentum must have one buffer for every trainable parameter; differs in {wrong}")
+            for name, p in trainable.items():
+                v = momentum[name]
+                if (v.shape, v.dtype, v.device) != (p.shape, p.dtype, p.device):
+                    raise ValueError(
+                        f"momentum[{name!r}] must be {tuple(p.shape)} {p.dtype} on {p.device}; "
+                        f"got {tuple(v.shape)} {v.dtype} on {v.device}"
+                    )
+        if densities is not None:
+            if wrong := sorted(set(layers) ^ densities.keys()):
+                raise ValueError(f"densities must have one value for every threshold layer; differs in {wrong}")
+            for name, value in densities.items():
+                if not 0 <= value <= 1:
+                    raise ValueError(f"densities[{name!r}] must be in [0, 1]; got {value!r}")
+        self._open = True
+        self._result = None
+        return {name: float(densities[name]) if densities is not None else 1.0 for name in layers}
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise RuntimeError("no training is open; call begin() first")
+
+
+class MaskedTrainer(Trainer):
+    """The definition: dense operators on masked weights, autograd, ``torch.optim.SGD``."""
+
+    engine = "masked"
+
+    def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy, reason: str = "asked for") -> None:
+        super().__init__(model, loss)
+        self.reason = reason
+        # MACs of one step, by input shape without the batch: (MACs, batch they were counted at).
+        self._macs_of: dict[tuple[int, ...], tuple[int, int]] = {}
+
+    def begin(
+        self,
+        options: SGDOptions,
+        momentum: Mapping[str, Tensor] | None = None,
+        densities: Mapping[str, float] | None = None,
+    ) -> None:
+        start = self._start(options, momentum, densities)
+        self._options = options
+        self._layers = list(threshold_layers(self.model))
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self._density = {name: torch.tensor(start[name], dtype=torch.float64, device=device) for name in start}
+        self._params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.SGD(
+            self._params.values(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+        )
+        self._momentum = dict(momentum) if momentum else {}
+        if options.momentum:
+            for name, p in self._params.items():
+                if name not in self._momentum:
+                    self._momentum[name] = torch.zeros_like(p)
+                self._optimizer.state[p]["momentum_buffer"] = self._momentum[name]
+        self._steps = self._macs = 0
+        self.model.train()
+
+    @torch.no_grad()
+    def _guard(self) -> None:
+        """The collapse guard, and the density of the forward that follows; no host synchronisation."""
+        floor = self._options.collapse_floor
+        for name, layer in self._layers:
+            if floor is not None:
+                layer.threshold.masked_fill_(self._density[name] <= floor, 0.0)
+            self._density[name] = layer.mask().double().mean()
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        self._check_open()
+        key = tuple(x.shape[1:])
+        if key not in self._macs_of:
+            with FlopCounterMode(display=False) as counter:
+                loss = self._step(x, y)
+            self._macs_of[key] = counter.get_total_flops() // 2, len(x)
+        else:
+            loss = self._step(x, y)
+        macs, batch = self._macs_of[key]
+        self._macs += macs * len(x) // batch
+        self._steps += 1
+        return loss
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+        self._guard()
+        self._optimizer.zero_grad()
+        loss = self.loss(self.model(x), y)
+        objective = loss
+        if self._options.penalty and self._layers:
+            objective = loss + self._options.penalty * threshold_penalty(self.model)
+        objective.backward()
+        if self._options.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._params.values(), self._options.max_grad_norm)
+        self._optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_open()
+        self._guard()
+        self.model.eval()
+        out = self.model(x)
+        self.model.train()
+        return self.loss(out, y) * len(y), (out.argmax(dim=1) == y).sum()
+
+    def finish(self) -> TrainResult:
+        if self._result is None:
+            self._check_open()
+            self._optimizer.zero_grad()
+            self._result = TrainResult(
+                densities={name: value.item() for name, value in self._density.items()},
+                macs=self._macs,
+                steps=self._steps,
+                rebuilds=0,
+                momentum=self._momentum if self._options.momentum else {},
+            )
+            self._open = False
+        return self._result
+
+
+def make_trainer(
+    model: nn.Module, engine: Engine = "auto", loss: Loss = F.cross_entropy, *, strict: bool | None = None
+) -> Trainer:
+    """A trainer for ``model``; its ``engine`` and ``reason`` say what runs and why.
+
+    Args:
+        model: the resident model, on its final device.
+        engine: ``"masked"``, ``"compact"``, or ``"auto"``: compact where it runs the model exactly, else masked.
+        loss: see :class:`Trainer`.
+        strict: raise where the compact engine cannot run the model instead of taking the masked one; by default what
+            the environment variable ``SPAFL_STRICT`` says (``1`` is strict).
+
+    Raises:
+        ValueError: unknown engine.
+        Unsupported: strict, and the compact engine cannot run this model.
+    """
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine must be one of {', '.join(get_args(Engine))}; got {engine!r}")
+    if strict is None:
+        strict = os.environ.get("SPAFL_STRICT", "") == "1"
+    if engine == "masked":
+        return MaskedTrainer(model, loss)
+    from .compact import CompactTrainer
+
+    try:
+        return CompactTrainer(model, loss, strict)
+    except Unsupported as error:
+        if strict:
+            raise
+        if engine == "compact":
+            warnings.warn(f"engine 'compact' cannot run this model, using 'masked': {error}", stacklevel=2)
+        return MaskedTrainer(model, loss, reason=str(error))
