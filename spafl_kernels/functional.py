@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import ops, reference
 from .reference import Estimator, filter_scores
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def threshold_conv2d(
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
     _check(weight, threshold, estimator)
+    if weight.is_cuda:
+        return ops.conv2d(input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias)
     return reference.threshold_conv2d(
         input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
     )
@@ -100,6 +102,8 @@ def threshold_linear(
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
     _check(weight, threshold, estimator)
+    if weight.is_cuda:
+        return ops.linear(input, weight, threshold, bias, estimator, mask_bias)
     return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
 
 
