@@ -27,7 +27,7 @@ class LayerSlot:
 
     Args:
         weight: ``(rows, kept inputs + pads, *kernel)``.
-        weight_dropped: ``(rows, dropped inputs, *kernel)``; needed where dropped inputs are constants, else may be None.
+        weight_dropped: ``(rows, dropped inputs, *kernel)``; may be None where dropped inputs are 0.
         bias: ``(rows,)`` or None.
         bias_dropped: bias of the dropped filters; None without bias.
         mask: ``(rows,)`` multiplies the output if some kept filters are pruned; its gradient is ``sum G w`` per row.
@@ -42,7 +42,7 @@ class LayerSlot:
 
 @dataclass
 class NormSlot:
-    """Compact tensors of one BatchNorm; the last two lines are those of the dropped channels, None if there are none."""
+    """Compact tensors of one BatchNorm; the last four are those of dropped channels, None if there are none."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -369,7 +369,7 @@ class Program:
         return run
 
     def _build_dropout(self, op: Op, i: int) -> Run:
-        p, n, j = op.data, self._count, self._index[op.sources[0]]
+        p, j = op.data, self._index[op.sources[0]]
         channels = self._channels(op)
         assert channels is not None and op.layout is not None
         dim = op.layout.dim

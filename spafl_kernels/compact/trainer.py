@@ -8,8 +8,8 @@ What is stored where, between ``begin`` and ``finish``:
   regions as leaves, and an SGD step is three calls for the whole model.
 * rows that are dropped stay in the model's own tensors. Their loss gradient is exactly 0, so momentum and weight decay
   move them by a fixed linear map per step, ``(w, v) <- M (w, v)``; ``k`` steps are ``M^k``, applied when somebody needs
-  the row. Until then ``|a_k| mean|w| + |b_k| mean|v|`` bounds the row's score from above; only a row whose bound exceeds
-  its threshold is looked at.
+  the row. Until then ``|a_k| mean|w| + |b_k| mean|v|`` bounds the row's score from above; only a row whose bound
+  exceeds its threshold is looked at.
 * dropped columns of kept rows are stepped eagerly: the estimator's sign term moves them.
 """
 
@@ -235,7 +235,7 @@ class CompactTrainer(Trainer):
     def _load(self, flow: Flow) -> None:
         """Read the model; the first refresh makes the plan."""
         self.model.train()
-        options, model = self._options, self.model
+        options = self._options
         self._flow = flow
         momentum: Mapping[str, Tensor] = {}
         if options.momentum:
@@ -319,9 +319,9 @@ class CompactTrainer(Trainer):
             far = ((scores - tau).abs() > WINDOW) & self._window_rows
             far = far if bool(far.any()) else None
         keep = self._kept_rows(active, far)
-        if first or not torch.equal(keep, self._keep):
+        if new := first or not torch.equal(keep, self._keep):
             self._rebuild(keep)
-        if first or not torch.equal(active, self._active) or far is not None or self._far is not None:
+        if new or not torch.equal(active, self._active) or far is not None or self._far is not None:
             self._active, self._far = active, far
             self._set_masks()
         self._stale = False
@@ -498,7 +498,9 @@ class CompactTrainer(Trainer):
                     region = vectors if source.const else still
                 region.append((_Piece((layer.name, "wd"), shape), layer.name in again and _Gather(layer, "dropped")))
             if layer.bias is not None:
-                vectors.append((_Piece((layer.name, "b"), (rows.stored,)), _Vector(layer.bias, layer.bias_momentum, rows)))
+                vectors.append(
+                    (_Piece((layer.name, "b"), (rows.stored,)), _Vector(layer.bias, layer.bias_momentum, rows))
+                )
                 if len(rows.dropped):
                     region = still if layer.mask_bias else vectors
                     gather = _Vector(layer.bias, layer.bias_momentum, rows, dropped=True)
@@ -850,7 +852,8 @@ class _Powers:
         """``a, b, c, d`` of ``w <- a w + b v; v <- c w + d v`` after ``steps`` (int64) steps."""
         need = int(steps.max()) + 1 if steps.numel() else 1
         if self._table is None or need > len(self._table):
-            while len(self._rows) < max(need, 2 * len(self._rows) if self._table is not None else 64):
+            size = max(64, 2 * need)
+            while len(self._rows) < size:
                 self._rows.append(self._step @ self._rows[-1])
             self._table = torch.stack(self._rows).flatten(1).to(self._dtype).to(self._device)
         return self._table[steps].unbind(1)  # type: ignore[return-value]
