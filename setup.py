@@ -1,5 +1,215 @@
-"""Build script; the metadata is in pyproject.toml."""
+"""Build script of the extension ``spafl_kernels._C``; the metadata is in pyproject.toml, the rules in csrc/README.md.
+
+Environment:
+  SPAFL_BUILD_CPP=auto|0|1    auto: build if there is a working C++ compiler, else install the pure Python package.
+  SPAFL_BUILD_CUDA=auto|0|1   auto: build csrc/cuda if nvcc is there. A visible GPU plays no part.
+  SPAFL_CUDA_ARCHS=90a;90+PTX compute capabilities, ``+PTX`` for code that later GPUs can translate.
+  CXX, CUDA_HOME, MAX_JOBS    as usual.
+
+A missing tool is a reason to build less; a build that starts and fails is an error.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+ROOT = Path(__file__).parent
+# Written by every build and read by spafl_kernels.native, because pip hides what a successful build prints.
+RECORD = ROOT / "spafl_kernels" / "_build.json"
+# torch 2.11: the oldest torch that the library loads in.
+TORCH_TARGET_VERSION = "0x020b000000000000"
+DEFAULT_ARCHS = "90a;90+PTX"
+
+
+def choice(name):
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"error: {name} must be auto, 0 or 1; got {value!r}")
+    return value
+
+
+def say(line):
+    print(f"spafl-kernels: {line}", file=sys.stderr, flush=True)
+
+
+def compiler_problem():
+    """Why C++17 cannot be compiled here, or None."""
+    compiler = os.environ.get("CXX", "c++")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text("#include <optional>\n#include <vector>\nstd::optional<std::vector<int>> x;\n")
+            command = [*compiler.split(), "-std=c++17", "-fPIC", "-shared", str(source), "-o", str(source) + ".so"]
+            done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return f"no C++ compiler ({compiler}: {error.strerror})"
+    if done.returncode:
+        lines = (done.stderr or "no message").strip().splitlines()
+        return f"the C++ compiler does not work ({' '.join(command[:2])}: {lines[0]})"
+    return None
+
+
+def cpp_problem():
+    """Why the C++ extension cannot be built, or None."""
+    if sys.platform != "linux":
+        return f"the extension is built on Linux only; this is {sys.platform}"
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        return f"torch cannot be imported at build time ({error}); install with --no-build-isolation"
+    if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
+        return f"the extension needs torch >= 2.11; this is {torch.__version__}"
+    if not cpp_extension.is_ninja_available():
+        return "ninja is missing (pip install ninja)"
+    return compiler_problem()
+
+
+def cuda_home():
+    for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if folder and Path(folder, "bin", "nvcc").is_file():
+            return Path(folder)
+    # nvcc on PATH may be a wrapper script somewhere else; only one that sits in a toolkit is of use.
+    found = shutil.which("nvcc")
+    if found:
+        home = Path(found).resolve().parent.parent
+        if (home / "include" / "cuda_runtime.h").is_file():
+            return home
+    return None
+
+
+def gencode(archs):
+    """nvcc's options for a list such as ``80;90a;90+PTX``."""
+    options = []
+    for arch in archs.replace(",", ";").split(";"):
+        match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", arch.strip())
+        if not match:
+            raise SystemExit(
+                f"error: SPAFL_CUDA_ARCHS must list compute capabilities such as 90a;90+PTX; got {arch.strip()!r}"
+            )
+        number = "".join(match.group(1, 2, 3))
+        kinds = f"compute_{number}" if match.group(4) else f"sm_{number}"
+        options.append(f"-gencode=arch=compute_{number},code={kinds}")
+    return options
+
+
+def plan():
+    """``(cpp, cuda home or None, record)`` from the environment and the machine."""
+    want_cpp, want_cuda = choice("SPAFL_BUILD_CPP"), choice("SPAFL_BUILD_CUDA")
+    gencode(os.environ.get("SPAFL_CUDA_ARCHS", DEFAULT_ARCHS))
+    record = {"cpp": False, "cpp_reason": None, "cuda": False, "cuda_reason": None}
+    reason = "SPAFL_BUILD_CPP=0" if want_cpp == "0" else cpp_problem()
+    if reason:
+        if want_cpp == "1":
+            raise SystemExit(f"error: SPAFL_BUILD_CPP=1, but {reason}")
+        if want_cuda == "1":
+            raise SystemExit(f"error: SPAFL_BUILD_CUDA=1, but the C++ extension is not built: {reason}")
+        say(f"installing without the C++ extension: {reason}")
+        record.update(cpp_reason=reason, cuda_reason="the C++ extension was not built")
+        return False, None, record
+    record["cpp"] = True
+    home = cuda_home()
+    if want_cuda == "0":
+        reason = "SPAFL_BUILD_CUDA=0"
+    elif not home:
+        reason = "no CUDA toolkit (nvcc) in CUDA_HOME, /usr/local/cuda or PATH"
+    elif not sorted(ROOT.glob("csrc/cuda/*.cu")):
+        reason = "csrc/cuda holds no kernels"
+    if reason:
+        if want_cuda == "1":
+            raise SystemExit(f"error: SPAFL_BUILD_CUDA=1, but {reason}")
+        say(f"building without CUDA: {reason}")
+        record["cuda_reason"] = reason
+        return True, None, record
+    record["cuda"] = True
+    return True, home, record
+
+
+def extension(home, record):
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    # cuda_bindings.cpp registers its schemas in every build and its kernels under USE_CUDA.
+    sources = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/*.cpp")])
+    macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    if os.uname().machine in ("x86_64", "amd64"):
+        macros.append("-DSPAFL_X86_VECTORS")
+    libraries, link = [], []
+    if home:
+        # Without USE_CUDA the stream accessor of the stable ABI is not declared.
+        macros.append("-DUSE_CUDA")
+        # Static: the library must load in a torch that brings no CUDA runtime.
+        libraries = [str(home / "lib64")]
+        link = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    archs = os.environ.get("SPAFL_CUDA_ARCHS", DEFAULT_ARCHS) if home else ""
+    build = json.dumps({"torch": torch.__version__, "torch_target": "2.11", "schema": schema(), "cuda": archs})
+    macros.append("-DSPAFL_BUILD=" + json.dumps(build.strip("{}")))
+
+    class BuildWithNvcc(BuildExtension):
+        def build_extensions(self):
+            RECORD.unlink(missing_ok=True)
+            for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if home else ():
+                self.extensions[0].extra_objects.append(self.compile_cuda(source))
+            super().build_extensions()
+            RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+        def compile_cuda(self, source):
+            name = re.sub(r"\W+", "_", f"{source.stem}_{archs}")
+            target = Path(self.build_temp).resolve() / f"{name}.cu.o"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            inputs = [*ROOT.glob("csrc/cuda/*"), Path(__file__)]
+            if target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in inputs):
+                return str(target)
+            command = [
+                str(home / "bin" / "nvcc"), "-c", str(source), "-o", str(target), "-O3", "-std=c++17", "-lineinfo",
+                f"-I{ROOT / 'csrc'}", "-Xcompiler", "-fPIC", *gencode(archs),
+                # Spills and local arrays fail the build: ptxas's warnings alone leave exit status 0.
+                "-Xptxas", "-warn-spills,-warn-lmem-usage", "--Werror", "all-warnings",
+            ]  # fmt: skip
+            say(f"nvcc {source.relative_to(ROOT)}")
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(
+                    f"{done.stdout}{done.stderr}\nerror: nvcc could not compile {source.relative_to(ROOT)} for "
+                    f"{archs} (SPAFL_CUDA_ARCHS); SPAFL_BUILD_CUDA=0 builds without CUDA"
+                )
+            return str(target)
+
+    module = CppExtension(
+        "spafl_kernels._C",
+        sources,
+        py_limited_api=True,
+        include_dirs=[str(ROOT / "csrc"), *([str(home / "include")] if home else [])],
+        library_dirs=libraries,
+        # No contraction: the sums and updates have the same bits on every instruction set; the convolution asks for
+        # fused multiply-adds by name. GCC 12 warns about its own AVX-512 headers.
+        extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized", *macros],
+        extra_link_args=link,
+    )
+    module.extra_objects = []
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildWithNvcc}}
+
+
+def schema():
+    """The operator interface that spafl_kernels/native.py expects."""
+    text = (ROOT / "spafl_kernels" / "native.py").read_text()
+    return int(re.search(r"^SCHEMA = (\d+)$", text, re.MULTILINE).group(1))
+
+
+BUILDING = {"build_ext", "build_py", "build", "install", "develop", "editable_wheel", "bdist_wheel", "dist_info"}
+arguments = {}
+if BUILDING & set(sys.argv):
+    cpp, home, record = plan()
+    if cpp:
+        arguments = extension(home, record)
+    elif not {"dist_info"} & set(sys.argv):
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+setup(**arguments)

@@ -1,0 +1,376 @@
+// Operator schemas and their CPU registration, through torch's stable ABI: one library serves every torch >= 2.11.
+//
+// These functions check what the kernels rely on (device, dtype, contiguity, shapes) and nothing else; friendlier
+// checks and autograd live in spafl_kernels/ops. The tensors' memory is the caller's: nothing is kept between calls.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace spafl {
+namespace {
+
+#define CHECK(...) STD_TORCH_CHECK(__VA_ARGS__)
+
+void check_dense(const char* op, const char* name, const Tensor& t, int64_t dim = -1) {
+  CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
+  CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+  CHECK(dim < 0 || t.dim() == dim, op, ": ", name, " must have ", dim, " dimensions; got ", t.dim());
+}
+
+void check_type(const char* op, const char* name, const Tensor& t, ScalarType type) {
+  CHECK(t.scalar_type() == type, op, ": ", name, " must have the dtype of the first tensor");
+}
+
+void check_float(const char* op, const char* name, const Tensor& t) {
+  CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, op, ": ", name,
+        " must be float32 or float64");
+}
+
+// uint8 and bool tensors are both one byte of 0 or 1.
+void check_bytes(const char* op, const char* name, const Tensor& t) {
+  CHECK(t.scalar_type() == ScalarType::Byte || t.scalar_type() == ScalarType::Bool, op, ": ", name,
+        " must be uint8 or bool");
+}
+
+template <typename T>
+const T* in(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+T* out(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+Tensor new_like(const Tensor& t, std::vector<int64_t> shape, std::optional<ScalarType> type = std::nullopt) {
+  return torch::stable::new_empty(t, shape, type);
+}
+
+// Calls body(T()) with the tensor's type.
+template <typename Body>
+auto with_type(const Tensor& t, Body body) {
+  return t.scalar_type() == ScalarType::Float ? body(float()) : body(double());
+}
+
+ConvShape conv_shape(const char* op, const std::vector<int64_t>& x, const std::vector<int64_t>& w, int64_t pad_h,
+                     int64_t pad_w, int64_t pool) {
+  const ConvShape s{x[0], x[1], x[2], x[3], w[0], w[2], w[3], pad_h, pad_w, pool};
+  CHECK(w[1] == x[1], op, ": weight has ", w[1], " input channels but input has ", x[1]);
+  CHECK(pool == 2 || pool == 3, op, ": pool must be 2 or 3; got ", pool);
+  CHECK(pad_h >= 0 && pad_w >= 0, op, ": padding must not be negative; got ", pad_h, ", ", pad_w);
+  CHECK(w[0] >= 1 && w[1] >= 1 && w[1] <= 8, op, ": weight must have 1 or more filters of 1 to 8 channels; got ", w[0],
+        " of ", w[1]);
+  CHECK(w[2] >= 1 && w[2] <= 11 && w[3] >= 1 && w[3] <= 11, op, ": kernel sides must be 1 to 11; got ", w[2], "x", w[3]);
+  CHECK(s.conv_h() >= pool && s.conv_w() >= pool, op, ": input of ", x[2], "x", x[3],
+        " is too small for this kernel, padding and pool");
+  // Offsets inside one padded image are 32-bit.
+  CHECK((x[2] + 2 * pad_h + 16) * (x[3] + 2 * pad_w + 16) * x[1] < (int64_t)1 << 30, op, ": input images are too large");
+  return s;
+}
+
+std::vector<int64_t> shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+std::tuple<Tensor, Tensor> conv_relu_pool(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+                                          int64_t pad_h, int64_t pad_w, int64_t pool) {
+  const char* op = "conv_relu_pool";
+  check_dense(op, "input", x, 4), check_dense(op, "weight", w, 4), check_float(op, "input", x);
+  check_type(op, "weight", w, x.scalar_type());
+  const ConvShape s = conv_shape(op, shape_of(x), shape_of(w), pad_h, pad_w, pool);
+  if (bias) {
+    check_dense(op, "bias", *bias, 1), check_type(op, "bias", *bias, x.scalar_type());
+    CHECK(bias->size(0) == s.out_channels, op, ": bias must have ", s.out_channels, " values; got ", bias->size(0));
+  }
+  const std::vector<int64_t> shape{s.batch, s.out_channels, s.pooled_h(), s.pooled_w()};
+  Tensor y = new_like(x, shape), argmax = new_like(x, shape, ScalarType::Byte);
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    kernels<T>().conv_relu_pool(s, in<T>(x), in<T>(w), bias ? in<T>(*bias) : nullptr, out<T>(y), out<uint8_t>(argmax));
+  });
+  return {y, argmax};
+}
+
+void check_pooled(const char* op, const ConvShape& s, const Tensor& gy, const Tensor& argmax, ScalarType type) {
+  const std::vector<int64_t> shape{s.batch, s.out_channels, s.pooled_h(), s.pooled_w()};
+  check_dense(op, "grad", gy, 4), check_dense(op, "argmax", argmax, 4);
+  check_type(op, "grad", gy, type), check_type(op, "argmax", argmax, ScalarType::Byte);
+  CHECK(shape_of(gy) == shape && shape_of(argmax) == shape, op, ": grad and argmax must have the shape of the output");
+}
+
+std::tuple<Tensor, Tensor> conv_relu_pool_grad_weight(const Tensor& gy, const Tensor& x, const Tensor& w,
+                                                      const Tensor& argmax, int64_t pad_h, int64_t pad_w, int64_t pool) {
+  const char* op = "conv_relu_pool_grad_weight";
+  check_dense(op, "input", x, 4), check_dense(op, "weight", w, 4), check_float(op, "input", x);
+  check_type(op, "weight", w, x.scalar_type());
+  const ConvShape s = conv_shape(op, shape_of(x), shape_of(w), pad_h, pad_w, pool);
+  check_pooled(op, s, gy, argmax, x.scalar_type());
+  Tensor gw = new_like(w, shape_of(w)), gbias = new_like(w, {s.out_channels});
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    kernels<T>().conv_relu_pool_grad_weight(s, in<T>(x), in<T>(gy), in<uint8_t>(argmax), out<T>(gw), out<T>(gbias));
+  });
+  return {gw, gbias};
+}
+
+Tensor conv_relu_pool_grad_input(const Tensor& gy, const Tensor& x, const Tensor& w, const Tensor& argmax, int64_t pad_h,
+                                 int64_t pad_w, int64_t pool) {
+  const char* op = "conv_relu_pool_grad_input";
+  check_dense(op, "input", x, 4), check_dense(op, "weight", w, 4), check_float(op, "weight", w);
+  const ConvShape s = conv_shape(op, shape_of(x), shape_of(w), pad_h, pad_w, pool);
+  check_pooled(op, s, gy, argmax, w.scalar_type());
+  Tensor gx = new_like(w, shape_of(x));
+  with_type(w, [&](auto zero) {
+    using T = decltype(zero);
+    kernels<T>().conv_relu_pool_grad_input(s, in<T>(w), in<T>(gy), in<uint8_t>(argmax), out<T>(gx));
+  });
+  return gx;
+}
+
+std::tuple<Tensor, Tensor> relu_pool(const Tensor& x, int64_t pool) {
+  const char* op = "relu_pool";
+  check_dense(op, "input", x, 4), check_float(op, "input", x);
+  CHECK(pool == 2 || pool == 3, op, ": pool must be 2 or 3; got ", pool);
+  const std::vector<int64_t> from = shape_of(x);
+  CHECK(from[2] >= pool && from[3] >= pool, op, ": input of ", from[2], "x", from[3], " is too small for pool ", pool);
+  const std::vector<int64_t> shape{from[0], from[1], from[2] / pool, from[3] / pool};
+  Tensor y = new_like(x, shape), argmax = new_like(x, shape, ScalarType::Byte);
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    kernels<T>().relu_pool(from[0] * from[1], from[2], from[3], pool, in<T>(x), out<T>(y), out<uint8_t>(argmax));
+  });
+  return {y, argmax};
+}
+
+Tensor relu_pool_grad(const Tensor& gy, const Tensor& argmax, int64_t height, int64_t width, int64_t pool) {
+  const char* op = "relu_pool_grad";
+  check_dense(op, "grad", gy, 4), check_dense(op, "argmax", argmax, 4), check_float(op, "grad", gy);
+  check_type(op, "argmax", argmax, ScalarType::Byte);
+  CHECK(pool == 2 || pool == 3, op, ": pool must be 2 or 3; got ", pool);
+  const std::vector<int64_t> from = shape_of(gy);
+  CHECK(shape_of(argmax) == from, op, ": grad and argmax must have the same shape");
+  CHECK(height / pool == from[2] && width / pool == from[3], op, ": grad does not fit an input of ", height, "x", width);
+  Tensor gx = new_like(gy, {from[0], from[1], height, width});
+  with_type(gy, [&](auto zero) {
+    using T = decltype(zero);
+    kernels<T>().relu_pool_grad(from[0] * from[1], height, width, pool, in<T>(gy), in<uint8_t>(argmax), out<T>(gx));
+  });
+  return gx;
+}
+
+void check_count(const char* op, const char* name, size_t got, size_t want) {
+  CHECK(got == want, op, ": ", name, " must have ", want, " entries; got ", got);
+}
+
+Tensor threshold_pass(const std::vector<Tensor>& weights, const std::vector<Tensor>& thresholds,
+                      const std::vector<Tensor>& rests, const std::vector<int64_t>& n_in,
+                      const std::vector<Tensor>& scores, const std::vector<Tensor>& masks) {
+  const char* op = "threshold_pass";
+  const size_t layers = weights.size();
+  CHECK(layers > 0, op, ": weights must not be empty");
+  check_count(op, "thresholds", thresholds.size(), layers), check_count(op, "n_in", n_in.size(), layers);
+  check_count(op, "scores", scores.size(), layers), check_count(op, "masks", masks.size(), layers);
+  check_count(op, "rests", rests.size(), rests.empty() ? 0 : layers);
+  const ScalarType type = weights[0].scalar_type();
+  check_float(op, "weights", weights[0]);
+  for (size_t i = 0; i < layers; i++) {
+    check_dense(op, "weights", weights[i]), check_type(op, "weights", weights[i], type);
+    CHECK(weights[i].dim() >= 1, op, ": weights must have at least 1 dimension");
+    const int64_t rows = weights[i].size(0);
+    const auto check_rows = [&](const char* name, const Tensor& t) {
+      check_dense(op, name, t);
+      CHECK(t.numel() == rows, op, ": ", name, "[", i, "] must have ", rows, " values; got ", t.numel());
+    };
+    check_rows("thresholds", thresholds[i]), check_type(op, "thresholds", thresholds[i], type);
+    check_rows("scores", scores[i]), check_type(op, "scores", scores[i], type);
+    check_rows("masks", masks[i]), check_bytes(op, "masks", masks[i]);
+    if (!rests.empty()) check_rows("rests", rests[i]), check_type(op, "rests", rests[i], type);
+    CHECK(n_in[i] >= 1, op, ": n_in must be positive; got ", n_in[i]);
+  }
+  Tensor flips = new_like(weights[0], {(int64_t)layers}, ScalarType::Long);
+  int64_t* flip = out<int64_t>(flips);
+  with_type(weights[0], [&](auto zero) {
+    using T = decltype(zero);
+    for (size_t i = 0; i < layers; i++) {
+      const int64_t rows = weights[i].size(0);
+      flip[i] = kernels<T>().threshold_rows({in<T>(weights[i]), in<T>(thresholds[i]),
+                                             rests.empty() ? nullptr : in<T>(rests[i]), out<T>(scores[i]),
+                                             out<uint8_t>(masks[i]), rows, rows ? weights[i].numel() / rows : 0,
+                                             n_in[i]});
+    }
+  });
+  return flips;
+}
+
+template <typename T>
+std::vector<StepTensor<T>> step_tensors(const char* op, const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                                        const std::vector<Tensor>& momenta, const std::vector<int64_t>& is_threshold,
+                                        bool with_momentum, ScalarType type) {
+  const size_t count = params.size();
+  check_count(op, "grads", grads.size(), count), check_count(op, "is_threshold", is_threshold.size(), count);
+  check_count(op, "momenta", momenta.size(), with_momentum ? count : 0);
+  std::vector<StepTensor<T>> tensors(count);
+  for (size_t i = 0; i < count; i++) {
+    const auto check_like = [&](const char* name, const Tensor& t) {
+      check_dense(op, name, t), check_type(op, name, t, type);
+      CHECK(t.numel() == params[i].numel(), op, ": ", name, "[", i, "] must have ", params[i].numel(), " values; got ",
+            t.numel());
+    };
+    check_like("params", params[i]), check_like("grads", grads[i]);
+    if (with_momentum) check_like("momenta", momenta[i]);
+    tensors[i] = {out<T>(params[i]), out<T>(grads[i]), with_momentum ? out<T>(momenta[i]) : nullptr, params[i].numel(),
+                  is_threshold[i] != 0};
+  }
+  return tensors;
+}
+
+Tensor sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& momenta,
+                const std::vector<int64_t>& is_threshold, double lr, double momentum, double weight_decay,
+                double penalty, double max_norm, double extra_norm2, bool write_grad) {
+  const char* op = "sgd_step";
+  CHECK(!params.empty(), op, ": params must not be empty");
+  check_float(op, "params", params[0]);
+  Tensor norm = new_like(params[0], {});
+  with_type(params[0], [&](auto zero) {
+    using T = decltype(zero);
+    const auto tensors = step_tensors<T>(op, params, grads, momenta, is_threshold, momentum != 0, params[0].scalar_type());
+    const StepOptions options{lr, momentum, weight_decay, penalty, max_norm, extra_norm2, false, write_grad};
+    *out<T>(norm) = (T)kernels<T>().step(nullptr, 0, tensors.data(), (int64_t)tensors.size(), options, nullptr);
+  });
+  return norm;
+}
+
+// An empty tensor in grads, dropped or dots stands for "none".
+std::tuple<Tensor, Tensor> threshold_step(
+    const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const std::vector<Tensor>& weight_momenta,
+    const std::vector<Tensor>& dropped, const std::vector<Tensor>& dropped_momenta,
+    const std::vector<Tensor>& thresholds, const std::vector<Tensor>& threshold_momenta, const std::vector<Tensor>& dots,
+    const std::vector<Tensor>& scores, const std::vector<Tensor>& masks, const std::vector<int64_t>& n_in,
+    const std::vector<Tensor>& params, const std::vector<Tensor>& param_grads, const std::vector<Tensor>& momenta,
+    const std::vector<int64_t>& is_threshold, double lr, double momentum, double weight_decay, double penalty,
+    double max_norm, double extra_norm2, bool window, bool write_grad) {
+  const char* op = "threshold_step";
+  const size_t count = weights.size();
+  const bool with_momentum = momentum != 0;
+  CHECK(count > 0, op, ": weights must not be empty");
+  check_float(op, "weights", weights[0]);
+  const ScalarType type = weights[0].scalar_type();
+  const size_t momentum_count = with_momentum ? count : 0;
+  check_count(op, "grads", grads.size(), count), check_count(op, "dropped", dropped.size(), count);
+  check_count(op, "thresholds", thresholds.size(), count), check_count(op, "dots", dots.size(), count);
+  check_count(op, "scores", scores.size(), count), check_count(op, "masks", masks.size(), count);
+  check_count(op, "n_in", n_in.size(), count);
+  check_count(op, "weight_momenta", weight_momenta.size(), momentum_count);
+  check_count(op, "dropped_momenta", dropped_momenta.size(), momentum_count);
+  check_count(op, "threshold_momenta", threshold_momenta.size(), momentum_count);
+  Tensor norm = new_like(weights[0], {}), flips = new_like(weights[0], {(int64_t)count}, ScalarType::Long);
+  with_type(weights[0], [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<StepRows<T>> layers(count);
+    for (size_t i = 0; i < count; i++) {
+      const int64_t rows = thresholds[i].numel();
+      // Stored weights may have padding rows behind the filters; they are left alone.
+      CHECK(weights[i].dim() >= 1 && weights[i].size(0) >= rows, op, ": weights[", i, "] must have at least ", rows,
+            " rows");
+      const int64_t columns = rows ? weights[i].numel() / weights[i].size(0) : 0;
+      const auto data = [&](const char* name, const Tensor& t, int64_t size, bool may_be_empty = false) -> T* {
+        check_dense(op, name, t), check_type(op, name, t, type);
+        if (may_be_empty && t.numel() == 0) return nullptr;
+        CHECK(t.numel() >= size, op, ": ", name, "[", i, "] must have ", size, " values; got ", t.numel());
+        return out<T>(t);
+      };
+      const int64_t dropped_columns = rows ? dropped[i].numel() / rows : 0;
+      CHECK(dropped_columns * rows == dropped[i].numel(), op, ": dropped[", i, "] must have ", rows, " rows");
+      check_dense(op, "masks", masks[i]), check_bytes(op, "masks", masks[i]);
+      CHECK(masks[i].numel() == rows, op, ": masks[", i, "] must have ", rows, " values; got ", masks[i].numel());
+      CHECK(n_in[i] >= 1, op, ": n_in must be positive; got ", n_in[i]);
+      layers[i] = {data("weights", weights[i], rows * columns),
+                   data("grads", grads[i], rows * columns, true),
+                   with_momentum ? data("weight_momenta", weight_momenta[i], rows * columns) : nullptr,
+                   data("dropped", dropped[i], rows * dropped_columns),
+                   with_momentum ? data("dropped_momenta", dropped_momenta[i], rows * dropped_columns) : nullptr,
+                   data("thresholds", thresholds[i], rows),
+                   with_momentum ? data("threshold_momenta", threshold_momenta[i], rows) : nullptr,
+                   data("dots", dots[i], rows, true),
+                   data("scores", scores[i], rows),
+                   out<uint8_t>(masks[i]),
+                   rows,
+                   columns,
+                   dropped_columns,
+                   n_in[i]};
+    }
+    const auto tensors = step_tensors<T>(op, params, param_grads, momenta, is_threshold, with_momentum, type);
+    const StepOptions options{lr, momentum, weight_decay, penalty, max_norm, extra_norm2, window, write_grad};
+    *out<T>(norm) = (T)kernels<T>().step(layers.data(), (int64_t)count, tensors.data(), (int64_t)tensors.size(), options,
+                                         out<int64_t>(flips));
+  });
+  return {norm, flips};
+}
+
+// A number that is not part of a tensor: bit i is set if this machine runs instruction set i (0 scalar, 1 avx2,
+// 2 avx512); the active one is added as 16 * i.
+int64_t cpu_isa() {
+  int64_t bits = 16 * (int64_t)active_isa();
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) bits |= (int64_t)isa_supported(isa) << (int)isa;
+  return bits;
+}
+
+}  // namespace
+}  // namespace spafl
+
+// Read by spafl_kernels/native.py from the file's bytes, before it is loaded: a library that cannot be loaded still
+// tells what it was built for. SPAFL_BUILD is filled in by setup.py.
+#ifndef SPAFL_BUILD
+#error "compile through setup.py, which defines SPAFL_BUILD"
+#endif
+extern "C" __attribute__((visibility("default"), used)) const char spafl_build[] = "SPAFL_BUILD{" SPAFL_BUILD "}";
+
+STABLE_TORCH_LIBRARY(spafl, m) {
+  m.def("conv_relu_pool(Tensor input, Tensor weight, Tensor? bias, int pad_h, int pad_w, int pool) -> (Tensor, Tensor)");
+  m.def(
+      "conv_relu_pool_grad_weight(Tensor grad, Tensor input, Tensor weight, Tensor argmax, int pad_h, int pad_w, "
+      "int pool) -> (Tensor, Tensor)");
+  m.def(
+      "conv_relu_pool_grad_input(Tensor grad, Tensor input, Tensor weight, Tensor argmax, int pad_h, int pad_w, "
+      "int pool) -> Tensor");
+  m.def("relu_pool(Tensor input, int pool) -> (Tensor, Tensor)");
+  m.def("relu_pool_grad(Tensor grad, Tensor argmax, int height, int width, int pool) -> Tensor");
+  m.def(
+      "threshold_pass(Tensor[] weights, Tensor[] thresholds, Tensor[] rests, int[] n_in, Tensor(a!)[] scores, "
+      "Tensor(b!)[] masks) -> Tensor");
+  m.def(
+      "sgd_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momenta, int[] is_threshold, float lr, "
+      "float momentum, float weight_decay, float penalty, float max_norm, float extra_norm2, bool write_grad) -> Tensor");
+  m.def(
+      "threshold_step(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor(c!)[] weight_momenta, Tensor(d!)[] dropped, "
+      "Tensor(e!)[] dropped_momenta, Tensor(f!)[] thresholds, Tensor(g!)[] threshold_momenta, Tensor[] dots, "
+      "Tensor(h!)[] scores, Tensor(i!)[] masks, int[] n_in, Tensor(j!)[] params, Tensor(k!)[] param_grads, "
+      "Tensor(l!)[] momenta, int[] is_threshold, float lr, float momentum, float weight_decay, float penalty, "
+      "float max_norm, float extra_norm2, bool window, bool write_grad) -> (Tensor, Tensor)");
+  m.def("cpu_isa() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(spafl, CPU, m) {
+  m.impl("conv_relu_pool", TORCH_BOX(&spafl::conv_relu_pool));
+  m.impl("conv_relu_pool_grad_weight", TORCH_BOX(&spafl::conv_relu_pool_grad_weight));
+  m.impl("conv_relu_pool_grad_input", TORCH_BOX(&spafl::conv_relu_pool_grad_input));
+  m.impl("relu_pool", TORCH_BOX(&spafl::relu_pool));
+  m.impl("relu_pool_grad", TORCH_BOX(&spafl::relu_pool_grad));
+  m.impl("threshold_pass", TORCH_BOX(&spafl::threshold_pass));
+  m.impl("sgd_step", TORCH_BOX(&spafl::sgd_step));
+  m.impl("threshold_step", TORCH_BOX(&spafl::threshold_step));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(spafl, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&spafl::cpu_isa)); }

@@ -1,0 +1,98 @@
+// CPU kernels behind raw pointers: no torch header here, so that they can be built and sanitised on their own.
+//
+// Every kernel exists once per instruction set (isa_*.cpp instantiate the same templates) and is reached through a
+// table chosen at run time. All arrays are dense and row-major. float and double only.
+#pragma once
+#include <cstdint>
+
+namespace spafl {
+
+// y = max_pool2d(relu(conv2d(x, w, b, stride=1, padding=(pad_h, pad_w))), pool), kernel = stride = pool, floor mode.
+struct ConvShape {
+  int64_t batch, in_channels, height, width;
+  int64_t out_channels, kernel_h, kernel_w, pad_h, pad_w;
+  int64_t pool;  // 2 or 3
+
+  int64_t conv_h() const { return height + 2 * pad_h - kernel_h + 1; }
+  int64_t conv_w() const { return width + 2 * pad_w - kernel_w + 1; }
+  int64_t pooled_h() const { return conv_h() / pool; }
+  int64_t pooled_w() const { return conv_w() / pool; }
+};
+
+// What argmax holds where ReLU blocks the winner: no gradient passes. Otherwise it is dy * pool + dx.
+constexpr uint8_t kBlocked = 255;
+
+// One layer of a threshold pass; rows = filters. A row's score is (sum |weight| + rest) / n_in.
+template <typename T>
+struct ThresholdRows {
+  const T* weight;     // rows x columns
+  const T* threshold;  // rows
+  const T* rest;       // rows, or null: sum of |w| over columns that are not stored
+  T* score;            // rows
+  uint8_t* mask;       // rows; in: the previous mask, out: score > threshold
+  int64_t rows, columns, n_in;
+};
+
+// One tensor of a step.
+template <typename T>
+struct StepTensor {
+  T* param;
+  T* grad;      // scratch; holds the clipped gradient afterwards if write_grad
+  T* momentum;  // null when momentum is 0
+  int64_t size;
+  bool is_threshold;  // gets -penalty * exp(-param) added to its gradient
+};
+
+// Filters of one layer in a step: their weights, split into stored columns (which have a gradient) and dropped ones
+// (whose only gradient is the sign term), and their thresholds.
+template <typename T>
+struct StepRows {
+  T *weight, *grad, *momentum;        // rows x columns; grad null: these filters have no gradient
+  T *dropped, *dropped_momentum;      // rows x dropped_columns
+  T *threshold, *threshold_momentum;  // rows
+  const T* dot;                       // rows, or null: r_i, if it is not sum_j grad_ij weight_ij
+  T* score;                           // rows; in: the score of the forward pass, out: of the new weights
+  uint8_t* mask;                      // rows; in: of the forward pass, out: new
+  int64_t rows, columns, dropped_columns, n_in;
+};
+
+struct StepOptions {
+  double lr, momentum, weight_decay, penalty;
+  double max_norm;     // < 0: no clipping
+  double extra_norm2;  // added to the squared norm: gradients of entries that are in no list
+  bool window;         // estimator: gradient only where |score - threshold| > 1
+  bool write_grad;
+};
+
+template <typename T>
+struct Kernels {
+  void (*conv_relu_pool)(const ConvShape&, const T* x, const T* w, const T* bias, T* y, uint8_t* argmax);
+  // gw and gbias are overwritten; gbias may be null.
+  void (*conv_relu_pool_grad_weight)(const ConvShape&, const T* x, const T* gy, const uint8_t* argmax, T* gw,
+                                     T* gbias);
+  void (*conv_relu_pool_grad_input)(const ConvShape&, const T* w, const T* gy, const uint8_t* argmax, T* gx);
+  // planes x height x width -> planes x height/pool x width/pool
+  void (*relu_pool)(int64_t planes, int64_t height, int64_t width, int64_t pool, const T* x, T* y, uint8_t* argmax);
+  void (*relu_pool_grad)(int64_t planes, int64_t height, int64_t width, int64_t pool, const T* gy,
+                         const uint8_t* argmax, T* gx);
+  // Number of rows whose mask changed.
+  int64_t (*threshold_rows)(const ThresholdRows<T>&);
+  // Everything in place; flips: by layer, the number of rows whose mask changed. Returns the gradient norm before
+  // clipping (without clipping: the root of extra_norm2).
+  double (*step)(const StepRows<T>* layers, int64_t layer_count, const StepTensor<T>* tensors, int64_t tensor_count,
+                 const StepOptions&, int64_t* flips);
+};
+
+enum class Isa { scalar, avx2, avx512 };
+
+// The best instruction set of this machine, or the one SPAFL_CPU_ISA names. Throws std::runtime_error for a name that
+// is unknown or that this machine or build cannot run.
+Isa active_isa();
+bool isa_supported(Isa);
+const char* isa_name(Isa);
+template <typename T>
+const Kernels<T>& kernels();           // of active_isa()
+template <typename T>
+const Kernels<T>& kernels_for(Isa);    // for tests
+
+}  // namespace spafl

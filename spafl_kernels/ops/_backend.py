@@ -1,0 +1,68 @@
+"""The choice between a compiled kernel and its twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+Backend = Literal["auto", "native", "torch"]
+
+_FLOATS = (torch.float32, torch.float64)
+
+# Functions that give the compiled operators their shapes for tracing and their derivatives; run once, after loading.
+_registrations: list[Callable[[], None]] = []
+
+
+def registers(function: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: run this once, as soon as the extension is loaded."""
+    _registrations.append(function)
+    return function
+
+
+@torch.compiler.assume_constant_result
+def ready() -> bool:
+    """True if the compiled operators can be used and traced. Loads them on the first call."""
+    if not native.available():
+        return False
+    while _registrations:
+        _registrations.pop()()
+    return True
+
+
+def unsupported(*tensors: Tensor) -> str | None:
+    """Why no CPU kernel serves these tensors, or None: they must be dense, on the CPU, and all float32 or float64."""
+    dtype = tensors[0].dtype
+    if dtype not in _FLOATS:
+        return f"the kernels take float32 and float64, not {dtype}"
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"the kernels run on the CPU, not on {tensor.device}"
+        if tensor.dtype != dtype:
+            return f"the tensors have different dtypes, {dtype} and {tensor.dtype}"
+        if tensor.layout != torch.strided:
+            return f"the kernels take dense tensors, not {tensor.layout}"
+    return None
+
+
+def use_native(op: str, backend: str, reason: Callable[[], str | None]) -> bool:
+    """True for the compiled kernel. ``reason()`` says why it does not apply, or None; asked only if it matters.
+
+    Raises:
+        ValueError: ``backend`` is unknown.
+        RuntimeError: ``backend="native"`` and the kernel cannot be used.
+    """
+    if backend == "torch":
+        return False
+    if backend == "auto":
+        return ready() and reason() is None
+    if backend != "native":
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
+    problem = reason() if ready() else native.why_not()
+    if problem:
+        raise RuntimeError(f"{op}: backend='native' cannot be used: {problem}")
+    return True
