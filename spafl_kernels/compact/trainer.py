@@ -28,7 +28,7 @@ from ..reference import WINDOW, filter_scores
 from ..training import Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
 from .flow import Flow, Layout, check_traceable, trace_flow
 from .plan import Channels, Plan
-from .program import LayerSlot, NormSlot, Program
+from .program import LayerSlot, NormSlot, Program, prefers_channels_last
 
 __all__ = ["CompactTrainer"]
 
@@ -466,7 +466,8 @@ class CompactTrainer(Trainer):
         self._keep, self._plan = keep, plan
         again = {layer.name for layer, _, _ in changed}
         self._fill(again, old_pieces, old_flat)
-        self._program = Program(flow, plan, {n: la.slot for n, la in self._layers.items()}, self._norm_slots)
+        slots = {name: layer.slot for name, layer in self._layers.items()}
+        self._program = Program(flow, plan, slots, self._norm_slots, prefers_channels_last(flow))
 
     def _fill(
         self, again: set[str], old_pieces: dict[tuple[str, str], _Piece], old: tuple[Tensor, Tensor] | None
