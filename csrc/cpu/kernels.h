@@ -43,24 +43,25 @@ struct StepTensor {
   bool is_threshold;  // gets -penalty * exp(-param) added to its gradient
 };
 
-// Filters of one layer in a step: their weights, split into stored columns (which have a gradient) and dropped ones
-// (whose only gradient is the sign term), and their thresholds.
+// One layer in a step: the weights of those of its filters that are stored, split into stored columns and dropped ones
+// (whose only gradient is usually the sign term); and the thresholds of all its filters.
 template <typename T>
-struct StepRows {
-  T *weight, *grad, *momentum;        // rows x columns; grad null: these filters have no gradient
-  T *dropped, *dropped_momentum;      // rows x dropped_columns
-  T *threshold, *threshold_momentum;  // rows
-  const T* dot;                       // rows, or null: r_i, if it is not sum_j grad_ij weight_ij
-  T* score;                           // rows; in: the score of the forward pass, out: of the new weights
-  uint8_t* mask;                      // rows; in: of the forward pass, out: new
-  int64_t rows, columns, dropped_columns, n_in;
+struct StepLayer {
+  T *weight, *grad, *momentum;                    // rows x columns; grad null: these filters have no gradient
+  T *dropped, *dropped_grad, *dropped_momentum;   // rows x dropped_columns; dropped_grad null: sign term only
+  T *threshold, *threshold_momentum;              // filters
+  const T* dot;                                   // rows, or null: r_i, if it is not what the gradients show
+  const int64_t* index;                           // rows: which filter a row is; no filter twice
+  T* score;                                       // filters; in: of the forward pass, out: new for the stored filters
+  uint8_t* mask;                                  // filters; in: of the forward pass, out: score > threshold
+  int64_t rows, filters, columns, dropped_columns, n_in;
+  bool window;  // estimator: gradient only where |score - threshold| > 1
 };
 
 struct StepOptions {
   double lr, momentum, weight_decay, penalty;
   double max_norm;     // < 0: no clipping
   double extra_norm2;  // added to the squared norm: gradients of entries that are in no list
-  bool window;         // estimator: gradient only where |score - threshold| > 1
   bool write_grad;
 };
 
@@ -77,9 +78,9 @@ struct Kernels {
                          const uint8_t* argmax, T* gx);
   // Number of rows whose mask changed.
   int64_t (*threshold_rows)(const ThresholdRows<T>&);
-  // Everything in place; flips: by layer, the number of rows whose mask changed. Returns the gradient norm before
+  // Everything in place; flips: by layer, the number of filters whose mask changed. Returns the gradient norm before
   // clipping (without clipping: the root of extra_norm2).
-  double (*step)(const StepRows<T>* layers, int64_t layer_count, const StepTensor<T>* tensors, int64_t tensor_count,
+  double (*step)(const StepLayer<T>* layers, int64_t layer_count, const StepTensor<T>* tensors, int64_t tensor_count,
                  const StepOptions&, int64_t* flips);
 };
 

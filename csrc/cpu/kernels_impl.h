@@ -511,93 +511,111 @@ inline void update(T* __restrict__ p, T* __restrict__ m, int64_t n, const StepOp
     for (int64_t i = 0; i < n; i++) p[i] -= lr * gradient(i, p[i]);
 }
 
-// What the gradients of one layer need beyond backward: per row, the sign term's coefficient and the gradient of the
-// threshold. Adds the sign term to grad. Returns the squared norm of everything, if it is asked for.
+// What the gradients of one layer need beyond backward: by row, the sign term's coefficient; by filter, the gradient of
+// the threshold. Adds the sign term to the gradients given. Returns the squared norm of everything, if it is asked for.
 template <typename T>
-double complete_gradients(const StepRows<T>& layer, const StepOptions& options, bool norm, T* coefficient,
+double complete_gradients(const StepLayer<T>& layer, const StepOptions& options, bool norm, T* coefficient,
                           T* threshold_grad) {
   double norm2 = 0;
+  for (int64_t i = 0; i < layer.filters; i++)
+    threshold_grad[i] = options.penalty != 0 ? -(T)options.penalty * std::exp(-layer.threshold[i]) : T(0);
+  const auto add_signs = [](T* grad, const T* weight, T a, int64_t n) {
+    for (int64_t i = 0; i < n; i++) grad[i] += a * sign(weight[i]);
+  };
   for (int64_t row = 0; row < layer.rows; row++) {
-    const T* weight = layer.weight + row * layer.columns;
-    T* grad = layer.grad ? layer.grad + row * layer.columns : nullptr;
+    const int64_t filter = layer.index[row], start = row * layer.columns, dropped_start = row * layer.dropped_columns;
+    const T *weight = layer.weight + start, *dropped = layer.dropped + dropped_start;
+    T* grad = layer.grad ? layer.grad + start : nullptr;
+    T* dropped_grad = layer.dropped_grad ? layer.dropped_grad + dropped_start : nullptr;
     T dot = 0;
-    if (layer.dot)
+    if (layer.dot) {
       dot = layer.dot[row];
-    else if (grad)
-      dot = (T)steady_sum<Sum::product>(grad, layer.columns, weight);
+    } else {
+      double sum = 0;
+      if (grad) sum += steady_sum<Sum::product>(grad, layer.columns, weight);
+      if (dropped_grad) sum += steady_sum<Sum::product>(dropped_grad, layer.dropped_columns, dropped);
+      dot = (T)sum;
+    }
     // Not a product: outside the window the gradient is 0 even if dot is infinite.
-    if (options.window && !(std::fabs(layer.score[row] - layer.threshold[row]) > 1)) dot = 0;
+    if (layer.window && !(std::fabs(layer.score[filter] - layer.threshold[filter]) > 1)) dot = 0;
     const T a = dot / (T)layer.n_in;
     coefficient[row] = a;
-    T tau_grad = -dot;
-    if (options.penalty != 0) tau_grad -= (T)options.penalty * std::exp(-layer.threshold[row]);
-    threshold_grad[row] = tau_grad;
-    if (grad && a != 0)
-      for (int64_t i = 0; i < layer.columns; i++) grad[i] += a * sign(weight[i]);
-    if (norm) {
-      norm2 += (double)tau_grad * (double)tau_grad;
-      if (grad) norm2 += steady_sum<Sum::square>(grad, layer.columns);
-      if (a != 0 && layer.dropped_columns) {
-        const T* dropped = layer.dropped + row * layer.dropped_columns;
-        int64_t signs = 0;
-        for (int64_t i = 0; i < layer.dropped_columns; i++) signs += dropped[i] != 0;
-        norm2 += (double)a * (double)a * (double)signs;
-      }
-    }
+    threshold_grad[filter] -= dot;
+    if (grad && a != 0) add_signs(grad, weight, a, layer.columns);
+    if (dropped_grad && a != 0) add_signs(dropped_grad, dropped, a, layer.dropped_columns);
+    if (!norm) continue;
+    const auto signs_norm2 = [&](const T* w, int64_t n) {
+      int64_t signs = 0;
+      if (a != 0)
+        for (int64_t i = 0; i < n; i++) signs += w[i] != 0;
+      return signs ? (double)a * (double)a * (double)signs : 0.0;
+    };
+    norm2 += grad ? steady_sum<Sum::square>(grad, layer.columns) : signs_norm2(weight, layer.columns);
+    norm2 += dropped_grad ? steady_sum<Sum::square>(dropped_grad, layer.dropped_columns)
+                          : signs_norm2(dropped, layer.dropped_columns);
   }
+  if (norm)
+    for (int64_t i = 0; i < layer.filters; i++) norm2 += (double)threshold_grad[i] * (double)threshold_grad[i];
   return norm2;
 }
 
+// One row of weights: with its gradient, or with the sign term a alone. Returns its new sum of absolute values.
 template <typename T>
-int64_t update_rows(const StepRows<T>& layer, const StepOptions& options, T scale, const T* coefficient,
-                    const T* threshold_grad) {
-  int64_t changed = 0;
+double update_row(T* weight, T* grad, T* momentum, int64_t n, const StepOptions& options, T scale, T a) {
+  if (grad) {
+    if (options.write_grad)
+      for (int64_t i = 0; i < n; i++) grad[i] *= scale;
+    const T s = options.write_grad ? T(1) : scale;
+    update(weight, momentum, n, options, [=](int64_t i, T) { return s * grad[i]; });
+  } else if (a != 0) {
+    const T s = scale * a;
+    update(weight, momentum, n, options, [=](int64_t, T w) { return s * sign(w); });
+  } else if (momentum || options.weight_decay != 0) {
+    update(weight, momentum, n, options, [](int64_t, T) { return T(0); });
+  }
+  return steady_sum<Sum::abs>(weight, n);
+}
+
+template <typename T>
+int64_t update_layer(const StepLayer<T>& layer, const StepOptions& options, T scale, const T* coefficient,
+                     const T* threshold_grad) {
   const auto at = [](T* p, int64_t offset) { return p ? p + offset : nullptr; };
   for (int64_t row = 0; row < layer.rows; row++) {
     const int64_t start = row * layer.columns, dropped_start = row * layer.dropped_columns;
-    T* weight = layer.weight + start;
-    T* momentum = at(layer.momentum, start);
-    if (layer.grad) {
-      T* grad = layer.grad + start;
-      if (options.write_grad)
-        for (int64_t i = 0; i < layer.columns; i++) grad[i] *= scale;
-      const T s = options.write_grad ? T(1) : scale;
-      update(weight, momentum, layer.columns, options, [=](int64_t i, T) { return s * grad[i]; });
-    } else if (coefficient[row] != 0) {
-      const T a = scale * coefficient[row];
-      update(weight, momentum, layer.columns, options, [=](int64_t, T w) { return a * sign(w); });
-    } else if (momentum || options.weight_decay != 0) {
-      update(weight, momentum, layer.columns, options, [](int64_t, T) { return T(0); });
-    }
-    double sum = steady_sum<Sum::abs>(weight, layer.columns);
-    if (layer.dropped_columns) {
-      T* dropped = layer.dropped + dropped_start;
-      const T a = scale * coefficient[row];
-      update(dropped, at(layer.dropped_momentum, dropped_start), layer.dropped_columns, options,
-             [=](int64_t, T w) { return a * sign(w); });
-      sum += steady_sum<Sum::abs>(dropped, layer.dropped_columns);
-    }
-    update(layer.threshold + row, at(layer.threshold_momentum, row), 1, options,
-           [=](int64_t, T) { return scale * threshold_grad[row]; });
-    const T score = (T)(sum / (double)layer.n_in);
-    const uint8_t mask = score > layer.threshold[row];
-    layer.score[row] = score;
-    changed += mask != layer.mask[row];
-    layer.mask[row] = mask;
+    double sum = update_row(layer.weight + start, at(layer.grad, start), at(layer.momentum, start), layer.columns, options,
+                            scale, coefficient[row]);
+    if (layer.dropped_columns)
+      sum += update_row(layer.dropped + dropped_start, at(layer.dropped_grad, dropped_start),
+                        at(layer.dropped_momentum, dropped_start), layer.dropped_columns, options, scale,
+                        coefficient[row]);
+    layer.score[layer.index[row]] = (T)(sum / (double)layer.n_in);
+  }
+  update(layer.threshold, layer.threshold_momentum, layer.filters, options,
+         [=](int64_t i, T) { return scale * threshold_grad[i]; });
+  int64_t changed = 0;
+  for (int64_t i = 0; i < layer.filters; i++) {
+    const uint8_t mask = layer.score[i] > layer.threshold[i];
+    changed += mask != layer.mask[i];
+    layer.mask[i] = mask;
   }
   return changed;
 }
 
 template <typename T>
-double step(const StepRows<T>* layers, int64_t layer_count, const StepTensor<T>* tensors, int64_t tensor_count,
+double step(const StepLayer<T>* layers, int64_t layer_count, const StepTensor<T>* tensors, int64_t tensor_count,
             const StepOptions& options, int64_t* flips) {
   const bool clip = options.max_norm >= 0;
   double norm2 = options.extra_norm2;
-  int64_t rows = 0;
-  for (int64_t l = 0; l < layer_count; l++) rows += layers[l].rows;
-  std::vector<T> coefficient(rows), threshold_grad(rows);
-  for (int64_t l = 0, row = 0; l < layer_count; row += layers[l++].rows)
-    norm2 += complete_gradients(layers[l], options, clip, coefficient.data() + row, threshold_grad.data() + row);
+  int64_t size = 0;
+  for (int64_t l = 0; l < layer_count; l++) size += layers[l].rows + layers[l].filters;
+  std::vector<T> scratch(size);
+  const auto for_each_layer = [&](auto f) {
+    T* at = scratch.data();
+    for (int64_t l = 0; l < layer_count; at += layers[l].rows + layers[l].filters, l++) f(l, at, at + layers[l].rows);
+  };
+  for_each_layer([&](int64_t l, T* coefficient, T* threshold_grad) {
+    norm2 += complete_gradients(layers[l], options, clip, coefficient, threshold_grad);
+  });
   for (int64_t t = 0; t < tensor_count; t++) {
     const StepTensor<T>& a = tensors[t];
     if (a.is_threshold && options.penalty != 0)
@@ -611,8 +629,9 @@ double step(const StepRows<T>* layers, int64_t layer_count, const StepTensor<T>*
     // Not min(): a norm that is not a number must reach the parameters, as it does in torch.
     if (scale > 1) scale = 1;
   }
-  for (int64_t l = 0, row = 0; l < layer_count; row += layers[l++].rows)
-    flips[l] = update_rows(layers[l], options, scale, coefficient.data() + row, threshold_grad.data() + row);
+  for_each_layer([&](int64_t l, T* coefficient, T* threshold_grad) {
+    flips[l] = update_layer(layers[l], options, scale, coefficient, threshold_grad);
+  });
   for (int64_t t = 0; t < tensor_count; t++) {
     const StepTensor<T>& a = tensors[t];
     T* grad = a.grad;

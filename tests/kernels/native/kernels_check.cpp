@@ -113,23 +113,26 @@ void check_pool(Isa isa, int64_t planes, int64_t height, int64_t width, int64_t 
 template <typename T>
 void check_rows(int64_t rows, int64_t columns, int64_t dropped, bool momentum, bool window) {
   struct State {
-    std::vector<T> w, g, m, d, dm, tau, tm, score, p, pg, pm, rest;
+    std::vector<T> w, g, m, d, dg, dm, tau, tm, score, p, pg, pm, rest;
     std::vector<uint8_t> mask;
   };
   const State start{noise<T>(rows * columns), noise<T>(rows * columns), noise<T>(rows * columns), noise<T>(rows * dropped),
-                    noise<T>(rows * dropped), noise<T>(rows), noise<T>(rows), noise<T>(rows), noise<T>(columns),
+                    noise<T>(rows * dropped), noise<T>(rows * dropped), noise<T>(rows), noise<T>(rows), noise<T>(rows), noise<T>(columns),
                     noise<T>(columns), noise<T>(columns), noise<T>(rows), std::vector<uint8_t>(rows, 1)};
   State expected;
   for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
     if (!isa_supported(isa)) continue;
     State s = start;
     const int64_t n_in = std::max<int64_t>(1, columns + dropped);
-    const StepRows<T> layers[] = {
-        {s.w.data(), s.g.data(), momentum ? s.m.data() : nullptr, s.d.data(), momentum ? s.dm.data() : nullptr, s.tau.data(),
-         momentum ? s.tm.data() : nullptr, nullptr, s.score.data(), s.mask.data(), rows, columns, dropped, n_in}};
+    std::vector<int64_t> index(rows);
+    for (int64_t i = 0; i < rows; i++) index[i] = rows - 1 - i;
+    const StepLayer<T> layers[] = {{s.w.data(), s.g.data(), momentum ? s.m.data() : nullptr, s.d.data(),
+                                    window ? s.dg.data() : nullptr, momentum ? s.dm.data() : nullptr, s.tau.data(),
+                                    momentum ? s.tm.data() : nullptr, nullptr, index.data(), s.score.data(), s.mask.data(),
+                                    rows, rows, columns, dropped, n_in, window}};
     const StepTensor<T> tensors[] = {{s.p.data(), s.pg.data(), momentum ? s.pm.data() : nullptr, columns, true}};
     int64_t flips[1] = {-1};
-    const StepOptions options{0.1, momentum ? 0.9 : 0, 1e-3, 0.2, 0.7, 0.5, window, true};
+    const StepOptions options{0.1, momentum ? 0.9 : 0, 1e-3, 0.2, 0.7, 0.5, true};
     const double norm = kernels_for<T>(isa).step(layers, 1, tensors, 1, options, flips);
     s.rest.push_back((T)norm), s.rest.push_back((T)flips[0]);
     s.rest.resize(rows + 2);

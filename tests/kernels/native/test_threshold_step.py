@@ -5,7 +5,7 @@ import torch
 
 from spafl_kernels import ops, reference
 
-LAYERS = [(6, (3, 2, 2)), (5, (40,)), (3, (7,)), (4, (1,))]
+LAYERS = [(6, (3, 2, 2)), (5, (40,)), (3, (7,)), (4, (1,)), (33, (70,))]
 
 
 class Full:
@@ -13,8 +13,8 @@ class Full:
 
     def __init__(self, dtype, density):
         generator = torch.Generator().manual_seed(3)
-        draw = lambda *s: torch.randn(*s, dtype=dtype, generator=generator)  # noqa: E731
-        self.weights = [torch.nn.Parameter(draw(out, *rest)) for out, rest in LAYERS]
+        self.draw = lambda *s: torch.randn(*s, dtype=dtype, generator=generator)
+        self.weights = [torch.nn.Parameter(self.draw(out, *rest)) for out, rest in LAYERS]
         with torch.no_grad():
             self.weights[0][0, 0, 0, 0] = 0.0  # sign(0) = 0
         self.thresholds = []
@@ -22,37 +22,34 @@ class Full:
             scores = reference.filter_scores(weight.detach()).sort().values
             cut = scores[-1] + 0.1 if density == 0 else scores[round((1 - density) * (len(scores) - 1))] - 0.01
             self.thresholds.append(torch.nn.Parameter(torch.full_like(scores, float(cut))))
-        self.other = torch.nn.Parameter(draw(9))
-        # Input channels (here: leading columns) that carry a gradient; the others are dropped.
-        self.columns = [w[0].numel() * 2 // 3 if w[0].numel() > 1 else 1 for w in self.weights]
-        self.draw = draw
+        self.other = torch.nn.Parameter(self.draw(9))
+        # Leading columns are stored, the rest dropped. In the last layer dropped columns have a gradient too.
+        self.columns = [max(1, w[0].numel() * 2 // 3) for w in self.weights]
 
     def parameters(self):
         return [*self.weights, *self.thresholds, self.other]
 
 
-def split(full, momentum):
-    """The compact groups: kept filters of each layer, then the pruned ones, which have no gradient."""
-    fields = {k: [] for k in ("weights", "thresholds", "scores", "masks", "n_in", "dropped")}
-    index = []
-    for kept in (True, False):
-        for l, (weight, threshold) in enumerate(zip(full.weights, full.thresholds)):
-            scores = reference.filter_scores(weight.detach())
-            mask = scores > threshold.detach()
-            rows = (mask == kept).nonzero().flatten()
-            flat, k = weight.detach().flatten(1)[rows], full.columns[l] if kept else weight[0].numel()
-            pad = flat.new_zeros(2 if kept else 0, k)  # padding rows behind the filters
-            fields["weights"].append(torch.cat([flat[:, :k], pad]).contiguous())
-            fields["dropped"].append(flat[:, k:].contiguous())
-            fields["thresholds"].append(threshold.detach()[rows])
-            fields["scores"].append(scores[rows])
-            fields["masks"].append(mask[rows])
-            fields["n_in"].append(weight[0].numel())
-            index.append((l, rows, kept))
+def compact(full, momentum, estimator):
+    """The stored filters are those that are active at the start."""
+    fields = {k: [] for k in ("weights", "thresholds", "scores", "masks", "n_in", "dropped", "index")}
+    for weight, threshold, k in zip(full.weights, full.thresholds, full.columns):
+        scores = reference.filter_scores(weight.detach())
+        mask = scores > threshold.detach()
+        index = mask.nonzero().flatten()
+        flat = weight.detach().flatten(1)[index]
+        flat = torch.cat([flat, flat.new_zeros(2, flat.shape[1])])  # two rows of padding
+        fields["weights"].append(flat[:, :k].contiguous())
+        fields["dropped"].append(flat[:, k:].contiguous())
+        fields["thresholds"].append(threshold.detach().clone())
+        fields["scores"].append(scores)
+        fields["masks"].append(mask)
+        fields["n_in"].append(weight[0].numel())
+        fields["index"].append(index)
     if momentum:
         for name in ("weights", "dropped", "thresholds"):
             fields[name.removesuffix("s") + "_momenta"] = [torch.zeros_like(t) for t in fields[name]]
-    return ops.FilterRows(**fields), index
+    return ops.FilterRows(**fields, estimators=[estimator] * len(LAYERS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -65,19 +62,18 @@ def test_equals_torch(momentum, weight_decay, max_norm, density, estimator, dtyp
     full = Full(dtype, density)
     penalty, lr = 0.3, 0.05
     optimizer = torch.optim.SGD(full.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-    other = full.other.detach().clone()
+    other, rows = full.other.detach().clone(), compact(full, momentum, estimator)
     other_momentum = torch.zeros_like(other)
-    rows, index = split(full, momentum)
+    start = [w.detach().clone() for w in full.weights]
     tolerance = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
     for _ in range(3):
-        # The data loss: linear in the masked weight, zero at dropped columns. Filters stay in their groups while masks
-        # change, so pruned filters are given no data gradient by freezing their share of it.
+        # A data loss that is linear in the masked weights, without a part in filters that are not stored (as behind a
+        # ReLU), nor in dropped columns except those of the last layer.
         signal = [full.draw(*w.shape) for w in full.weights]
         for l, s in enumerate(signal):
-            s.flatten(1)[:, full.columns[l] :] = 0
-            kept = torch.zeros(len(s), dtype=torch.bool)
-            kept[index[l][1]] = True
-            s[~kept] = 0
+            s[torch.isin(torch.arange(len(s)), rows.index[l], invert=True)] = 0
+            if l + 1 < len(signal):
+                s.flatten(1)[:, full.columns[l] :] = 0
         optimizer.zero_grad()
         loss = penalty * sum(torch.exp(-t).sum() for t in full.thresholds)
         masks = []
@@ -86,58 +82,56 @@ def test_equals_torch(momentum, weight_decay, max_norm, density, estimator, dtyp
             loss = loss + (masked * s).sum()
             masks.append(reference.filter_mask(weight.detach(), threshold.detach(), estimator))
         other_grad = full.draw(9)
-        loss = loss + (full.other * other_grad).sum()
-        loss.backward()
+        (loss + (full.other * other_grad).sum()).backward()
         norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in full.parameters()]))
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(full.parameters(), max_norm)
         optimizer.step()
 
-        grads, dots = [], []
-        for group, (l, filters, kept) in enumerate(index):
-            raw = signal[l].flatten(1)[filters]
-            grads.append(raw.new_empty(0))
-            dots.append(raw.new_empty(0))
-            if not kept:
-                continue
-            # What a compact layer's backward gives: the gradient of the stored columns, 0 for the filters among them
-            # that are pruned by now; those bring their r_i along, which the gradient does not show.
-            stored, mask = raw[:, : full.columns[l]], masks[l][filters]
-            if group % 2 or not mask.all():
-                dots[-1] = (stored * rows.weights[group][: len(filters)]).sum(1)
-            padding = torch.full_like(rows.weights[group][len(filters) :], float("nan"))
-            grads[-1] = torch.cat([stored * mask.unsqueeze(1), padding]).contiguous()
+        grads, dropped_grads, dots = [], [], []
+        for l, index in enumerate(rows.index):
+            s, mask, k = signal[l].flatten(1)[index], masks[l][index], full.columns[l]
+            poison = torch.full((2, s.shape[1]), float("nan"), dtype=dtype)  # padding rows are never read
+            # The gradient of a filter that is pruned by now is masked away; its r_i is given instead.
+            g = torch.cat([s * mask.unsqueeze(1), poison])
+            grads.append(g[:, :k].contiguous())
+            dropped_grads.append(g[:, k:].contiguous() if l + 1 == len(signal) else s.new_empty(0))
+            dots.append(s.new_empty(0))
+            if l % 2 or not mask.all():
+                now = torch.cat([rows.weights[l], rows.dropped[l]], 1)[: len(index)]
+                dots[-1] = (s * now).sum(1)
         before = [m.clone() for m in rows.masks]
         got, flips = ops.threshold_step(
             rows, grads, [other], [other_grad.clone()], [other_momentum] if momentum else [], [0], lr=lr,
-            momentum=momentum, weight_decay=weight_decay, penalty=penalty, max_norm=max_norm, estimator=estimator,
-            dots=dots, backend=backend,
+            momentum=momentum, weight_decay=weight_decay, penalty=penalty, max_norm=max_norm,
+            dropped_grads=dropped_grads, dots=dots, backend=backend,
         )  # fmt: skip
         if max_norm is not None:
             torch.testing.assert_close(got, norm, **tolerance)
         torch.testing.assert_close(other, full.other.detach(), **tolerance)
-        for g, (l, filters, _) in enumerate(index):
-            count, k = len(filters), rows.weights[g].shape[1]
-            expected = full.weights[l].detach().flatten(1)[filters]
-            torch.testing.assert_close(rows.weights[g][:count], expected[:, :k], **tolerance)
-            assert not rows.weights[g][count:].any(), "padding rows were touched"
-            torch.testing.assert_close(rows.dropped[g], expected[:, k:], **tolerance)
-            torch.testing.assert_close(rows.thresholds[g], full.thresholds[l].detach()[filters], **tolerance)
-            scores = reference.filter_scores(full.weights[l].detach())[filters]
-            torch.testing.assert_close(rows.scores[g], scores, **tolerance)
-            assert torch.equal(rows.masks[g], scores > full.thresholds[l].detach()[filters])
-            assert flips[g] == (rows.masks[g] != before[g]).sum()
+        for l, index in enumerate(rows.index):
+            count, k = len(index), full.columns[l]
+            expected = full.weights[l].detach().flatten(1)[index]
+            torch.testing.assert_close(rows.weights[l][:count], expected[:, :k], **tolerance)
+            torch.testing.assert_close(rows.dropped[l][:count], expected[:, k:], **tolerance)
+            assert not rows.weights[l][count:].any() and not rows.dropped[l][count:].any(), "padding was touched"
+            torch.testing.assert_close(rows.thresholds[l], full.thresholds[l].detach(), **tolerance)
+            # Filters that are not stored keep the score they had: the caller moves them.
+            scores = reference.filter_scores(start[l])
+            scores[index] = reference.filter_scores(full.weights[l].detach())[index]
+            torch.testing.assert_close(rows.scores[l], scores, **tolerance)
+            assert torch.equal(rows.masks[l], scores > full.thresholds[l].detach())
+            assert flips[l] == (rows.masks[l] != before[l]).sum()
             if momentum:
-                buffer = optimizer.state[full.weights[l]]["momentum_buffer"].flatten(1)[filters]
-                torch.testing.assert_close(rows.weight_momenta[g][:count], buffer[:, :k], **tolerance)
-                torch.testing.assert_close(rows.dropped_momenta[g], buffer[:, k:], **tolerance)
+                buffer = optimizer.state[full.weights[l]]["momentum_buffer"].flatten(1)[index]
+                torch.testing.assert_close(rows.weight_momenta[l][:count], buffer[:, :k], **tolerance)
+                torch.testing.assert_close(rows.dropped_momenta[l][:count], buffer[:, k:], **tolerance)
 
 
 def test_masks_flip_both_ways(backend):
-    weights = [torch.tensor([[1.0], [1.0]], dtype=torch.double)]
     rows = ops.FilterRows(
-        weights, [torch.tensor([0.5, 1.5], dtype=torch.double)], [torch.ones(2, dtype=torch.double)],
-        [torch.tensor([True, False])], [1],
+        [torch.tensor([[1.0], [1.0]], dtype=torch.double)], [torch.tensor([0.5, 1.5], dtype=torch.double)],
+        [torch.ones(2, dtype=torch.double)], [torch.tensor([True, False])], [1],
     )  # fmt: skip
     # The first filter shrinks below its threshold, the second grows above it; dots of 0 keep the thresholds still.
     _, flips = ops.threshold_step(
@@ -147,16 +141,33 @@ def test_masks_flip_both_ways(backend):
     assert flips.tolist() == [2] and rows.masks[0].tolist() == [False, True]
 
 
+def test_layers_of_different_estimators(backend):
+    weight = torch.tensor([[1.0, -1.0], [4.0, 4.0]], dtype=torch.double)
+    results = []
+    for estimators in (["identity", "window"], ["window", "identity"]):
+        rows = ops.FilterRows(
+            [weight.clone(), weight.clone()], [torch.zeros(2, dtype=torch.double) for _ in range(2)],
+            [torch.tensor([1.0, 4.0], dtype=torch.double) for _ in range(2)],
+            [torch.ones(2, dtype=torch.bool) for _ in range(2)], [2, 2], estimators=estimators,
+        )  # fmt: skip
+        grads = [
+            torch.ones(2, 2, dtype=torch.double) * torch.tensor([[1.0, 2.0]], dtype=torch.double) for _ in range(2)
+        ]
+        ops.threshold_step(rows, grads, lr=1.0, backend=backend)
+        results.append([t.tolist() for t in rows.thresholds])
+    # r = (1 - 2, 4 + 8); the window is closed for the first filter, whose score is 1 from its threshold.
+    assert results == [[[-1.0, 12.0], [0.0, 12.0]], [[0.0, 12.0], [-1.0, 12.0]]]
+
+
 def test_opcheck(extension):
-    rows, index = split(Full(torch.float32, 0.5), 0.9)
-    grads = [torch.randn_like(w) if kept else w.new_empty(0) for w, (_, _, kept) in zip(rows.weights, index)]
-    none = [w.new_empty(0) for w in rows.weights]
+    r = compact(Full(torch.float32, 0.5), 0.9, "window")
+    grads = [torch.randn_like(w) for w in r.weights[:-1]] + [r.none[0]]
     torch.library.opcheck(
         extension.threshold_step.default,
         (
-            rows.weights, grads, rows.weight_momenta, rows.dropped, rows.dropped_momenta, rows.thresholds,
-            rows.threshold_momenta, none, rows.scores, rows.masks, rows.n_in, [torch.randn(3)], [torch.randn(3)],
-            [torch.randn(3)], [1], 0.1, 0.9, 0.0, 0.1, 1.0, 0.0, False, False,
+            r.weights, grads, r.weight_momenta, r.dropped, r.none, r.dropped_momenta, r.thresholds,
+            r.threshold_momenta, r.none, r.index, r.scores, r.masks, r.n_in, r.window, [torch.randn(3)],
+            [torch.randn(3)], [torch.randn(3)], [1], 0.1, 0.9, 0.0, 0.1, 1.0, 0.0, False,
         ),
     )  # fmt: skip
 
@@ -164,17 +175,20 @@ def test_opcheck(extension):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"weights": []}, {}, "at least one group"),
+        ({"weights": []}, {}, "at least one layer"),
         ({"scores": []}, {}, "scores must have 1 entries; got 0"),
         ({"scores": [torch.zeros(3)]}, {}, r"scores\[0\] must have shape \(2,\)"),
         ({"weights": [torch.zeros(1, 4)]}, {}, r"weights\[0\] must have at least 2 rows"),
-        ({"dropped": [torch.zeros(3, 1)]}, {}, r"dropped\[0\] must have 2 rows"),
+        ({"dropped": [torch.zeros(1, 1)]}, {}, r"dropped\[0\] must have at least 2 rows"),
         ({"masks": [torch.zeros(2)]}, {}, r"masks\[0\] must be bool or uint8"),
         ({"n_in": [0]}, {}, r"n_in\[0\] must be positive"),
+        ({"index": [torch.tensor([0, 2])]}, {}, r"index\[0\] must be int64 in \[0, 2\)"),
+        ({"index": [torch.tensor([1, 1])]}, {}, r"index\[0\] must not hold a filter twice; got \[1, 1\]"),
+        ({"estimators": ["soft"]}, {}, "estimator must be one of identity, window"),
         ({}, {"momentum": 0.9}, "weight_momenta must have 1 entries"),
         ({}, {"grads": [torch.zeros(2, 3)]}, r"grads\[0\] must be empty or have shape \(2, 4\)"),
-        ({}, {"dots": [torch.zeros(3)]}, r"dots\[0\] must be empty or have shape \(2,\)"),
-        ({}, {"estimator": "soft"}, "estimator must be one of identity, window"),
+        ({}, {"dropped_grads": [torch.zeros(2, 3)]}, r"dropped_grads\[0\] must be empty or have shape \(0,\)"),
+        ({}, {"dots": [torch.zeros(1)]}, r"dots\[0\] must be empty or have shape \(2,\)"),
         ({}, {"lr": -1.0}, "lr must be finite"),
     ],
 )
@@ -185,3 +199,10 @@ def test_bad_input(change, options, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         ops.threshold_step(ops.FilterRows(**(fields | change)), **({"grads": [torch.zeros(2, 4)], "lr": 0.1} | options))
+
+
+def test_the_operator_refuses_an_index_out_of_range(extension):
+    rows = compact(Full(torch.float32, 0.5), 0.0, "identity")
+    rows.index[1] = rows.index[1] + 100
+    with pytest.raises(RuntimeError, match=r"index\[1\] must be in \[0, 5\)"):
+        ops.threshold_step(rows, rows.none, lr=0.1, check=False, backend="native")
