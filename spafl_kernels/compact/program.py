@@ -20,7 +20,7 @@ from ..ops.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, POOLS, DirectConvReluPo
 from .flow import Flow, Op
 from .plan import Channels, Plan
 
-__all__ = ["LayerSlot", "NormSlot", "Program", "prefers_channels_last"]
+__all__ = ["LayerSlot", "NormSlot", "Program", "fused_pools", "prefers_channels_last"]
 
 
 @dataclass
@@ -75,6 +75,7 @@ class Program:
         weight = next(flow.model.parameters())
         floats = (torch.float32, torch.float64)
         self._native = weight.device.type == "cpu" and weight.dtype in floats and native.available()
+        self._fused = fused_pools(flow) if self._native else {}
         self.macs = self.macs_fixed = 0
         self._index = {name: i for i, name in enumerate(flow.ops)}
         self._count = len(self._index)
@@ -146,30 +147,6 @@ class Program:
 
         return full
 
-    def _single(self, name: str) -> bool:
-        return len([u for u in self._op(name).node.users if self._op(u.name).kind != "shape"]) == 1
-
-    def _fused_pool(self, op: Op) -> tuple[int, int] | None:
-        """``(index of the pool, its window)`` if convolution, ReLU and max-pool can be one compiled call.
-
-        Only for a first layer: elsewhere a general convolution is fast, and the input needs a gradient too.
-        """
-        m, source = op.module, self._op(op.sources[0])
-        assert isinstance(m, nn.Conv2d)
-        if not self._native or source.grad or m.stride != (1, 1) or m.dilation != (1, 1) or m.groups != 1:
-            return None
-        if isinstance(m.padding, str) or m.in_channels > MAX_IN_CHANNELS or max(m.kernel_size) > MAX_KERNEL:
-            return None
-        chain = op
-        for kind in ("relu", "pool"):
-            if not self._single(chain.name):
-                return None
-            chain = self._op(next(iter(chain.node.users)).name)
-            if chain.kind != kind or (kind == "relu" and chain.apply is not F.relu):
-                return None
-        window = _plain_window(chain)
-        return None if window is None else (self._index[chain.name], window)
-
     # -- one method per kind of op ---------------------------------------------------------------------------------
 
     def _build_layer(self, op: Op, i: int) -> Run:
@@ -204,9 +181,9 @@ class Program:
                 inside = F.conv2d(ones, eye, None, stride, padding, dilation)
                 size, taps = inside.shape[2:], inside.view(kernel, -1)
 
-        fused = self._fused_pool(op) if conv and not const_in and pad_first is None else None
+        fused = None if const_in else self._fused.get(name)
         if fused is not None:
-            pooled, window = fused
+            pooled, window = self._index[fused[0]], fused[1]
             assert isinstance(m, nn.Conv2d) and not isinstance(m.padding, str)
             pad_h, pad_w = m.padding
 
@@ -359,7 +336,7 @@ class Program:
                 env[i], env[n + i] = env[j], env[n + j]
 
             return pass_on
-        inside = source.kind in ("layer", "depthwise", "norm", "pool", "add") and self._single(source.name)
+        inside = source.kind in ("layer", "depthwise", "norm", "pool", "add") and single_user(self.flow, source)
         if inside and apply is F.relu:
             apply = torch.relu_
         outside = op.apply
@@ -580,8 +557,45 @@ class Program:
 
 
 def prefers_channels_last(flow: Flow) -> bool:
-    """Measured on a CPU: 10-20 % of a Conv4 step, nothing of a ResNet-18 step, a loss for the fused first layer."""
-    return len(flow.image) == 3 and flow.image[0] > 1 and any(isinstance(op.module, nn.BatchNorm2d) for op in flow.norms.values())
+    """Measured on a CPU: 10-20 % of a Conv4 step, nothing of a ResNet-18 step, a loss for the fused first layer.
+
+    Not where a norm reads a kept bias: BatchNorm of that constant is beta plus rounding, ReLU asks for its sign, and
+    the rounding is that of the masked model only in the same memory order.
+    """
+    norms = [op for op in flow.norms.values() if isinstance(op.module, nn.BatchNorm2d)]
+    biased = any(flow.ops[op.sources[0]].const for op in norms)
+    return len(flow.image) == 3 and flow.image[0] > 1 and bool(norms) and not biased
+
+
+def single_user(flow: Flow, op: Op) -> bool:
+    return len([u for u in op.node.users if flow.ops[u.name].kind != "shape"]) == 1
+
+
+def fused_pools(flow: Flow) -> dict[str, tuple[str, int]]:
+    """First layers whose convolution, ReLU and max-pool can be one compiled call: ``{layer: (pool op, window)}``.
+
+    Only first layers: elsewhere a general convolution is fast, and the input needs a gradient too.
+    """
+    found = {}
+    for name, op in flow.layers.items():
+        m = op.module
+        if not isinstance(m, nn.Conv2d) or op.kind != "layer" or flow.ops[op.sources[0]].grad:
+            continue
+        if m.stride != (1, 1) or m.dilation != (1, 1) or m.groups != 1 or m.padding_mode != "zeros":
+            continue
+        if isinstance(m.padding, str) or m.in_channels > MAX_IN_CHANNELS or max(m.kernel_size) > MAX_KERNEL:
+            continue
+        chain = op
+        for kind in ("relu", "pool"):
+            if not single_user(flow, chain):
+                break
+            chain = next(flow.ops[u.name] for u in chain.node.users if flow.ops[u.name].kind != "shape")
+            if chain.kind != kind or (kind == "relu" and chain.apply is not F.relu):
+                break
+        else:
+            if (window := _plain_window(chain)) is not None:
+                found[name] = (chain.name, window)
+    return found
 
 
 def _plain_window(op: Op) -> int | None:
