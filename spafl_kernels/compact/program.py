@@ -69,12 +69,13 @@ class Program:
         layers: dict[str, LayerSlot],
         norms: dict[str, NormSlot],
         channels_last: bool = False,
+        compiled: bool = True,
     ) -> None:
         self.flow, self.plan, self.layers, self.norms = flow, plan, layers, norms
         self._channels_last = channels_last
         weight = next(flow.model.parameters())
         floats = (torch.float32, torch.float64)
-        self._native = weight.device.type == "cpu" and weight.dtype in floats and native.available()
+        self._native = compiled and weight.device.type == "cpu" and weight.dtype in floats and native.available()
         self._fused = fused_pools(flow) if self._native else {}
         self.macs = self.macs_fixed = 0
         self._index = {name: i for i, name in enumerate(flow.ops)}
@@ -97,7 +98,10 @@ class Program:
         self._output = self._full(flow.output)
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
-        """The model's output for a batch, at full width."""
+        """The model's output for a batch, at full width.
+
+        ``training`` is for functional calls; modules read their own flag.
+        """
         # Per value: the kept channels, the constants, the full-width copy, and whether a fused call has made it.
         env: list[Any] = [None] * (4 * self._count)
         if self._channels_last:
@@ -305,6 +309,7 @@ class Program:
 
         def run(env: list[Any], training: bool) -> None:
             x = env[j] if read is None else read(env)
+            training = m.training
             env[i] = F.batch_norm(
                 x, slot.running_mean, slot.running_var, slot.weight, slot.bias, training, momentum, eps
             )
@@ -414,7 +419,7 @@ class Program:
 
         def run(env: list[Any], training: bool) -> None:
             x = env[j]
-            if training:
+            if training if op.module is None else op.module.training:
                 # Draw the mask at full width: the same random numbers as the masked model.
                 shape = list(x.shape)
                 shape[dim] = channels.width
