@@ -336,21 +336,39 @@ void conv_relu_pool_grad_weight(const ConvShape& s, const T* x, const T* gy, con
 
 template <typename T>
 void conv_relu_pool_grad_input(const ConvShape& s, const T* w, const T* gy, const uint8_t* argmax, T* gx) {
+  using W = Row<T>;
   const int64_t padded_h = s.height + 2 * s.pad_h, pitch = s.width + 2 * s.pad_w, channel_size = padded_h * pitch;
-  const Buffer<T> image = zeroed<T>(s.in_channels * channel_size);
+  const int64_t vectors = (s.kernel_w + W::size - 1) / W::size, row_size = vectors * W::size;
+  const int64_t rows = s.in_channels * s.kernel_h;
+  const Buffer<T> image = zeroed<T>(s.in_channels * channel_size + row_size);
+  // Kernel rows as whole vectors, and which lanes of them are real.
+  std::vector<T> kernel(s.out_channels * rows * row_size), lane(row_size);
+  for (int64_t row = 0; row < s.out_channels * rows; row++)
+    std::copy_n(w + row * s.kernel_w, s.kernel_w, kernel.data() + row * row_size);
+  std::fill_n(lane.data(), s.kernel_w, T(1));
+  std::vector<int32_t> row_at(rows);
+  for (int64_t row = 0; row < rows; row++)
+    row_at[row] = (int32_t)(row / s.kernel_h * channel_size + row % s.kernel_h * pitch);
   Winners<T> winners(s, pitch);
   for (int64_t n = 0; n < s.batch; n++) {
     std::fill_n(image.get(), s.in_channels * channel_size, T(0));
     for (int64_t c = 0; c < s.out_channels; c++) {
       const int64_t at = (n * s.out_channels + c) * winners.pooled;
       const int64_t count = winners.collect(gy + at, argmax + at);
-      for (int64_t channel = 0; channel < s.in_channels; channel++) {
-        const T* kernel = w + (c * s.in_channels + channel) * s.kernel_h * s.kernel_w;
-        for (int64_t i = 0; i < count; i++) {
-          T* to = image.get() + channel * channel_size + winners.patch[i];
-          const T g = winners.grad[i];
-          for (int64_t ky = 0; ky < s.kernel_h; ky++)
-            for (int64_t kx = 0; kx < s.kernel_w; kx++) to[ky * pitch + kx] += g * kernel[ky * s.kernel_w + kx];
+      // Winner by winner, all rows: neighbouring winners write overlapping places, and a load must wait for the store
+      // before it; other rows fill the wait.
+      for (int64_t i = 0; i < count; i++) {
+        T* patch = image.get() + winners.patch[i];
+        const T* from = kernel.data() + c * rows * row_size;
+        const W g = W::all(winners.grad[i]);
+        for (int64_t v = 0; v < row_size; v += W::size) {
+          const W real = W::load(lane.data() + v);
+          for (int64_t row = 0; row < rows; row++) {
+            T* to = patch + row_at[row] + v;
+            const W old = W::load(to);
+            // Lanes past the kernel keep what they hold: adding 0 * inf there would make NaN of it.
+            W::pick(real, W::fma(g, W::load(from + row * row_size + v), old), old).store(to);
+          }
         }
       }
     }

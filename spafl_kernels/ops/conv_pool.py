@@ -130,7 +130,8 @@ class DirectConvReluPool(torch.autograd.Function):
     training engines that have checked everything once.
 
     The same numbers, about 30 us less per forward and backward (measured) than the registered operator's derivative.
-    Not for torch.compile or torch.func. The operator itself still refuses tensors that it cannot read.
+    Only after :func:`spafl_kernels.ops.ready` has said yes; not for torch.compile or torch.func. The operator itself
+    still refuses tensors that it cannot read.
     """
 
     @staticmethod
