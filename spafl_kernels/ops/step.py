@@ -139,9 +139,9 @@ def threshold_step(
 
     With ``G`` the gradients given, ``r_i = sum_j G_ij w_ij`` and ``h`` the estimator (reference.py): stored weights get
     ``G_ij + h_i r_i sign(w_ij) / n_in`` (``G = 0`` where none is given) and thresholds
-    ``-h_i r_i - penalty exp(-tau_i)``, with ``r_i = 0`` for filters that are not stored. Then all of them and ``params``
-    take one step as in :func:`sgd_step`, clipped by their common norm. Last come the new scores of the stored filters,
-    over the whole row, and the masks of all.
+    ``-h_i r_i - penalty exp(-tau_i)``, with ``r_i = 0`` for filters that are not stored. All of these and
+    ``params`` take one step as in :func:`sgd_step`, clipped by their common norm. Last come the new scores of the
+    stored filters, over the whole row, and the masks of all.
 
     Args:
         rows: the threshold layers.
