@@ -249,8 +249,8 @@ def _twin(
         tau_grad = -penalty * torch.exp(-threshold) if penalty else torch.zeros_like(threshold)
         tau_grad.index_add_(0, index, dot, alpha=-1)
         todo.append((threshold, tau_grad, rows.threshold_momenta[i] if momentum else None))
-    for i, (param, grad, threshold) in enumerate(zip(params, param_grads, is_threshold)):
-        if threshold and penalty:
+    for i, (param, grad, penalised) in enumerate(zip(params, param_grads, is_threshold)):
+        if penalised and penalty:
             grad.sub_(torch.exp(-param), alpha=penalty)
         todo.append((param, grad, momenta[i] if momentum else None))
     norm2 = torch.as_tensor(extra_norm2, dtype=rows.weights[0].dtype, device=rows.weights[0].device)
