@@ -115,7 +115,7 @@ def pools() -> Iterator[Case]:
         yield "relu_pool fwd+bwd", f"batch {batch}, {channels}x{size}x{size}", rivals
 
 
-LENET = [(20, 25), (50, 500), (800, 800), (500, 800), (10, 500)]
+LENET = [(20, 25), (50, 500), (500, 800), (10, 500)]
 CONV4 = [(64, 75), (64, 1600), (128, 1600), (128, 3200), (256, 2048), (128, 256), (10, 128)]
 
 

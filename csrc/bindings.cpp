@@ -352,7 +352,8 @@ int64_t cpu_isa() {
 #endif
 extern "C" __attribute__((visibility("default"), used)) const char spafl_build[] = "SPAFL_BUILD{" SPAFL_BUILD "}";
 
-STABLE_TORCH_LIBRARY(spafl, m) {
+// A fragment: cuda_bindings.cpp and Python add operators to the same namespace.
+STABLE_TORCH_LIBRARY_FRAGMENT(spafl, m) {
   m.def("conv_relu_pool(Tensor input, Tensor weight, Tensor? bias, int pad_h, int pad_w, int pool) -> (Tensor, Tensor)");
   m.def(
       "conv_relu_pool_grad_weight(Tensor grad, Tensor input, Tensor weight, Tensor argmax, int pad_h, int pad_w, "
