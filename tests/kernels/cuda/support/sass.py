@@ -96,18 +96,18 @@ def _mix(code: list[tuple[str, str]]) -> Counter:
     return mix
 
 
-def _run(*command: object) -> str:
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
+def _run(*command: object, cwd: str | None = None) -> str:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 
 def measure() -> dict:
     """What the ratchet holds: the compiler, and for every kernel its registers and its loops with 128-bit accesses."""
     release = re.search(r"release ([\d.]+)", _run(cuda_build.find_nvcc(), "--version"))
     kernels = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for source in cuda_build.SOURCES:
-            cubin = Path(folder) / f"{source.stem}.cubin"
-            cuda_build.compile_cuda(source, cubin, "-cubin")
+    for source in cuda_build.SOURCES:
+        with tempfile.TemporaryDirectory() as folder:
+            _run(tools() / "cuobjdump", "-xelf", "all", cuda_build.cuda_object(source), cwd=folder)
+            (cubin,) = Path(folder).glob("*.cubin")
             bodies = loops(cubin)
             for name, usage in resources(cubin).items():
                 wide = [dict(sorted(mix.items())) for mix in bodies[name] if mix["LDG.128"] or mix["STG.128"]]
