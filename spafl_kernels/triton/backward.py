@@ -26,79 +26,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .collect import COLLECT_ROWS, collect_channels
+from .forward import restrict, spread
 from .geometry import Geometry, channels_last, dense_rows, empty_channels_last, like_rows, row_order, row_step
 from .kinds import is_wide
-from .plan import HEADER, WIDEST, Plan, capacity, row_stride
+from .plan import HEADER, Plan, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
-COLLECT_ROWS = 128  # rows of dL/dy per program of the collecting kernel
 FINISH_STEP = 1024
 # Programs that the split of wgrad aims at (a few waves of a large GPU), and the most memory its slabs may take.
 WGRAD_PROGRAMS = 528
 SLAB_BYTES = 64 << 20
-
-
-@triton.jit
-def _padded(n, CAP: tl.constexpr, WIDEST: tl.constexpr):
-    """How many columns kernels may read when ``n`` are listed: whole tiles of WIDEST, but not more than there are."""
-    return tl.minimum((n + WIDEST - 1) // WIDEST * WIDEST, CAP)
-
-
-@triton.jit
-def threshold_collect(
-    grad, collected, partial, plan, extended, grad_client, collected_client, partial_client, plan_client,
-    extended_client, total, out, g_n, g_h, g_w, g_c,
-    HEADER: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, EXTRA: tl.constexpr, STATISTICS: tl.constexpr,
-    CAP: tl.constexpr, WIDEST: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Listed channels of dL/dy side by side; sums and "not all zero" of every channel; grid (row blocks, clients)."""
-    client = tl.program_id(1).to(tl.int64)
-    plan += client * plan_client
-    count = tl.load(plan)
-    if EXTRA:
-        extended += client * extended_client
-        lo = count
-        hi = tl.load(extended)
-        index = extended + 1
-        if hi == lo:
-            return
-    else:
-        lo = 0
-        hi = count
-        index = plan + HEADER
-    grad += client * grad_client
-    collected += client * collected_client
-    limit = _padded(hi, CAP, WIDEST)
-    for r0 in range(0, ROWS, STEP):
-        row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
-        live = row < total
-        at = (row // (P * Q)).to(tl.int64) * g_n + (row // Q % P).to(tl.int64) * g_h + (row % Q).to(tl.int64) * g_w
-        to = collected + row.to(tl.int64)[:, None] * CAP
-        for c0 in range(lo, limit, COLUMNS):
-            c = c0 + tl.arange(0, COLUMNS)
-            channel = tl.load(index + c, mask=c < hi, other=0).to(tl.int64)
-            part = tl.load(
-                grad + at[:, None] + channel[None, :] * g_c, mask=live[:, None] & (c < hi)[None, :], other=0.0
-            )
-            tl.store(to + c[None, :], part, mask=live[:, None] & (c < limit)[None, :])
-    if STATISTICS:
-        partial += client * partial_client + tl.program_id(0).to(tl.int64) * 2 * out
-        for c0 in range(0, out, COLUMNS):
-            c = c0 + tl.arange(0, COLUMNS)
-            total_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
-            nonzero = tl.zeros((COLUMNS,), dtype=tl.int32)
-            for r0 in range(0, ROWS, STEP):
-                row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
-                at = (row // (P * Q)).to(tl.int64) * g_n + (row // Q % P).to(tl.int64) * g_h
-                at += (row % Q).to(tl.int64) * g_w
-                part = tl.load(
-                    grad + at[:, None] + c.to(tl.int64)[None, :] * g_c,
-                    mask=(row < total)[:, None] & (c < out)[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                total_sum += tl.sum(part, 0)
-                nonzero = tl.maximum(nonzero, tl.max((part != 0.0).to(tl.int32), 0))
-            tl.store(partial + c, total_sum, mask=c < out)
-            tl.store(partial + out + c, nonzero.to(tl.float32), mask=c < out)
 
 
 @triton.jit
@@ -141,8 +79,9 @@ def threshold_extend(
 
 @triton.jit
 def threshold_dgrad(
-    collected, packed, dx, plan, collected_client, packed_client, dx_client, plan_client, total, stride, row_tiles,
-    SHAPE: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
+    collected, packed, dx, plan, inputs, collected_client, packed_client, dx_client, plan_client, inputs_client,
+    total, stride, channels, row_tiles,
+    HEADER: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, SHAPE: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """dL/dx; grid (row tiles * channel tiles, residue classes of positions, clients)."""
@@ -166,10 +105,16 @@ def threshold_dgrad(
     collected += client * collected_client
     packed += client * packed_client
     dx += client * dx_client
+    first_c = tl.program_id(0) // row_tiles * TILE
+    if LISTED:
+        inputs += client * inputs_client
+        listed = tl.load(inputs)
+        if (first_c >= listed) & (first_c > 0):
+            return
     class_h = tl.program_id(1) // SW
     class_w = tl.program_id(1) % SW
     row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(0) // row_tiles * TILE + tl.arange(0, TILE)
+    c = first_c + tl.arange(0, TILE)
     image = row // (HIGH * WIDE)
     h = row // WIDE % HIGH * SH + class_h
     w = row % WIDE * SW + class_w
@@ -204,8 +149,33 @@ def threshold_dgrad(
         else:
             b = tl.load(b, mask=(c < C)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    at = ((image.to(tl.int64) * H + h) * W + w) * C
-    tl.store(dx + at[:, None] + c[None, :], acc.to(dx.dtype.element_ty), mask=live[:, None] & (c < C)[None, :])
+    position = (image.to(tl.int64) * H + h) * W + w
+    if LISTED:
+        # As in the forward pass: the tile owns the channels from its first one to the first one of the next tile.
+        index = inputs + HEADER
+        start = tl.where(first_c > 0, tl.load(index + first_c), 0)
+        more = first_c + TILE < listed
+        end = tl.where(more, tl.load(index + tl.where(more, first_c + TILE, 0)), channels)
+        spread(
+            acc,
+            dx,
+            dx,
+            index + channels,
+            first_c,
+            start,
+            end,
+            position,
+            live,
+            channels,
+            False,
+            False,
+            TILE,
+            GROUP,
+            ROWS,
+        )
+    else:
+        at = dx + position[:, None] * C + c[None, :]
+        tl.store(at, acc.to(dx.dtype.element_ty), mask=live[:, None] & (c < C)[None, :])
 
 
 @triton.jit
@@ -266,7 +236,7 @@ def _wgrad_tile(
 
 @triton.jit
 def threshold_wgrad(
-    x, collected, slabs, extended, x_client, collected_client, slabs_client, extended_client,
+    x, collected, slabs, extended, inputs, x_client, collected_client, slabs_client, extended_client, inputs_client,
     total, chunk, stride, x_n, x_h, x_w, column_tiles,
     SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     CAP: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
@@ -278,6 +248,10 @@ def threshold_wgrad(
     if first >= count:
         return
     column_tile = tl.program_id(0) % column_tiles
+    if MODE[3]:
+        channels = tl.load(inputs + client * inputs_client)
+        if column_tile % (SHAPE[0] // COLUMNS) * COLUMNS >= channels:
+            return
     x += client * x_client
     collected += client * collected_client
     slab = slabs + client * slabs_client + tl.program_id(1).to(tl.int64) * CAP * stride
@@ -308,10 +282,10 @@ def threshold_wgrad(
 
 @triton.jit
 def threshold_finish(
-    weight, bias, slabs, sums, plan, extended, dw, dtau, dbias,
-    weight_client, bias_client, slabs_client, plan_client, extended_client,
-    out, n_in, inner, outer, stride,
-    HEADER: tl.constexpr, PARTS: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr,
+    weight, bias, slabs, sums, plan, extended, inputs, dw, dtau, dbias,
+    weight_client, bias_client, slabs_client, plan_client, extended_client, inputs_client,
+    out, n_in, inner, outer, channels, stride,
+    HEADER: tl.constexpr, LISTED: tl.constexpr, INPUT_CAP: tl.constexpr, PARTS: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one filter from its row of G, if it has one; grid (filters, clients)."""
@@ -324,15 +298,21 @@ def threshold_finish(
     slabs += client * slabs_client + tl.where(listed, position, 0).to(tl.int64) * stride
     weight += client * weight_client + row.to(tl.int64) * n_in
     dw += (client * out + row) * n_in
+    inverse = inputs + client * inputs_client + HEADER + channels
     dots = tl.zeros((STEP,), dtype=tl.float32)
     for k0 in range(0, n_in, STEP):
         k = k0 + tl.arange(0, STEP)
         mask = listed & (k < n_in)
+        column = k
+        if LISTED:
+            place = tl.load(inverse + k % channels, mask=mask, other=-1)
+            mask = mask & (place >= 0)
+            column = k // channels * INPUT_CAP + place
         g = tl.zeros((STEP,), dtype=tl.float32)
         for part in range(0, PARTS):
-            g += tl.load(slabs + tl.cast(part, tl.int64) * CAP * stride + k, mask=mask, other=0.0)
+            g += tl.load(slabs + tl.cast(part, tl.int64) * CAP * stride + column, mask=mask, other=0.0)
         if PARTS > 1:
-            tl.store(slabs + k, g, mask=mask)
+            tl.store(slabs + column, g, mask=mask)
         w = tl.load(weight + (k % inner) * outer + k // inner, mask=mask, other=0.0).to(tl.float32)
         dots += g * w
     r = tl.sum(dots, 0)
@@ -352,7 +332,13 @@ def threshold_finish(
         k = k0 + tl.arange(0, STEP)
         mask = listed & (k < n_in)
         source = (k % inner) * outer + k // inner
-        g = tl.load(slabs + k, mask=mask & active, other=0.0)
+        column = k
+        there = mask & active
+        if LISTED:
+            place = tl.load(inverse + k % channels, mask=there, other=-1)
+            there = there & (place >= 0)
+            column = k // channels * INPUT_CAP + place
+        g = tl.load(slabs + column, mask=there, other=0.0)
         w = tl.load(weight + source, mask=mask, other=0.0).to(tl.float32)
         sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
         tl.store(dw + source, (g + r * sign / n_in).to(dw.dtype.element_ty), mask=k < n_in)
@@ -379,6 +365,7 @@ def layer_backward(
     need_input: bool = True,
     need_weight: bool = True,
     tile: Tile | None = None,
+    input_plan: Plan | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of :func:`~spafl_kernels.triton.forward.layer_forward` through the mask, as the definition gives them.
 
@@ -389,6 +376,7 @@ def layer_backward(
         need_input: whether ``dL/dx`` is wanted.
         need_weight: whether ``dL/dw``, ``dL/dtau`` and ``dL/db`` are wanted.
         tile: for both products, instead of those from the table.
+        input_plan: as in the forward pass; ``dx`` and the columns of ``G`` of channels that are not listed are 0.
 
     Returns:
         ``(dx, dw, dtau, dbias)``: ``(clients, N, C, H, W)`` channels last in the dtype of ``x``; shape, dtype and
@@ -412,25 +400,20 @@ def layer_backward(
             if result is not None:
                 result.zero_()
         return dx, dw, dtau, dbias
+    full, inputs = g, plan.data if input_plan is None else input_plan.data
+    if input_plan is not None:
+        x, packed, g = restrict(x, packed, input_plan, g)
+    else:
+        x = channels_last(x)
     kind = arithmetic(x.dtype, tf32)
     blocks = triton.cdiv(total, COLLECT_ROWS)
-    collected = x.new_empty(clients, total, cap)
     partial = sums = extended = plan.data
     if need_weight:
         partial = x.new_empty(clients, blocks, 2, out, dtype=torch.float32)
         sums = x.new_empty(clients, out, dtype=torch.float32)
         extended = x.new_empty(clients, 1 + 2 * out, dtype=torch.int32)
 
-    def collect(extra: bool) -> None:
-        threshold_collect[(blocks, clients)](
-            grad, collected, partial, plan.data, extended, grad.stride(0), collected.stride(0), partial.stride(0),
-            plan.data.stride(0), extended.stride(0), total, out,
-            grad.stride(1), grad.stride(3), grad.stride(4), grad.stride(2),
-            HEADER=HEADER, P=high, Q=wide, EXTRA=extra, STATISTICS=need_weight and not extra, CAP=cap, WIDEST=WIDEST,
-            ROWS=COLLECT_ROWS, STEP=32, COLUMNS=min(64, cap), num_warps=4,
-        )  # fmt: skip
-
-    collect(extra=False)
+    collected = collect_channels(grad, plan, partial=partial if need_weight else None)
     if need_input:
         assert dx is not None
         t = tile or choose("dgrad", kind, total)
@@ -440,8 +423,9 @@ def layer_backward(
         threshold_dgrad[
             (row_tiles * triton.cdiv(g.channels, columns), g.stride[0] * g.stride[1], clients)
         ](
-            collected, packed, dx, plan.data, collected.stride(0), packed.stride(0), dx.stride(0), plan.data.stride(0),
-            positions, row_stride(g.n_in), row_tiles,
+            collected, packed, dx, plan.data, inputs, collected.stride(0), packed.stride(0), dx.stride(0),
+            plan.data.stride(0), inputs.stride(0), positions, row_stride(g.n_in), full.channels, row_tiles,
+            HEADER=HEADER, LISTED=input_plan is not None, GROUP=min(64, max(16, power_of_two(full.channels))),
             SHAPE=g.shape, STEP_H=g.step[0], STEP_W=g.step[1], PRECISION=precision(kind), CAP=cap, ROWS=t.rows,
             TILE=columns, DEPTH=min(t.depth, cap), num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
@@ -453,32 +437,31 @@ def layer_backward(
             partial, sums, plan.data, extended, partial.stride(0), sums.stride(0), plan.data.stride(0),
             extended.stride(0), blocks, out, HEADER=HEADER, ROWS=32, COLUMNS=min(64, cap), num_warps=4,
         )  # fmt: skip
-        collect(extra=True)
-        x = channels_last(x)
+        collect_channels(grad, plan, extended, into=collected)
         line = row_step(x)
         pointwise = g.pointwise and line is not None
         taps, stride = g.kernel[0] * g.kernel[1], row_stride(g.n_in)
         t = tile or choose("wgrad", kind, g.n_in)
-        columns = min(t.rows, max(16, power_of_two(g.n_in)))
+        columns = min(t.rows, max(16, power_of_two(g.n_in) if input_plan is None else g.channels))
         filters = min(t.filters, cap)
         per_tap = taps * triton.cdiv(g.channels, columns)
-        flat = taps > 1 and 2 * triton.cdiv(g.n_in, columns) <= per_tap
+        flat = input_plan is None and taps > 1 and 2 * triton.cdiv(g.n_in, columns) <= per_tap
         column_tiles = triton.cdiv(g.n_in, columns) if flat else per_tap
         tiles = column_tiles * triton.cdiv(out, filters)
         parts, chunk = split(total, t.depth, tiles * clients, clients * cap * stride * 4)
         slabs = x.new_empty(clients, parts, cap, stride, dtype=torch.float32)
         threshold_wgrad[(tiles, parts, clients)](
-            x, collected, slabs, extended, x.stride(0), collected.stride(0), slabs.stride(0), extended.stride(0),
-            total, chunk, stride, x.stride(1), x.stride(2), line if pointwise else x.stride(3), column_tiles,
-            SHAPE=g.shape, MODE=(is_wide(x), pointwise, flat), PRECISION=precision(kind), CAP=cap,
+            x, collected, slabs, extended, inputs, x.stride(0), collected.stride(0), slabs.stride(0),
+            extended.stride(0), inputs.stride(0), total, chunk, stride, x.stride(1), x.stride(2), line if pointwise else x.stride(3), column_tiles,
+            SHAPE=g.shape, MODE=(is_wide(x), pointwise, flat, input_plan is not None), PRECISION=precision(kind), CAP=cap,
             COLUMNS=columns, TILE=filters, DEPTH=t.depth, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         threshold_finish[(out, clients)](
-            weight, weight if bias is None else bias, slabs, sums, plan.data, extended, dw, dtau,
+            weight, weight if bias is None else bias, slabs, sums, plan.data, extended, inputs, dw, dtau,
             dtau if dbias is None else dbias,
             weight.stride(0), 0 if bias is None else bias.stride(0), slabs.stride(0), plan.data.stride(0),
-            extended.stride(0), out, g.n_in, order[0], order[1], stride,
-            HEADER=HEADER, PARTS=parts, CAP=cap, HAS_BIAS=bias is not None, MASK_BIAS=mask_bias,
-            STEP=min(FINISH_STEP, max(16, power_of_two(g.n_in))), num_warps=4,
+            extended.stride(0), inputs.stride(0), out, full.n_in, order[0], order[1], full.channels, stride,
+            HEADER=HEADER, LISTED=input_plan is not None, INPUT_CAP=capacity(full.channels), PARTS=parts, CAP=cap, HAS_BIAS=bias is not None, MASK_BIAS=mask_bias,
+            STEP=min(FINISH_STEP, max(16, power_of_two(full.n_in))), num_warps=4,
         )  # fmt: skip
     return dx, dw, dtau, dbias

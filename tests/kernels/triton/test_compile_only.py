@@ -23,10 +23,10 @@ if INTERPRETED:
 
 else:
     import torch
-    from spafl.models import MODELS
     from support import compile_only
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from spafl.models import MODELS
     from spafl_kernels import ThresholdConv2d, ThresholdLinear
     from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
     from spafl_kernels.triton.tiles import TILES

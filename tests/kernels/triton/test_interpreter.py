@@ -255,6 +255,46 @@ else:
             assert cases.error(got, expected) < TOLERANCE[SINGLE]
         assert not gradients[1][~case.keep].any() and not gradients[2][~case.keep].any()
 
+    @pytest.mark.parametrize("shape", ["linear", "strided", "pointwise"])
+    @pytest.mark.parametrize("listed", [0, 1, 0.4, 1.0])
+    def test_an_input_channel_list_is_the_layer_on_those_channels(shape, listed):
+        """The list is the plan of the layer before; values of other channels (here NaN) are not even read."""
+        out, geometry, n = SHAPES[shape]
+        channels = geometry.channels
+        case = cases.make(out, geometry, n, clients=2, seed=6)
+        before = cases.make(channels, Geometry(4), 1, listed if listed == 1 else int(listed * channels), 2, seed=7)
+        input_plan, _ = before.plan()
+        keep = before.keep[:, None, :, None, None]
+        zeroed = dataclasses.replace(case, x=torch.where(keep, case.x, 0.0))
+        case.x = torch.where(keep, case.x, float("nan"))
+        plan, packed = case.plan()
+        y = layer_forward(case.x, packed, plan, case.bias, geometry, input_plan=input_plan)
+        assert cases.error(y, cases.expected_output(zeroed, True, False)) < TOLERANCE[SINGLE]
+        got = layer_backward(
+            case.grad, case.x, case.weight, packed, plan, case.bias, geometry, input_plan=input_plan
+        )  # fmt: skip
+        dx, *want = cases.expected_gradients(zeroed, plan, True, False)
+        for a, b in zip(got, (torch.where(keep, dx, 0.0), *want), strict=True):
+            assert cases.error(a, b) < TOLERANCE[SINGLE]
+        assert not got[0][~keep.expand_as(got[0])].any()
+
+    def test_work_follows_the_input_channel_list():
+        geometry, n = Geometry(128), 64
+        case = cases.make(64, geometry, n, 64)
+        plan, packed = case.plan()
+        work = {}
+        for listed in (0, 32, 64, 128):
+            input_plan, _ = cases.make(128, Geometry(4), 1, listed).plan()
+            with checks.options() as stats:
+                layer_forward(case.x, packed, plan, None, geometry, tf32=True, input_plan=input_plan)
+                forward_work = stats.dot_flops
+                layer_backward(
+                    case.grad, case.x, case.weight, packed, plan, None, geometry, tf32=True, input_plan=input_plan
+                )  # fmt: skip
+            work[listed] = forward_work, stats.dot_flops - forward_work
+        assert work[0][0] == 0 and work[64][0] == 2 * work[32][0] and work[128][0] == 2 * work[64][0]
+        assert work[128][1] == 2 * work[64][1]
+
     # ------------------------------------------------------------------------------------------- work
     def quantised(count, tile=64):
         """Filters that are multiplied: whole tiles, the last one cut to 16 or 32 if that is enough."""
