@@ -200,7 +200,7 @@ def threshold_conv2d(
     kind: Any = estimator
     plan, packed = closed_form.plan_and_packed(weight, threshold, kind, input.dtype)
     y = closed_form.forward(input, weight, threshold, bias, kind, mask_bias, g)
-    empty = empty_channels_last(*input.shape[:2], weight.shape[1], g.output, input.dtype, input.device)
+    empty = empty_channels_last(input.shape[0], input.shape[1], weight.shape[1], g.output, input.dtype, input.device)
     return empty.copy_(y), plan, packed
 
 
@@ -218,7 +218,7 @@ def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask
 def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias):
     _check(input, weight, threshold, bias, estimator, (5, 5))
     g = _geometry(input, weight, stride, padding, dilation)
-    y = empty_channels_last(*input.shape[:2], weight.shape[1], g.output, input.dtype, input.device)
+    y = empty_channels_last(input.shape[0], input.shape[1], weight.shape[1], g.output, input.dtype, input.device)
     return y, *_fake_state(input, weight)
 
 

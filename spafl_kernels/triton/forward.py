@@ -198,9 +198,9 @@ def threshold_pack_columns(
 def restrict(x: Tensor, packed: Tensor, input_plan: Plan, geometry: Geometry) -> tuple[Tensor, Tensor, Geometry]:
     """Input and packed weights with the listed input channels side by side, so that products stop behind them.
 
-    A copy of the listed channels is the price: one read of ``x`` (whole memory sectors) and one write of the listed part,
-    where the product reads ``x`` once per kernel tap and tile of filters. Gathering inside the product would cost the
-    wide loads of its inner loop.
+    A copy of the listed channels is the price: one read of ``x`` (whole memory sectors) and one write of the listed
+    part, where the product reads ``x`` once per kernel tap and tile of filters. Gathering inside the product would cost
+    the wide loads of its inner loop.
 
     Returns:
         ``(clients, N, H, W, capacity(C))`` (zeros behind the list up to a whole tile, the rest unwritten), the weights
@@ -282,8 +282,9 @@ def layer_forward(
     threshold_forward[(row_tiles * triton.cdiv(out, filters), clients)](
         x, packed, x if bias is None else bias, y, plan.data, inputs,
         x.stride(0), packed.stride(0), 0 if bias is None else bias.stride(0), y.stride(0), plan.data.stride(0),
-        inputs.stride(0), total, out, row_stride(g.n_in), x.stride(1), x.stride(2), line if pointwise else x.stride(3), row_tiles,
-        HEADER=HEADER, SHAPE=g.shape, MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias, input_plan is not None),
+        inputs.stride(0), total, out, row_stride(g.n_in), x.stride(1), x.stride(2),
+        line if pointwise else x.stride(3), row_tiles, HEADER=HEADER, SHAPE=g.shape,
+        MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias, input_plan is not None),
         PRECISION=precision(kind), ROWS=tile.rows, TILE=filters, DEPTH=depth,
         GROUP=min(64, max(16, power_of_two(out))), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

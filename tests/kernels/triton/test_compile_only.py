@@ -28,7 +28,7 @@ else:
 
     from spafl.models import MODELS
     from spafl_kernels import ThresholdConv2d, ThresholdLinear
-    from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
+    from spafl_kernels.triton import Geometry, ModelPass, Plan, layer_backward, layer_forward, plan_layer, plan_size
     from spafl_kernels.triton.tiles import TILES
 
     TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
@@ -45,7 +45,7 @@ else:
         "lenet-conv2-fp32": (50, Geometry(20, 12, 12, (5, 5)), 16, 1, SINGLE, False),
     }
 
-    def launches(target, out, geometry, n, clients, dtype, tf32, forward=None, backward=None):
+    def launches(target, out, geometry, n, clients, dtype, tf32, forward=None, backward=None, listed=False):
         """All launches of plan, forward and backward of one layer."""
         with FakeTensorMode(), compile_only.compiling(target) as log:
             fake = {"device": "cuda"}
@@ -54,14 +54,20 @@ else:
             x = torch.empty(clients, n, geometry.height, geometry.width, geometry.channels, dtype=dtype, **fake)
             x = x.permute(0, 1, 4, 2, 3)
             plan, packed, _ = plan_layer(weight, threshold, "identity", dtype)
-            y = layer_forward(x, packed, plan, None, geometry, tf32=tf32, tile=forward)
+            inputs = Plan(
+                torch.empty(clients, plan_size(geometry.channels), dtype=torch.int32, **fake), geometry.channels
+            )
+            inputs = inputs if listed else None
+            y = layer_forward(x, packed, plan, None, geometry, tf32=tf32, tile=forward, input_plan=inputs)
             assert y.is_cuda and y.shape == (clients, n, out, *geometry.output)
-            layer_backward(y, x, weight, packed, plan, None, geometry, tf32=tf32, tile=backward)
+            layer_backward(
+                y, x, weight, packed, plan, None, geometry, tf32=tf32, tile=backward, input_plan=inputs
+            )  # fmt: skip
         return log
 
     def check(log, target_name, dtype, tf32):
         """Limits of the device, spills, and the matrix instruction of the products."""
-        assert {launch.name for launch in log} == {
+        assert {launch.name for launch in log} - {"threshold_pack_columns"} == {
             "threshold_pass_layer", "threshold_forward", "threshold_collect", "threshold_dgrad", "threshold_extend",
             "threshold_wgrad", "threshold_finish",
         }  # fmt: skip
@@ -114,6 +120,13 @@ else:
             assert got["wide_copies"] >= row["wide_copies"] and got["loads_in_loop"] <= row["loads_in_loop"], name
             if row["loop"]:
                 assert got["loop"] <= 1.1 * row["loop"], name
+
+    @pytest.mark.skipif(not SLOW, reason="a minute; SPAFL_SLOW_TESTS=1 runs it")
+    @pytest.mark.parametrize("layer", LAYERS)
+    def test_input_channel_lists_fit(layer):
+        out, geometry, n, clients, dtype, tf32 = LAYERS[layer]
+        log = launches(TARGETS["sm_90"], out, geometry, n, clients, dtype, tf32, listed=True)
+        check(log, "sm_90", dtype, tf32)
 
     def test_the_pass_of_a_whole_model_is_two_launches():
         tensors = [(64, 3, 5, 5), (64, 64, 5, 5), (128, 512), (10, 128)]
