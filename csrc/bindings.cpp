@@ -214,16 +214,14 @@ Tensor threshold_pass(const std::vector<Tensor>& weights, const std::vector<Tens
   return flips;
 }
 
-Tensor sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& momenta,
-                const std::vector<int64_t>& is_threshold, double lr, double momentum, double weight_decay,
-                double penalty, double max_norm, double extra_norm2, bool write_grad) {
-  const char* op = "sgd_step";
+template <typename T>
+std::vector<StepTensor<T>> step_tensors(const char* op, const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                                        const std::vector<Tensor>& momenta, const std::vector<int64_t>& is_threshold,
+                                        bool with_momentum, ScalarType type) {
   const size_t count = params.size();
-  CHECK(count > 0, op, ": params must not be empty");
   check_count(op, "grads", grads.size(), count), check_count(op, "is_threshold", is_threshold.size(), count);
-  check_count(op, "momenta", momenta.size(), momentum != 0 ? count : 0);
-  const ScalarType type = params[0].scalar_type();
-  check_float(op, "params", params[0]);
+  check_count(op, "momenta", momenta.size(), with_momentum ? count : 0);
+  std::vector<StepTensor<T>> tensors(count);
   for (size_t i = 0; i < count; i++) {
     const auto check_like = [&](const char* name, const Tensor& t) {
       check_dense(op, name, t), check_type(op, name, t, type);
@@ -231,19 +229,109 @@ Tensor sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& gr
             t.numel());
     };
     check_like("params", params[i]), check_like("grads", grads[i]);
-    if (!momenta.empty()) check_like("momenta", momenta[i]);
+    if (with_momentum) check_like("momenta", momenta[i]);
+    tensors[i] = {out<T>(params[i]), out<T>(grads[i]), with_momentum ? out<T>(momenta[i]) : nullptr, params[i].numel(),
+                  is_threshold[i] != 0};
   }
+  return tensors;
+}
+
+Tensor sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& momenta,
+                const std::vector<int64_t>& is_threshold, double lr, double momentum, double weight_decay,
+                double penalty, double max_norm, double extra_norm2, bool write_grad) {
+  const char* op = "sgd_step";
+  CHECK(!params.empty(), op, ": params must not be empty");
+  check_float(op, "params", params[0]);
   Tensor norm = new_like(params[0], {});
   with_type(params[0], [&](auto zero) {
     using T = decltype(zero);
-    std::vector<SgdTensor<T>> tensors(count);
-    for (size_t i = 0; i < count; i++)
-      tensors[i] = {out<T>(params[i]), out<T>(grads[i]), momenta.empty() ? nullptr : out<T>(momenta[i]),
-                    params[i].numel(), is_threshold[i] != 0};
-    *out<T>(norm) = (T)kernels<T>().sgd_step(tensors.data(), (int64_t)count,
-                                             {lr, momentum, weight_decay, penalty, max_norm, extra_norm2, write_grad});
+    const auto tensors = step_tensors<T>(op, params, grads, momenta, is_threshold, momentum != 0, params[0].scalar_type());
+    const StepOptions options{lr, momentum, weight_decay, penalty, max_norm, extra_norm2, write_grad};
+    *out<T>(norm) = (T)kernels<T>().step(nullptr, 0, tensors.data(), (int64_t)tensors.size(), options, nullptr);
   });
   return norm;
+}
+
+// An empty tensor stands for "none" in grads, dropped, dropped_grads and dots.
+std::tuple<Tensor, Tensor> threshold_step(
+    const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const std::vector<Tensor>& weight_momenta,
+    const std::vector<Tensor>& dropped, const std::vector<Tensor>& dropped_grads,
+    const std::vector<Tensor>& dropped_momenta, const std::vector<Tensor>& thresholds,
+    const std::vector<Tensor>& threshold_momenta, const std::vector<Tensor>& dots, const std::vector<Tensor>& index,
+    const std::vector<Tensor>& scores, const std::vector<Tensor>& masks, const std::vector<int64_t>& n_in,
+    const std::vector<int64_t>& window, const std::vector<Tensor>& params, const std::vector<Tensor>& param_grads,
+    const std::vector<Tensor>& momenta, const std::vector<int64_t>& is_threshold, double lr, double momentum,
+    double weight_decay, double penalty, double max_norm, double extra_norm2, bool write_grad) {
+  const char* op = "threshold_step";
+  const size_t count = weights.size();
+  const bool with_momentum = momentum != 0;
+  CHECK(count > 0, op, ": weights must not be empty");
+  check_float(op, "weights", weights[0]);
+  const ScalarType type = weights[0].scalar_type();
+  const size_t momentum_count = with_momentum ? count : 0;
+  check_count(op, "grads", grads.size(), count), check_count(op, "dropped", dropped.size(), count);
+  check_count(op, "dropped_grads", dropped_grads.size(), count), check_count(op, "index", index.size(), count);
+  check_count(op, "thresholds", thresholds.size(), count), check_count(op, "dots", dots.size(), count);
+  check_count(op, "scores", scores.size(), count), check_count(op, "masks", masks.size(), count);
+  check_count(op, "n_in", n_in.size(), count), check_count(op, "window", window.size(), count);
+  check_count(op, "weight_momenta", weight_momenta.size(), momentum_count);
+  check_count(op, "dropped_momenta", dropped_momenta.size(), momentum_count);
+  check_count(op, "threshold_momenta", threshold_momenta.size(), momentum_count);
+  Tensor norm = new_like(weights[0], {}), flips = new_like(weights[0], {(int64_t)count}, ScalarType::Long);
+  with_type(weights[0], [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<StepLayer<T>> layers(count);
+    for (size_t i = 0; i < count; i++) {
+      const auto data = [&](const char* name, const Tensor& t, int64_t size, bool may_be_empty = false) -> T* {
+        check_dense(op, name, t), check_type(op, name, t, type);
+        if (may_be_empty && t.numel() == 0) return nullptr;
+        CHECK(t.numel() == size, op, ": ", name, "[", i, "] must have ", size, " values; got ", t.numel());
+        return out<T>(t);
+      };
+      StepLayer<T>& layer = layers[i];
+      layer.filters = thresholds[i].numel();
+      check_dense(op, "index", index[i]);
+      CHECK(index[i].scalar_type() == ScalarType::Long, op, ": index[", i, "] must be int64");
+      layer.rows = index[i].numel();
+      layer.index = in<int64_t>(index[i]);
+      for (int64_t row = 0; row < layer.rows; row++)
+        CHECK(layer.index[row] >= 0 && layer.index[row] < layer.filters, op, ": index[", i, "] must be in [0, ",
+              layer.filters, "); got ", layer.index[row]);
+      // Stored weights may have padding rows behind the filters; they are left alone.
+      const int64_t stored = weights[i].dim() ? weights[i].size(0) : 0, dropped_stored = dropped[i].dim() ? dropped[i].size(0) : 0;
+      CHECK(stored >= layer.rows, op, ": weights[", i, "] must have at least ", layer.rows, " rows");
+      layer.columns = stored ? weights[i].numel() / stored : 0;
+      layer.dropped_columns = dropped[i].numel() ? dropped[i].numel() / dropped_stored : 0;
+      CHECK(!layer.dropped_columns || dropped_stored >= layer.rows, op, ": dropped[", i, "] must have at least ",
+            layer.rows, " rows");
+      CHECK(n_in[i] >= 1, op, ": n_in must be positive; got ", n_in[i]);
+      const int64_t size = weights[i].numel(), dropped_size = dropped[i].numel();
+      layer.weight = data("weights", weights[i], size);
+      layer.grad = data("grads", grads[i], size, true);
+      layer.momentum = with_momentum ? data("weight_momenta", weight_momenta[i], size) : nullptr;
+      layer.dropped = data("dropped", dropped[i], dropped_size);
+      layer.dropped_grad = data("dropped_grads", dropped_grads[i], dropped_size, true);
+      layer.dropped_momentum = with_momentum ? data("dropped_momenta", dropped_momenta[i], dropped_size) : nullptr;
+      layer.threshold = data("thresholds", thresholds[i], layer.filters);
+      layer.threshold_momentum = with_momentum ? data("threshold_momenta", threshold_momenta[i], layer.filters) : nullptr;
+      check_dense(op, "dots", dots[i]), check_type(op, "dots", dots[i], type);
+      CHECK(dots[i].numel() == 0 || dots[i].numel() >= layer.rows, op, ": dots[", i, "] must have ", layer.rows,
+            " values; got ", dots[i].numel());
+      layer.dot = dots[i].numel() ? in<T>(dots[i]) : nullptr;
+      layer.score = data("scores", scores[i], layer.filters);
+      check_dense(op, "masks", masks[i]), check_bytes(op, "masks", masks[i]);
+      CHECK(masks[i].numel() == layer.filters, op, ": masks[", i, "] must have ", layer.filters, " values; got ",
+            masks[i].numel());
+      layer.mask = out<uint8_t>(masks[i]);
+      layer.n_in = n_in[i];
+      layer.window = window[i] != 0;
+    }
+    const auto tensors = step_tensors<T>(op, params, param_grads, momenta, is_threshold, with_momentum, type);
+    const StepOptions options{lr, momentum, weight_decay, penalty, max_norm, extra_norm2, write_grad};
+    *out<T>(norm) = (T)kernels<T>().step(layers.data(), (int64_t)count, tensors.data(), (int64_t)tensors.size(), options,
+                                         out<int64_t>(flips));
+  });
+  return {norm, flips};
 }
 
 // A number that is not part of a tensor: bit i is set if this machine runs instruction set i (0 scalar, 1 avx2,
@@ -280,6 +368,13 @@ STABLE_TORCH_LIBRARY(spafl, m) {
   m.def(
       "sgd_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momenta, int[] is_threshold, float lr, "
       "float momentum, float weight_decay, float penalty, float max_norm, float extra_norm2, bool write_grad) -> Tensor");
+  m.def(
+      "threshold_step(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor(c!)[] weight_momenta, Tensor(d!)[] dropped, "
+      "Tensor(e!)[] dropped_grads, Tensor(f!)[] dropped_momenta, Tensor(g!)[] thresholds, "
+      "Tensor(h!)[] threshold_momenta, Tensor[] dots, Tensor[] index, Tensor(i!)[] scores, Tensor(j!)[] masks, "
+      "int[] n_in, int[] window, Tensor(k!)[] params, Tensor(l!)[] param_grads, Tensor(m!)[] momenta, "
+      "int[] is_threshold, float lr, float momentum, float weight_decay, float penalty, float max_norm, "
+      "float extra_norm2, bool write_grad) -> (Tensor, Tensor)");
   m.def("cpu_isa() -> int");
 }
 
@@ -291,6 +386,7 @@ STABLE_TORCH_LIBRARY_IMPL(spafl, CPU, m) {
   m.impl("relu_pool_grad", TORCH_BOX(&spafl::relu_pool_grad));
   m.impl("threshold_pass", TORCH_BOX(&spafl::threshold_pass));
   m.impl("sgd_step", TORCH_BOX(&spafl::sgd_step));
+  m.impl("threshold_step", TORCH_BOX(&spafl::threshold_step));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spafl, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&spafl::cpu_isa)); }

@@ -112,8 +112,9 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             )
         new = _with_class(module, cls)
         del new._parameters["threshold"], new.__dict__["estimator"], new.__dict__["mask_bias"]
-        new.weight = nn.Parameter(weight, module.weight.requires_grad)
-        new.bias = None if bias is None else nn.Parameter(bias.detach(), module.bias.requires_grad)
+        new.register_parameter("weight", nn.Parameter(weight, module.weight.requires_grad))
+        if bias is not None:
+            new.register_parameter("bias", nn.Parameter(bias.detach(), module.bias.requires_grad))
         return new
 
     return _replace(model, change)

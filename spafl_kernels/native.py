@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 # Number of the operator interface; raised whenever a schema in csrc/bindings.cpp changes.
-SCHEMA = 1
+SCHEMA = 3
 
 _HERE = Path(__file__).parent
 _ISA = ("scalar", "avx2", "avx512")
@@ -32,12 +32,16 @@ def _read_build(path: Path) -> dict[str, Any]:
     return json.loads(match.group(1)) if match else {}
 
 
-def _reason_not_built() -> str:
+def build_record() -> dict[str, Any]:
+    """What the last build decided: ``cpp``, ``cpp_reason``, ``cuda``, ``cuda_reason``. Empty if there was none."""
     record = _HERE / "_build.json"
-    if record.exists():
-        reason = json.loads(record.read_text()).get("cpp_reason")
-        if reason:
-            return f"the C++ extension was not built: {reason}"
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+def _reason_not_built() -> str:
+    reason = build_record().get("cpp_reason")
+    if reason:
+        return f"the C++ extension was not built: {reason}"
     return "the C++ extension was not built: run `pip install -e . --no-build-isolation`"
 
 

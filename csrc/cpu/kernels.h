@@ -5,6 +5,11 @@
 #pragma once
 #include <cstdint>
 
+// The vector code selects its instruction set by GCC's target pragma, which clang ignores.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SPAFL_X86_VECTORS
+#endif
+
 namespace spafl {
 
 // y = max_pool2d(relu(conv2d(x, w, b, stride=1, padding=(pad_h, pad_w))), pool), kernel = stride = pool, floor mode.
@@ -33,20 +38,35 @@ struct ThresholdRows {
   int64_t rows, columns, n_in;
 };
 
-// One tensor of an SGD step.
+// One tensor of a step.
 template <typename T>
-struct SgdTensor {
+struct StepTensor {
   T* param;
-  T* grad;      // read; written back scaled (and with the penalty) only if write_grad
+  T* grad;      // scratch; holds the clipped gradient afterwards if write_grad
   T* momentum;  // null when momentum is 0
   int64_t size;
   bool is_threshold;  // gets -penalty * exp(-param) added to its gradient
 };
 
-struct SgdOptions {
+// One layer in a step: the weights of those of its filters that are stored, split into stored columns and dropped ones
+// (whose only gradient is usually the sign term); and the thresholds of all its filters.
+template <typename T>
+struct StepLayer {
+  T *weight, *grad, *momentum;                    // rows x columns; grad null: these filters have no gradient
+  T *dropped, *dropped_grad, *dropped_momentum;   // rows x dropped_columns; dropped_grad null: sign term only
+  T *threshold, *threshold_momentum;              // filters
+  const T* dot;                                   // rows, or null: r_i, if it is not what the gradients show
+  const int64_t* index;                           // rows: which filter a row is; no filter twice
+  T* score;                                       // filters; in: of the forward pass, out: new for the stored filters
+  uint8_t* mask;                                  // filters; in: of the forward pass, out: score > threshold
+  int64_t rows, filters, columns, dropped_columns, n_in;
+  bool window;  // estimator: gradient only where |score - threshold| > 1
+};
+
+struct StepOptions {
   double lr, momentum, weight_decay, penalty;
   double max_norm;     // < 0: no clipping
-  double extra_norm2;  // added to the squared norm: gradients of entries that are not in the list
+  double extra_norm2;  // added to the squared norm: gradients of entries that are in no list
   bool write_grad;
 };
 
@@ -63,8 +83,10 @@ struct Kernels {
                          const uint8_t* argmax, T* gx);
   // Number of rows whose mask changed.
   int64_t (*threshold_rows)(const ThresholdRows<T>&);
-  // The gradient norm before clipping, extra_norm2 included; tensors are updated in place.
-  double (*sgd_step)(SgdTensor<T>* tensors, int64_t count, const SgdOptions&);
+  // Everything in place; flips: by layer, the number of filters whose mask changed. Returns the gradient norm before
+  // clipping (without clipping: the root of extra_norm2).
+  double (*step)(const StepLayer<T>* layers, int64_t layer_count, const StepTensor<T>* tensors, int64_t tensor_count,
+                 const StepOptions&, int64_t* flips);
 };
 
 enum class Isa { scalar, avx2, avx512 };

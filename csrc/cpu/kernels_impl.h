@@ -149,8 +149,9 @@ void conv_relu_pool_forward(const ConvShape& s, const T* x, const T* w, const T*
   }
   // Vectors may read past the last plane by less than one vector.
   const Buffer<T> image = zeroed<T>(planes.count * planes.size + stride - count + lanes);
-  std::vector<T> values(most * stride);
-  std::vector<uint8_t> codes(most * stride);
+  const int64_t outputs = s.batch * s.out_channels * pooled, padded_w = (pooled_w + lanes - 1) / lanes * lanes;
+  std::vector<T> values(most * stride + padded_w);
+  std::vector<uint8_t> codes(most * stride + padded_w);
 
   for (int64_t n = 0; n < s.batch; n++) {
     planes.fill(s, x + n * s.in_channels * s.height * s.width, image.get());
@@ -160,12 +161,18 @@ void conv_relu_pool_forward(const ConvShape& s, const T* x, const T* w, const T*
                                                (bias ? bias : zero_bias.data()) + from, count, stride, values.data(),
                                                codes.data());
       for (int64_t c = 0; c < channels; c++) {
-        T* out = y + (n * s.out_channels + from + c) * pooled;
-        uint8_t* out_code = argmax + (n * s.out_channels + from + c) * pooled;
         for (int64_t row = 0; row < pooled_h; row++) {
-          const int64_t at = c * stride + row * planes.pitch;
-          std::copy_n(values.data() + at, pooled_w, out + row * pooled_w);
-          std::copy_n(codes.data() + at, pooled_w, out_code + row * pooled_w);
+          const int64_t at = c * stride + row * planes.pitch, to = (n * s.out_channels + from + c) * pooled + row * pooled_w;
+          // Whole vectors, as the next row overwrites what is too much; but not past the end of the output.
+          if (to + padded_w <= outputs) {
+            for (int64_t i = 0; i < padded_w; i += lanes) {
+              Vec<T>::load(values.data() + at + i).store(y + to + i);
+              std::memcpy(argmax + to + i, codes.data() + at + i, lanes);
+            }
+          } else {
+            std::copy_n(values.data() + at, pooled_w, y + to);
+            std::copy_n(codes.data() + at, pooled_w, argmax + to);
+          }
         }
       }
     }
@@ -183,6 +190,7 @@ void conv_relu_pool(const ConvShape& s, const T* x, const T* w, const T* bias, T
 // The surviving winners of one channel of one image: where their patch starts in the padded image, and their gradient.
 template <typename T>
 struct Winners {
+  static constexpr int64_t slack = 16;  // whole vectors may be written behind the last winner
   int64_t pooled, windows;
   std::vector<int32_t> corner;  // of each pool window
   int32_t shift[256];           // by argmax
@@ -190,16 +198,35 @@ struct Winners {
   std::vector<T> grad;
 
   Winners(const ConvShape& s, int64_t pitch)
-      : pooled(s.pooled_h() * s.pooled_w()), windows(s.pool * s.pool), corner(pooled), shift{}, patch(pooled), grad(pooled) {
+      : pooled(s.pooled_h() * s.pooled_w()),
+        windows(s.pool * s.pool),
+        corner(pooled),
+        shift{},
+        patch(pooled + slack),
+        grad(pooled + slack) {
     for (int64_t i = 0; i < pooled; i++)
       corner[i] = (int32_t)(i / s.pooled_w() * s.pool * pitch + i % s.pooled_w() * s.pool);
     for (int64_t k = 0; k < windows; k++) shift[k] = (int32_t)(k / s.pool * pitch + k % s.pool);
   }
 
   int64_t collect(const T* gy, const uint8_t* argmax) {
-    int64_t found = 0;
+    int64_t found = 0, i = 0;
+#if defined(SPAFL_ISA_AVX512)
+    if constexpr (std::is_same_v<T, float>) {
+      const __m512i shifts = _mm512_loadu_si512(shift);
+      for (; i + 16 <= pooled; i += 16) {
+        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(argmax + i)));
+        const __mmask16 alive = _mm512_cmplt_epi32_mask(code, _mm512_set1_epi32((int)windows));
+        const __m512i at = _mm512_add_epi32(_mm512_loadu_si512(corner.data() + i), _mm512_permutexvar_epi32(code, shifts));
+        // Compressed in a register and stored whole: storing under a mask is microcode on Zen 4.
+        _mm512_storeu_si512(patch.data() + found, _mm512_maskz_compress_epi32(alive, at));
+        _mm512_storeu_ps(grad.data() + found, _mm512_maskz_compress_ps(alive, _mm512_loadu_ps(gy + i)));
+        found += __builtin_popcount(alive);
+      }
+    }
+#endif
     // Always written, kept only by the count: no branch to mispredict.
-    for (int64_t i = 0; i < pooled; i++) {
+    for (; i < pooled; i++) {
       patch[found] = corner[i] + shift[argmax[i]];
       grad[found] = gy[i];
       found += argmax[i] < windows;
@@ -336,71 +363,83 @@ void conv_relu_pool_grad_input(const ConvShape& s, const T* w, const T* gy, cons
 
 // ---- ReLU + max-pool ----------------------------------------------------------------------------------------------
 
-template <typename T, int P>
-void relu_pool_rows(int64_t planes, int64_t height, int64_t width, const T* x, T* y, uint8_t* argmax) {
-  const int64_t pooled_h = height / P, pooled_w = width / P;
-  for (int64_t plane = 0; plane < planes; plane++) {
-    for (int64_t row = 0; row < pooled_h; row++) {
-      const T* __restrict__ from = x + (plane * height + row * P) * width;
-      T* __restrict__ to = y + (plane * pooled_h + row) * pooled_w;
-      uint8_t* __restrict__ code = argmax + (plane * pooled_h + row) * pooled_w;
-      for (int64_t column = 0; column < pooled_w; column++) {
-        T best = from[column * P];
-        int where = 0;
-#pragma GCC unroll 9
-        for (int k = 1; k < P * P; k++) {
-          const T candidate = from[(k / P) * width + column * P + k % P];
-          // Bitwise or: no branch.
-          const bool better = (candidate > best) | (candidate != candidate);
-          best = better ? candidate : best;
-          where = better ? k : where;
-        }
-        const bool blocked = best <= 0;
-        to[column] = blocked ? T(0) : best;
-        code[column] = (uint8_t)(blocked ? kBlocked : where);
-      }
-    }
+// Where the windows of one plane start. Padded to whole vectors with the last window.
+inline std::vector<int32_t> window_corners(int64_t height, int64_t width, int64_t pool, int64_t lanes) {
+  const int64_t pooled_w = width / pool, count = height / pool * pooled_w;
+  std::vector<int32_t> corners((count + lanes - 1) / lanes * lanes);
+  for (int64_t i = 0; i < (int64_t)corners.size(); i++) {
+    const int64_t window = std::min(i, count - 1);
+    corners[i] = (int32_t)(window / pooled_w * pool * width + window % pooled_w * pool);
   }
+  return corners;
 }
 
+// One vector lane per window; comparing in scalar code mispredicts on every other window.
 template <typename T, int P>
-void relu_pool_grad_rows(int64_t planes, int64_t height, int64_t width, const T* gy, const uint8_t* argmax, T* gx) {
-  const int64_t pooled_h = height / P, pooled_w = width / P;
+void relu_pool_forward(int64_t planes, int64_t height, int64_t width, const T* x, T* y, uint8_t* argmax) {
+  using V = Vec<T>;
+  const int64_t count = height / P * (width / P);
+  const std::vector<int32_t> corners = window_corners(height, width, P, V::size);
   for (int64_t plane = 0; plane < planes; plane++) {
-    T* out = gx + plane * height * width;
-    // Rows and columns that no window covers.
-    std::fill(out + pooled_h * P * width, out + height * width, T(0));
-    for (int64_t row = 0; row < pooled_h; row++) {
-      T* __restrict__ to = out + row * P * width;
-      const T* __restrict__ from = gy + (plane * pooled_h + row) * pooled_w;
-      const uint8_t* __restrict__ code = argmax + (plane * pooled_h + row) * pooled_w;
-      for (int64_t column = 0; column < pooled_w; column++) {
+    const T* from = x + plane * height * width;
+    T* to = y + plane * count;
+    uint8_t* code_to = argmax + plane * count;
+    for (int64_t i = 0; i < count; i += V::size) {
+      V best = V::gather(from, corners.data() + i);
+      auto code = V::codes(0);
 #pragma GCC unroll 9
-        for (int k = 0; k < P * P; k++)
-          to[(k / P) * width + column * P + k % P] = code[column] == k ? from[column] : T(0);
+      for (int k = 1; k < P * P; k++) {
+        const V candidate = V::gather(from + k / P * width + k % P, corners.data() + i);
+        const auto better = V::replaces(candidate, best);
+        best = V::select(better, candidate, best);
+        code = V::select(better, V::codes(k), code);
       }
-      for (int64_t k = 0; k < P; k++) std::fill(to + k * width + pooled_w * P, to + (k + 1) * width, T(0));
+      const auto alive = V::positive(best);
+      best = V::zero_unless(alive, best), code = V::select(alive, code, V::codes(kBlocked));
+      if (i + V::size <= count) {
+        best.store(to + i);
+        V::store(code, code_to + i);
+      } else {
+        T rest[V::size];
+        uint8_t rest_code[V::size];
+        best.store(rest);
+        V::store(code, rest_code);
+        std::copy_n(rest, count - i, to + i);
+        std::copy_n(rest_code, count - i, code_to + i);
+      }
     }
   }
 }
 
 template <typename T>
 void relu_pool(int64_t planes, int64_t height, int64_t width, int64_t pool, const T* x, T* y, uint8_t* argmax) {
-  (pool == 2 ? relu_pool_rows<T, 2> : relu_pool_rows<T, 3>)(planes, height, width, x, y, argmax);
+  (pool == 2 ? relu_pool_forward<T, 2> : relu_pool_forward<T, 3>)(planes, height, width, x, y, argmax);
 }
 
 template <typename T>
 void relu_pool_grad(int64_t planes, int64_t height, int64_t width, int64_t pool, const T* gy, const uint8_t* argmax,
                     T* gx) {
-  (pool == 2 ? relu_pool_grad_rows<T, 2> : relu_pool_grad_rows<T, 3>)(planes, height, width, gy, argmax, gx);
+  const int64_t count = height / pool * (width / pool);
+  const std::vector<int32_t> corners = window_corners(height, width, pool, 1);
+  int32_t shift[256] = {};
+  for (int64_t k = 0; k < pool * pool; k++) shift[k] = (int32_t)(k / pool * width + k % pool);
+  for (int64_t plane = 0; plane < planes; plane++) {
+    T* to = gx + plane * height * width;
+    const T* from = gy + plane * count;
+    const uint8_t* code = argmax + plane * count;
+    std::fill_n(to, height * width, T(0));
+    for (int64_t i = 0; i < count; i++) to[corners[i] + shift[code[i]]] = code[i] == kBlocked ? T(0) : from[i];
+  }
 }
 
 // ---- sums with one result on every machine ------------------------------------------------------------------------
 
-// Sum of f over n numbers: 32 partial sums whatever the vector length, folded in a fixed order, and carried in double
-// every 2048 numbers. The bits do not depend on the instruction set.
-template <bool Square, typename T>
-double steady_sum(const T* p, int64_t n) {
+enum class Sum { abs, square, product };
+
+// Sum over n numbers of |a|, a * a or a * b: 32 partial sums whatever the vector length, folded in a fixed order, and
+// carried in double every 2048 numbers. The bits do not depend on the instruction set.
+template <Sum kind, typename T>
+double steady_sum(const T* a, int64_t n, const T* b = nullptr) {
   using V = Vec<T>;
   constexpr int width = 32, parts = width / V::size;
   constexpr int64_t block = 64 * width;
@@ -413,13 +452,19 @@ double steady_sum(const T* p, int64_t n) {
     for (int64_t i = start; i < whole; i += width)
 #pragma GCC unroll 16
       for (int k = 0; k < parts; k++) {
-        const V a = V::load(p + i + k * V::size);
-        sum[k] = V::add(sum[k], Square ? V::mul(a, a) : V::abs(a));
+        const V x = V::load(a + i + k * V::size);
+        if constexpr (kind == Sum::abs) sum[k] = V::add(sum[k], V::abs(x));
+        if constexpr (kind == Sum::square) sum[k] = V::add(sum[k], V::mul(x, x));
+        if constexpr (kind == Sum::product) sum[k] = V::add(sum[k], V::mul(x, V::load(b + i + k * V::size)));
       }
     T lane[width];
 #pragma GCC unroll 16
     for (int k = 0; k < parts; k++) sum[k].store(lane + k * V::size);
-    for (int64_t i = whole; i < end; i++) lane[i - whole] += Square ? p[i] * p[i] : std::fabs(p[i]);
+    for (int64_t i = whole; i < end; i++) {
+      if constexpr (kind == Sum::abs) lane[i - whole] += std::fabs(a[i]);
+      if constexpr (kind == Sum::square) lane[i - whole] += a[i] * a[i];
+      if constexpr (kind == Sum::product) lane[i - whole] += a[i] * b[i];
+    }
     for (int half = width / 2; half; half /= 2)
       for (int i = 0; i < half; i++) lane[i] += lane[i + half];
     total += lane[0];
@@ -433,7 +478,7 @@ template <typename T>
 int64_t threshold_rows(const ThresholdRows<T>& layer) {
   int64_t changed = 0;
   for (int64_t row = 0; row < layer.rows; row++) {
-    double sum = steady_sum<false>(layer.weight + row * layer.columns, layer.columns);
+    double sum = steady_sum<Sum::abs>(layer.weight + row * layer.columns, layer.columns);
     if (layer.rest) sum += layer.rest[row];
     const T score = (T)(sum / (double)layer.n_in);
     const uint8_t mask = score > layer.threshold[row];
@@ -444,17 +489,138 @@ int64_t threshold_rows(const ThresholdRows<T>& layer) {
   return changed;
 }
 
-// ---- SGD step -----------------------------------------------------------------------------------------------------
+// ---- the step -----------------------------------------------------------------------------------------------------
 
 template <typename T>
-double sgd_step(SgdTensor<T>* tensors, int64_t count, const SgdOptions& options) {
-  double norm2 = options.extra_norm2;
+T sign(T x) {
+  return (T)((x > 0) - (x < 0));
+}
+
+// torch.optim.SGD on n numbers; gradient(i, p[i]) is the gradient of the i-th.
+template <typename T, typename Gradient>
+inline void update(T* __restrict__ p, T* __restrict__ m, int64_t n, const StepOptions& options, Gradient gradient) {
+  const T lr = (T)options.lr, momentum = (T)options.momentum, decay = (T)options.weight_decay;
+  // With decay 0 the term is left out, not multiplied: an infinite weight must not become NaN.
+  if (m && decay != 0)
+    for (int64_t i = 0; i < n; i++) m[i] = momentum * m[i] + (gradient(i, p[i]) + decay * p[i]), p[i] -= lr * m[i];
+  else if (m)
+    for (int64_t i = 0; i < n; i++) m[i] = momentum * m[i] + gradient(i, p[i]), p[i] -= lr * m[i];
+  else if (decay != 0)
+    for (int64_t i = 0; i < n; i++) p[i] -= lr * (gradient(i, p[i]) + decay * p[i]);
+  else
+    for (int64_t i = 0; i < n; i++) p[i] -= lr * gradient(i, p[i]);
+}
+
+// What the gradients of one layer need beyond backward: by row, the sign term's coefficient; by filter, the gradient of
+// the threshold. Adds the sign term to the gradients given. Returns the squared norm of everything, if it is asked for.
+template <typename T>
+double complete_gradients(const StepLayer<T>& layer, const StepOptions& options, bool norm, T* coefficient,
+                          T* threshold_grad) {
+  double norm2 = 0;
+  for (int64_t i = 0; i < layer.filters; i++)
+    threshold_grad[i] = options.penalty != 0 ? -(T)options.penalty * std::exp(-layer.threshold[i]) : T(0);
+  const auto add_signs = [](T* grad, const T* weight, T a, int64_t n) {
+    for (int64_t i = 0; i < n; i++) grad[i] += a * sign(weight[i]);
+  };
+  for (int64_t row = 0; row < layer.rows; row++) {
+    const int64_t filter = layer.index[row], start = row * layer.columns, dropped_start = row * layer.dropped_columns;
+    const T *weight = layer.weight + start, *dropped = layer.dropped + dropped_start;
+    T* grad = layer.grad ? layer.grad + start : nullptr;
+    T* dropped_grad = layer.dropped_grad ? layer.dropped_grad + dropped_start : nullptr;
+    T dot = 0;
+    if (layer.dot) {
+      dot = layer.dot[row];
+    } else {
+      double sum = 0;
+      if (grad) sum += steady_sum<Sum::product>(grad, layer.columns, weight);
+      if (dropped_grad) sum += steady_sum<Sum::product>(dropped_grad, layer.dropped_columns, dropped);
+      dot = (T)sum;
+    }
+    // Not a product: outside the window the gradient is 0 even if dot is infinite.
+    if (layer.window && !(std::fabs(layer.score[filter] - layer.threshold[filter]) > 1)) dot = 0;
+    const T a = dot / (T)layer.n_in;
+    coefficient[row] = a;
+    threshold_grad[filter] -= dot;
+    if (grad && a != 0) add_signs(grad, weight, a, layer.columns);
+    if (dropped_grad && a != 0) add_signs(dropped_grad, dropped, a, layer.dropped_columns);
+    if (!norm) continue;
+    const auto signs_norm2 = [&](const T* w, int64_t n) {
+      int64_t signs = 0;
+      if (a != 0)
+        for (int64_t i = 0; i < n; i++) signs += w[i] != 0;
+      return signs ? (double)a * (double)a * (double)signs : 0.0;
+    };
+    norm2 += grad ? steady_sum<Sum::square>(grad, layer.columns) : signs_norm2(weight, layer.columns);
+    norm2 += dropped_grad ? steady_sum<Sum::square>(dropped_grad, layer.dropped_columns)
+                          : signs_norm2(dropped, layer.dropped_columns);
+  }
+  if (norm)
+    for (int64_t i = 0; i < layer.filters; i++) norm2 += (double)threshold_grad[i] * (double)threshold_grad[i];
+  return norm2;
+}
+
+// One row of weights: with its gradient, or with the sign term a alone. Returns its new sum of absolute values.
+template <typename T>
+double update_row(T* weight, T* grad, T* momentum, int64_t n, const StepOptions& options, T scale, T a) {
+  if (grad) {
+    if (options.write_grad)
+      for (int64_t i = 0; i < n; i++) grad[i] *= scale;
+    const T s = options.write_grad ? T(1) : scale;
+    update(weight, momentum, n, options, [=](int64_t i, T) { return s * grad[i]; });
+  } else if (a != 0) {
+    const T s = scale * a;
+    update(weight, momentum, n, options, [=](int64_t, T w) { return s * sign(w); });
+  } else if (momentum || options.weight_decay != 0) {
+    update(weight, momentum, n, options, [](int64_t, T) { return T(0); });
+  }
+  return steady_sum<Sum::abs>(weight, n);
+}
+
+template <typename T>
+int64_t update_layer(const StepLayer<T>& layer, const StepOptions& options, T scale, const T* coefficient,
+                     const T* threshold_grad) {
+  const auto at = [](T* p, int64_t offset) { return p ? p + offset : nullptr; };
+  for (int64_t row = 0; row < layer.rows; row++) {
+    const int64_t start = row * layer.columns, dropped_start = row * layer.dropped_columns;
+    double sum = update_row(layer.weight + start, at(layer.grad, start), at(layer.momentum, start), layer.columns, options,
+                            scale, coefficient[row]);
+    if (layer.dropped_columns)
+      sum += update_row(layer.dropped + dropped_start, at(layer.dropped_grad, dropped_start),
+                        at(layer.dropped_momentum, dropped_start), layer.dropped_columns, options, scale,
+                        coefficient[row]);
+    layer.score[layer.index[row]] = (T)(sum / (double)layer.n_in);
+  }
+  update(layer.threshold, layer.threshold_momentum, layer.filters, options,
+         [=](int64_t i, T) { return scale * threshold_grad[i]; });
+  int64_t changed = 0;
+  for (int64_t i = 0; i < layer.filters; i++) {
+    const uint8_t mask = layer.score[i] > layer.threshold[i];
+    changed += mask != layer.mask[i];
+    layer.mask[i] = mask;
+  }
+  return changed;
+}
+
+template <typename T>
+double step(const StepLayer<T>* layers, int64_t layer_count, const StepTensor<T>* tensors, int64_t tensor_count,
+            const StepOptions& options, int64_t* flips) {
   const bool clip = options.max_norm >= 0;
-  for (int64_t t = 0; t < count; t++) {
-    const SgdTensor<T>& a = tensors[t];
+  double norm2 = options.extra_norm2;
+  int64_t size = 0;
+  for (int64_t l = 0; l < layer_count; l++) size += layers[l].rows + layers[l].filters;
+  std::vector<T> scratch(size);
+  const auto for_each_layer = [&](auto f) {
+    T* at = scratch.data();
+    for (int64_t l = 0; l < layer_count; at += layers[l].rows + layers[l].filters, l++) f(l, at, at + layers[l].rows);
+  };
+  for_each_layer([&](int64_t l, T* coefficient, T* threshold_grad) {
+    norm2 += complete_gradients(layers[l], options, clip, coefficient, threshold_grad);
+  });
+  for (int64_t t = 0; t < tensor_count; t++) {
+    const StepTensor<T>& a = tensors[t];
     if (a.is_threshold && options.penalty != 0)
       for (int64_t i = 0; i < a.size; i++) a.grad[i] -= (T)options.penalty * std::exp(-a.param[i]);
-    if (clip) norm2 += steady_sum<true>(a.grad, a.size);
+    if (clip) norm2 += steady_sum<Sum::square>(a.grad, a.size);
   }
   const T norm = (T)std::sqrt(norm2);
   T scale = 1;
@@ -463,24 +629,16 @@ double sgd_step(SgdTensor<T>* tensors, int64_t count, const SgdOptions& options)
     // Not min(): a norm that is not a number must reach the parameters, as it does in torch.
     if (scale > 1) scale = 1;
   }
-  const T lr = (T)options.lr, momentum = (T)options.momentum, decay = (T)options.weight_decay;
-  for (int64_t t = 0; t < count; t++) {
-    const SgdTensor<T>& a = tensors[t];
-    T* __restrict__ p = a.param;
-    T* __restrict__ g = a.grad;
-    T* __restrict__ m = a.momentum;
+  for_each_layer([&](int64_t l, T* coefficient, T* threshold_grad) {
+    flips[l] = update_layer(layers[l], options, scale, coefficient, threshold_grad);
+  });
+  for (int64_t t = 0; t < tensor_count; t++) {
+    const StepTensor<T>& a = tensors[t];
+    T* grad = a.grad;
     if (options.write_grad && clip)
-      for (int64_t i = 0; i < a.size; i++) g[i] *= scale;
+      for (int64_t i = 0; i < a.size; i++) grad[i] *= scale;
     const T s = options.write_grad ? T(1) : scale;
-    // With decay 0 the term is left out, not multiplied: an infinite weight must not become NaN.
-    if (m && decay != 0)
-      for (int64_t i = 0; i < a.size; i++) m[i] = momentum * m[i] + (s * g[i] + decay * p[i]), p[i] -= lr * m[i];
-    else if (m)
-      for (int64_t i = 0; i < a.size; i++) m[i] = momentum * m[i] + s * g[i], p[i] -= lr * m[i];
-    else if (decay != 0)
-      for (int64_t i = 0; i < a.size; i++) p[i] -= lr * (s * g[i] + decay * p[i]);
-    else
-      for (int64_t i = 0; i < a.size; i++) p[i] -= lr * (s * g[i]);
+    update(a.param, a.momentum, a.size, options, [=](int64_t i, T) { return s * grad[i]; });
   }
   return (double)norm;
 }
@@ -488,5 +646,5 @@ double sgd_step(SgdTensor<T>* tensors, int64_t count, const SgdOptions& options)
 template <typename T>
 constexpr Kernels<T> table = {
     conv_relu_pool<T>,   conv_relu_pool_grad_weight<T>, conv_relu_pool_grad_input<T>, relu_pool<T>,
-    relu_pool_grad<T>,   threshold_rows<T>,             sgd_step<T>,
+    relu_pool_grad<T>,   threshold_rows<T>,             step<T>,
 };

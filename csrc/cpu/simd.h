@@ -11,6 +11,7 @@ struct VecF {
   using Codes = __m512i;
   __m512 v;
   static VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static VecF gather(const float* p, const int32_t* at) { return {_mm512_i32gather_ps(_mm512_loadu_si512(at), p, 4)}; }
   static VecF all(float x) { return {_mm512_set1_ps(x)}; }
   static VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static VecF add(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -34,6 +35,7 @@ struct VecD {
   using Codes = __m512i;
   __m512d v;
   static VecD load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static VecD gather(const double* p, const int32_t* at) { return {_mm512_i32gather_pd(_mm256_loadu_si256((const __m256i*)at), p, 8)}; }
   static VecD all(double x) { return {_mm512_set1_pd(x)}; }
   static VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   static VecD add(VecD a, VecD b) { return {_mm512_add_pd(a.v, b.v)}; }
@@ -57,6 +59,7 @@ struct VecF {
   using Codes = __m256;
   __m256 v;
   static VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static VecF gather(const float* p, const int32_t* at) { return {_mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i*)at), 4)}; }
   static VecF all(float x) { return {_mm256_set1_ps(x)}; }
   static VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static VecF add(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -86,6 +89,7 @@ struct VecD {
   using Codes = __m256d;
   __m256d v;
   static VecD load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static VecD gather(const double* p, const int32_t* at) { return {_mm256_i32gather_pd(p, _mm_loadu_si128((const __m128i*)at), 8)}; }
   static VecD all(double x) { return {_mm256_set1_pd(x)}; }
   static VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static VecD add(VecD a, VecD b) { return {_mm256_add_pd(a.v, b.v)}; }
@@ -145,6 +149,11 @@ struct Lanes {
   static Lanes load(const T* p) {
     Lanes r;
     std::memcpy(&r.v, p, sizeof r.v);
+    return r;
+  }
+  static Lanes gather(const T* p, const int32_t* at) {
+    Lanes r;
+    for (int i = 0; i < N; i++) r.v[i] = p[at[i]];
     return r;
   }
   static Lanes all(T x) { return {x - Values{}}; }

@@ -64,11 +64,12 @@ def _report(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of the console command; exit status 0 done, 1 broken machine, 2 a mistake the user can mend."""
     args = _parser().parse_args(arguments)
+    from .report import ReportError
     from .simulation.pool import WorkerDied
 
     try:
         return {"run": _run, "report": _report}[args.command](args)
-    except (UserError, FloatingPointError) as error:
+    except (UserError, ReportError, FloatingPointError) as error:
         print(f"spafl: error: {error}", file=sys.stderr)
         return 2
     except WorkerDied as error:

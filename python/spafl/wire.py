@@ -93,8 +93,9 @@ def decode(frame: bytes) -> dict[str, Tensor]:
             raise WireError(f"tensor {name!r}: unknown dtype code {code}")
         table.append((name, _DTYPES[code], unpack(f"<{rank}I")))
     (checksum,) = unpack("<I")
-    payload = np.frombuffer(take(len(view) - at), dtype=np.uint8).copy()
-    if zlib.crc32(payload) != checksum:
+    raw = take(len(view) - at)
+    payload = np.frombuffer(raw, dtype=np.uint8)
+    if zlib.crc32(raw) != checksum:
         raise WireError("message corrupt: its checksum does not match")
     message: dict[str, Tensor] = {}
     start = 0

@@ -135,10 +135,12 @@ class Flow:
 
     def explain(self) -> str:
         lines = []
-        for name, op in self.layers.items():
+        for name in self.layers:
             origin = "input at full width"
             if (layout := self.layout_in(name)) is not None:
-                origin = "input columns from " + ", ".join(dict.fromkeys(s.source or "(dense)" for s in layout.segments))
+                origin = "input columns from " + ", ".join(
+                    dict.fromkeys(s.source or "(dense)" for s in layout.segments)
+                )
             lines.append(f"{name}: {origin}")
         for edge, reason in self.stops:
             lines.append(f"full width at {edge}: {reason}")
@@ -293,7 +295,9 @@ class _Follower:
             with torch.no_grad():
                 shapes.run(zeros)
         except Exception as error:
-            raise Unsupported(f"input of shape {tuple(flow.image)} does not fit: {str(error).splitlines()[0]}") from error
+            raise Unsupported(
+                f"input of shape {tuple(flow.image)} does not fit: {str(error).splitlines()[0]}"
+            ) from error
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -321,9 +325,9 @@ class _Follower:
         if node.op == "call_module":
             return self.classify_module(node, self.model.get_submodule(str(node.target)))
         target = _target(node)
-        if node.op == "call_method" and str(target).endswith("_") and not str(target).endswith("__"):
-            if target != "relu_":
-                raise Unsupported(f"in-place operation .{target}() at {node.name}")
+        in_place_method = node.op == "call_method" and str(target).endswith("_") and not str(target).endswith("__")
+        if in_place_method and target != "relu_":
+            raise Unsupported(f"in-place operation .{target}() at {node.name}")
         if target in _IN_PLACE or target in ("relu_", F.relu_, torch.relu_) or node.kwargs.get("inplace"):
             first = node.args[0] if node.args else None
             shared = isinstance(first, fx.Node) and (len(first.users) > 1 or first.op in ("placeholder", "get_attr"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -51,16 +52,18 @@ class Plan:
         keep: by threshold layer, bool ``(filters,)``: which filters are computed.
         multiple: convolutions keep a multiple of this many channels, filled with zero rows; oneDNN computes blocks of
             eight anyway, and shapes repeat (a new shape costs a primitive: 1.2-3.3 ms measured).
+        exact: layers that are not rounded up, because something else computes them.
     """
 
-    def __init__(self, flow: Flow, keep: dict[str, Tensor], multiple: int = 8) -> None:
+    def __init__(self, flow: Flow, keep: dict[str, Tensor], multiple: int = 8, exact: Collection[str] = ()) -> None:
         self.keep = keep
         self._cache: dict[Layout, Channels] = {}
         self.rows: dict[str, Channels] = {}
         for name, mask in keep.items():
             op = flow.layers[name]
             kept, width = mask.nonzero().flatten(), len(mask)
-            pads = padding_for(len(kept), width, multiple if op.kind == "layer" and len(op.shape or ()) == 4 else 1)
+            rounded = op.kind == "layer" and len(op.shape or ()) == 4 and name not in exact
+            pads = padding_for(len(kept), width, multiple if rounded else 1)
             self.rows[name] = Channels(width, kept, (~mask).nonzero().flatten(), pads)
 
     def channels(self, layout: Layout) -> Channels:

@@ -8,14 +8,14 @@ What is stored where, between ``begin`` and ``finish``:
   regions as leaves, and an SGD step is three calls for the whole model.
 * rows that are dropped stay in the model's own tensors. Their loss gradient is exactly 0, so momentum and weight decay
   move them by a fixed linear map per step, ``(w, v) <- M (w, v)``; ``k`` steps are ``M^k``, applied when somebody needs
-  the row. Until then ``|a_k| mean|w| + |b_k| mean|v|`` bounds the row's score from above; only a row whose bound exceeds
-  its threshold is looked at.
+  the row. Until then ``|a_k| mean|w| + |b_k| mean|v|`` bounds the row's score from above; only a row whose bound
+  exceeds its threshold is looked at.
 * dropped columns of kept rows are stepped eagerly: the estimator's sign term moves them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import native
 from ..layers import ThresholdLayer
+from ..ops.step import FilterRows, threshold_step
 from ..reference import WINDOW, filter_scores
 from ..training import Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
 from .flow import Flow, Layout, check_traceable, trace_flow
 from .plan import Channels, Plan
-from .program import LayerSlot, NormSlot, Program
+from .program import LayerSlot, NormSlot, Program, fused_pools, prefers_channels_last
 
 __all__ = ["CompactTrainer"]
 
@@ -235,7 +237,7 @@ class CompactTrainer(Trainer):
     def _load(self, flow: Flow) -> None:
         """Read the model; the first refresh makes the plan."""
         self.model.train()
-        options, model = self._options, self.model
+        options = self._options
         self._flow = flow
         momentum: Mapping[str, Tensor] = {}
         if options.momentum:
@@ -244,6 +246,8 @@ class CompactTrainer(Trainer):
         self._versions = {name: (p.data_ptr(), p._version) for name, p in self._parameters.items()}
         p0 = next(iter(self._parameters.values()))
         self._dtype, self._device = p0.dtype, p0.device
+        floats = (torch.float32, torch.float64)
+        self._compiled = self._device.type == "cpu" and self._dtype in floats and native.available()
 
         self._layers: dict[str, _Layer] = {}
         count = 0
@@ -281,6 +285,10 @@ class CompactTrainer(Trainer):
         self._window_rows = torch.cat(window)
         self._any_window = any(layer.window for layer in self._pruned)
         self._conditions = [c for layer in self._pruned if (c := _Condition.of(flow, layer)) is not None]
+        self._exact = fused_pools(flow) if self._compiled else {}
+        self._steady = all(condition.fixed for condition in self._conditions)
+        self._rows: FilterRows | None = None
+        self._flipped = False
         self._clock = 0
         self._powers = _Powers(options, self._dtype, self._device)
         self._plan: Plan | None = None
@@ -304,9 +312,15 @@ class CompactTrainer(Trainer):
         if not self._stale:
             return
         first = self._plan is None
-        if not first:
-            self._score()
         scores, tau = self._scores, self._tau
+        if self._rows is None:
+            if not first:
+                self._score()
+        elif self._steady and not (self._flipped or self._collapsed or self._moving):
+            far = self._any_window and bool((((scores - tau).abs() > WINDOW) & self._window_rows).any())
+            if not far and self._far is None:
+                self._stale = False
+                return
         if self._moving:
             dropped = ~self._keep
             active = (self._bounds() > tau) & dropped
@@ -319,13 +333,15 @@ class CompactTrainer(Trainer):
             far = ((scores - tau).abs() > WINDOW) & self._window_rows
             far = far if bool(far.any()) else None
         keep = self._kept_rows(active, far)
-        if first or not torch.equal(keep, self._keep):
+        if new := first or not torch.equal(keep, self._keep):
             self._rebuild(keep)
-        if first or not torch.equal(active, self._active) or far is not None or self._far is not None:
+        if new or not torch.equal(active, self._active) or far is not None or self._far is not None:
             self._active, self._far = active, far
             self._set_masks()
         self._stale = False
         self._collapsed = self._find_collapsed()
+        if self._rows is not None:
+            self._next.copy_(active)
 
     def _score(self) -> None:
         torch.abs(self._flat[self._abs_from : self._abs_to], out=self._absolute)
@@ -431,7 +447,8 @@ class CompactTrainer(Trainer):
     def _rebuild(self, keep: Tensor) -> None:
         flow, first = self._flow, self._plan is None
         assert flow is not None
-        plan = Plan(flow, {la.name: keep[la.begin : la.begin + la.rows] for la in self._pruned}, self.multiple)
+        masks = {la.name: keep[la.begin : la.begin + la.rows] for la in self._pruned}
+        plan = Plan(flow, masks, self.multiple, self._exact)
         if not first:
             self._rebuilds += 1
         changed = []
@@ -466,7 +483,8 @@ class CompactTrainer(Trainer):
         self._keep, self._plan = keep, plan
         again = {layer.name for layer, _, _ in changed}
         self._fill(again, old_pieces, old_flat)
-        self._program = Program(flow, plan, {n: la.slot for n, la in self._layers.items()}, self._norm_slots)
+        slots = {name: layer.slot for name, layer in self._layers.items()}
+        self._program = Program(flow, plan, slots, self._norm_slots, prefers_channels_last(flow))
 
     def _fill(
         self, again: set[str], old_pieces: dict[tuple[str, str], _Piece], old: tuple[Tensor, Tensor] | None
@@ -498,7 +516,9 @@ class CompactTrainer(Trainer):
                     region = vectors if source.const else still
                 region.append((_Piece((layer.name, "wd"), shape), layer.name in again and _Gather(layer, "dropped")))
             if layer.bias is not None:
-                vectors.append((_Piece((layer.name, "b"), (rows.stored,)), _Vector(layer.bias, layer.bias_momentum, rows)))
+                vectors.append(
+                    (_Piece((layer.name, "b"), (rows.stored,)), _Vector(layer.bias, layer.bias_momentum, rows))
+                )
                 if len(rows.dropped):
                     region = still if layer.mask_bias else vectors
                     gather = _Vector(layer.bias, layer.bias_momentum, rows, dropped=True)
@@ -615,21 +635,62 @@ class CompactTrainer(Trainer):
             sizes.append(torch.full((len(rows.kept),), layer.size, dtype=self._dtype, device=self._device))
             start = stop
         self._kept_index, self._kept_place, self._row_size = torch.cat(index), torch.cat(place), torch.cat(sizes)
+        self._vector_count = len(vectors)
+        self._rows = self._compiled_rows(still) if self._compiled else None
+
+    def _compiled_rows(self, still: list[tuple[_Piece, Any]]) -> FilterRows:
+        """The arena as the compiled step wants it."""
+        flat, velocity = self._flat, self._velocity
+        with_momentum = bool(self._options.momentum)
+        tau_at = len(flat) - len(self._tau)
+        self._next = self._keep.clone()
+
+        def filters(values: Tensor, offset: int = 0) -> list[Tensor]:
+            return [values[offset + la.begin : offset + la.begin + la.rows] for la in self._pruned]
+
+        def pieces(values: Tensor, key: str) -> list[Tensor]:
+            found = [self._pieces.get((layer.name, key)) for layer in self._pruned]
+            return [values.new_empty(0) if piece is None else piece.of(values) for piece in found]
+
+        rows = FilterRows(
+            weights=pieces(flat, "w"),
+            thresholds=filters(self._tau),
+            scores=filters(self._scores),
+            masks=filters(self._next),
+            n_in=[layer.size for layer in self._pruned],
+            index=[layer.row_channels.kept for layer in self._pruned if layer.row_channels is not None],
+            dropped=pieces(flat, "wd"),
+            estimators=["window" if layer.window else "identity" for layer in self._pruned],
+            weight_momenta=pieces(velocity, "w") if with_momentum else [],
+            dropped_momenta=pieces(velocity, "wd") if with_momentum else [],
+            threshold_momenta=filters(velocity, tau_at) if with_momentum else [],
+        )
+        rows.check(self._options.momentum)
+        spans = [(0, self._abs_from)]
+        if still:
+            spans.append((still[0][0].at, tau_at))
+        self._other_params = [flat[a:b] for a, b in spans] + self._loose
+        self._other_grads = [self._grad[a:b] for a, b in spans]
+        self._other_momenta = []
+        if with_momentum:
+            assert self._loose_momentum is not None
+            self._other_momenta = [velocity[a:b] for a, b in spans] + self._loose_momentum
+        self._other_flags = [0] * len(self._other_params)
+        return rows
 
     # -- the step --------------------------------------------------------------------------------------------------
 
     def _update(self, grads: tuple[Tensor | None, ...]) -> None:
         options, grad, flat = self._options, self._grad, self._flat
         n, loose = len(self._arena_leaves), len(self._loose)
-        parts = [
-            g.reshape(-1) if g is not None else leaf.new_zeros(leaf.numel())
-            for g, leaf in zip(grads[:n], self._arena_leaves)
-        ]
-        if parts:
-            torch.cat(parts, out=grad[: self._leaf_end])
         loose_grads = [g if g is not None else torch.zeros_like(p) for g, p in zip(grads[n : n + loose], self._loose)]
         for layer, g in zip(self._masks, grads[n + loose :]):
             layer.mask_grad = g
+        self._clock += 1
+        self._stale = True
+        if self._rows is not None:
+            return self._update_compiled(grads, loose_grads)
+        self._collect(grads[:n], self._arena_leaves, grad[: self._leaf_end])
         signed = False
         for layer in self._pruned:
             if layer.signed:
@@ -668,13 +729,59 @@ class CompactTrainer(Trainer):
         if loose_grads:
             torch._foreach_add_(self._loose, loose_grads, alpha=-options.lr)
         if options.weight_decay:
-            self._clear_grad()
-        self._clock += 1
-        self._stale = True
+            # It was added in place; entries that no later gradient overwrites start at 0 again.
+            grad[self._leaf_end :].zero_()
 
-    def _clear_grad(self) -> None:
-        """Weight decay was added in place; entries that no later gradient overwrites start at 0 again."""
-        self._grad[self._leaf_end :].zero_()
+    @staticmethod
+    def _collect(grads: Sequence[Tensor | None], leaves: Sequence[Tensor], out: Tensor) -> None:
+        parts = [g.reshape(-1) if g is not None else leaf.new_zeros(leaf.numel()) for g, leaf in zip(grads, leaves)]
+        if parts:
+            torch.cat(parts, out=out)
+
+    def _update_compiled(self, grads: tuple[Tensor | None, ...], loose_grads: list[Tensor]) -> None:
+        """All of the update, and the scores and masks that follow, in one call."""
+        options, rows = self._options, self._rows
+        assert rows is not None
+        vectors, layers = self._vector_count, len(self._pruned)
+        self._collect(grads[:vectors], self._arena_leaves[:vectors], self._grad[: self._abs_from])
+        weight_grads: list[Tensor] = []
+        for g, leaf in zip(grads[vectors : vectors + layers], self._arena_leaves[vectors:]):
+            weight_grads.append(torch.zeros_like(leaf) if g is None else g.contiguous())
+        dropped_grads, dots, none, at = [], [], rows.none[0], vectors + layers
+        for layer, weight_grad in zip(self._pruned, weight_grads):
+            dropped = none
+            if layer.dead_const:
+                g = grads[at]
+                dropped = torch.zeros_like(self._arena_leaves[at]) if g is None else g.contiguous()
+                at += 1
+            dropped_grads.append(dropped)
+            dot = none
+            if layer.slot.mask is not None:
+                dot = layer.mask_grad if layer.mask_grad is not None else torch.zeros_like(layer.slot.mask)
+            elif layer.mask_bias and layer.slot.bias is not None:
+                piece = self._pieces[layer.name, "b"]
+                dot = (layer.kept_rows * weight_grad.view(layer.kept_rows.shape)).sum(1)
+                if layer.dead_const:
+                    dot += (layer.dead_rows * dropped.view(layer.dead_rows.shape)).sum(1)
+                dot += piece.of(self._flat) * piece.of(self._grad)
+            dots.append(dot)
+        _, flips = threshold_step(
+            rows,
+            weight_grads,
+            self._other_params,
+            self._other_grads + loose_grads,
+            self._other_momenta,
+            self._other_flags,
+            lr=options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+            penalty=options.penalty,
+            max_norm=options.max_grad_norm,
+            dropped_grads=dropped_grads,
+            dots=dots,
+            check=False,
+        )
+        self._flipped = bool(flips.any())
 
     def _sign_term(self, layer: _Layer) -> None:
         """``r_i = sum_j G_ij w_ij`` of every kept row, and ``r_i sign(w_ij) / n_in`` added to the gradient."""
@@ -850,7 +957,8 @@ class _Powers:
         """``a, b, c, d`` of ``w <- a w + b v; v <- c w + d v`` after ``steps`` (int64) steps."""
         need = int(steps.max()) + 1 if steps.numel() else 1
         if self._table is None or need > len(self._table):
-            while len(self._rows) < max(need, 2 * len(self._rows) if self._table is not None else 64):
+            size = max(64, 2 * need)
+            while len(self._rows) < size:
                 self._rows.append(self._step @ self._rows[-1])
             self._table = torch.stack(self._rows).flatten(1).to(self._dtype).to(self._device)
         return self._table[steps].unbind(1)  # type: ignore[return-value]
@@ -861,6 +969,8 @@ class _Condition:
 
     def __init__(self, layer: _Layer, proof: tuple[tuple[str, Layout | None], ...] | None, noisy: list[Any]) -> None:
         self.layer, self.proof, self.noisy = layer, proof, noisy
+        # The answer cannot change while the masks stay.
+        self.fixed = layer.all_rows or (proof is None and not noisy)
 
     @classmethod
     def of(cls, flow: Flow, layer: _Layer) -> _Condition | None:

@@ -18,10 +18,12 @@ from .backend import Explanation, explain
 from .conv_pool import conv_relu_pool, relu_pool
 from .library import conv2d, linear
 from .sgd import sgd_step
+from .step import FilterRows, threshold_step
 from .threshold import threshold_pass
 
 __all__ = [
     "Explanation",
+    "FilterRows",
     "conv2d",
     "conv_relu_pool",
     "explain",
@@ -29,4 +31,5 @@ __all__ = [
     "relu_pool",
     "sgd_step",
     "threshold_pass",
+    "threshold_step",
 ]

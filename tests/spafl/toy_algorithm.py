@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from spafl.algorithms import Algorithm, Evaluation, Options, Training, Upload
+from spafl.algorithms import Algorithm, BaseOptions, Evaluation, Training, Upload
 
 
-class ToyOptions(Options):
+class ToyOptions(BaseOptions):
     rates: tuple[float, ...] = (1.0, 0.5)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 
-from .base import Algorithm, Options, ServerState, Training, Upload
+from .base import Algorithm, BaseOptions, ServerState, Training, Upload
 from .client import Client, Evaluation, LocalTraining, Samples
 from .fedavg import FedAvg
 from .local import Local
@@ -14,10 +14,10 @@ from .spafl import SpaFL
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
+    "BaseOptions",
     "Client",
     "Evaluation",
     "LocalTraining",
-    "Options",
     "Samples",
     "ServerState",
     "Training",

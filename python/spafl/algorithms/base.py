@@ -26,7 +26,7 @@ from .client import Client, Evaluation
 ServerState = dict[str, Tensor]
 
 
-class Options(BaseModel):
+class BaseOptions(BaseModel):
     """Base of an algorithm's own settings; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,11 +66,11 @@ class Algorithm(ABC):
         presets: for algorithms with published variants: complete settings by variant name, laid under the user's.
     """
 
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[BaseOptions]] = BaseOptions
     presets: ClassVar[dict[str, dict[str, dict[str, object]]]] = {}
     """``presets[variant][section][key]`` is the value of that variant; see :mod:`spafl.config`."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: BaseOptions) -> None:
         self.options = options
 
     # -- set-up -------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class SpaFLOptions(base.Options):
+class SpaFLOptions(base.BaseOptions):
     """Settings of SpaFL; ``variant`` fills in what is not given."""
 
     variant: Literal["fmnist", "cifar10", "cifar100", "paper"] = "paper"

@@ -313,7 +313,7 @@ class Simulation:
             steps=sum(o.training.steps for o in outcomes),
         )
         self.progress.round = round
-        line = {
+        line: dict[str, Any] = {
             "round": round,
             "sampled": sampled,
             "train_loss": float(np.mean([o.training.loss for o in outcomes])),

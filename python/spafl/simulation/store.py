@@ -58,7 +58,7 @@ class ClientStore:
         # One byte per client behind the rows: whether its row holds anything.
         self._flags = np.memmap(path, dtype=np.uint8, mode="r+", offset=self.row_bytes * clients, shape=(clients,))
         self._buffer = torch.zeros(self.row_bytes, dtype=torch.uint8)
-        self._bytes = memoryview(self._buffer.numpy())
+        self._bytes = self._buffer.numpy().data
         self.tensors = {
             name: self._buffer[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape) for name, f in fields.items()
         }

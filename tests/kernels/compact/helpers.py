@@ -53,7 +53,8 @@ def compare(
     if options.momentum:
         generator = torch.Generator().manual_seed(5)
         start = {
-            n: start_momentum * torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters()
+            n: start_momentum * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            for n, p in model.named_parameters()
         }
         momentum = [start, {n: v.clone() for n, v in start.items()}]
     densities = None
@@ -69,7 +70,7 @@ def compare(
             a = masked.step(x, y)
             torch.manual_seed(k)
             b = compact.step(x, y)
-            torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, msg=lambda m: f"loss at step {k}: {m}")
+            torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, msg=_at(f"loss at step {k}"))
             now = [masked._density[n].item() for n, _ in masked._layers]
             flips += last is not None and now != last
             last = now
@@ -83,11 +84,36 @@ def compare(
     return ra, rb, compact, flips
 
 
+def compare_steps(model: nn.Module, options: SGDOptions, data, tolerance: float = 1e-9) -> None:
+    """Single steps from equal states: each step starts from what the masked trainer left."""
+    twin = copy.deepcopy(model)
+    masked, compact = MaskedTrainer(twin), CompactTrainer(model, strict=True)
+    momentum = [{n: torch.zeros_like(p) for n, p in model.named_parameters()} for _ in range(2)]
+    densities = None
+    for x, y in data:
+        results = []
+        for trainer, buffers in zip((masked, compact), momentum):
+            trainer.begin(options, buffers, densities)
+            loss = trainer.step(x, y)
+            results.append((loss, trainer.finish()))
+        (a, ra), (b, rb) = results
+        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+        assert_equal_state(twin, model, ra, rb, tolerance)
+        model.load_state_dict(twin.state_dict())
+        for name, v in momentum[0].items():
+            momentum[1][name].copy_(v)
+        densities = ra.densities
+
+
+def _at(where):
+    return lambda text: f"{where}: {text}"
+
+
 def assert_equal_state(twin, model, ra, rb, tolerance):
     for (name, p), q in zip(twin.state_dict().items(), model.state_dict().values(), strict=True):
-        torch.testing.assert_close(q, p, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(q, p, rtol=tolerance, atol=tolerance, msg=_at(name))
     assert ra.densities == rb.densities
     assert ra.steps == rb.steps
     assert ra.momentum.keys() == rb.momentum.keys()
     for name, v in ra.momentum.items():
-        torch.testing.assert_close(rb.momentum[name], v, rtol=tolerance, atol=tolerance, msg=lambda m: f"momentum {name}: {m}")
+        torch.testing.assert_close(rb.momentum[name], v, rtol=tolerance, atol=tolerance, msg=_at(f"momentum {name}"))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from spafl_kernels import native, ops
+from spafl_kernels.ops import conv_pool
 
 
 def chain(x, w, b, padding, pool):
@@ -133,6 +134,22 @@ def test_opcheck(extension):
     torch.library.opcheck(extension.relu_pool.default, (x, 2))
     codes = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
     torch.library.opcheck(extension.relu_pool_grad.default, (torch.randn(2, 1, 4, 4), codes, 8, 9, 2))
+
+
+def test_direct_functions_are_the_same_to_the_bit(extension):
+    torch.manual_seed(0)
+    leaves = [torch.randn(s, requires_grad=True) for s in ((2, 3, 9, 8), (4, 3, 3, 2), (4,))]
+    conv = conv_pool.DirectConvReluPool
+    pairs = [
+        (conv.apply(*leaves, 1, 0, 2), ops.conv_relu_pool(*leaves, (1, 0), 2, "native"), leaves),
+        (conv.apply(*leaves[:2], None, 0, 0, 3), ops.conv_relu_pool(*leaves[:2], pool=3), leaves[:2]),
+        (conv_pool.DirectReluPool.apply(leaves[0], 2), ops.relu_pool(leaves[0], 2, "native"), leaves[:1]),
+    ]  # fmt: skip
+    for direct, registered, inputs in pairs:
+        assert torch.equal(direct, registered)
+        grad = torch.randn_like(direct)
+        for a, b in zip(torch.autograd.grad(direct, inputs, grad), torch.autograd.grad(registered, inputs, grad)):
+            assert torch.equal(a, b)
 
 
 def test_compiles_without_graph_breaks(extension):

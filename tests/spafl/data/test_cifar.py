@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from spafl.data import DataError, load_dataset
 from spafl.data.cifar import FORMS, parse_pickle
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+
 from spafl.data import DATASETS, DataError, Dataset, Transform, dataset_options, load_dataset, register_dataset
 from spafl.data.builtin import enlarge
 

@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+
 from spafl.data import DataError, load_dataset
 from spafl.data.idx import NAMES
 

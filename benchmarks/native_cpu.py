@@ -1,0 +1,228 @@
+"""The compiled CPU operators against torch's operators: ``python -m benchmarks.native_cpu [--out FILE.csv]``.
+
+One thread. Rivals run in turns in one process; a figure is the median over the rounds of (time of ours / time of
+torch in the same round), with its quartiles. Nothing is timed before outputs and gradients agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spafl_kernels import native, ops
+
+Call = Callable[[], Any]
+
+
+def interleaved(rivals: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Seconds per call of every rival, ``rounds`` of each, in turns that start with another one each round."""
+    names, times = list(rivals), {name: [] for name in rivals}
+    for call in rivals.values():
+        call(), call()
+    for r in range(rounds):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            start = time.perf_counter()
+            rivals[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def agree(what: str, ours: Any, theirs: Any, rtol: float = 2e-4, atol: float = 1e-3) -> None:
+    """The gate: raise unless two nested results are equal to rounding."""
+    try:
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+    except AssertionError as error:
+        raise SystemExit(f"benchmarks: {what} is wrong, nothing is timed: {error}") from None
+
+
+Case = tuple[str, str, dict[str, Call]]
+
+
+def first_layers() -> Iterator[Case]:
+    for batch, channels, size, filters, kernel, padding in [
+        *((64, 1, 28, c, 5, 0) for c in (2, 5, 10, 20, 32, 64)),
+        (16, 1, 28, 20, 5, 0),
+        (1, 1, 28, 20, 5, 0),
+        (64, 3, 32, 32, 3, 1),
+        (64, 3, 32, 64, 5, 2),
+        (64, 8, 16, 16, 3, 1),
+    ]:
+        torch.manual_seed(0)
+        x = torch.randn(batch, channels, size, size)
+        weight = torch.randn(filters, channels, kernel, kernel) / (channels * kernel * kernel) ** 0.5
+        leaves = [weight.requires_grad_(), torch.randn(filters).mul_(0.1).requires_grad_()]
+        grad = torch.randn_like(ops.conv_relu_pool(x, *leaves, padding))
+
+        def ours(x: Tensor = x, leaves: list[Tensor] = leaves, grad: Tensor = grad, padding: int = padding) -> Any:
+            y = ops.conv_relu_pool(x, *leaves, padding, backend="native")
+            return y, torch.autograd.grad(y, leaves, grad)
+
+        def plain(x: Tensor = x, leaves: list[Tensor] = leaves, grad: Tensor = grad, padding: int = padding) -> Any:
+            y = F.max_pool2d(F.relu(F.conv2d(x, *leaves, padding=padding)), 2)
+            return y, torch.autograd.grad(y, leaves, grad)
+
+        def reordered(x: Tensor = x, leaves: list[Tensor] = leaves, grad: Tensor = grad, padding: int = padding) -> Any:
+            y = F.relu(F.max_pool2d(F.conv2d(x, *leaves, padding=padding), 2))
+            return y, torch.autograd.grad(y, leaves, grad)
+
+        agree("conv_relu_pool", ours(), plain())
+        name = f"batch {batch}, {channels}x{size}x{size} -> {filters}, {kernel}x{kernel}, pad {padding}"
+        yield "conv_relu_pool fwd+bwd", name, {"ours": ours, "torch": plain, "torch, relu last": reordered}
+
+
+def pools() -> Iterator[Case]:
+    for batch, channels, size in [(64, 50, 8), (64, 24, 8), (64, 8, 8), (16, 64, 32), (64, 32, 16)]:
+        torch.manual_seed(0)
+        x = torch.randn(batch, channels, size, size, requires_grad=True)
+        grad = torch.randn_like(ops.relu_pool(x))
+
+        def ours(x: Tensor = x, grad: Tensor = grad) -> Any:
+            y = ops.relu_pool(x, backend="native")
+            return y, torch.autograd.grad(y, x, grad)
+
+        def plain(x: Tensor = x, grad: Tensor = grad) -> Any:
+            y = F.max_pool2d(F.relu(x), 2)
+            return y, torch.autograd.grad(y, x, grad)
+
+        def reordered(x: Tensor = x, grad: Tensor = grad) -> Any:
+            y = F.relu(F.max_pool2d(x, 2))
+            return y, torch.autograd.grad(y, x, grad)
+
+        agree("relu_pool", ours(), plain(), 0, 0)
+        rivals = {"ours": ours, "torch": plain, "torch, relu last": reordered}
+        yield "relu_pool fwd+bwd", f"batch {batch}, {channels}x{size}x{size}", rivals
+
+
+LENET = [(20, 25), (50, 500), (800, 800), (500, 800), (10, 500)]
+CONV4 = [(64, 75), (64, 1600), (128, 1600), (128, 3200), (256, 2048), (128, 256), (10, 128)]
+
+
+def model(name: str, shapes: list[tuple[int, int]], density: float) -> tuple[str, list[Tensor], list[Tensor]]:
+    """Weights and thresholds of a model of ``shapes`` (filters, row length), its layers thinned on both sides."""
+    torch.manual_seed(0)
+    thin = [
+        (max(1, round(o * (density if i + 1 < len(shapes) else 1))), max(1, round(n * (density if i else 1))))
+        for i, (o, n) in enumerate(shapes)
+    ]
+    weights = [torch.randn(s) / s[1] ** 0.5 for s in thin]
+    return f"{name}, density {density:g}", weights, [torch.full((len(w),), 0.01) for w in weights]
+
+
+MODELS = [("LeNet-5", LENET, d) for d in (1.0, 0.5, 0.25, 0.1)] + [("Conv4", CONV4, d) for d in (1.0, 0.25)]
+
+
+def threshold_passes() -> Iterator[Case]:
+    for arguments in MODELS:
+        name, weights, thresholds = model(*arguments)
+
+        def buffers(weights: list[Tensor] = weights) -> tuple[list[Tensor], list[Tensor]]:
+            return [w.new_zeros(len(w)) for w in weights], [torch.zeros(len(w), dtype=torch.bool) for w in weights]
+
+        mine, other = buffers(), buffers()
+        lengths = [w.shape[1] for w in weights]
+
+        def ours(w: list[Tensor] = weights, t: list[Tensor] = thresholds, b: Any = mine, n: list[int] = lengths) -> Any:
+            return ops.threshold_pass(w, t, *b, n_in=n, backend="native", check=False)
+
+        def plain(w: list[Tensor] = weights, t: list[Tensor] = thresholds, b: Any = other) -> Any:
+            return ops.threshold_pass(w, t, *b, backend="torch", check=False)
+
+        ours(), plain()
+        agree("threshold_pass", mine, other)
+        yield "threshold_pass", name, {"ours": ours, "torch": plain}
+
+
+def steps() -> Iterator[Case]:
+    for arguments in MODELS:
+        name, weights, thresholds = model(*arguments)
+        options = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "penalty": 1e-3, "max_norm": 10.0}
+        gradients = [torch.randn_like(w) * 1e-3 for w in weights]
+
+        def rows(weights: list[Tensor] = weights, thresholds: list[Tensor] = thresholds) -> ops.FilterRows:
+            return ops.FilterRows(
+                [w.clone() for w in weights], [t.clone() for t in thresholds], [w.new_zeros(len(w)) for w in weights],
+                [torch.zeros(len(w), dtype=torch.bool) for w in weights], [w.shape[1] for w in weights],
+                weight_momenta=[torch.zeros_like(w) for w in weights],
+                threshold_momenta=[torch.zeros_like(t) for t in thresholds],
+            )  # fmt: skip
+
+        mine, other = rows(), rows()
+        # Both get fresh gradients every time: the step uses them up.
+        scratch = [[g.clone() for g in gradients] for _ in range(2)]
+        dots = [g.new_empty(0) for g in gradients]
+
+        def run(
+            state: ops.FilterRows,
+            use: list[Tensor],
+            backend: Any,
+            gradients: list[Tensor] = gradients,
+            options: dict[str, Any] = options,
+            dots: list[Tensor] = dots,
+        ) -> Any:
+            torch._foreach_copy_(use, gradients)
+            return ops.threshold_step(state, use, dots=dots, backend=backend, check=False, **options)
+
+        def ours(run: Callable[..., Any] = run, state: Any = mine, use: list[Tensor] = scratch[0]) -> Any:
+            return run(state, use, "native")
+
+        def plain(run: Callable[..., Any] = run, state: Any = other, use: list[Tensor] = scratch[1]) -> Any:
+            return run(state, use, "torch")
+
+        agree("threshold_step", ours(), plain())
+        agree(
+            "threshold_step",
+            [mine.weights, mine.thresholds, mine.scores],
+            [other.weights, other.thresholds, other.scores],
+        )
+        yield "threshold_step", name, {"ours": ours, "torch": plain}
+
+
+COLUMNS = ["operator", "case", "rival", "ratio", "ratio_q1", "ratio_q3", "ours_ms", "rival_ms", "isa", "torch"]
+SUITES = {"conv": first_layers, "pool": pools, "pass": threshold_passes, "step": steps}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.native_cpu", description=__doc__)
+    parser.add_argument("--out", help="write the figures to this CSV file")
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--only", choices=SUITES, help="one suite instead of all")
+    options = parser.parse_args(arguments)
+    if not native.available():
+        raise SystemExit(f"benchmarks: {native.why_not()}")
+    torch.set_num_threads(1)
+    rows = []
+    print(f"torch {torch.__version__}, kernels: {native.cpu_isa()}, one thread, {options.rounds} rounds")
+    for suite in [options.only] if options.only else SUITES:
+        for operator, case, rivals in SUITES[suite]():
+            times = interleaved(rivals, options.rounds)
+            for rival in [name for name in rivals if name != "ours"]:
+                ratios = [a / b for a, b in zip(times["ours"], times[rival])]
+                low, middle, high = statistics.quantiles(ratios, n=4)
+                ours, theirs = (statistics.median(times[name]) * 1e3 for name in ("ours", rival))
+                note = "" if middle < 1 else "   SLOWER"
+                print(
+                    f"{operator:23} {case:44} x{middle:.3f} of {rival} ({low:.3f} .. {high:.3f}); "
+                    f"{ours:.3f} ms against {theirs:.3f} ms{note}",
+                    flush=True,
+                )
+                figures = [f"{figure:.4f}" for figure in (middle, low, high, ours, theirs)]
+                rows.append([operator, case, rival, *figures, native.cpu_isa(), torch.__version__])
+    if options.out:
+        with open(options.out, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""What this installation can run, and why not the rest: ``python -m spafl_kernels.env [--json]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from . import native
+
+_PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_backend() -> tuple[bool, str | None]:
+    try:
+        return native.available(), native.why_not()
+    except (RuntimeError, ValueError) as error:
+        return False, str(error)
+
+
+def _cuda_backend(cpp: bool) -> tuple[bool, str | None]:
+    if not cpp:
+        return False, "it is part of the C++ extension"
+    if not native.build_info().get("cuda"):
+        return False, f"the extension was built without CUDA: {native.build_record().get('cuda_reason') or 'no nvcc'}"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return False, "torch sees no CUDA device" if built else "this torch is a CPU build"
+    return True, None
+
+
+def _triton_backend() -> tuple[bool, str | None]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "the triton package is not installed"
+    if not torch.cuda.is_available():
+        return False, "torch sees no GPU"
+    return True, None
+
+
+def report() -> dict[str, Any]:
+    """Versions, devices and backends; every value can be written as JSON.
+
+    Returns:
+        ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu`` (cores, threads, torch's capability,
+        the instruction set of the compiled kernels and those it can run), ``gpus`` (names), ``extension`` (how it was
+        built) and ``backends`` (name -> ``available``, ``reason``).
+    """
+    cpp, cpp_reason = _cpu_backend()
+    backends = {
+        "torch": (True, None),
+        "cpp": (cpp, cpp_reason),
+        "cuda": _cuda_backend(cpp),
+        "triton": _triton_backend(),
+    }
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cpu": {
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "torch_capability": torch.backends.cpu.get_cpu_capability(),
+            "kernels": native.cpu_isa() if cpp else None,
+            "kernels_possible": list(native.cpu_isas()) if cpp else [],
+        },
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "extension": native.build_info(),
+        "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends.items()},
+    }
+
+
+def _text(data: dict[str, Any]) -> str:
+    cpu = data["cpu"]
+    lines = [f"python      {data['python']}, {data['platform']}"]
+    lines += [f"{name:<11} {version or 'not installed'}" for name, version in data["packages"].items()]
+    lines.append(
+        f"cpu         {cpu['cores']} cores, {cpu['torch_threads']} torch threads, torch uses {cpu['torch_capability']}"
+        + (f", kernels use {cpu['kernels']} (of {', '.join(cpu['kernels_possible'])})" if cpu["kernels"] else "")
+    )
+    lines.append(f"gpus        {', '.join(data['gpus']) or 'none'}")
+    build = data["extension"]
+    if build:
+        archs = build.get("cuda") or "none"
+        lines.append(f"extension   built with torch {build.get('torch')}, CUDA architectures: {archs}")
+    lines.append("backends")
+    lines += [
+        f"  {name:<9} {'yes' if state['available'] else 'no: ' + str(state['reason'])}"
+        for name, state in data["backends"].items()
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report; exit code 0."""
+    parser = argparse.ArgumentParser(prog="python -m spafl_kernels.env", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    data = report()
+    print(json.dumps(data, indent=2) if options.json else _text(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

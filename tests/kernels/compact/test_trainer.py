@@ -1,0 +1,356 @@
+"""The compact trainer against the masked one, in float64 over whole trajectories: everything either of them keeps."""
+
+import copy
+
+import pytest
+import torch
+from helpers import batches, compare, compare_steps, prune
+from spafl.models import Conv4, LeNet5, ResNet18, ViT
+from torch import nn
+
+from spafl_kernels import ThresholdConv2d, ThresholdLinear, threshold_layers
+from spafl_kernels.compact import CompactTrainer
+from spafl_kernels.training import SGDOptions, Unsupported, make_trainer
+
+EVERYTHING = SGDOptions(lr=0.02, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.003, collapse_floor=0.01)
+
+
+class Padded(nn.Module):
+    """BatchNorm, zero padding and stride, so that pruned channels are constants with a border; biases on request."""
+
+    def __init__(self, bias=False, mask_bias=False, affine=True, act=nn.ReLU, width=10):
+        super().__init__()
+        args = {"bias": bias, "mask_bias": mask_bias}
+        self.net = nn.Sequential(
+            ThresholdConv2d(2, width, 3, padding=1, **args),
+            nn.BatchNorm2d(width, affine=affine),
+            act(),
+            ThresholdConv2d(width, 2 * width, 3, stride=2, padding=(1, 2), **args),
+            act(),
+            ThresholdConv2d(2 * width, width, (3, 2), padding="same", dilation=2, **args),
+            nn.BatchNorm2d(width, affine=affine),
+            nn.MaxPool2d(2),
+            act(),
+            nn.Flatten(),
+            ThresholdLinear(width * 4, 16, **args),
+            nn.BatchNorm1d(16, affine=affine),
+            act(),
+            ThresholdLinear(16, 5, **args),
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def with_estimator(model, estimator):
+    for _, layer in threshold_layers(model):
+        layer.estimator = estimator
+    return model
+
+
+def warm_norms(model, seed=3):
+    """Affine parameters and statistics that are not at their initial values, of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                for t, low in ((m.running_mean, -1.0), (m.running_var, 0.3), (m.weight, 0.5), (m.bias, -0.5)):
+                    if t is not None:
+                        t.copy_(low + torch.rand(t.shape, generator=generator, dtype=t.dtype))
+    return model
+
+
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+def test_lenet_200_steps(estimator):
+    torch.manual_seed(0)
+    model = prune(with_estimator(LeNet5().double(), estimator), 0.6, spread=0.1)
+    a, b, _, flips = compare(model, EVERYTHING, batches((1, 28, 28), 200, 2), evaluate_every=20, rounds=2)
+    assert flips > 50
+    assert b.rebuilds > 10 and b.macs < a.macs
+
+
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+@pytest.mark.parametrize("bias, mask_bias", [(False, False), (True, False), (True, True)])
+def test_padded_norms_200_steps(estimator, bias, mask_bias):
+    torch.manual_seed(1)
+    model = warm_norms(with_estimator(Padded(bias, mask_bias).double(), estimator))
+    prune(model, 0.5, spread=0.3)
+    # Where a pruned filter meets BatchNorm, "identity" multiplies gradients by 1 / sqrt(eps); at a larger rate such a
+    # trajectory is chaotic and two correct programs part.
+    options = SGDOptions(
+        lr=0.003, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.05, collapse_floor=0.01
+    )
+    data = list(batches((2, 7, 8), 200, 4, classes=5))
+    if estimator == "identity" and bias and not mask_bias:
+        # BatchNorm of a bias is beta plus rounding, and ReLU asks for its sign: only single steps are comparable.
+        return compare_steps(model, options, data[:100])
+    _, b, _, flips = compare(model, options, data, evaluate_every=7, start_momentum=0.01, rounds=2)
+    assert flips > 20 and (b.rebuilds > 0 or estimator == "identity")
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.LeakyReLU, nn.ReLU6, nn.Sigmoid, nn.Hardswish])
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+def test_activations(act, estimator):
+    torch.manual_seed(2)
+    model = prune(warm_norms(with_estimator(Padded(True, act=act).double(), estimator)), 0.4)
+    compare(model, EVERYTHING, batches((2, 7, 8), 12, 4, classes=5), evaluate_every=3)
+
+
+def test_norm_without_affine_part():
+    torch.manual_seed(3)
+    model = prune(Padded(True, affine=False).double(), 0.5)
+    compare_steps(model, SGDOptions(lr=1e-3, momentum=0.9), batches((2, 7, 8), 20, 4, classes=5))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.97, 1.0])
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+def test_densities_from_nothing_to_everything(density, estimator):
+    torch.manual_seed(4)
+    model = prune(warm_norms(with_estimator(Padded().double(), estimator)), density)
+    options = SGDOptions(lr=0.01, momentum=0.5, penalty=0.01)
+    compare(model, options, batches((2, 7, 8), 8, 4, classes=5), evaluate_every=3)
+
+
+@pytest.mark.parametrize("layer", range(5))
+def test_a_whole_layer_pruned_and_the_guard_brings_it_back(layer):
+    torch.manual_seed(5)
+    model = warm_norms(Padded().double())
+    target = [m for _, m in threshold_layers(model)][layer]
+    nn.init.constant_(target.threshold, 3.0)
+    options = SGDOptions(lr=0.01, momentum=0.9, penalty=0.01, collapse_floor=0.1)
+    data = list(batches((2, 7, 8), 6, 4, classes=5))
+    a, *_ = compare(copy.deepcopy(model), options, data)
+    assert min(a.densities.values()) > 0.1  # the guard fired
+    a, *_ = compare(model, SGDOptions(lr=0.01, momentum=0.9, penalty=0.01), data, evaluate_every=2)
+    assert min(a.densities.values()) < 0.2  # without it the layer stays pruned (noise may revive a filter)
+
+
+@pytest.mark.parametrize("momentum, weight_decay", [(0.0, 0.0), (0.0, 0.05), (0.9, 0.0), (0.9, 0.05)])
+def test_rows_pruned_for_long_move_as_the_eager_update_moves_them(momentum, weight_decay):
+    """Pruned rows coast on momentum and weight decay for 60 steps, then lower thresholds revive them."""
+    torch.manual_seed(6)
+    model = prune(LeNet5().double(), 0.3)
+    with torch.no_grad():
+        for _, layer in threshold_layers(model):
+            layer.threshold.mul_(torch.where(layer.mask(), 0.5, 2.0))
+
+    def revive(m):
+        with torch.no_grad():
+            for _, layer in threshold_layers(m):
+                layer.threshold.mul_(0.2)
+
+    options = SGDOptions(lr=0.01, momentum=momentum, weight_decay=weight_decay)
+    _, b, _, _ = compare(
+        model, options, batches((1, 28, 28), 120, 2), start_momentum=0.02, rounds=2, meddle=revive, evaluate_every=17
+    )
+    assert sum(b.densities.values()) > 4 * 0.5
+
+
+@pytest.mark.parametrize("far", ["threshold", "weight"])
+def test_window_passes_where_the_threshold_is_far(far):
+    """Margins beyond 1 on either side: the window estimator lets gradients through, to pruned rows too."""
+    torch.manual_seed(7)
+    model = warm_norms(with_estimator(Padded(act=nn.GELU).double(), "window"))
+    with torch.no_grad():
+        for _, layer in threshold_layers(model):
+            if far == "threshold":
+                layer.threshold[::2] = 1.5
+                layer.threshold[1] = 1.02
+            else:
+                layer.weight[::2] *= 40
+                layer.threshold[::3] = 60.0
+    options = SGDOptions(lr=0.001, momentum=0.9, weight_decay=1e-3, penalty=2.0)
+    compare(model, options, batches((2, 7, 8), 30, 4, classes=5), start_momentum=0.05, evaluate_every=5)
+
+
+def test_ties_and_zero_rows():
+    torch.manual_seed(8)
+    model = LeNet5().double()
+    with torch.no_grad():
+        for _, layer in threshold_layers(model):
+            layer.weight[::3] = 0
+            layer.weight.flatten(1)[:, ::4] = 0
+            layer.threshold.copy_(layer.scores())
+            layer.threshold[1::2] *= 0.5
+    compare(model, SGDOptions(lr=0.02, momentum=0.9), batches((1, 28, 28), 6, 3))
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+def test_conv4(estimator, multiple):
+    torch.manual_seed(9)
+    model = prune(warm_norms(with_estimator(Conv4().double(), estimator)), 0.5)
+    trainer = CompactTrainer(model, strict=True, multiple=multiple)
+    a, b, _, _ = compare(model, EVERYTHING, batches((3, 32, 32), 4, 3), evaluate_every=3, trainer=trainer)
+    if estimator == "window":
+        assert a.macs > 3 * b.macs
+
+
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+def test_resnet(estimator):
+    torch.manual_seed(10)
+    model = prune(warm_norms(with_estimator(ResNet18(10, width=8).double(), estimator)), 0.5)
+    a, b, _, _ = compare(model, EVERYTHING, batches((3, 32, 32), 4, 3), evaluate_every=3)
+    if estimator == "window":
+        assert a.macs > 1.8 * b.macs
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+def test_vit(estimator, dropout):
+    torch.manual_seed(11)
+    model = ViT(10, dim=16, depth=2, heads=2, head_dim=8, hidden=24, dropout=dropout).double()
+    prune(with_estimator(model, estimator), 0.5)
+    a, b, _, _ = compare(model, EVERYTHING, batches((3, 32, 32), 6, 3), evaluate_every=3)
+    assert b.macs < a.macs or estimator == "identity"
+
+
+def test_float32_stays_within_rounding():
+    torch.manual_seed(12)
+    model = prune(LeNet5(), 0.5)
+    options = SGDOptions(lr=0.01, momentum=0.9, penalty=1e-4)
+    data = batches((1, 28, 28), 20, 16, dtype=torch.float32)
+    compare(model, options, data, tolerance=2e-4, evaluate_every=9)
+
+
+def test_parameters_may_move_to_other_memory_between_trainings():
+    torch.manual_seed(13)
+    model = prune(LeNet5().double(), 0.5)
+
+    def swap(m):
+        for p in m.parameters():
+            p.data = p.data.clone()
+
+    compare(model, EVERYTHING, batches((1, 28, 28), 6, 2), rounds=3, meddle=swap)
+
+
+def test_macs_equal_the_flop_counter_of_a_dense_model_of_the_same_size():
+    torch.manual_seed(14)
+    model = prune(LeNet5().double(), 0.5)
+    x, y = next(batches((1, 28, 28), 1, 4))
+    trainer = CompactTrainer(model, multiple=1)
+    trainer.begin(SGDOptions(lr=0.0))
+    trainer.step(x, y)
+    # fc4 keeps all ten rows: the gradient of its pruned ones is not zero.
+    layers = 10 * 25 * 576, 25 * 10 * 25 * 64, 250 * 25 * 16, 10 * 250
+    assert trainer.finish().macs == 4 * (3 * sum(layers) - layers[0])
+
+
+# -- refusals and fallbacks --------------------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = ThresholdLinear(4, 4)
+
+    def forward(self, x):
+        return self.fc(self.fc(x))
+
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = ThresholdLinear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum() > 0 else x
+
+
+class Modal(Twice):
+    def forward(self, x):
+        return self.fc(x) if self.training else self.fc(x) * 2
+
+
+def hooked():
+    model = nn.Sequential(ThresholdLinear(4, 4))
+    model[0].register_forward_hook(lambda *a: None)
+    return model
+
+
+def frozen():
+    model = nn.Sequential(ThresholdLinear(4, 4))
+    model[0].weight.requires_grad_(False)
+    return model
+
+
+def tied():
+    model = nn.Sequential(ThresholdLinear(4, 4), nn.ReLU(), ThresholdLinear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+def unused():
+    model = nn.Sequential(ThresholdLinear(4, 4))
+    model.register_parameter("extra", nn.Parameter(torch.zeros(2)))
+    return model
+
+
+@pytest.mark.parametrize(
+    "build, text",
+    [
+        (Branch, "cannot be traced"),
+        (Modal, "different things in train and eval"),
+        (hooked, "has hooks"),
+        (frozen, "'0.weight' is frozen"),
+        (tied, "'0.weight' and '2.weight' are the same tensor"),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), "no threshold layers"),
+    ],
+)
+def test_what_cannot_be_traced_runs_masked_and_says_why(build, text, monkeypatch):
+    trainer = make_trainer(build())
+    assert trainer.engine == "masked"
+    assert text in trainer.reason
+    with pytest.raises(Unsupported, match=text):
+        make_trainer(build(), strict=True)
+    with pytest.warns(UserWarning, match=text):
+        make_trainer(build(), "compact")
+    monkeypatch.setenv("SPAFL_STRICT", "1")
+    with pytest.raises(Unsupported, match=text):
+        make_trainer(build())
+
+
+@pytest.mark.parametrize("build, text", [(Twice, "'fc' is used twice"), (unused, "'extra' is not used")])
+def test_what_the_first_batch_shows_runs_masked_too(build, text):
+    model = build()
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    options = SGDOptions(lr=0.1, momentum=0.9)
+    trainer, masked = make_trainer(model), make_trainer(twin, "masked")
+    for t in (trainer, masked):
+        for _ in range(2):
+            t.begin(options)
+            t.step(x, y)
+            t.evaluate(x, y)
+            assert t.finish().steps == 1
+    assert trainer.engine == "masked" and text in trainer.reason
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+    strict = make_trainer(build(), strict=True)
+    strict.begin(options)
+    with pytest.raises(Unsupported, match=text):
+        strict.step(x, y)
+
+
+def test_a_model_changed_under_the_trainer_is_refused():
+    model = LeNet5()
+    trainer = CompactTrainer(model)
+    x, y = next(batches((1, 28, 28), 1, 2, dtype=torch.float32))
+    trainer.begin(SGDOptions(lr=0.1))
+    trainer.step(x, y)
+    with pytest.raises(ValueError, match=r"this training began with, \(1, 28, 28\); got \(1, 30, 30\)"):
+        trainer.step(torch.zeros(2, 1, 30, 30), y)
+    with torch.no_grad():
+        model.fc3.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"'fc3.weight' was changed by somebody else"):
+        trainer.finish()
+    model = LeNet5()
+    trainer = CompactTrainer(model)
+    model.fc3.weight = nn.Parameter(model.fc3.weight.detach().clone())
+    with pytest.raises(RuntimeError, match="parameters of the model were replaced"):
+        trainer.begin(SGDOptions(lr=0.1))
+    model = LeNet5()
+    trainer = CompactTrainer(model)
+    model.fc3.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"requires_grad of 'fc3.weight' was switched off"):
+        trainer.begin(SGDOptions(lr=0.1))

@@ -1,0 +1,174 @@
+// Runs every CPU kernel, on every instruction set of this machine, over odd shapes, against the plainest code that
+// computes the same. Built with AddressSanitizer and UBSan by test_sanitizers.py: every array is a heap block of its
+// exact size, so that a read or write past an end is caught. Prints one line per failure; exit status 1 if any.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+using namespace spafl;
+
+static int failures = 0;
+static std::mt19937 engine(1);
+
+template <typename T>
+std::vector<T> noise(int64_t n) {
+  std::normal_distribution<double> normal;
+  std::vector<T> v(n);
+  for (T& x : v) x = (T)normal(engine);
+  return v;
+}
+
+template <typename T>
+void expect_close(const char* what, Isa isa, const std::vector<T>& have, const std::vector<double>& want, double bound) {
+  for (size_t i = 0; i < want.size(); i++)
+    if (!(std::fabs((double)have[i] - want[i]) <= bound * (1 + std::fabs(want[i])))) {
+      std::printf("%s (%s, %zu bytes): element %zu is %g, expected %g\n", what, isa_name(isa), sizeof(T), i,
+                  (double)have[i], want[i]);
+      failures++;
+      return;
+    }
+}
+
+template <typename T>
+void expect_same(const char* what, Isa isa, const std::vector<T>& a, const std::vector<T>& b) {
+  if (a.size() == b.size() && (a.empty() || !std::memcmp(a.data(), b.data(), a.size() * sizeof(T)))) return;
+  std::printf("%s: %s differs in its bits from scalar (%zu bytes)\n", what, isa_name(isa), sizeof(T));
+  failures++;
+}
+
+template <typename T>
+void check_conv(Isa isa, const ConvShape& s, bool with_bias) {
+  const Kernels<T>& k = kernels_for<T>(isa);
+  const int64_t image = s.in_channels * s.height * s.width, taps = s.in_channels * s.kernel_h * s.kernel_w;
+  const int64_t pooled = s.pooled_h() * s.pooled_w(), outputs = s.batch * s.out_channels * pooled;
+  const auto x = noise<T>(s.batch * image), w = noise<T>(s.out_channels * taps), b = noise<T>(s.out_channels);
+  const auto gy = noise<T>(outputs);
+  std::vector<T> y(outputs, (T)NAN), gw(w.size(), (T)NAN), gb(b.size(), (T)NAN), gx(x.size(), (T)NAN);
+  std::vector<uint8_t> argmax(outputs, 77);
+  k.conv_relu_pool(s, x.data(), w.data(), with_bias ? b.data() : nullptr, y.data(), argmax.data());
+  k.conv_relu_pool_grad_weight(s, x.data(), gy.data(), argmax.data(), gw.data(), with_bias ? gb.data() : nullptr);
+  k.conv_relu_pool_grad_input(s, w.data(), gy.data(), argmax.data(), gx.data());
+
+  std::vector<double> y2(outputs), gw2(w.size()), gb2(b.size()), gx2(x.size());
+  for (int64_t o = 0; o < outputs; o++) {
+    const int64_t n = o / pooled / s.out_channels, c = o / pooled % s.out_channels;
+    const int64_t top = o % pooled / s.pooled_w() * s.pool, left = o % pooled % s.pooled_w() * s.pool;
+    // Visits the inputs and weights of the convolution output at (row, column).
+    const auto visit = [&](int64_t row, int64_t column, auto f) {
+      for (int64_t t = 0; t < taps; t++) {
+        const int64_t channel = t / s.kernel_w / s.kernel_h, v = row + t / s.kernel_w % s.kernel_h - s.pad_h;
+        const int64_t u = column + t % s.kernel_w - s.pad_w;
+        if (v >= 0 && v < s.height && u >= 0 && u < s.width) f(n * image + (channel * s.height + v) * s.width + u, c * taps + t);
+      }
+    };
+    double best = -INFINITY;
+    int64_t where = 0;
+    for (int64_t d = 0; d < s.pool * s.pool; d++) {
+      double sum = with_bias ? (double)b[c] : 0;
+      visit(top + d / s.pool, left + d % s.pool, [&](int64_t i, int64_t j) { sum += (double)x[i] * (double)w[j]; });
+      if (sum > best) best = sum, where = d;
+    }
+    y2[o] = std::max(best, 0.0);
+    // Where rounding may decide the winner, take the kernel's.
+    if (argmax[o] != kBlocked && argmax[o] != where && argmax[o] < s.pool * s.pool) where = argmax[o];
+    if (best > 0) {
+      gb2[c] += gy[o];
+      visit(top + where / s.pool, left + where % s.pool, [&](int64_t i, int64_t j) {
+        gw2[j] += (double)gy[o] * (double)x[i];
+        gx2[i] += (double)gy[o] * (double)w[j];
+      });
+    }
+  }
+  const double bound = sizeof(T) == 4 ? 3e-4 : 1e-11;
+  expect_close("conv_relu_pool", isa, y, y2, bound);
+  expect_close("conv_relu_pool_grad_weight", isa, gw, gw2, bound);
+  if (with_bias) expect_close("conv_relu_pool_grad_bias", isa, gb, gb2, bound);
+  expect_close("conv_relu_pool_grad_input", isa, gx, gx2, bound);
+}
+
+template <typename T>
+void check_pool(Isa isa, int64_t planes, int64_t height, int64_t width, int64_t pool) {
+  const int64_t rows = height / pool, columns = width / pool, outputs = planes * rows * columns;
+  const auto x = noise<T>(planes * height * width), gy = noise<T>(outputs);
+  std::vector<T> y(outputs, (T)NAN), gx(x.size(), (T)NAN);
+  std::vector<uint8_t> argmax(outputs, 77);
+  kernels_for<T>(isa).relu_pool(planes, height, width, pool, x.data(), y.data(), argmax.data());
+  kernels_for<T>(isa).relu_pool_grad(planes, height, width, pool, gy.data(), argmax.data(), gx.data());
+  std::vector<double> y2(outputs), gx2(x.size());
+  for (int64_t o = 0; o < outputs; o++) {
+    const int64_t base = o / columns / rows * height * width + o / columns % rows * pool * width + o % columns * pool;
+    int64_t at = base;
+    for (int64_t d = 1; d < pool * pool; d++)
+      if (const int64_t i = base + d / pool * width + d % pool; x[i] > x[at]) at = i;
+    if (x[at] > 0) y2[o] = x[at], gx2[at] = gy[o];
+  }
+  expect_close("relu_pool", isa, y, y2, 0);
+  expect_close("relu_pool_grad", isa, gx, gx2, 0);
+}
+
+template <typename T>
+void check_rows(int64_t rows, int64_t columns, int64_t dropped, bool momentum, bool window) {
+  struct State {
+    std::vector<T> w, g, m, d, dg, dm, tau, tm, score, p, pg, pm, rest;
+    std::vector<uint8_t> mask;
+  };
+  const State start{noise<T>(rows * columns), noise<T>(rows * columns), noise<T>(rows * columns), noise<T>(rows * dropped),
+                    noise<T>(rows * dropped), noise<T>(rows * dropped), noise<T>(rows), noise<T>(rows), noise<T>(rows), noise<T>(columns),
+                    noise<T>(columns), noise<T>(columns), noise<T>(rows), std::vector<uint8_t>(rows, 1)};
+  State expected;
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+    if (!isa_supported(isa)) continue;
+    State s = start;
+    const int64_t n_in = std::max<int64_t>(1, columns + dropped);
+    std::vector<int64_t> index(rows);
+    for (int64_t i = 0; i < rows; i++) index[i] = rows - 1 - i;
+    const StepLayer<T> layers[] = {{s.w.data(), s.g.data(), momentum ? s.m.data() : nullptr, s.d.data(),
+                                    window ? s.dg.data() : nullptr, momentum ? s.dm.data() : nullptr, s.tau.data(),
+                                    momentum ? s.tm.data() : nullptr, nullptr, index.data(), s.score.data(), s.mask.data(),
+                                    rows, rows, columns, dropped, n_in, window}};
+    const StepTensor<T> tensors[] = {{s.p.data(), s.pg.data(), momentum ? s.pm.data() : nullptr, columns, true}};
+    int64_t flips[1] = {-1};
+    const StepOptions options{0.1, momentum ? 0.9 : 0, 1e-3, 0.2, 0.7, 0.5, true};
+    const double norm = kernels_for<T>(isa).step(layers, 1, tensors, 1, options, flips);
+    s.rest.push_back((T)norm), s.rest.push_back((T)flips[0]);
+    s.rest.resize(rows + 2);
+    kernels_for<T>(isa).threshold_rows({s.w.data(), s.tau.data(), s.rest.data(), s.score.data(), s.mask.data(), rows, columns, n_in});
+    if (isa == Isa::scalar) {
+      expected = s;
+      continue;
+    }
+    expect_same("weights", isa, s.w, expected.w), expect_same("gradients", isa, s.g, expected.g);
+    expect_same("momenta", isa, s.m, expected.m), expect_same("dropped", isa, s.d, expected.d);
+    expect_same("thresholds", isa, s.tau, expected.tau), expect_same("scores", isa, s.score, expected.score);
+    expect_same("masks", isa, s.mask, expected.mask), expect_same("parameters", isa, s.p, expected.p);
+    expect_same("norm and flips", isa, s.rest, expected.rest);
+  }
+}
+
+template <typename T>
+void check_all() {
+  const ConvShape shapes[] = {
+      {2, 1, 28, 28, 20, 5, 5, 0, 0, 2}, {2, 3, 17, 19, 7, 3, 3, 1, 1, 2}, {1, 2, 11, 23, 5, 4, 7, 2, 3, 3},
+      {1, 8, 12, 13, 3, 11, 11, 5, 5, 2}, {1, 1, 2, 2, 4, 1, 1, 0, 0, 2},   {2, 1, 1, 1, 2, 1, 1, 7, 7, 3},
+      {1, 2, 3, 7, 13, 2, 2, 0, 3, 2},    {1, 1, 9, 70, 1, 3, 9, 4, 0, 3}};
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+    if (!isa_supported(isa)) continue;
+    for (const ConvShape& shape : shapes) check_conv<T>(isa, shape, shape.pad_h != 1);
+    for (int64_t pool : {2, 3})
+      for (int64_t side : {3, 8, 9, 34}) check_pool<T>(isa, 2, side, side + 1, pool);
+  }
+  for (int64_t columns : {0, 1, 31, 32, 33, 100, 4999})
+    for (bool flag : {false, true}) check_rows<T>(3, columns, columns / 2, flag, !flag);
+  check_rows<T>(0, 5, 5, true, true);
+}
+
+int main() {
+  check_all<float>();
+  check_all<double>();
+  if (!failures) std::printf("all kernels agree\n");
+  return failures != 0;
+}
