@@ -24,7 +24,7 @@ else:
     from support import interpreter as checks
 
     import spafl_kernels.triton.threshold as threshold_module
-    from spafl_kernels.ops import closed_form
+    from spafl_kernels.ops import closed_form, library
     from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
     from spafl_kernels.triton.plan import HEADER, Plan
     from spafl_kernels.triton.tiles import TILES
@@ -415,6 +415,29 @@ else:
                 check(cases.make(out, geometry, n, round(share * out), seed=seed), TOLERANCE[SINGLE])
 
         property_holds()
+
+    # ------------------------------------------------------------------------------------------- the operators
+    @pytest.mark.parametrize("linear", [True, False])
+    def test_what_the_operators_run_on_cuda(linear):
+        """The functions registered for CUDA, called on CPU tensors: the same results and strides as on the CPU."""
+        out, geometry, n = SHAPES["linear" if linear else "strided"]
+        case = cases.make(out, geometry, n, clients=2)
+        x, w, dy = ((t[..., 0, 0] for t in (case.x, case.weight, case.grad)) if linear else
+                    (case.x, case.weight, case.grad))  # fmt: skip
+        steps = () if linear else (geometry.stride, geometry.padding, geometry.dilation)
+        op = library.threshold_linear if linear else library.threshold_conv2d
+        arguments = (x, w, case.threshold, case.bias, *steps, "identity", True)
+        results = op._backend_fns["cuda"](*arguments), op(*arguments)
+        for a, b in zip(*results, strict=True):
+            assert a.stride() == b.stride() and a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        plan, packed = results[1][1:]
+        op = library.threshold_linear_backward if linear else library.threshold_conv2d_backward
+        for needs in ((True, True), (True, False), (False, True)):
+            arguments = (dy, x, w, packed, plan, case.bias, *steps, True, *needs)
+            for a, b in zip(op._backend_fns["cuda"](*arguments), op(*arguments), strict=True):
+                assert a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
     # ------------------------------------------------------------------------------------------- the benchmark
     @pytest.mark.parametrize("linear", [True, False])
