@@ -264,6 +264,8 @@ def layer_forward(
     total = n * high * wide
     if total == 0 or clients == 0:
         return y
+    if max(total, n * g.height * g.width) >= 2**31:
+        raise ValueError(f"x must have fewer than 2**31 positions per client; got N={n}, {(g.height, g.width)} pixels")
     if input_plan is not None:
         x, packed, g = restrict(x, packed, input_plan, g)
     else:

@@ -77,6 +77,7 @@ else:
 
     def check(case, tolerance, estimator="identity", bias=True, mask_bias=False, **rest):
         plan, y, gradients = run(case, estimator, bias, mask_bias, **rest)
+        assert not checks.state.stats.duplicate_stores  # other programs' stores are the race check's
         assert torch.equal(plan.mask, case.keep)
         assert cases.error(y, cases.expected_output(case, bias, mask_bias)) < tolerance
         kept_bias = case.bias.to(y.dtype)[:, None, :, None, None] if bias and not mask_bias else torch.zeros(())
@@ -151,7 +152,8 @@ else:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_densities(shape):
         out, geometry, n = SHAPES[shape]
-        for seed, count in enumerate(cases.counts(out)):
+        every = shape in ("linear", "strided")
+        for seed, count in enumerate(cases.counts(out) if every else (0, out // 2, out)):
             with checks.options(order_seed=seed):
                 check(cases.make(out, geometry, n, count, seed=seed), TOLERANCE[SINGLE])
 
@@ -206,7 +208,7 @@ else:
         case.grad = torch.ones(()).expand(1, n, out, *geometry.output)
         check(case, TOLERANCE[SINGLE])
 
-    @pytest.mark.parametrize("shape", ["linear", "first"])
+    @pytest.mark.parametrize("shape", ["linear", "pointwise"])
     def test_grouped_clients_equal_each_client_alone(shape):
         out, geometry, n = SHAPES[shape]
         case = cases.make(out, geometry, n, clients=3, seed=3)
