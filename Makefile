@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/python -m spafl.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """Whole models on compact tensors: only active filters, and only active input channels, are stored and computed."""
 
+from .export import export
 from .flow import Flow, trace_flow
+from .module import CompactModule
 from .trainer import CompactTrainer
 
-__all__ = ["CompactTrainer", "Flow", "trace_flow"]
+__all__ = ["CompactModule", "CompactTrainer", "Flow", "export", "trace_flow"]

@@ -482,7 +482,7 @@ class _Follower:
         ndim = len(op.shape or ())
         dim = 1 if isinstance(m, nn.Conv2d) else ndim - 1
         if before.layout is not None:
-            if isinstance(m, nn.Conv2d) and m.groups > 1:
+            if isinstance(m, nn.Conv2d) and m.groups > 1 and op.kind != "depthwise":
                 self.stop(op, "grouped convolution")
             elif before.layout.dim != dim:
                 self.stop(op, "channels are not where the layer reads them")

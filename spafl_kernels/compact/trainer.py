@@ -402,15 +402,7 @@ class CompactTrainer(Trainer):
         value = self._current(norm, "nb", bias, self._norm_channels.get(norm))
         if value is None:
             value = self._scores.new_zeros(layout.width)
-        if zero:
-            value = (value == 0).to(self._dtype)
-        out, at = self._scores.new_zeros(layer.rows), 0
-        for s in layout.segments:
-            if s.source == layer.name:
-                part = value[at : at + s.width].view(-1, s.repeat).amax(1)
-                out[s.start : s.stop] = torch.maximum(out[s.start : s.stop], part)
-            at += s.width
-        return out
+        return per_filter((value == 0).to(self._dtype) if zero else value, layout, layer.name, layer.rows)
 
     def _current(self, name: str, key: str, full: Tensor | None, channels: Channels | None) -> Tensor | None:
         """A vector at full width as it is now: from the arena, or from the model before the first plan."""
@@ -883,6 +875,17 @@ class CompactTrainer(Trainer):
 
 
 # -- small parts -------------------------------------------------------------------------------------------------------
+
+
+def per_filter(value: Tensor, layout: Layout, name: str, rows: int) -> Tensor:
+    """By filter of layer ``name``: the largest of its channels' values in ``layout``, or 0 if that is larger."""
+    out, at = value.new_zeros(rows), 0
+    for s in layout.segments:
+        if s.source == name:
+            part = value[at : at + s.width].view(-1, s.repeat).amax(1)
+            out[s.start : s.stop] = torch.maximum(out[s.start : s.stop], part)
+        at += s.width
+    return out
 
 
 def _join(module: str, name: str) -> str:

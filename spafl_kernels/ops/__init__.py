@@ -14,20 +14,24 @@ float16 or bfloat16: masks are always decided in the dtype of the weights, so au
 :func:`explain` says which implementation a layer uses on an input, and why.
 """
 
+from ._backend import ready
 from .backend import Explanation, explain
-from .conv_pool import conv_relu_pool, relu_pool
+from .conv_pool import DirectConvReluPool, DirectReluPool, conv_relu_pool, relu_pool
 from .library import conv2d, linear
 from .sgd import sgd_step
 from .step import FilterRows, threshold_step
 from .threshold import threshold_pass
 
 __all__ = [
+    "DirectConvReluPool",
+    "DirectReluPool",
     "Explanation",
     "FilterRows",
     "conv2d",
     "conv_relu_pool",
     "explain",
     "linear",
+    "ready",
     "relu_pool",
     "sgd_step",
     "threshold_pass",

@@ -170,7 +170,8 @@ class SpaFL(Algorithm):
         result = client.trainer.finish()
         self._remember(client, result.densities)
         upload = {f"{name}.threshold": layer.threshold.detach().cpu().clone() for name, layer in layers.items()}
-        return Training(upload, loss, steps, self._paper_macs(client, result.densities), result.macs)
+        figures = {"density": sum(result.densities.values()) / len(result.densities)}
+        return Training(upload, loss, steps, self._paper_macs(client, result.densities), result.macs, figures)
 
     def receive(self, client: Client, announcement: Message, round: int) -> None:
         layers = dict(threshold_layers(client.model))

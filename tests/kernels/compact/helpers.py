@@ -90,10 +90,11 @@ def compare_steps(model: nn.Module, options: SGDOptions, data, tolerance: float 
     masked, compact = MaskedTrainer(twin), CompactTrainer(model, strict=True)
     momentum = [{n: torch.zeros_like(p) for n, p in model.named_parameters()} for _ in range(2)]
     densities = None
-    for x, y in data:
+    for k, (x, y) in enumerate(data):
         results = []
         for trainer, buffers in zip((masked, compact), momentum):
             trainer.begin(options, buffers, densities)
+            torch.manual_seed(k)
             loss = trainer.step(x, y)
             results.append((loss, trainer.finish()))
         (a, ra), (b, rb) = results

@@ -1,0 +1,370 @@
+"""Export: the plain small dense model that a pruned model is at inference."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ..layers import ThresholdLayer
+from .flow import Flow, Op, trace_flow
+from .plan import Channels, Plan
+from .program import single_user
+
+__all__ = ["export"]
+
+
+def export(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
+    """A small dense model that computes what ``model`` computes in eval mode.
+
+    Pruned filters and the input columns that read them are gone; BatchNorm behind a layer and the constants of pruned
+    channels are folded into weights and biases. The result is a ``torch.fx.GraphModule`` of plain ``torch.nn`` layers:
+    nothing of this package is needed to load or run it. It is in eval mode and has its own memory.
+
+    Args:
+        model: a model with threshold layers; not changed.
+        image: shape of one input sample, without the batch. Where a constant meets zero padding its map is stored for
+            this size, so other sizes are refused by the addition.
+
+    Returns:
+        The model; ``(N, *image)`` gives the output of ``model.eval()`` up to rounding.
+
+    Raises:
+        Unsupported: the model cannot be traced (:func:`spafl_kernels.to_dense` still gives a dense model).
+    """
+    flow = trace_flow(model, image)
+    with torch.no_grad():
+        return _Exporter(flow).run()
+
+
+@dataclass
+class _Value:
+    """A node of the new graph; ``constants`` are those of the dropped channels (None: all 0)."""
+
+    node: fx.Node
+    channels: Channels | None
+    constants: Tensor | None = None
+
+
+class _Exporter:
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.names = {id(m): name for name, m in flow.model.named_modules()}
+        keep = {}
+        for name, op in flow.layers.items():
+            m = op.module
+            if isinstance(m, ThresholdLayer):
+                grouped = op.kind == "layer" and getattr(m, "groups", 1) > 1
+                keep[name] = torch.ones_like(m.mask()) if grouped else m.mask()
+        self.plan = Plan(flow, keep, multiple=1)
+        self.root = nn.Module()
+        self.graph = fx.Graph()
+        self.values: dict[str, _Value] = {}
+        self.wide: dict[str, fx.Node] = {}
+        # Norms that disappear into the layer in front of them.
+        self.folded: dict[str, Op] = {}
+        for op in flow.norms.values():
+            source = flow.ops[op.sources[0]]
+            if source.kind in ("layer", "depthwise") and single_user(flow, source) and op.data == source.layout:
+                self.folded[source.name] = op
+
+    def run(self) -> nn.Module:
+        for op in self.flow.ops.values():
+            if op.kind == "output":
+                self.graph.output(self.full(self.flow.output))
+            elif op.name not in self.values:
+                getattr(self, f"emit_{op.kind}", self.emit_channelwise)(op)
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        module = fx.GraphModule(self.root, self.graph, class_name=f"{type(self.flow.model).__name__}Small")
+        module.delete_all_unused_submodules()
+        return module.eval()
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def channels(self, op: Op) -> Channels | None:
+        return None if op.layout is None else self.plan.channels(op.layout)
+
+    def module(self, name: str, m: nn.Module, *args: fx.Node) -> fx.Node:
+        target = name.replace(".", "_") or "layer"
+        self.root.add_module(target, m)
+        return self.graph.call_module(target, args)
+
+    def buffer(self, name: str, value: Tensor) -> fx.Node:
+        target = name.replace(".", "_")
+        self.root.register_buffer(target, value.clone())
+        return self.graph.get_attr(target)
+
+    def first(self, op: Op) -> _Value:
+        return self.values[op.sources[0]]
+
+    def full(self, name: str) -> fx.Node:
+        """The value at full width."""
+        value = self.values[name]
+        if value.channels is None or value.channels.full:
+            return value.node
+        if name not in self.wide:
+            everything = torch.arange(value.channels.width, device=value.channels.kept.device)
+            self.wide[name] = self.relayout(name, everything)
+        return self.wide[name]
+
+    def relayout(self, name: str, wanted: Tensor) -> fx.Node:
+        """The channels ``wanted``: kept ones moved, dropped ones filled with their constants."""
+        op, value = self.flow.ops[name], self.values[name]
+        channels, layout = value.channels, op.layout
+        assert channels is not None and layout is not None
+        ndim = len(op.shape or ())
+        # One more channel of zeros is where dropped channels are read from.
+        place = torch.full((channels.width,), channels.stored, device=channels.kept.device)
+        place[channels.kept] = torch.arange(len(channels.kept), device=place.device)
+        pads = [0, 0] * (ndim - 1 - layout.dim) + [0, 1]
+        node = self.graph.call_function(F.pad, (value.node, pads))
+        index = self.buffer(f"{name}_channels_{len(self.wide)}_{len(wanted)}", place[wanted])
+        node = self.graph.call_function(torch.index_select, (node, layout.dim, index))
+        if value.constants is not None:
+            base = value.constants.new_zeros(channels.width).index_copy(0, channels.dropped, value.constants)[wanted]
+            shape = [-1 if d == layout.dim else 1 for d in range(ndim)]
+            constant = self.buffer(f"{name}_constants_{len(self.wide)}_{len(wanted)}", base.view(shape))
+            node = self.graph.call_function(torch.add, (node, constant))
+        return node
+
+    # -- one method per kind of op ---------------------------------------------------------------------------------
+
+    def emit_input(self, op: Op) -> None:
+        self.values[op.name] = _Value(self.graph.placeholder("x"), None)
+
+    def emit_layer(self, op: Op) -> None:
+        m, source = op.module, self.first(op)
+        assert isinstance(m, (nn.Conv2d, nn.Linear))
+        name, conv = self.names[id(m)], isinstance(m, nn.Conv2d)
+        rows, columns = self.plan.rows.get(name), None if op.data is None else self.plan.channels(op.data)
+        weight, bias = m.weight.detach(), None if m.bias is None else m.bias.detach()
+        if isinstance(m, ThresholdLayer):
+            mask = m.mask().to(weight.dtype)
+            weight = weight * mask.view(-1, *(1,) * (weight.dim() - 1))
+            if bias is not None and m.mask_bias:
+                bias = bias * mask
+        dropped_bias = None
+        if rows is not None:
+            if bias is not None and not m.mask_bias and len(rows.dropped):
+                dropped_bias = bias[rows.dropped]
+            weight = _rows(weight, rows)
+            bias = None if bias is None else _rows(bias, rows)
+        if op.kind == "depthwise":
+            node = self.depthwise_input(op, rows)
+            columns, constants = None, None
+        else:
+            node = self.full(op.sources[0]) if columns is None else source.node
+            constants = source.constants if columns is not None else None
+        border: Tensor | None = None
+        if columns is not None:
+            if constants is not None:
+                lost = weight.index_select(1, columns.dropped)
+                if conv and m.padding_mode == "zeros" and m.padding not in ("valid", 0, (0, 0)):
+                    shape = self.flow.ops[op.sources[0]].shape or ()
+                    maps = constants.view(1, -1, 1, 1).expand(1, -1, *shape[2:])
+                    border = F.conv2d(maps, lost, None, m.stride, m.padding, m.dilation)
+                else:
+                    shift = lost.flatten(2).sum(2) @ constants if conv else lost @ constants
+                    bias = shift if bias is None else bias + shift
+            weight = weight.index_select(1, columns.kept)
+            if columns.pads:
+                weight = F.pad(weight, [0, 0] * (weight.dim() - 2) + [0, columns.pads])
+        result, out_constants = op, dropped_bias
+        if (norm := self.folded.get(op.name)) is not None:
+            result = norm
+            scale, shift, out_constants = self.norm_numbers(norm, rows, dropped_bias)
+            weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+            bias = shift if bias is None else bias * scale + shift
+            border = None if border is None else border * scale.view(1, -1, 1, 1)
+        small: nn.Module
+        if conv:
+            groups = m.groups if op.kind == "layer" else weight.shape[0]
+            padding: Any = m.padding
+            if isinstance(padding, str):
+                # In numbers: ONNX Runtime refuses "same" with dilation.
+                total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(m.dilation, m.kernel_size)]
+                padding = tuple(t // 2 for t in total)
+                if any(t % 2 for t in total):
+                    (top, left), padding = padding, 0
+                    sides = [left, total[1] - left, top, total[0] - top]
+                    node = self.graph.call_function(F.pad, (node, sides))
+            small = nn.Conv2d(
+                weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.dilation, groups,
+                bias is not None, m.padding_mode, weight.device, weight.dtype,
+            )  # fmt: skip
+        else:
+            small = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
+        small.weight.copy_(weight)
+        if bias is not None:
+            small.bias.copy_(bias)
+        out = self.module(name, small, node)
+        if border is not None:
+            out = self.graph.call_function(torch.add, (out, self.buffer(f"{name}_border", border)))
+        channels = self.channels(result)
+        self.values[op.name] = self.values[result.name] = _Value(out, channels, out_constants)
+
+    emit_depthwise = emit_layer
+
+    def depthwise_input(self, op: Op, rows: Channels | None) -> fx.Node:
+        source, name = self.first(op), op.sources[0]
+        if rows is None:
+            return self.full(name)
+        before = source.channels
+        if before is not None and torch.equal(before.kept, rows.kept) and before.pads == rows.pads:
+            return source.node
+        if before is not None and not before.full:
+            node = self.relayout(name, rows.kept)
+        else:
+            index = self.buffer(f"{op.name}_inputs", rows.kept)
+            node = self.graph.call_function(torch.index_select, (source.node, 1, index))
+        if rows.pads:
+            node = self.graph.call_function(F.pad, (node, [0, 0, 0, 0, 0, rows.pads]))
+        return node
+
+    def norm_numbers(
+        self, op: Op, channels: Channels | None, constants: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(scale, shift)`` of the kept channels, 0 for pads, and what becomes of the constants."""
+        m = op.module
+        assert isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
+        assert m.running_mean is not None and m.running_var is not None
+        scale = torch.rsqrt(m.running_var + m.eps)
+        if m.weight is not None:
+            scale = scale * m.weight.detach()
+        shift = -m.running_mean * scale
+        if m.bias is not None:
+            shift = shift + m.bias.detach()
+        after = None
+        if channels is not None and len(channels.dropped):
+            after = shift[channels.dropped]
+            if constants is not None:
+                after = after + constants * scale[channels.dropped]
+        if channels is not None:
+            scale, shift = _rows(scale, channels), _rows(shift, channels)
+        return scale, shift, after
+
+    def emit_norm(self, op: Op) -> None:
+        m, source = op.module, self.first(op)
+        assert isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
+        channels = None if op.data is None else self.plan.channels(op.data)
+        node = self.full(op.sources[0]) if channels is None else source.node
+        *_, after = self.norm_numbers(op, channels, source.constants if channels is not None else None)
+        width = m.num_features if channels is None else channels.stored
+        assert m.running_mean is not None
+        small = type(m)(width, m.eps, m.momentum, m.affine, True, m.running_mean.device, m.running_mean.dtype)
+        for key, value in m.state_dict().items():
+            target = getattr(small, key)
+            target.copy_(_rows(value, channels) if channels is not None and value.dim() else value)
+        self.values[op.name] = _Value(self.module(self.names[id(m)], small, node), channels, after)
+
+    def emit_channelwise(self, op: Op) -> None:
+        """relu, unary, pool, same, dropout (nothing in eval mode), and split (its items are cut where they are read)."""
+        source = self.first(op)
+        channels, constants = self.channels(op), source.constants
+        if op.kind in ("same", "dropout", "split"):
+            node = source.node
+        elif op.module is not None:
+            node = self.module(op.name, copy.deepcopy(op.module), source.node)
+        else:
+            node = self.graph.node_copy(op.node, lambda n: self.values[n.name].node)
+        if op.kind in ("relu", "unary") and constants is not None:
+            assert op.apply is not None
+            constants = op.apply(constants)
+        self.values[op.name] = _Value(node, source.channels if op.kind == "split" else channels, constants)
+
+    def emit_flatten(self, op: Op) -> None:
+        source = self.first(op)
+        before, after, shape = source.channels, self.channels(op), self.flow.ops[op.sources[0]].shape or ()
+        assert before is not None and after is not None
+        repeat = 1
+        for size in shape[2:]:
+            repeat *= size
+        node = source.node
+        if before.pads and not after.pads:
+            node = self.graph.call_function(torch.narrow, (node, 1, 0, len(before.kept)))
+        node = self.graph.call_function(torch.flatten, (node, 1))
+        if after.pads:
+            # All channels are pruned: one zero feature stands for them.
+            node = self.graph.call_function(torch.narrow, (node, 1, 0, after.pads))
+        constants = None if source.constants is None else source.constants.repeat_interleave(repeat)
+        self.values[op.name] = _Value(node, after, constants)
+
+    def emit_add(self, op: Op) -> None:
+        names = [s.name for s in op.node.args]  # type: ignore[union-attr]
+        a, b = (self.values[n] for n in names)
+        if self.flow.ops[names[0]].layout == self.flow.ops[names[1]].layout:
+            node = self.graph.call_function(torch.add, (a.node, b.node))
+            constants = b.constants if a.constants is None else a.constants
+            if a.constants is not None and b.constants is not None:
+                constants = a.constants + b.constants
+            self.values[op.name] = _Value(node, self.channels(op), constants)
+        else:
+            node = self.graph.call_function(torch.add, tuple(self.full(n) for n in names))
+            self.values[op.name] = _Value(node, None)
+
+    def emit_cat(self, op: Op) -> None:
+        after, parts, constants = self.channels(op), [], []
+        assert after is not None
+        known = False
+        for s in op.node.args[0]:  # type: ignore[union-attr]
+            value = self.values[s.name]
+            node, part = value.node, value.channels
+            if part is not None:
+                lost = value.constants
+                known |= lost is not None
+                constants.append(torch.zeros(len(part.dropped)) if lost is None else lost)
+                if part.pads and len(part.kept):
+                    node = self.graph.call_function(torch.narrow, (node, op.data, 0, len(part.kept)))
+                elif part.pads:
+                    continue  # nothing of it is left
+            parts.append(node)
+        if not parts:
+            parts = [self.values[op.node.args[0][0].name].node]  # type: ignore[union-attr, index]
+        node = self.graph.call_function(torch.cat, (parts, op.data))
+        like = next((c for c in constants if len(c)), None)
+        joined = torch.cat([c.to(like) for c in constants]) if known and like is not None else None
+        self.values[op.name] = _Value(node, after, joined)
+
+    def emit_item(self, op: Op) -> None:
+        source, after = self.first(op), self.channels(op)
+        before, (low, high) = source.channels, op.data
+        assert before is not None and after is not None and op.layout is not None
+        node, constants = source.node, source.constants
+        if high - low < before.width:
+            if len(after.kept):
+                start = int((before.kept < low).sum())
+                node = self.graph.call_function(torch.narrow, (node, op.layout.dim, start, len(after.kept)))
+            else:
+                # One channel of zeros.
+                node = self.graph.call_function(torch.narrow, (node, op.layout.dim, 0, 1))
+                node = self.graph.call_function(torch.mul, (node, 0.0))
+            if constants is not None:
+                start = int((before.dropped < low).sum())
+                constants = constants[start : start + len(after.dropped)]
+        self.values[op.name] = _Value(node, after, constants)
+
+    def emit_other(self, op: Op) -> None:
+        node = op.node
+        if node.op == "get_attr":
+            parent, _, leaf = str(node.target).rpartition(".")
+            value = getattr(self.flow.model.get_submodule(parent), leaf)
+            new = self.buffer(str(node.target), value.detach())
+        elif node.op == "call_module":
+            assert op.module is not None
+            args = [self.full(s.name) for s in node.all_input_nodes]
+            new = self.module(op.name, copy.deepcopy(op.module), *args)
+        else:
+            new = self.graph.node_copy(node, lambda s: self.full(s.name))
+            if "training" in new.kwargs:
+                new.kwargs = {**new.kwargs, "training": False}
+        self.values[op.name] = _Value(new, None)
+
+    emit_shape = emit_other
+
+
+def _rows(full: Tensor, rows: Channels) -> Tensor:
+    """The kept rows, then zero rows."""
+    return F.pad(full.index_select(0, rows.kept), [0, 0] * (full.dim() - 1) + [0, rows.pads])

@@ -1,0 +1,387 @@
+"""A model whose forward and backward pass run compact, for anybody's training loop."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..layers import ThresholdLayer
+from ..reference import WINDOW, filter_scores
+from ..training import Unsupported
+from .flow import Flow, Layout, check_traceable, trace_flow
+from .plan import Channels, Plan
+from .program import LayerSlot, NormSlot, Program, fused_pools, prefers_channels_last
+from .trainer import _all, _Condition, _Layer, _put, per_filter
+
+__all__ = ["CompactModule"]
+
+
+class _Filters(torch.autograd.Function):
+    """Kept rows of a weight, split into kept and dropped columns, and the mask of the rows.
+
+    ``(weight, threshold, bias, spec) -> (kept, dropped or None, mask, bias or None)``; backward gives the gradients of
+    the definition (reference.py) to the full tensors. ``bias`` is given only if the mask covers it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, threshold: Tensor, bias: Tensor | None, spec: _Spec) -> Any:
+        rows, cols = spec.rows, spec.columns
+        part = weight.view(weight.shape[0], spec.inputs, -1)
+        part = part.index_select(0, rows.kept) if len(rows.dropped) else part
+        kept, dropped = part, None
+        if len(cols.dropped):
+            kept = part.index_select(1, cols.kept)
+        if len(cols.dropped) and spec.constants:
+            dropped = part.index_select(1, cols.dropped)
+            if rows.pads:
+                dropped = F.pad(dropped, (0, 0, 0, 0, 0, rows.pads))
+        if rows.pads or cols.pads:
+            kept = F.pad(kept, (0, 0, 0, cols.pads, 0, rows.pads))
+        elif kept is part and not len(rows.dropped):
+            kept = kept.clone()
+        mask = F.pad(spec.active.to(weight.dtype), (0, rows.pads))
+        row_bias = None
+        if bias is not None:
+            row_bias = F.pad(bias.index_select(0, rows.kept), (0, rows.pads))
+        ctx.spec = spec
+        ctx.save_for_backward(weight, bias)
+        shape = weight.shape[2:]
+        kept = kept.reshape(rows.stored, cols.stored, *shape)
+        if dropped is not None:
+            dropped = dropped.reshape(rows.stored, len(cols.dropped), *shape)
+        ctx.set_materialize_grads(False)
+        return kept, dropped, mask, row_bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        weight, bias = ctx.saved_tensors
+        spec, (g_kept, g_dropped, g_mask, g_bias) = ctx.spec, grads
+        rows, cols, live = spec.rows, spec.columns, len(spec.rows.kept)
+        full = weight.view(weight.shape[0], spec.inputs, -1)
+        w = full.index_select(0, rows.kept) if len(rows.dropped) else full
+        g = torch.zeros_like(w)
+        if g_kept is not None:
+            part = g_kept.reshape(rows.stored, cols.stored, -1)[:live, : len(cols.kept)]
+            g = g.index_copy_(1, cols.kept, part) if len(cols.dropped) else part.clone()
+        if g_dropped is not None:
+            g.index_copy_(1, cols.dropped, g_dropped.reshape(rows.stored, len(cols.dropped), -1)[:live])
+        grad_bias = None
+        if bias is not None:
+            grad_bias = torch.zeros_like(bias)
+            if g_bias is not None:
+                grad_bias.index_copy_(0, rows.kept, g_bias[:live])
+        grad_threshold = weight.new_zeros(weight.shape[0])
+        if spec.passes is not None:
+            if g_mask is not None:
+                r = g_mask[:live]
+            else:
+                r = (g * w).sum((1, 2))
+                if g_bias is not None:
+                    r = r + g_bias[:live] * bias[rows.kept]
+            r = r * spec.passes
+            g += (r / w[0].numel()).view(-1, 1, 1) * w.sign() if live else 0
+            grad_threshold.index_copy_(0, rows.kept, -r)
+        grad_weight = g
+        if len(rows.dropped):
+            grad_weight = torch.zeros_like(full).index_copy_(0, rows.kept, g)
+        return grad_weight.view_as(weight), grad_threshold, grad_bias, None
+
+
+class _Spec:
+    """What :class:`_Filters` needs to know about one layer under a plan.
+
+    ``active`` and ``passes`` (where the estimator lets the gradient through; None: nowhere) are those of the kept rows;
+    ``constants`` says whether dropped inputs are constants other than 0.
+    """
+
+    def __init__(self, rows: Channels, columns: Channels, inputs: int, active: Tensor, constants: bool) -> None:
+        self.rows, self.columns, self.inputs, self.active, self.constants = rows, columns, inputs, active, constants
+        self.passes: Tensor | None = None
+
+
+class CompactModule(nn.Module):
+    """Wraps a model with threshold layers; forward and backward skip what is pruned, in rows and in columns.
+
+    Parameters stay those of ``model``, at full size, and get full-size gradients, so any optimiser and any training
+    loop works; masks are taken from the parameters at every forward. (The persistent
+    :class:`~spafl_kernels.compact.CompactTrainer` saves the gathers too, for SGD.) ``state_dict`` is the model's own.
+
+    Args:
+        model: the model; shared, not copied.
+        strict: raise :class:`~spafl_kernels.training.Unsupported` where the model cannot run compact; by default what
+            ``SPAFL_STRICT`` says. Otherwise it runs as it is, and ``engine`` and ``reason`` say so.
+        multiple: convolutions keep a multiple of this many filters.
+    """
+
+    def __init__(self, model: nn.Module, strict: bool | None = None, multiple: int = 8) -> None:
+        super().__init__()
+        self.model = model
+        self.strict = os.environ.get("SPAFL_STRICT", "") == "1" if strict is None else strict
+        self.multiple = multiple
+        self.engine, self.reason = "compact", "all channels can be traced"
+        self._reset()
+        try:
+            if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
+                raise Unsupported("the model has no threshold layers")
+            check_traceable(model)
+        except Unsupported as error:
+            self._fall_back(error)
+
+    def _reset(self) -> None:
+        self._flows: dict[tuple[int, ...], tuple[Flow, list[_Condition]]] = {}
+        self._made: dict[tuple[Any, ...], tuple[Tensor, tuple[bool, ...], _Made]] = {}
+
+    def _fall_back(self, error: Unsupported) -> None:
+        if self.strict:
+            raise error
+        self.engine, self.reason = "masked", str(error)
+
+    def explain(self) -> str:
+        """Which engine runs and why; after a forward also which channels are followed."""
+        lines = [f"{self.engine}: {self.reason}"]
+        lines += [flow.explain() for flow, _ in self._flows.values()]
+        return "\n".join(lines)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompactModule:
+        new = CompactModule(copy.deepcopy(self.model, memo), self.strict, self.multiple)
+        new.training = self.training
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_flows", "_made")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.engine == "masked":
+            return self.model(x)
+        image = tuple(x.shape[1:])
+        try:
+            if image not in self._flows:
+                flow = trace_flow(self.model, image)
+                layers = [_Layer(name, op.module, 0) for name, op in flow.layers.items() if op.module is not None]
+                found = (_Condition.of(flow, la) for la in layers if la.is_threshold)
+                self._flows[image] = flow, [c for c in found if c is not None]
+        except Unsupported as error:
+            self._fall_back(error)
+            return self.model(x)
+        made = self._plan(image, x)
+        for gather in made.gathers:
+            gather()
+        out = made.program(x, self.model.training)
+        with torch.no_grad():
+            for put in made.puts:
+                put()
+        made.release()
+        return out
+
+    # -- a plan ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _plan(self, image: tuple[int, ...], x: Tensor) -> _Made:
+        """Masks of the current parameters, and the program for them (the last one if no mask has changed)."""
+        flow, conditions = self._flows[image]
+        masks: dict[str, Tensor] = {}
+        keep: dict[str, Tensor] = {}
+        passes: dict[str, Tensor | None] = {}
+        for name, op in flow.layers.items():
+            m = op.module
+            if isinstance(m, ThresholdLayer):
+                assert isinstance(m, nn.Module)
+                score = filter_scores(m.weight)
+                masks[name] = keep[name] = score > m.threshold
+                passes[name] = None
+                if m.estimator == "identity":
+                    passes[name] = torch.ones_like(score)
+                else:
+                    far = (score - m.threshold).abs() > WINDOW
+                    if bool(far.any()):
+                        passes[name] = far.to(score.dtype)
+        # A pruned row whose gradient is not 0 must be computed, but only if there is a gradient.
+        if torch.is_grad_enabled() or self.training:
+            here = _Constants(flow, passes)
+            for condition in conditions:
+                carried = condition.carry(here, here.far(condition.layer))  # type: ignore[arg-type]
+                if carried is not None:
+                    name = condition.layer.name
+                    keep[name] = keep[name] | carried
+        compiled = not torch.is_autocast_enabled(x.device.type)
+        passing = tuple(p is not None for p in passes.values())
+        state = torch.cat([*masks.values(), *keep.values()])
+        # Where the window lets gradients through depends on the margins, not on the masks: such plans are not reused.
+        windowed = any(passing[k] and _is_window(flow, name) for k, name in enumerate(passes))
+        key = image, compiled
+        if key in self._made and not windowed:
+            old, marks, made = self._made[key]
+            if marks == passing and torch.equal(old, state):
+                return made
+        made = _Made(flow, masks, keep, passes, self.multiple, compiled)
+        self._made[key] = state, passing, made
+        return made
+
+
+def _is_window(flow: Flow, name: str) -> bool:
+    return getattr(flow.layers[name].module, "estimator", None) == "window"
+
+
+class _Constants:
+    """The constants in front of norms, for :class:`_Condition`, from the model's own parameters."""
+
+    def __init__(self, flow: Flow, passes: dict[str, Tensor | None]) -> None:
+        self.flow, self.passes = flow, passes
+        self._device = next(flow.model.parameters()).device
+
+    def far(self, layer: _Layer) -> Tensor | None:
+        passes = self.passes[layer.name]
+        return passes.bool() if layer.window and passes is not None else None
+
+    def _constant_in_front(self, layer: _Layer, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
+        weight = layer.module.weight
+        if not norm:
+            bias = layer.module.bias
+            return weight.new_zeros(layer.rows) if bias is None or layer.mask_bias else bias.detach()
+        assert layout is not None
+        m = self.flow.norms[norm].module
+        assert m is not None
+        value = weight.new_zeros(layout.width) if m.bias is None else m.bias.detach()
+        return per_filter((value == 0).to(weight.dtype) if zero else value, layout, layer.name, layer.rows)
+
+
+class _Made:
+    """A program under one plan, and how its slots are filled from the model before a run and emptied after it."""
+
+    def __init__(
+        self,
+        flow: Flow,
+        masks: dict[str, Tensor],
+        keep: dict[str, Tensor],
+        passes: dict[str, Tensor | None],
+        multiple: int,
+        compiled: bool,
+    ) -> None:
+        weight = next(flow.model.parameters())
+        exact = fused_pools(flow) if compiled and weight.device.type == "cpu" else {}
+        self.plan = plan = Plan(flow, keep, multiple, exact)
+        self.gathers: list[Any] = []
+        self.puts: list[Any] = []
+        self.layers: dict[str, LayerSlot] = {}
+        self.norms: dict[str, NormSlot] = {}
+        for name, op in flow.layers.items():
+            m = op.module
+            assert m is not None
+            layout = flow.layout_in(name) if op.kind == "layer" else None
+            device, inputs = m.weight.device, m.weight.shape[1]
+            rows = plan.rows.get(name) or _all(m.weight.shape[0], device)
+            columns = _all(inputs, device) if layout is None else plan.channels(layout)
+            active = (
+                masks[name][rows.kept] if name in masks else torch.ones(rows.width, dtype=torch.bool, device=device)
+            )
+            spec = _Spec(rows, columns, inputs, active, flow.ops[op.sources[0]].const)
+            if (p := passes.get(name)) is not None:
+                spec.passes = p[rows.kept]
+            self.layers[name] = slot = LayerSlot(m.weight)
+            self.gathers.append(_layer_gather(m, slot, spec))
+        for name, op in flow.norms.items():
+            m = op.module
+            assert m is not None
+            layout = flow.layout_in(name)
+            channels = _all(m.num_features, m.running_mean.device) if layout is None else plan.channels(layout)
+            self.norms[name] = norm = NormSlot(m.weight, m.bias, m.running_mean, m.running_var)
+            self.gathers.append(_norm_gather(m, norm, channels))
+            self.puts.append(_norm_put(m, norm, channels))
+        for slot in self.layers.values():
+            slot.weight_dropped = None
+        self._prime()
+        self.program = Program(flow, plan, self.layers, self.norms, prefers_channels_last(flow), compiled)
+        self.release()
+
+    def _prime(self) -> None:
+        with torch.no_grad():
+            for gather in self.gathers:
+                gather()
+
+    def release(self) -> None:
+        """Drop the gathered tensors, so that nothing keeps the autograd graph alive."""
+        for slot in self.layers.values():
+            slot.weight = slot.weight_dropped = slot.bias = slot.bias_dropped = slot.mask = None  # type: ignore[assignment]
+        for norm in self.norms.values():
+            norm.weight = norm.bias = norm.weight_dropped = norm.bias_dropped = None
+
+
+def _layer_gather(m: nn.Module, slot: LayerSlot, spec: _Spec) -> Any:
+    threshold = isinstance(m, ThresholdLayer)
+    masked_bias = threshold and m.mask_bias
+    partial = not bool(spec.active.all())
+    rows = spec.rows
+
+    def gather() -> None:
+        if threshold:
+            bias = m.bias if masked_bias else None
+            slot.weight, slot.weight_dropped, mask, row_bias = _Filters.apply(m.weight, m.threshold, bias, spec)
+            slot.mask = mask if partial else None
+        else:
+            none = m.weight.new_zeros(m.weight.shape[0])
+            slot.weight, slot.weight_dropped, _, row_bias = _Filters.apply(m.weight, none, None, spec)
+            slot.mask = None
+        slot.bias, slot.bias_dropped = row_bias, None
+        if m.bias is not None and not masked_bias:
+            slot.bias = F.pad(m.bias.index_select(0, rows.kept), (0, rows.pads)) if threshold else m.bias
+            if len(rows.dropped):
+                slot.bias_dropped = m.bias.index_select(0, rows.dropped)
+
+    return gather
+
+
+def _norm_gather(m: nn.Module, norm: NormSlot, channels: Channels) -> Any:
+    kept, dropped, pads = channels.kept, channels.dropped, channels.pads
+
+    def gather() -> None:
+        def take(p: Tensor | None) -> Tensor | None:
+            return None if p is None else F.pad(p.index_select(0, kept), (0, pads)) if not channels.full else p
+
+        norm.weight, norm.bias = take(m.weight), take(m.bias)
+        mean, var = take(m.running_mean), take(m.running_var)
+        assert mean is not None and var is not None
+        norm.running_mean, norm.running_var = mean, var
+        if len(dropped):
+            norm.mean_dropped, norm.var_dropped = m.running_mean[dropped], m.running_var[dropped]
+            norm.weight_dropped = None if m.weight is None else m.weight.index_select(0, dropped)
+            norm.bias_dropped = (
+                torch.zeros_like(norm.mean_dropped) if m.bias is None else m.bias.index_select(0, dropped)
+            )
+
+    return gather
+
+
+def _norm_put(m: nn.Module, norm: NormSlot, channels: Channels) -> Any:
+    def put() -> None:
+        if not m.training:
+            return
+        if m.num_batches_tracked is not None:
+            m.num_batches_tracked += 1
+        if not channels.full:
+            real = len(channels.kept)
+            for buffer, kept, lost in (
+                (m.running_mean, norm.running_mean, norm.mean_dropped),
+                (m.running_var, norm.running_var, norm.var_dropped),
+            ):
+                _put(buffer, channels, kept[:real])
+                if lost is not None:
+                    buffer[channels.dropped] = lost
+
+    return put

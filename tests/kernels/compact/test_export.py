@@ -1,0 +1,87 @@
+"""Exported models: equal in eval, small, free of this package, and the same in ONNX Runtime."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from graphs import GRAPHS
+from helpers import prune
+from test_module import MODELS
+from test_trainer import Branch, warm_norms
+
+from spafl_kernels import convert, threshold_layers
+from spafl_kernels.compact import export
+from spafl_kernels.training import Unsupported
+
+ALL = {name: (lambda g=g: convert(g()), (3, 8, 8)) for name, g in GRAPHS.items()} | MODELS
+
+
+def pruned(name, density, dtype=torch.float64):
+    torch.manual_seed(0)
+    build, shape = ALL[name]
+    return prune(warm_norms(build().to(dtype)), density).eval(), shape
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("density", [0.0, 0.3, 0.7, 1.0])
+def test_equal_in_eval(name, density):
+    model, shape = pruned(name, density)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    small = export(model, shape)
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-10)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(type(m).__module__.startswith("spafl") for m in small.modules())
+    if density < 1:
+        count = sum(p.numel() for p in small.parameters())
+        assert count < sum(p.numel() for p in model.parameters())
+
+
+def test_sizes_are_those_of_the_active_filters():
+    model, shape = pruned("conv4", 0.25)
+    small = export(model, shape)
+    active = {name: int(layer.mask().sum()) for name, layer in threshold_layers(model)}
+    assert small.conv2.weight.shape == (active["conv2"], active["conv1"], 5, 5)
+    assert small.dense1.weight.shape == (active["dense1"], active["conv4"] * 4)
+    # Seven layers with biases into which every norm is folded.
+    assert len(list(small.parameters())) == 14
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in small.modules())
+
+
+def test_loads_without_this_package(tmp_path):
+    model, shape = pruned("padded", 0.5, torch.float32)
+    small = export(model, shape)
+    x = torch.randn(2, *shape)
+    torch.save((small, x, small(x)), tmp_path / "small.pt")
+    code = (
+        "import sys, torch; sys.modules['spafl_kernels'] = sys.modules['spafl'] = None\n"
+        f"small, x, y = torch.load({str(tmp_path / 'small.pt')!r}, weights_only=False)\n"
+        "assert torch.equal(small(x), y)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["lenet", "conv4", "resnet", "padded", "mobilenet", "densenet"])
+def test_onnx(name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    model, shape = pruned(name, 0.4, torch.float32)
+    small = export(model, shape)
+    x = torch.randn(3, *shape)
+    file = io.BytesIO()
+    torch.onnx.export(
+        small, (x[:1],), file, input_names=["x"], output_names=["y"], dynamic_axes={"x": {0: "n"}, "y": {0: "n"}},
+        dynamo=False,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_traced_is_refused():
+    with pytest.raises(Unsupported, match="cannot be traced"):
+        export(Branch(), (4,))
