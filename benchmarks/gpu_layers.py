@@ -35,9 +35,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from spafl.models import MODELS
 from torch.nn import functional as F
 
+from spafl.models import MODELS
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, reference
 from spafl_kernels.triton.geometry import Geometry
 

@@ -9,9 +9,9 @@ On a GPU: ``torch.ops.spafl.threshold_linear`` and ``torch.ops.spafl.threshold_c
 implementations, autograd, autocast and vmap. They take a leading client dimension in every tensor: each client has its
 own weights, thresholds and batch, and all run in one launch. ``torch.func.vmap`` over them becomes more clients of the
 same call; a single layer is one client. They return ``(output, plan, packed)``; plan and packed weights (see
-:mod:`spafl_kernels.triton.plan`) are what the backward operators need. Weights may be float32 while the input is float16
-or bfloat16: masks are always decided in the dtype of the weights, so autocast casts the input only. :func:`explain` says
-which implementation a layer uses on an input, and why.
+:mod:`spafl_kernels.triton.plan`) are what the backward operators need. Weights may be float32 while the input is
+float16 or bfloat16: masks are always decided in the dtype of the weights, so autocast casts the input only.
+:func:`explain` says which implementation a layer uses on an input, and why.
 """
 
 from ._backend import ready

@@ -98,7 +98,12 @@ def _or_empty(weight: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _tf32(conv: bool) -> bool:
-    return torch.backends.cudnn.allow_tf32 if conv else torch.backends.cuda.matmul.allow_tf32
+    """Whether PyTorch's own operator would round float32 operands to tf32.
+
+    ``allow_tf32`` sets ``fp32_precision``; but reading ``allow_tf32`` raises once the newer setting has been used.
+    """
+    setting = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul
+    return setting.fp32_precision == "tf32"
 
 
 # --------------------------------------------------------------------------------------------------- linear
@@ -133,9 +138,10 @@ def _(input, weight, threshold, bias, estimator, mask_bias):
     from ..triton import layer_forward, plan_layer
 
     _check(input, weight, threshold, bias, estimator, (3, 3))
-    plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
     geometry = Geometry(weight.shape[2])
-    y = layer_forward(input[..., None, None], packed, plan, bias, geometry, mask_bias, _tf32(conv=False))
+    with torch.cuda.device_of(input):
+        plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
+        y = layer_forward(input[..., None, None], packed, plan, bias, geometry, mask_bias, _tf32(conv=False))
     return y.squeeze(4).squeeze(3), plan.data, packed
 
 
@@ -163,10 +169,11 @@ def threshold_linear_backward(
 def _(grad, input, weight, packed, plan, bias, mask_bias, need_input, need_weight):
     from ..triton import layer_backward
 
-    dx, dw, dtau, db = layer_backward(
-        grad[..., None, None], input[..., None, None], weight, packed, Plan(plan, weight.shape[1]), bias,
-        Geometry(weight.shape[2]), mask_bias, _tf32(conv=False), need_input, need_weight,
-    )  # fmt: skip
+    with torch.cuda.device_of(input):
+        dx, dw, dtau, db = layer_backward(
+            grad[..., None, None], input[..., None, None], weight, packed, Plan(plan, weight.shape[1]), bias,
+            Geometry(weight.shape[2]), mask_bias, _tf32(conv=False), need_input, need_weight,
+        )  # fmt: skip
     return _or_empty(weight, None if dx is None else dx.squeeze(4).squeeze(3), dw, dtau, db)
 
 
@@ -200,7 +207,7 @@ def threshold_conv2d(
     kind: Any = estimator
     plan, packed = closed_form.plan_and_packed(weight, threshold, kind, input.dtype)
     y = closed_form.forward(input, weight, threshold, bias, kind, mask_bias, g)
-    empty = empty_channels_last(*input.shape[:2], weight.shape[1], g.output, input.dtype, input.device)
+    empty = empty_channels_last(input.shape[0], input.shape[1], weight.shape[1], g.output, input.dtype, input.device)
     return empty.copy_(y), plan, packed
 
 
@@ -210,15 +217,16 @@ def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask
 
     _check(input, weight, threshold, bias, estimator, (5, 5))
     g = _geometry(input, weight, stride, padding, dilation)
-    plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
-    return layer_forward(input, packed, plan, bias, g, mask_bias, _tf32(conv=True)), plan.data, packed
+    with torch.cuda.device_of(input):
+        plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
+        return layer_forward(input, packed, plan, bias, g, mask_bias, _tf32(conv=True)), plan.data, packed
 
 
 @threshold_conv2d.register_fake
 def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias):
     _check(input, weight, threshold, bias, estimator, (5, 5))
     g = _geometry(input, weight, stride, padding, dilation)
-    y = empty_channels_last(*input.shape[:2], weight.shape[1], g.output, input.dtype, input.device)
+    y = empty_channels_last(input.shape[0], input.shape[1], weight.shape[1], g.output, input.dtype, input.device)
     return y, *_fake_state(input, weight)
 
 
@@ -244,10 +252,11 @@ def _(grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_b
     from ..triton import layer_backward
 
     g = _geometry(input, weight, stride, padding, dilation)
-    results = layer_backward(
-        grad, input, weight, packed, Plan(plan, weight.shape[1]), bias, g, mask_bias, _tf32(conv=True),
-        need_input, need_weight,
-    )  # fmt: skip
+    with torch.cuda.device_of(input):
+        results = layer_backward(
+            grad, input, weight, packed, Plan(plan, weight.shape[1]), bias, g, mask_bias, _tf32(conv=True),
+            need_input, need_weight,
+        )  # fmt: skip
     return _or_empty(weight, *results)
 
 

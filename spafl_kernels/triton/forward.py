@@ -8,10 +8,13 @@ bias) between, which makes every output element written exactly once, without a 
 
 from __future__ import annotations
 
+import dataclasses
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .collect import collect_channels
 from .geometry import Geometry, channels_last, empty_channels_last, row_step
 from .kinds import is_wide
 from .plan import HEADER, Plan, capacity, row_stride
@@ -19,7 +22,7 @@ from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
 
 @triton.jit
-def _spread(
+def spread(
     acc, y, bias, inverse, first, start, end, rows, live, out,
     HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +51,7 @@ def _spread(
 
 @triton.jit
 def _forward_tile(
-    x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride, x_n, x_h, x_w,
+    x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride, x_n, x_h, x_w,
     SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -63,6 +66,7 @@ def _forward_tile(
     OFFSET: tl.constexpr = tl.int64 if MODE[0] else tl.int32
     POINTWISE: tl.constexpr = MODE[1]
     FLAT: tl.constexpr = MODE[2]
+    LISTED: tl.constexpr = MODE[5]
     live = rows < total
     position = tl.where(live, rows, 0)
     if POINTWISE:
@@ -75,8 +79,16 @@ def _forward_tile(
     lane = tl.arange(0, DEPTH)
     acc = tl.zeros((ROWS, TILE), dtype=tl.float32)
     PARTS: tl.constexpr = (C + DEPTH - 1) // DEPTH  # steps per kernel tap
-    STEPS: tl.constexpr = (C * R * S + DEPTH - 1) // DEPTH if FLAT else R * S * PARTS
-    for step in range(0, tl.where(count > 0, STEPS, 0)):
+    if FLAT:
+        parts = 1
+        steps = tl.cdiv(C * R * S, DEPTH)
+    elif LISTED:
+        parts = tl.cdiv(channels, DEPTH)
+        steps = R * S * parts
+    else:
+        parts = PARTS
+        steps = R * S * PARTS
+    for step in range(0, tl.where(count > 0, steps, 0)):
         if FLAT:
             k = step * DEPTH + tl.arange(0, DEPTH)
             h = high[:, None] + (k // (S * C) * SHAPE[11])[None, :]
@@ -88,8 +100,8 @@ def _forward_tile(
             b = packed + first.to(tl.int64) * stride + filters[:, None] * stride + k[None, :]
             b = tl.load(b, mask=(k < stride)[None, :], other=0.0)
         else:
-            tap = step // PARTS
-            c0 = step % PARTS * DEPTH
+            tap = step // parts
+            c0 = step % parts * DEPTH
             if POINTWISE:
                 ok = live
                 at = base
@@ -108,12 +120,12 @@ def _forward_tile(
                 a = tl.load(a, mask=ok[:, None] & (c0 + lane < C)[None, :], other=0.0)
                 b = tl.load(b, mask=(c0 + lane < C)[None, :], other=0.0)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-    _spread(acc, y, bias, inverse, first, start, end, rows, live, out, MODE[3], MODE[4], TILE, GROUP, ROWS)
+    spread(acc, y, bias, inverse, first, start, end, rows, live, out, MODE[3], MODE[4], TILE, GROUP, ROWS)
 
 
 @triton.jit
 def threshold_forward(
-    x, packed, bias, y, plan, x_client, packed_client, bias_client, y_client, plan_client,
+    x, packed, bias, y, plan, inputs, x_client, packed_client, bias_client, y_client, plan_client, inputs_client,
     total, out, stride, x_n, x_h, x_w, row_tiles,
     HEADER: tl.constexpr, SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
@@ -130,6 +142,9 @@ def threshold_forward(
     packed += client * packed_client
     bias += client * bias_client
     y += client * y_client
+    channels = SHAPE[0]
+    if MODE[5]:
+        channels = tl.load(inputs + client * inputs_client)
     index = plan + HEADER
     inverse = index + out
     rows = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
@@ -140,24 +155,71 @@ def threshold_forward(
     # The last tile shrinks to what is left, so that work follows the count in steps of 16, not of a whole tile.
     if TILE == 64:
         if left <= 16:
-            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
                           x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
         elif left <= 32:
-            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
                           x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
         else:
-            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
                           x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 64, DEPTH, GROUP)  # fmt: skip
     elif TILE == 32:
         if left <= 16:
-            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
                           x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
         else:
-            _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
                           x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
     else:
-        _forward_tile(x, packed, bias, y, inverse, first, count, start, end, rows, total, out, stride,
+        _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
                       x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, TILE, DEPTH, GROUP)  # fmt: skip
+
+
+@triton.jit
+def threshold_pack_columns(
+    packed, narrow, inputs, packed_client, narrow_client, inputs_client, stride, channels, taps,
+    HEADER: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """One packed row with the columns of listed input channels only, side by side per tap; grid (rows, clients)."""
+    client = tl.program_id(1).to(tl.int64)
+    inputs += client * inputs_client
+    count = tl.load(inputs)
+    packed += client * packed_client + tl.program_id(0).to(tl.int64) * stride
+    narrow += client * narrow_client + tl.program_id(0).to(tl.int64) * taps * CAP
+    lane = tl.arange(0, CAP if CAP < 64 else 64)
+    for c0 in range(0, CAP, CAP if CAP < 64 else 64):
+        listed = c0 + lane < count
+        channel = tl.load(inputs + HEADER + c0 + lane, mask=listed, other=0)
+        for tap in range(0, taps):
+            part = tl.load(packed + tap * channels + channel, mask=listed, other=0.0)
+            tl.store(narrow + tap * CAP + c0 + lane, part)
+
+
+def restrict(x: Tensor, packed: Tensor, input_plan: Plan, geometry: Geometry) -> tuple[Tensor, Tensor, Geometry]:
+    """Input and packed weights with the listed input channels side by side, so that products stop behind them.
+
+    A copy of the listed channels is the price: one read of ``x`` (whole memory sectors) and one write of the listed
+    part, where the product reads ``x`` once per kernel tap and tile of filters. Gathering inside the product would cost
+    the wide loads of its inner loop.
+
+    Returns:
+        ``(clients, N, H, W, capacity(C))`` (zeros behind the list up to a whole tile, the rest unwritten), the weights
+        ``(clients, capacity(out), kH * kW * capacity(C))``, and the geometry with ``capacity(C)`` channels.
+    """
+    clients, n, channels, high, wide = x.shape
+    if input_plan.out != channels or input_plan.data.shape[0] != clients:
+        raise ValueError(
+            f"input_plan must be over {channels} channels of {clients} clients; it is over {input_plan.out} of "
+            f"{input_plan.data.shape[0]}"
+        )
+    cap, taps, data = capacity(channels), geometry.kernel[0] * geometry.kernel[1], input_plan.data
+    listed = collect_channels(x, input_plan).view(clients, n, high, wide, cap)
+    narrow = packed.new_empty(clients, packed.shape[1], taps * cap)
+    threshold_pack_columns[(packed.shape[1], clients)](
+        packed, narrow, data, packed.stride(0), narrow.stride(0), data.stride(0), packed.shape[2], channels, taps,
+        HEADER=HEADER, CAP=cap, num_warps=4,
+    )  # fmt: skip
+    return listed, narrow, dataclasses.replace(geometry, channels=cap)
 
 
 def flat_is_better(channels: int, taps: int, depth: int) -> bool:
@@ -175,6 +237,7 @@ def layer_forward(
     mask_bias: bool = False,
     tf32: bool = False,
     tile: Tile | None = None,
+    input_plan: Plan | None = None,
 ) -> Tensor:
     """Convolution of every client's input by that client's active filters; pruned outputs are 0 (plus bias).
 
@@ -187,6 +250,9 @@ def layer_forward(
         mask_bias: leave out the bias of pruned filters.
         tf32: round float32 operands of the product to tf32.
         tile: instead of the one from the table.
+        input_plan: plan over the ``C`` input channels, usually that of the layer before: only its active channels are
+            read and multiplied, the others count as 0. That is the same function where they are 0 (a ReLU or nothing
+            between the layers, no bias of pruned filters); see :func:`restrict` for its price.
 
     Returns:
         ``(clients, N, out, H', W')`` in channels-last order, dtype of ``x``.
@@ -198,22 +264,29 @@ def layer_forward(
     total = n * high * wide
     if total == 0 or clients == 0:
         return y
-    x = channels_last(x)
+    if max(total, n * g.height * g.width) >= 2**31:
+        raise ValueError(f"x must have fewer than 2**31 positions per client; got N={n}, {(g.height, g.width)} pixels")
+    if input_plan is not None:
+        x, packed, g = restrict(x, packed, input_plan, g)
+    else:
+        x = channels_last(x)
     kind = arithmetic(x.dtype, tf32)
     tile = tile or choose("forward", kind, total)
     filters = min(tile.filters, capacity(out))
     row_tiles = triton.cdiv(total, tile.rows)
     line = row_step(x)
     bias = None if bias is None else bias.contiguous()
-    depth = max(16, min(tile.depth, power_of_two(g.n_in)))
-    flat = flat_is_better(g.channels, g.kernel[0] * g.kernel[1], depth)
+    depth = max(16, min(tile.depth, power_of_two(g.n_in) if input_plan is None else g.channels))
+    flat = input_plan is None and flat_is_better(g.channels, g.kernel[0] * g.kernel[1], depth)
     depth = min(depth, 32) if flat else depth
     pointwise = g.pointwise and line is not None
+    inputs = plan.data if input_plan is None else input_plan.data
     threshold_forward[(row_tiles * triton.cdiv(out, filters), clients)](
-        x, packed, x if bias is None else bias, y, plan.data,
+        x, packed, x if bias is None else bias, y, plan.data, inputs,
         x.stride(0), packed.stride(0), 0 if bias is None else bias.stride(0), y.stride(0), plan.data.stride(0),
-        total, out, row_stride(g.n_in), x.stride(1), x.stride(2), line if pointwise else x.stride(3), row_tiles,
-        HEADER=HEADER, SHAPE=g.shape, MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias),
+        inputs.stride(0), total, out, row_stride(g.n_in), x.stride(1), x.stride(2),
+        line if pointwise else x.stride(3), row_tiles, HEADER=HEADER, SHAPE=g.shape,
+        MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias, input_plan is not None),
         PRECISION=precision(kind), ROWS=tile.rows, TILE=filters, DEPTH=depth,
         GROUP=min(64, max(16, power_of_two(out))), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

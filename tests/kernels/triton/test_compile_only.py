@@ -23,12 +23,12 @@ if INTERPRETED:
 
 else:
     import torch
-    from spafl.models import MODELS
     from support import compile_only
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from spafl.models import MODELS
     from spafl_kernels import ThresholdConv2d, ThresholdLinear
-    from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
+    from spafl_kernels.triton import Geometry, ModelPass, Plan, layer_backward, layer_forward, plan_layer, plan_size
     from spafl_kernels.triton.tiles import TILES
 
     TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
@@ -45,7 +45,7 @@ else:
         "lenet-conv2-fp32": (50, Geometry(20, 12, 12, (5, 5)), 16, 1, SINGLE, False),
     }
 
-    def launches(target, out, geometry, n, clients, dtype, tf32, forward=None, backward=None):
+    def launches(target, out, geometry, n, clients, dtype, tf32, forward=None, backward=None, listed=False):
         """All launches of plan, forward and backward of one layer."""
         with FakeTensorMode(), compile_only.compiling(target) as log:
             fake = {"device": "cuda"}
@@ -54,14 +54,19 @@ else:
             x = torch.empty(clients, n, geometry.height, geometry.width, geometry.channels, dtype=dtype, **fake)
             x = x.permute(0, 1, 4, 2, 3)
             plan, packed, _ = plan_layer(weight, threshold, "identity", dtype)
-            y = layer_forward(x, packed, plan, None, geometry, tf32=tf32, tile=forward)
+            channels = geometry.channels
+            inputs = torch.empty(clients, plan_size(channels), dtype=torch.int32, **fake)
+            inputs = Plan(inputs, channels) if listed else None
+            y = layer_forward(x, packed, plan, None, geometry, tf32=tf32, tile=forward, input_plan=inputs)
             assert y.is_cuda and y.shape == (clients, n, out, *geometry.output)
-            layer_backward(y, x, weight, packed, plan, None, geometry, tf32=tf32, tile=backward)
+            layer_backward(
+                y, x, weight, packed, plan, None, geometry, tf32=tf32, tile=backward, input_plan=inputs
+            )  # fmt: skip
         return log
 
-    def check(log, target_name, dtype, tf32):
+    def check(log, target_name, dtype, tf32, kind=None):
         """Limits of the device, spills, and the matrix instruction of the products."""
-        assert {launch.name for launch in log} == {
+        assert {launch.name for launch in log} - {"threshold_pack_columns"} == {
             "threshold_pass_layer", "threshold_forward", "threshold_collect", "threshold_dgrad", "threshold_extend",
             "threshold_wgrad", "threshold_finish",
         }  # fmt: skip
@@ -76,7 +81,7 @@ else:
                 if dtype is SINGLE and not tf32:
                     assert not row["matrix"], (launch.name, row["matrix"])
                 else:
-                    assert all(MATRIX[target_name] in kind for kind in row["matrix"]) and row["matrix"], row
+                    assert all((kind or MATRIX[target_name]) in name for name in row["matrix"]) and row["matrix"], row
         return rows
 
     # One layer per architecture per commit beside the ratchet: a compilation costs seconds.
@@ -115,6 +120,13 @@ else:
             if row["loop"]:
                 assert got["loop"] <= 1.1 * row["loop"], name
 
+    @pytest.mark.skipif(not SLOW, reason="a minute; SPAFL_SLOW_TESTS=1 runs it")
+    @pytest.mark.parametrize("layer", [name for name, layer in LAYERS.items() if layer[1].channels >= 64])
+    def test_input_channel_lists_fit(layer):
+        out, geometry, n, clients, dtype, tf32 = LAYERS[layer]
+        log = launches(TARGETS["sm_90"], out, geometry, n, clients, dtype, tf32, listed=True)
+        check(log, "sm_90", dtype, tf32)
+
     def test_the_pass_of_a_whole_model_is_two_launches():
         tensors = [(64, 3, 5, 5), (64, 64, 5, 5), (128, 512), (10, 128)]
         with compile_only.compiling(TARGETS["sm_90"]) as log:  # a table of addresses needs real, small tensors
@@ -126,6 +138,11 @@ else:
         assert [launch.grid for launch in log] == [(8, 4), (8, 4)]
         for launch in log:
             assert compile_only.resources(launch.kernel)["stack"] == 0
+
+    def test_sizes_of_one_compile():
+        """Arguments equal to 1 become constants, which some expressions of Triton take and others refuse."""
+        log = launches(TARGETS["sm_90"], 1, Geometry(1), 1, 1, SINGLE, True)
+        check(log, "sm_90", SINGLE, True, kind="HMMA")  # the smallest tiles use the instruction of one warp
 
     def test_grids_do_not_depend_on_anything_on_the_device():
         """The same launches whatever the mask: fake tensors have no values, and a read of one raises."""
@@ -153,11 +170,13 @@ else:
             for _, tile in rows:
                 side = {"forward" if operation == "forward" else "backward": tile}
                 for geometry in (
-                    Geometry(64, 16, 16, (3, 3), (1, 1), (1, 1)),
+                    Geometry(128, 16, 16, (3, 3), (2, 2), (1, 1)),
                     Geometry(800),
                     Geometry(3, 32, 32, (5, 5)),
                 ):
                     for launch in launches(TARGETS[target], 192, geometry, 128, 1, dtype, kind == "tf32", **side):
+                        if launch.name != f"threshold_{operation}":
+                            continue
                         assert not launch.over_shared and not launch.bad_grid
                         assert compile_only.resources(launch.kernel)["stack"] == 0, (launch.name, tile, kind)
 

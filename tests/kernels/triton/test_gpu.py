@@ -5,12 +5,12 @@ import dataclasses
 
 import pytest
 import torch
-from spafl.models import build_model
 from support import cases
 from support.process import INTERPRETED
 from torch.func import functional_call, grad, vmap
 
 import spafl_kernels
+from spafl.models import build_model
 from spafl_kernels import ops, reference
 from spafl_kernels.triton.geometry import Geometry
 

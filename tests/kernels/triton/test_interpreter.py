@@ -24,7 +24,7 @@ else:
     from support import interpreter as checks
 
     import spafl_kernels.triton.threshold as threshold_module
-    from spafl_kernels.ops import closed_form
+    from spafl_kernels.ops import closed_form, library
     from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
     from spafl_kernels.triton.plan import HEADER, Plan
     from spafl_kernels.triton.tiles import TILES
@@ -77,6 +77,7 @@ else:
 
     def check(case, tolerance, estimator="identity", bias=True, mask_bias=False, **rest):
         plan, y, gradients = run(case, estimator, bias, mask_bias, **rest)
+        assert not checks.state.stats.duplicate_stores  # other programs' stores are the race check's
         assert torch.equal(plan.mask, case.keep)
         assert cases.error(y, cases.expected_output(case, bias, mask_bias)) < tolerance
         kept_bias = case.bias.to(y.dtype)[:, None, :, None, None] if bias and not mask_bias else torch.zeros(())
@@ -151,7 +152,8 @@ else:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_densities(shape):
         out, geometry, n = SHAPES[shape]
-        for seed, count in enumerate(cases.counts(out)):
+        every = shape in ("linear", "strided")
+        for seed, count in enumerate(cases.counts(out) if every else (0, out // 2, out)):
             with checks.options(order_seed=seed):
                 check(cases.make(out, geometry, n, count, seed=seed), TOLERANCE[SINGLE])
 
@@ -206,7 +208,7 @@ else:
         case.grad = torch.ones(()).expand(1, n, out, *geometry.output)
         check(case, TOLERANCE[SINGLE])
 
-    @pytest.mark.parametrize("shape", ["linear", "first"])
+    @pytest.mark.parametrize("shape", ["linear", "pointwise"])
     def test_grouped_clients_equal_each_client_alone(shape):
         out, geometry, n = SHAPES[shape]
         case = cases.make(out, geometry, n, clients=3, seed=3)
@@ -254,6 +256,47 @@ else:
         for got, expected in zip(gradients, want, strict=True):
             assert cases.error(got, expected) < TOLERANCE[SINGLE]
         assert not gradients[1][~case.keep].any() and not gradients[2][~case.keep].any()
+
+    @pytest.mark.parametrize(("shape", "listed"), [("strided", 0), ("linear", 1), ("strided", 0.4), ("pointwise", 1.0)])
+    def test_an_input_channel_list_is_the_layer_on_those_channels(shape, listed):
+        """The list is the plan of the layer before; values of other channels (here NaN) are not even read."""
+        out, geometry, n = SHAPES[shape]
+        channels = geometry.channels
+        case = cases.make(out, geometry, n, clients=2, seed=6)
+        before = cases.make(
+            channels, Geometry(4), 1, int(listed * channels) if isinstance(listed, float) else listed, 2, seed=7
+        )
+        input_plan, _ = before.plan()
+        keep = before.keep[:, None, :, None, None]
+        zeroed = dataclasses.replace(case, x=torch.where(keep, case.x, 0.0))
+        case.x = torch.where(keep, case.x, float("nan"))
+        plan, packed = case.plan()
+        y = layer_forward(case.x, packed, plan, case.bias, geometry, input_plan=input_plan)
+        assert cases.error(y, cases.expected_output(zeroed, True, False)) < TOLERANCE[SINGLE]
+        got = layer_backward(
+            case.grad, case.x, case.weight, packed, plan, case.bias, geometry, input_plan=input_plan
+        )  # fmt: skip
+        dx, *want = cases.expected_gradients(zeroed, plan, True, False)
+        for a, b in zip(got, (torch.where(keep, dx, 0.0), *want), strict=True):
+            assert cases.error(a, b) < TOLERANCE[SINGLE]
+        assert not got[0][~keep.expand_as(got[0])].any()
+
+    def test_work_follows_the_input_channel_list():
+        geometry, n = Geometry(128), 64
+        case = cases.make(64, geometry, n, 64)
+        plan, packed = case.plan()
+        work = {}
+        for listed in (0, 32, 64, 128):
+            input_plan, _ = cases.make(128, Geometry(4), 1, listed).plan()
+            with checks.options() as stats:
+                layer_forward(case.x, packed, plan, None, geometry, tf32=True, input_plan=input_plan)
+                forward_work = stats.dot_flops
+                layer_backward(
+                    case.grad, case.x, case.weight, packed, plan, None, geometry, tf32=True, input_plan=input_plan
+                )  # fmt: skip
+            work[listed] = forward_work, stats.dot_flops - forward_work
+        assert work[0][0] == 0 and work[64][0] == 2 * work[32][0] and work[128][0] == 2 * work[64][0]
+        assert work[128][1] == 2 * work[64][1]
 
     # ------------------------------------------------------------------------------------------- work
     def quantised(count, tile=64):
@@ -374,6 +417,29 @@ else:
                 check(cases.make(out, geometry, n, round(share * out), seed=seed), TOLERANCE[SINGLE])
 
         property_holds()
+
+    # ------------------------------------------------------------------------------------------- the operators
+    @pytest.mark.parametrize("linear", [True, False])
+    def test_what_the_operators_run_on_cuda(linear):
+        """The functions registered for CUDA, called on CPU tensors: the same results and strides as on the CPU."""
+        out, geometry, n = SHAPES["linear" if linear else "strided"]
+        case = cases.make(out, geometry, n, clients=2)
+        x, w, dy = ((t[..., 0, 0] for t in (case.x, case.weight, case.grad)) if linear else
+                    (case.x, case.weight, case.grad))  # fmt: skip
+        steps = () if linear else (geometry.stride, geometry.padding, geometry.dilation)
+        op = library.threshold_linear if linear else library.threshold_conv2d
+        arguments = (x, w, case.threshold, case.bias, *steps, "identity", True)
+        results = op._backend_fns["cuda"](*arguments), op(*arguments)
+        for a, b in zip(*results, strict=True):
+            assert a.stride() == b.stride() and a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        plan, packed = results[1][1:]
+        op = library.threshold_linear_backward if linear else library.threshold_conv2d_backward
+        for needs in ((True, True), (True, False), (False, True)):
+            arguments = (dy, x, w, packed, plan, case.bias, *steps, True, *needs)
+            for a, b in zip(op._backend_fns["cuda"](*arguments), op(*arguments), strict=True):
+                assert a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
     # ------------------------------------------------------------------------------------------- the benchmark
     @pytest.mark.parametrize("linear", [True, False])

@@ -158,6 +158,19 @@ def test_autocast_casts_the_input_and_decides_masks_on_the_weights():
     assert weight.grad.dtype == torch.float32
 
 
+def test_tf32_follows_the_old_and_the_new_setting():
+    code = (
+        "import torch; from spafl_kernels.ops.library import _tf32\n"
+        "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.allow_tf32 = False\n"
+        "assert _tf32(False) and not _tf32(True)\n"
+        "torch.backends.cuda.matmul.allow_tf32 = False; torch.backends.cudnn.allow_tf32 = True\n"
+        "assert not _tf32(False) and _tf32(True)\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; torch.backends.cudnn.conv.fp32_precision = 'ieee'\n"
+        "assert _tf32(False) and not _tf32(True)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_shapes_of_single_layers_are_those_of_torch():
     layer = ThresholdLinear(5, 4)
     x = torch.randn(2, 3, 5)
