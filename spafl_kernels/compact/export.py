@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -190,7 +191,8 @@ class _Exporter:
                 if any(t % 2 for t in total):
                     (top, left), padding = padding, 0
                     sides = [left, total[1] - left, top, total[0] - top]
-                    node = self.graph.call_function(F.pad, (node, sides))
+                    mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+                    node = self.graph.call_function(F.pad, (node, sides, mode))
             small = nn.Conv2d(
                 weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.dilation, groups,
                 bias is not None, m.padding_mode, weight.device, weight.dtype,
@@ -261,7 +263,7 @@ class _Exporter:
         self.values[op.name] = _Value(self.module(self.names[id(m)], small, node), channels, after)
 
     def emit_channelwise(self, op: Op) -> None:
-        """relu, unary, pool, same, dropout (nothing in eval mode), and split (its items are cut where they are read)."""
+        """relu, unary, pool, same, dropout (nothing in eval mode), and split (items are cut where they are read)."""
         source = self.first(op)
         channels, constants = self.channels(op), source.constants
         if op.kind in ("same", "dropout", "split"):

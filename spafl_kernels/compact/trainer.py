@@ -96,6 +96,7 @@ class CompactTrainer(Trainer):
         model, loss: see :class:`~spafl_kernels.training.Trainer`.
         strict: raise :class:`~spafl_kernels.training.Unsupported` instead of falling back.
         multiple: convolutions keep a multiple of this many filters.
+        compiled: use the compiled operators where the extension is there; otherwise plain PyTorch.
 
     Raises:
         Unsupported: the model has no threshold layers, or cannot be traced.
@@ -103,12 +104,19 @@ class CompactTrainer(Trainer):
 
     engine = "compact"
 
-    def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy, strict: bool = False, multiple: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        strict: bool = False,
+        multiple: int = 8,
+        compiled: bool = True,
+    ) -> None:
         super().__init__(model, loss)
         if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
             raise Unsupported("the model has no threshold layers")
         check_traceable(model)
-        self.strict, self.multiple = strict, multiple
+        self.strict, self.multiple, self.compiled = strict, multiple, compiled
         self.reason = "all channels can be traced"
         self._flows: dict[tuple[int, ...], Flow] = {}
         self._scratch: dict[str, Tensor] = {}
@@ -247,7 +255,8 @@ class CompactTrainer(Trainer):
         p0 = next(iter(self._parameters.values()))
         self._dtype, self._device = p0.dtype, p0.device
         floats = (torch.float32, torch.float64)
-        self._compiled = self._device.type == "cpu" and self._dtype in floats and native.available()
+        known = self._device.type == "cpu" and self._dtype in floats
+        self._compiled = self.compiled and known and native.available()
 
         self._layers: dict[str, _Layer] = {}
         count = 0
@@ -476,7 +485,7 @@ class CompactTrainer(Trainer):
         again = {layer.name for layer, _, _ in changed}
         self._fill(again, old_pieces, old_flat)
         slots = {name: layer.slot for name, layer in self._layers.items()}
-        self._program = Program(flow, plan, slots, self._norm_slots, prefers_channels_last(flow))
+        self._program = Program(flow, plan, slots, self._norm_slots, prefers_channels_last(flow), self._compiled)
 
     def _fill(
         self, again: set[str], old_pieces: dict[tuple[str, str], _Piece], old: tuple[Tensor, Tensor] | None
