@@ -31,6 +31,12 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="pictures and one HTML page of one or several runs")
     report.add_argument("runs", type=Path, nargs="+", help="run folders; several are compared")
     report.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
+
+    export = commands.add_parser("export", help="a client's model as a small dense one")
+    export.add_argument("run", type=Path, help="run folder")
+    export.add_argument("--client", type=int, required=True, help="number of the client, from 0")
+    export.add_argument("--onnx", action="store_true", help="write an ONNX file too, checked in onnxruntime")
+    export.add_argument("--out", type=Path, help="folder (default: RUN/export)")
     return parser
 
 
@@ -61,6 +67,21 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from .export import export_client
+
+    done = export_client(args.run, args.client, args.out or args.run / "export", args.onnx)
+    (weights, small_weights), (macs, small_macs) = done.parameters, done.macs
+    print(f"parameters {weights:,} -> {small_weights:,}; multiply-accumulates per sample {macs:,} -> {small_macs:,}")
+    print(f"largest difference from the client's model: {done.difference:.1e} of the largest output")
+    for file in done.files:
+        print(file)
+    return 0
+
+
+COMMANDS = {"run": _run, "report": _report, "export": _export}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of the console command; exit status 0 done, 1 broken machine, 2 a mistake the user can mend."""
     args = _parser().parse_args(arguments)
@@ -68,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .simulation.pool import WorkerDied
 
     try:
-        return {"run": _run, "report": _report}[args.command](args)
+        return COMMANDS[args.command](args)
     except (UserError, ReportError, FloatingPointError) as error:
         print(f"spafl: error: {error}", file=sys.stderr)
         return 2

@@ -72,3 +72,32 @@ def test_a_diverging_run_is_an_error_and_keeps_its_state(config_file, tmp_path, 
 def test_a_report_of_nothing(tmp_path, capsys):
     assert "config.toml" in fails(capsys, "report", tmp_path)
     assert "no such run folder" in fails(capsys, "report", tmp_path / "none")
+
+
+@pytest.mark.parametrize("algorithm", ["spafl", "fedavg"])
+def test_export_of_a_client(small, tmp_path, capsys, algorithm):
+    import torch
+
+    from spafl.export import client_model
+
+    if algorithm == "fedavg":
+        small["algorithm"] = {"name": "fedavg"}
+    else:
+        small["algorithm"]["penalty"] = 2.0  # enough to prune within a few rounds
+    path, out = tmp_path / "c.toml", tmp_path / "run"
+    path.write_text(resolve_config(small).to_toml())
+    assert main(["run", str(path), "--out", str(out), "--no-report"]) == 0
+    capsys.readouterr()
+    assert main(["export", str(out), "--client", "1", "--onnx"]) == 0
+    printed = capsys.readouterr().out
+    before, after = (int(n.replace(",", "")) for n in printed.split("parameters ")[1].split(";")[0].split(" -> "))
+    assert after < before if algorithm == "spafl" else after == before
+    model, image = client_model(out, 1)
+    x = torch.randn(3, *image)
+    loaded = torch.export.load(out / "export" / "client-1.pt2").module()
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+    assert (out / "export" / "client-1.onnx").stat().st_size > 1000
+
+
+def test_export_mistakes(tmp_path, capsys):
+    assert "not a run folder" in fails(capsys, "export", tmp_path, "--client", 0)

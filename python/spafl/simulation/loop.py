@@ -198,6 +198,7 @@ class Simulation:
         data, parts = self.problem.dataset, self.problem.parts
         counts = {
             "classes": data.classes,
+            "image": list(data.train_x.shape[1:]),
             "train": [np.bincount(data.train_y[i], minlength=data.classes).tolist() for i in parts.train],
             "test": [np.bincount(data.test_y[i], minlength=data.classes).tolist() for i in parts.test],
         }
