@@ -19,9 +19,8 @@ from torch.nn import functional as F
 from . import _backend
 from ._backend import Backend
 
-# What the kernel accepts, and up to where "auto" takes it: the gain is in small channel counts (measured, forward and
-# backward against torch: 2 -> 5 channels x0.40, 5 -> 12 x0.44, 10 -> 25 x0.44, 16 -> 32 x0.66, 20 -> 50 x0.42; 32 -> 32 about
-# equal).
+# What the kernel accepts, and up to where "auto" takes it: the gain is in small channel counts (forward and backward
+# against torch, measured: 2 -> 5 channels x0.40, 10 -> 25 x0.44, 16 -> 32 x0.66, 20 -> 50 x0.42; 32 -> 32 about equal).
 KERNEL_IN_CHANNELS = 64
 MAX_IN_CHANNELS = 24
 MAX_KERNEL = 11
