@@ -419,51 +419,77 @@ void conv_relu_pool_grad_weight(const ConvShape& s, const T* x, const T* gy, con
     std::copy_n(sums.get() + row * row_size, s.kernel_w, gw + row * s.kernel_w);
 }
 
+// The winners of one image, sorted by their place: adding up what all channels send to one patch before the patch is
+// touched replaces a read and write of every kernel row per winner by a multiply-add on registers.
 template <typename T>
 void conv_relu_pool_grad_input(const ConvShape& s, const T* w, const T* gy, const uint8_t* argmax, T* gx) {
+  using V = Vec<T>;
   using W = Row<T>;
+  constexpr int group = 4;  // vectors of taps summed together
+  constexpr int64_t group_size = group * V::size;
   const int64_t padded_h = s.height + 2 * s.pad_h, pitch = s.width + 2 * s.pad_w, channel_size = padded_h * pitch;
-  const int64_t vectors = (s.kernel_w + W::size - 1) / W::size, row_size = vectors * W::size;
-  const int64_t rows = s.in_channels * s.kernel_h;
+  const int64_t rows = s.in_channels * s.kernel_h, taps = rows * s.kernel_w;
+  const int64_t taps_size = (taps + group_size - 1) / group_size * group_size;
+  const int64_t row_size = (s.kernel_w + W::size - 1) / W::size * W::size;
   const Buffer<T> image = zeroed<T>(s.in_channels * channel_size + row_size);
-  // Kernel rows as whole vectors, and which lanes of them are real.
-  std::vector<T> kernel(s.out_channels * rows * row_size), lane(row_size);
-  for (int64_t row = 0; row < s.out_channels * rows; row++)
-    std::copy_n(w + row * s.kernel_w, s.kernel_w, kernel.data() + row * row_size);
+  std::vector<T> kernel(s.out_channels * taps_size), sums(taps_size + row_size), lane(row_size);
+  for (int64_t c = 0; c < s.out_channels; c++) std::copy_n(w + c * taps, taps, kernel.data() + c * taps_size);
   std::fill_n(lane.data(), s.kernel_w, T(1));
   std::vector<int32_t> row_at(rows);
   for (int64_t row = 0; row < rows; row++)
     row_at[row] = (int32_t)(row / s.kernel_h * channel_size + row % s.kernel_h * pitch);
+
   Winners<T> winners(s, pitch);
+  struct Winner {
+    const T* kernel;
+    T grad;
+  };
+  // Counting sort: places are offsets in one channel of the padded image.
+  std::vector<int32_t> places(s.out_channels * winners.pooled), ends(channel_size + 1);
+  std::vector<Winner> unsorted(places.size()), sorted(places.size());
   for (int64_t n = 0; n < s.batch; n++) {
     std::fill_n(image.get(), s.in_channels * channel_size, T(0));
+    std::fill(ends.begin(), ends.end(), 0);
+    int64_t total = 0;
     for (int64_t c = 0; c < s.out_channels; c++) {
       const int64_t at = (n * s.out_channels + c) * winners.pooled;
       const int64_t count = winners.collect(gy + at, argmax + at);
-      // Winner by winner, all rows: neighbouring winners write overlapping places, and a load must wait for the store
-      // before it; other rows fill the wait.
-      for (int64_t i = 0; i < count; i++) {
-        T* patch = image.get() + winners.patch[i];
-        const T* from = kernel.data() + c * rows * row_size;
-        const W g = W::all(winners.grad[i]);
-        const bool finite = std::isfinite(winners.grad[i]);
-        for (int64_t v = 0; v < row_size; v += W::size) {
-          if (finite) {
-            for (int64_t row = 0; row < rows; row++) {
-              T* to = patch + row_at[row] + v;
-              W::fma(g, W::load(from + row * row_size + v), W::load(to)).store(to);
-            }
-            continue;
-          }
-          // Lanes past the kernel keep what they hold: adding 0 * inf there would make NaN of it.
-          const W real = W::load(lane.data() + v);
-          for (int64_t row = 0; row < rows; row++) {
-            T* to = patch + row_at[row] + v;
-            const W old = W::load(to);
-            W::pick(real, W::fma(g, W::load(from + row * row_size + v), old), old).store(to);
-          }
+      for (int64_t i = 0; i < count; i++, total++) {
+        places[total] = winners.patch[i];
+        unsorted[total] = {kernel.data() + c * taps_size, winners.grad[i]};
+        ends[winners.patch[i] + 1]++;
+      }
+    }
+    for (int64_t place = 0; place < channel_size; place++) ends[place + 1] += ends[place];
+    // Afterwards ends[place] is where the winners of place end.
+    for (int64_t i = 0; i < total; i++) sorted[ends[places[i]]++] = unsorted[i];
+
+    for (int64_t place = 0, i = 0; i < total; place++) {
+      const int64_t end = ends[place];
+      if (i == end) continue;
+      for (int64_t tap = 0; tap < taps; tap += group_size) {
+        V sum[group];
+#pragma GCC unroll 4
+        for (int k = 0; k < group; k++) sum[k] = V::all(T(0));
+        for (int64_t j = i; j < end; j++) {
+          const V g = V::all(sorted[j].grad);
+          const T* from = sorted[j].kernel + tap;
+#pragma GCC unroll 4
+          for (int k = 0; k < group; k++) sum[k] = V::fma(g, V::load(from + k * V::size), sum[k]);
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < group; k++) sum[k].store(sums.data() + tap + k * V::size);
+      }
+      for (int64_t v = 0; v < row_size; v += W::size) {
+        const W real = W::load(lane.data() + v);
+        for (int64_t row = 0; row < rows; row++) {
+          T* to = image.get() + place + row_at[row] + v;
+          const W old = W::load(to);
+          // Lanes past the kernel hold the next row's taps.
+          W::pick(real, W::add(old, W::load(sums.data() + row * s.kernel_w + v)), old).store(to);
         }
       }
+      i = end;
     }
     for (int64_t channel = 0; channel < s.in_channels; channel++)
       for (int64_t row = 0; row < s.height; row++)

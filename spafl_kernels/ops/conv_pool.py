@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from . import _backend
 from ._backend import Backend
 
-# What the kernel accepts, and up to where "auto" takes it: the gain is in small channel counts (measured, forward and
-# backward against torch: 2 -> 5 channels x0.2, 5 -> 12 x0.5, 10 -> 25 x0.6, 16 -> 32 x0.9, 32 -> 32 slower).
+# What the kernel accepts, and up to where "auto" takes it: the gain is in small channel counts (forward and backward
+# against torch, measured: 2 -> 5 channels x0.40, 10 -> 25 x0.44, 16 -> 32 x0.66, 20 -> 50 x0.42; 32 -> 32 about equal).
 KERNEL_IN_CHANNELS = 64
-MAX_IN_CHANNELS = 16
+MAX_IN_CHANNELS = 24
 MAX_KERNEL = 11
 POOLS = (2, 3)
 
@@ -86,7 +86,7 @@ def conv_relu_pool(
         padding: zeros on each side, one number or ``(vertical, horizontal)``.
         pool: 2 or 3; window and stride of the pooling, rows and columns that fill no window are dropped.
         backend: see :mod:`spafl_kernels.ops`. The compiled kernel serves float32 and float64 on the CPU, ``in`` up to
-            64, kernels up to 11x11; ``"auto"`` takes it for ``in`` up to 16.
+            64, kernels up to 11x11; ``"auto"`` takes it for ``in`` up to 24.
 
     Returns:
         ``(N, out, H', W')`` with ``H' = (H + 2 padding - kH + 1) // pool``.
