@@ -12,6 +12,7 @@ from .functional import (
     threshold_penalty,
 )
 from .layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
+from .ops import explain
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "active_filters",
     "convert",
     "density",
+    "explain",
     "filter_scores",
     "importance_update_",
     "threshold_conv2d",

@@ -1,6 +1,6 @@
 """The demo: SpaFL, FedAvg and Local on real handwritten digits, compared.
 
-    python -m spafl.demo [--seeds 1 2 3] [--rounds 40] [--out runs/demo]
+    python -m spafl.demo [--seeds 1 2 3] [--rounds 60] [--out runs/demo]
 
 SpaFL is run twice, with and without its penalty, so that what the sparsity costs in accuracy can be seen.
 """
@@ -11,6 +11,7 @@ import argparse
 import shutil
 import sys
 import time
+import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,6 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def demo_config(method: str, seed: int, rounds: int | None = None) -> RunConfig:
     """The demo's configuration of one method."""
-    import tomllib
-
     raw = tomllib.loads(resources.files("spafl").joinpath("configs/digits.toml").read_text())
     change = METHODS[method]
     if "name" in change.get("algorithm", {}):
@@ -70,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line entry."""
     parser = argparse.ArgumentParser(prog="python -m spafl.demo", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=None, help="fewer rounds for a quick look (default 40)")
+    parser.add_argument("--rounds", type=int, default=None, help="fewer rounds for a quick look (default 60)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder; its old demo runs are replaced")
     args = parser.parse_args(arguments)
     summaries: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
