@@ -69,14 +69,15 @@ def on_cpu(sanitize: bool = False, edits: Edits = ()) -> Path:
     bindings = [f"-I{REPOSITORY / 'csrc'}", "-DSPAFL_CUDA_ON_CPU", f"-DSPAFL_NAMESPACE={NAMESPACE}", *torch_headers]
     bindings += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     jobs = [
-        (name, [*shim, str(work / name)], [SHIM.read_text(), text])
+        (name, [*shim, str(work / name)], [SHIM.read_text(), text, *headers, *checks])
         for name, text in texts.items()
         if name.endswith(".cu")
     ]
-    jobs.append(("cuda_bindings.cpp", [*bindings, str(BINDINGS)], [torch.__version__, BINDINGS.read_text()]))
+    interface = [torch.__version__, BINDINGS.read_text(), texts["kernels.h"]]
+    jobs.append(("cuda_bindings.cpp", [*bindings, str(BINDINGS)], interface))
     objects = []
     for name, arguments, inputs in jobs:
-        target = folder / f"{name}.{_hash(*options, *(checks if name.endswith('.cu') else ()), *inputs, *headers)}.o"
+        target = folder / f"{name}.{_hash(*options, *inputs)}.o"
         if not target.exists():
             # -fdebug-prefix-map: sanitizers name the source, not the working copy.
             rename = f"-fdebug-prefix-map={work}={cuda}"
