@@ -183,7 +183,8 @@ def threshold_pass(
 
     The score is summed in fp32 (float64 for float64 weights), divided by the fan-in and rounded once to the dtype of
     the weights; the comparison is made in that dtype. Equal weights have bitwise equal scores wherever they lie in
-    memory. NaN scores are pruned.
+    memory. A NaN score or threshold prunes, as in :mod:`spafl_kernels.reference`; nothing is raised for it, because
+    that would mean waiting for the device.
 
     Args:
         weights: per layer ``(C, O_l, ...)``; each client one block of memory (contiguous or channels_last), filters

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import cuda_build
+import cuda_sass as sass
 import pytest
-import sass
 
 pytestmark = [
     pytest.mark.compile_only,

@@ -20,10 +20,12 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++: the CUD
 def run_tests(library, *arguments, **environment):
     # -s: a sanitizer writes its report and ends the process, so pytest must not hold the output back.
     command = [sys.executable, "-m", "pytest", "-s", "-x", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
-    full = {**os.environ, "SPAFL_TEST_CUDA_LIBRARY": str(library), "SPAFL_TEST_CUDA_SCHEDULES": "7", **environment}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    full = {**inherited, "SPAFL_TEST_CUDA_LIBRARY": str(library), "SPAFL_TEST_CUDA_SCHEDULES": "7", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=full, cwd=cuda_build.REPOSITORY)
 
 
+@pytest.mark.slow
 def test_kernels_under_the_sanitizers():
     library = cuda_build.on_cpu(sanitize=True)
     done = run_tests(library, *KERNEL_TESTS, **cuda_build.sanitizer_environment())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +44,15 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Test processes that run side by side build a thing once: the second waits, and finds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def on_cpu(sanitize: bool = False, edits: Edits = ()) -> Path:
     """The kernels and bindings compiled for the CPU; kept in ``build/`` under the hash of what they are made of.
 
@@ -49,6 +60,11 @@ def on_cpu(sanitize: bool = False, edits: Edits = ()) -> Path:
         sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
         edits: seeded faults, ``(file name in csrc/cuda, old text, new text)``; the old text must be there once.
     """
+    with _only_one(REPOSITORY / "build" / "cuda_on_cpu"):
+        return _on_cpu(sanitize, edits)
+
+
+def _on_cpu(sanitize: bool, edits: Edits) -> Path:
     cuda = REPOSITORY / "csrc" / "cuda"
     texts = {path.name: path.read_text() for path in sorted(cuda.iterdir())}
     for name, old, new in edits:
@@ -69,14 +85,15 @@ def on_cpu(sanitize: bool = False, edits: Edits = ()) -> Path:
     bindings = [f"-I{REPOSITORY / 'csrc'}", "-DSPAFL_CUDA_ON_CPU", f"-DSPAFL_NAMESPACE={NAMESPACE}", *torch_headers]
     bindings += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     jobs = [
-        (name, [*shim, str(work / name)], [SHIM.read_text(), text])
+        (name, [*shim, str(work / name)], [SHIM.read_text(), text, *headers, *checks])
         for name, text in texts.items()
         if name.endswith(".cu")
     ]
-    jobs.append(("cuda_bindings.cpp", [*bindings, str(BINDINGS)], [torch.__version__, BINDINGS.read_text()]))
+    interface = [torch.__version__, BINDINGS.read_text(), texts["kernels.h"]]
+    jobs.append(("cuda_bindings.cpp", [*bindings, str(BINDINGS)], interface))
     objects = []
     for name, arguments, inputs in jobs:
-        target = folder / f"{name}.{_hash(*options, *(checks if name.endswith('.cu') else ()), *inputs, *headers)}.o"
+        target = folder / f"{name}.{_hash(*options, *inputs)}.o"
         if not target.exists():
             # -fdebug-prefix-map: sanitizers name the source, not the working copy.
             rename = f"-fdebug-prefix-map={work}={cuda}"
@@ -118,11 +135,11 @@ def cuda_object(source: Path) -> Path:
     version = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     folder = REPOSITORY / "build" / "cuda_objects"
     target = folder / f"{source.stem}.{_hash(version, *NVCC_FLAGS, source.read_text(), *headers)}.o"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        work = folder / f"{source.stem}.{os.getpid()}.o"
-        compile_cuda(source, work, "-c", "-Xcompiler", "-fPIC")
-        os.replace(work, target)
+    with _only_one(folder):
+        if not target.exists():
+            work = folder / f"{source.stem}.work.o"
+            compile_cuda(source, work, "-c", "-Xcompiler", "-fPIC")
+            os.replace(work, target)
     return target
 
 

@@ -2,7 +2,7 @@
 
 The disassembler is the one that Triton brings along (``triton/backends/nvidia/bin``).
 
-    python tests/kernels/cuda/support/sass.py        writes sass_ratchet.json anew, after a change that is meant
+    python tests/kernels/cuda/support/cuda_sass.py        writes sass_ratchet.json anew, after a change that is meant
 """
 
 from __future__ import annotations
