@@ -1,5 +1,6 @@
 """The operators on the CPU: equal to the definition, and well registered with torch.library."""
 
+import os
 import subprocess
 import sys
 
@@ -286,6 +287,22 @@ def test_fallback_warns_once_and_is_an_error_in_strict_mode(monkeypatch):
     monkeypatch.setenv("SPAFL_STRICT", "1")
     with pytest.raises(RuntimeError, match=r"SPAFL_STRICT is set, and .* groups must be 1"):
         ops.conv2d(*args)
+
+
+def test_the_reference_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr(backend, "REQUESTED", "reference")
+    monkeypatch.setenv("SPAFL_STRICT", "1")  # what was asked for is no fallback
+    called = []
+    stock = reference.threshold_linear
+    monkeypatch.setattr(reference, "threshold_linear", lambda *a: (called.append(1), stock(*a))[1])
+    layer = ThresholdLinear(3, 4)
+    ops.linear(torch.ones(2, 3), layer.weight, layer.threshold, layer.bias, "identity", False)
+    assert called
+    code = "import spafl_kernels"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "SPAFL_BACKEND": "cuda"}, capture_output=True, text=True
+    )
+    assert done.stderr.splitlines()[-1] == "ValueError: SPAFL_BACKEND must be auto or reference; got 'cuda'"
 
 
 def test_import_needs_no_triton():
