@@ -3,14 +3,15 @@
     python -m benchmarks.federated [--settings fmnist cifar10] [--densities 1 .75 .5 .25 .1] [--rounds 2]
                                    [--samples 6000] [--out FILE.csv] [--plot FILE.png]
 
-The published settings (LeNet-5, batch 64, identity estimator; Conv4, batch 16, window, clip 3; 100 clients, 10 a round, 5
-local epochs, Dirichlet .2 and .1) on synthetic data of that shape, with fewer samples than the real sets so that a round
-is short: what a round costs per client weighs more here than in a full run. Thresholds are raised between rounds so that
-the density falls to the wanted one; training moves masks from there, and the density that is reported was measured.
+The published settings (LeNet-5, batch 64, identity estimator; Conv4, batch 16, window, clip 3; 100 clients, 10 a round,
+5 local epochs, Dirichlet .2 and .1) on synthetic data of that shape, with fewer samples than the real sets so that a
+round is short: what a round costs per client weighs more here than in a full run. Thresholds are raised between rounds so
+that the density falls to the wanted one; training moves masks from there, and the density that is reported was measured.
 
 Rivals run the same rounds in turn, round by round: ``compact`` and ``masked`` with two workers of one thread,
-``published`` in one process with two threads, masks materialised as in the published code. A setting is reported only if
-all rivals end its rounds with the same thresholds (to float32 rounding).
+``published`` in one process with two threads, masks materialised as in the published code. On a busy machine the two
+threads wait for one another, so run it on an idle one. A round is reported only if all rivals end it with the same
+thresholds (to float32 rounding).
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # Rival: (engine, workers, threads).
 RIVALS = {"published": ("masked", 1, 2), "masked": ("masked", 2, 1), "compact": ("compact", 2, 1)}
 TOLERANCE = 1e-3
+LINES = (("compact", "#0072B2", "-"), ("masked", "#D55E00", "--"), ("published", "#666666", ":"))
 
 
 class Rival:
@@ -154,7 +156,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     settings = sorted({row["setting"] for row in rows})
     figure = Figure(figsize=(4.5 * len(settings), 3.6), layout="constrained")
     for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings):
-        for name, colour, style in (("compact", "#0072B2", "-"), ("masked", "#D55E00", "--"), ("published", "#666666", ":")):
+        for name, colour, style in LINES:
             mine = [row for row in rows if row["setting"] == setting]
             targets = sorted({row["target"] for row in mine})
             x = [statistics.median(r["density"] for r in mine if r["target"] == t) for t in targets]

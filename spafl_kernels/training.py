@@ -19,7 +19,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +231,7 @@ class MaskedTrainer(Trainer):
     ) -> None:
         start = self._start(options, momentum, densities)
         self._options = options
-        self._layers = list(threshold_layers(self.model))
+        self._layers: list[tuple[str, Any]] = list(threshold_layers(self.model))
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self._density = {name: torch.tensor(start[name], dtype=torch.float64, device=device) for name in start}
         self._params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -70,7 +70,7 @@ __device__ __forceinline__ void store_chunk(T* row, int64_t chunk, const T (&x)[
   if (ALIGNED) {
     uint4 raw;
     memcpy(&raw, x, 16);
-    *(uint4*)p = raw;
+    __stwb((uint4*)p, raw);               // by name: the compiler broke some plain uint4 stores into four (seen in the SASS, nvcc 13.0)
   } else {
 #pragma unroll
     for (int e = 0; e < LANE_ELEMENTS<T>; e++) p[e] = x[e];
@@ -122,7 +122,7 @@ __device__ __forceinline__ void write_row(Unit* target, const Unit* source, int6
       }
 #pragma unroll
       for (int u = 0; u < UNROLL; u++)
-        if (first + u * WARP < chunks) ((uint4*)target)[first + u * WARP] = x[u];
+        if (first + u * WARP < chunks) __stwb((uint4*)target + first + u * WARP, x[u]);
     }
     copied = chunks * N;
   }

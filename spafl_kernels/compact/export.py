@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -137,7 +138,6 @@ class _Exporter:
 
     def emit_layer(self, op: Op) -> None:
         m, source = op.module, self.first(op)
-        assert isinstance(m, (nn.Conv2d, nn.Linear))
         name, conv = self.names[id(m)], isinstance(m, nn.Conv2d)
         rows, columns = self.plan.rows.get(name), None if op.data is None else self.plan.channels(op.data)
         weight, bias = m.weight.detach(), None if m.bias is None else m.bias.detach()
@@ -179,7 +179,7 @@ class _Exporter:
             weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
             bias = shift if bias is None else bias * scale + shift
             border = None if border is None else border * scale.view(1, -1, 1, 1)
-        small: nn.Module
+        small: Any
         if conv:
             groups = m.groups if op.kind == "layer" else weight.shape[0]
             padding: Any = m.padding
@@ -190,7 +190,8 @@ class _Exporter:
                 if any(t % 2 for t in total):
                     (top, left), padding = padding, 0
                     sides = [left, total[1] - left, top, total[0] - top]
-                    node = self.graph.call_function(F.pad, (node, sides))
+                    mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+                    node = self.graph.call_function(F.pad, (node, sides, mode))
             small = nn.Conv2d(
                 weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.dilation, groups,
                 bias is not None, m.padding_mode, weight.device, weight.dtype,
@@ -229,7 +230,6 @@ class _Exporter:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(scale, shift)`` of the kept channels, 0 for pads, and what becomes of the constants."""
         m = op.module
-        assert isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
         assert m.running_mean is not None and m.running_var is not None
         scale = torch.rsqrt(m.running_var + m.eps)
         if m.weight is not None:
@@ -248,7 +248,6 @@ class _Exporter:
 
     def emit_norm(self, op: Op) -> None:
         m, source = op.module, self.first(op)
-        assert isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
         channels = None if op.data is None else self.plan.channels(op.data)
         node = self.full(op.sources[0]) if channels is None else source.node
         *_, after = self.norm_numbers(op, channels, source.constants if channels is not None else None)
@@ -261,7 +260,7 @@ class _Exporter:
         self.values[op.name] = _Value(self.module(self.names[id(m)], small, node), channels, after)
 
     def emit_channelwise(self, op: Op) -> None:
-        """relu, unary, pool, same, dropout (nothing in eval mode), and split (its items are cut where they are read)."""
+        """relu, unary, pool, same, dropout (nothing in eval mode), and split (items are cut where they are read)."""
         source = self.first(op)
         channels, constants = self.channels(op), source.constants
         if op.kind in ("same", "dropout", "split"):
@@ -293,7 +292,7 @@ class _Exporter:
         self.values[op.name] = _Value(node, after, constants)
 
     def emit_add(self, op: Op) -> None:
-        names = [s.name for s in op.node.args]  # type: ignore[union-attr]
+        names = [s.name for s in op.node.args]
         a, b = (self.values[n] for n in names)
         if self.flow.ops[names[0]].layout == self.flow.ops[names[1]].layout:
             node = self.graph.call_function(torch.add, (a.node, b.node))
@@ -309,7 +308,7 @@ class _Exporter:
         after, parts, constants = self.channels(op), [], []
         assert after is not None
         known = False
-        for s in op.node.args[0]:  # type: ignore[union-attr]
+        for s in op.node.args[0]:
             value = self.values[s.name]
             node, part = value.node, value.channels
             if part is not None:
@@ -322,7 +321,7 @@ class _Exporter:
                     continue  # nothing of it is left
             parts.append(node)
         if not parts:
-            parts = [self.values[op.node.args[0][0].name].node]  # type: ignore[union-attr, index]
+            parts = [self.values[op.node.args[0][0].name].node]
         node = self.graph.call_function(torch.cat, (parts, op.data))
         like = next((c for c in constants if len(c)), None)
         joined = torch.cat([c.to(like) for c in constants]) if known and like is not None else None
@@ -353,7 +352,6 @@ class _Exporter:
             value = getattr(self.flow.model.get_submodule(parent), leaf)
             new = self.buffer(str(node.target), value.detach())
         elif node.op == "call_module":
-            assert op.module is not None
             args = [self.full(s.name) for s in node.all_input_nodes]
             new = self.module(op.name, copy.deepcopy(op.module), *args)
         else:

@@ -92,14 +92,14 @@ class Op:
         macs: of an ``other`` op, per sample, forward only.
     """
 
-    node: fx.Node
+    node: Any  # fx.Node, whose arguments are typed too widely to be of help
     kind: str
     sources: tuple[str, ...] = ()
     layout: Layout | None = None
     const: bool = False
     grad: bool = False
     apply: Callable[..., Any] | None = None
-    module: nn.Module | None = None
+    module: Any = None
     shape: tuple[int, ...] | None = None
     macs: int = 0
     data: Any = None
@@ -181,7 +181,7 @@ class _Tracer(fx.Tracer):
         inside = any(isinstance(child, ThresholdLayer) for child in m.modules())
         return super().is_leaf_module(m, module_qualified_name) and not inside
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+    def iter(self, obj: Any) -> Iterator[Any]:
         node = obj.node
         if _target(node) in ("chunk", torch.chunk):
             count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
@@ -389,7 +389,7 @@ class _Follower:
             if target is not F.avg_pool2d or padding in (0, (0, 0)):
                 return Op(node, "pool", apply=partial(_call, target, rest, kwargs))
         if one and target in ("mean", torch.mean):
-            dims = kwargs.get("dim", rest[0] if rest else None)
+            dims: Any = kwargs.get("dim", rest[0] if rest else None)
             keep = kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
             if dims is not None and set(kwargs) <= {"dim", "keepdim"}:
                 dims = (dims,) if isinstance(dims, int) else tuple(dims)
@@ -478,7 +478,6 @@ class _Follower:
 
     def follow_layer(self, op: Op) -> None:
         m, before = op.module, self.first(op)
-        assert isinstance(m, (nn.Conv2d, nn.Linear))
         ndim = len(op.shape or ())
         dim = 1 if isinstance(m, nn.Conv2d) else ndim - 1
         if before.layout is not None:
@@ -493,7 +492,7 @@ class _Follower:
         if isinstance(m, ThresholdLayer):
             rows = m.weight.shape[0]
             op.layout = Layout(dim, (Segment(self.names[id(m)], 0, rows),))
-            op.const = m.bias is not None and not m.mask_bias
+            op.const = op.module.bias is not None and not op.module.mask_bias
 
     follow_depthwise = follow_layer
 
@@ -525,7 +524,7 @@ class _Follower:
             self.stop(op, "reshape cuts through channels")
 
     def follow_add(self, op: Op) -> None:
-        a, b = (self.flow.ops[n.name] for n in op.node.args)  # type: ignore[union-attr]
+        a, b = (self.flow.ops[n.name] for n in op.node.args)
         if a.shape is None or b.shape is None:
             op.kind = "other"
             return
@@ -540,7 +539,7 @@ class _Follower:
             self.stop(op, "addition of different channels")
 
     def follow_cat(self, op: Op) -> None:
-        parts = [self.flow.ops[n.name] for n in op.node.args[0]]  # type: ignore[union-attr]
+        parts = [self.flow.ops[n.name] for n in op.node.args[0]]
         layouts = [p.layout for p in parts]
         if all(layout is None for layout in layouts):
             op.kind = "other"
@@ -564,7 +563,7 @@ class _Follower:
         else:
             width = before.layout.width
             count = op.node.kwargs.get("chunks", op.node.args[1] if len(op.node.args) > 1 else 0)
-            size = -(-width // int(count))  # type: ignore[arg-type, call-overload]
+            size = -(-width // int(count))
             op.data = [(low, min(low + size, width)) for low in range(0, width, size)]
             if any(before.layout.narrow(*piece) is None for piece in op.data):
                 self.stop(op, "a chunk cuts through a flattened channel")
@@ -593,7 +592,6 @@ class _Follower:
                 if after.kind == "relu":
                     found.append(norm)
                 elif after.kind == "norm" and not norm[0] and after.layout is not None:
-                    assert after.module is not None
                     if not walk(after, (self.names[id(after.module)], after.layout)):
                         return False
                 elif after.kind == "shape":
@@ -608,7 +606,6 @@ class _Follower:
         """Every parameter is used, and those of followed layers are used by their layer alone."""
         flow, owned = self.flow, set()
         for name, op in (*flow.layers.items(), *flow.norms.items()):
-            assert op.module is not None
             owned |= {f"{name}.{p}" if name else p for p, _ in op.module.named_parameters(recurse=False)}
         used: set[int] = set()
         for op in flow.ops.values():

@@ -202,7 +202,6 @@ class CompactModule(nn.Module):
         for name, op in flow.layers.items():
             m = op.module
             if isinstance(m, ThresholdLayer):
-                assert isinstance(m, nn.Module)
                 score = filter_scores(m.weight)
                 masks[name] = keep[name] = score > m.threshold
                 passes[name] = None
@@ -216,7 +215,7 @@ class CompactModule(nn.Module):
         if torch.is_grad_enabled() or self.training:
             here = _Constants(flow, passes)
             for condition in conditions:
-                carried = condition.carry(here, here.far(condition.layer))  # type: ignore[arg-type]
+                carried = condition.carry(here, here.far(condition.layer))
                 if carried is not None:
                     name = condition.layer.name
                     keep[name] = keep[name] | carried
@@ -257,7 +256,6 @@ class _Constants:
             return weight.new_zeros(layer.rows) if bias is None or layer.mask_bias else bias.detach()
         assert layout is not None
         m = self.flow.norms[norm].module
-        assert m is not None
         value = weight.new_zeros(layout.width) if m.bias is None else m.bias.detach()
         return per_filter((value == 0).to(weight.dtype) if zero else value, layout, layer.name, layer.rows)
 
@@ -283,7 +281,6 @@ class _Made:
         self.norms: dict[str, NormSlot] = {}
         for name, op in flow.layers.items():
             m = op.module
-            assert m is not None
             layout = flow.layout_in(name) if op.kind == "layer" else None
             device, inputs = m.weight.device, m.weight.shape[1]
             rows = plan.rows.get(name) or _all(m.weight.shape[0], device)
@@ -298,7 +295,6 @@ class _Made:
             self.gathers.append(_layer_gather(m, slot, spec))
         for name, op in flow.norms.items():
             m = op.module
-            assert m is not None
             layout = flow.layout_in(name)
             channels = _all(m.num_features, m.running_mean.device) if layout is None else plan.channels(layout)
             self.norms[name] = norm = NormSlot(m.weight, m.bias, m.running_mean, m.running_var)
@@ -318,12 +314,12 @@ class _Made:
     def release(self) -> None:
         """Drop the gathered tensors, so that nothing keeps the autograd graph alive."""
         for slot in self.layers.values():
-            slot.weight = slot.weight_dropped = slot.bias = slot.bias_dropped = slot.mask = None  # type: ignore[assignment]
+            slot.weight = slot.weight_dropped = slot.bias = slot.bias_dropped = slot.mask = None
         for norm in self.norms.values():
             norm.weight = norm.bias = norm.weight_dropped = norm.bias_dropped = None
 
 
-def _layer_gather(m: nn.Module, slot: LayerSlot, spec: _Spec) -> Any:
+def _layer_gather(m: Any, slot: LayerSlot, spec: _Spec) -> Any:
     threshold = isinstance(m, ThresholdLayer)
     masked_bias = threshold and m.mask_bias
     partial = not bool(spec.active.all())
@@ -347,7 +343,7 @@ def _layer_gather(m: nn.Module, slot: LayerSlot, spec: _Spec) -> Any:
     return gather
 
 
-def _norm_gather(m: nn.Module, norm: NormSlot, channels: Channels) -> Any:
+def _norm_gather(m: Any, norm: NormSlot, channels: Channels) -> Any:
     kept, dropped, pads = channels.kept, channels.dropped, channels.pads
 
     def gather() -> None:
@@ -368,7 +364,7 @@ def _norm_gather(m: nn.Module, norm: NormSlot, channels: Channels) -> Any:
     return gather
 
 
-def _norm_put(m: nn.Module, norm: NormSlot, channels: Channels) -> Any:
+def _norm_put(m: Any, norm: NormSlot, channels: Channels) -> Any:
     def put() -> None:
         if not m.training:
             return

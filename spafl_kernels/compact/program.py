@@ -35,7 +35,7 @@ class LayerSlot:
         mask: ``(rows,)`` multiplies the output if some kept filters are pruned; its gradient is ``sum G w`` per row.
     """
 
-    weight: Tensor
+    weight: Any
     weight_dropped: Tensor | None = None
     bias: Tensor | None = None
     bias_dropped: Tensor | None = None
@@ -161,7 +161,6 @@ class Program:
 
     def _build_layer(self, op: Op, i: int) -> Run:
         m, n = op.module, self._count
-        assert isinstance(m, (nn.Conv2d, nn.Linear))
         name = self._names[id(m)]
         slot = self.layers[name]
         source = self._op(op.sources[0])
@@ -194,7 +193,6 @@ class Program:
         fused = None if const_in else self._fused.get(name)
         if fused is not None:
             pooled, window = self._index[fused[0]], fused[1]
-            assert isinstance(m, nn.Conv2d) and not isinstance(m.padding, str)
             pad_h, pad_w = m.padding
 
         def run(env: list[Any], training: bool) -> None:
@@ -245,7 +243,6 @@ class Program:
     def _build_depthwise(self, op: Op, i: int) -> Run:
         """Channel by channel: only the kept filters' input channels are read, constants included."""
         m, n = op.module, self._count
-        assert isinstance(m, nn.Conv2d)
         name = self._names[id(m)]
         slot, source = self.layers[name], self._op(op.sources[0])
         self._count_macs(op, source, slot, False)
@@ -298,7 +295,6 @@ class Program:
 
     def _build_norm(self, op: Op, i: int) -> Run:
         m, n = op.module, self._count
-        assert isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
         slot = self.norms[self._names[id(m)]]
         momentum, eps = m.momentum, m.eps
         channels = None if op.data is None else self.plan.channels(op.data)
@@ -329,7 +325,9 @@ class Program:
                 out = -mean if c is None else c - mean
                 out = out * torch.rsqrt(var + eps)
                 if bias is not None:
-                    out = torch.addcmul(bias, out, slot.weight_dropped)
+                    out = (
+                        torch.addcmul(bias, out, slot.weight_dropped) if slot.weight_dropped is not None else out + bias
+                    )
                 env[n + i] = out
 
         return run
@@ -350,13 +348,13 @@ class Program:
         inside = source.kind in ("layer", "depthwise", "norm", "pool", "add") and single_user(self.flow, source)
         if inside and apply is F.relu:
             apply = torch.relu_
-        outside = op.apply
+        outside: Any = op.apply
 
         def run(env: list[Any], training: bool) -> None:
             env[i] = apply(env[j])
             c = env[n + j]
             if c is not None:
-                env[n + i] = outside(c)  # type: ignore[misc]
+                env[n + i] = outside(c)
 
         return run
 
@@ -367,7 +365,7 @@ class Program:
         assert apply is not None
         source = self._op(op.sources[0])
         relu = source.apply if source.name in self._pooled_first else None
-        inner = torch.relu_ if relu is F.relu else relu
+        inner: Any = torch.relu_ if relu is F.relu else relu
         window = _plain_window(op)
         direct = relu is F.relu and self._native and window is not None
 
@@ -379,7 +377,7 @@ class Program:
                 else:
                     y = apply(y)
                     if relu is not None:
-                        y = inner(y)  # type: ignore[misc]
+                        y = inner(y)
             if relu is not None and c is not None:
                 c = relu(c)
             env[i], env[n + i] = y, c
@@ -434,7 +432,7 @@ class Program:
 
     def _build_add(self, op: Op, i: int) -> Run:
         n = self._count
-        a, b = (self._op(s.name) for s in op.node.args)  # type: ignore[union-attr]
+        a, b = (self._op(s.name) for s in op.node.args)
         ja, jb = self._index[a.name], self._index[b.name]
         if a.layout == b.layout:
 
@@ -478,7 +476,7 @@ class Program:
         after = self._channels(op)
         assert after is not None
         parts = []
-        for s in op.node.args[0]:  # type: ignore[union-attr]
+        for s in op.node.args[0]:
             source = self._op(s.name)
             channels = self._channels(source)
             width = (source.shape or ())[dim]
@@ -538,7 +536,7 @@ class Program:
             shape = list(env[j].shape)
             if layout is not None:
                 shape[layout.dim] = layout.width
-            env[i] = shape[args[0]] if args else torch.Size(shape)  # type: ignore[index]
+            env[i] = shape[args[0]] if args else torch.Size(shape)
 
         return run
 
@@ -564,9 +562,9 @@ class Program:
             if flag:
                 kwargs["training"] = training
             if node.op == "call_method":
-                env[i] = getattr(args[0], target)(*args[1:], **kwargs)  # type: ignore[arg-type]
+                env[i] = getattr(args[0], target)(*args[1:], **kwargs)
             else:
-                env[i] = target(*args, **kwargs)  # type: ignore[operator]
+                env[i] = target(*args, **kwargs)
 
         return run
 

@@ -38,8 +38,7 @@ __all__ = ["CompactTrainer"]
 class _Layer:
     """One convolution or linear: its full tensors, and its place in the arena."""
 
-    def __init__(self, name: str, module: nn.Module, index: int) -> None:
-        assert isinstance(module, (nn.Conv2d, nn.Linear))
+    def __init__(self, name: str, module: Any, index: int) -> None:
         self.name, self.module = name, module
         self.rows = module.weight.shape[0]
         self.inputs = module.weight.shape[1]
@@ -52,9 +51,17 @@ class _Layer:
         self.all_rows = isinstance(module, nn.Conv2d) and module.groups > 1 and module.weight.shape[1] > 1
         self.all_rows |= isinstance(module, nn.Conv2d) and module.groups not in (1, module.out_channels)
         self.slot = LayerSlot(module.weight)
+        # Set by each plan: views of the arena as matrices, one row per kept filter.
+        self.kept_rows: Any = None
+        self.kept_grad: Any = None
+        self.dead_rows: Any = None
+        self.dead_grad: Any = None
+        self.dead_const = False  # dropped columns read constants, so autograd gives their gradient
+        self.dots: Any = None  # r_i of every row
+        # Set by each change of the masks.
         self.far: Tensor | None = None
         self.signed = False
-        self.dead_grad: Tensor | None = None
+        self.mask_grad: Any = None
         self.row_channels: Channels | None = None
         self.column_channels: Channels | None = None
 
@@ -96,6 +103,7 @@ class CompactTrainer(Trainer):
         model, loss: see :class:`~spafl_kernels.training.Trainer`.
         strict: raise :class:`~spafl_kernels.training.Unsupported` instead of falling back.
         multiple: convolutions keep a multiple of this many filters.
+        compiled: use the compiled operators where the extension is there; otherwise plain PyTorch.
 
     Raises:
         Unsupported: the model has no threshold layers, or cannot be traced.
@@ -103,12 +111,19 @@ class CompactTrainer(Trainer):
 
     engine = "compact"
 
-    def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy, strict: bool = False, multiple: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = F.cross_entropy,
+        strict: bool = False,
+        multiple: int = 8,
+        compiled: bool = True,
+    ) -> None:
         super().__init__(model, loss)
         if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
             raise Unsupported("the model has no threshold layers")
         check_traceable(model)
-        self.strict, self.multiple = strict, multiple
+        self.strict, self.multiple, self.compiled = strict, multiple, compiled
         self.reason = "all channels can be traced"
         self._flows: dict[tuple[int, ...], Flow] = {}
         self._scratch: dict[str, Tensor] = {}
@@ -247,12 +262,12 @@ class CompactTrainer(Trainer):
         p0 = next(iter(self._parameters.values()))
         self._dtype, self._device = p0.dtype, p0.device
         floats = (torch.float32, torch.float64)
-        self._compiled = self._device.type == "cpu" and self._dtype in floats and native.available()
+        known = self._device.type == "cpu" and self._dtype in floats
+        self._compiled = self.compiled and known and native.available()
 
         self._layers: dict[str, _Layer] = {}
         count = 0
         for name, op in flow.layers.items():
-            assert op.module is not None
             self._layers[name] = layer = _Layer(name, op.module, count)
             layer.read(momentum)
             count += layer.rows if layer.is_threshold else 0
@@ -317,8 +332,8 @@ class CompactTrainer(Trainer):
             if not first:
                 self._score()
         elif self._steady and not (self._flipped or self._collapsed or self._moving):
-            far = self._any_window and bool((((scores - tau).abs() > WINDOW) & self._window_rows).any())
-            if not far and self._far is None:
+            passes = self._any_window and bool((((scores - tau).abs() > WINDOW) & self._window_rows).any())
+            if not passes and self._far is None:
                 self._stale = False
                 return
         if self._moving:
@@ -328,7 +343,7 @@ class CompactTrainer(Trainer):
             if bool(unsure.any()):
                 self._catch_up(unsure)
         active = scores > tau
-        far = None
+        far: Tensor | None = None
         if self._any_window:
             far = ((scores - tau).abs() > WINDOW) & self._window_rows
             far = far if bool(far.any()) else None
@@ -432,7 +447,8 @@ class CompactTrainer(Trainer):
             layer.signed = not layer.window or (layer.far is not None and bool(layer.far.any()))
             if not layer.signed and layer.dead_grad is not None:
                 layer.dead_grad.zero_()
-        self._leaves = self._arena_leaves + self._loose_leaves + [layer.slot.mask for layer in self._masks]
+        masks = [layer.slot.mask for layer in self._masks if layer.slot.mask is not None]
+        self._leaves: list[Tensor] = [*self._arena_leaves, *self._loose_leaves, *masks]
 
     # -- rebuild ---------------------------------------------------------------------------------------------------
 
@@ -476,7 +492,7 @@ class CompactTrainer(Trainer):
         again = {layer.name for layer, _, _ in changed}
         self._fill(again, old_pieces, old_flat)
         slots = {name: layer.slot for name, layer in self._layers.items()}
-        self._program = Program(flow, plan, slots, self._norm_slots, prefers_channels_last(flow))
+        self._program = Program(flow, plan, slots, self._norm_slots, prefers_channels_last(flow), self._compiled)
 
     def _fill(
         self, again: set[str], old_pieces: dict[tuple[str, str], _Piece], old: tuple[Tensor, Tensor] | None
@@ -602,12 +618,12 @@ class CompactTrainer(Trainer):
         self._score_views = []
         index, place, sizes, start = [], [], [], 0
         for layer in self._pruned:
-            rows = layer.row_channels
-            assert rows is not None
-            stop = start + rows.stored
+            held = layer.row_channels
+            assert held is not None
+            stop = start + held.stored
             piece, dead = self._pieces[layer.name, "w"], self._pieces.get((layer.name, "wd"))
 
-            def two(piece: _Piece, flat: Tensor, rows: Channels = rows, offset: int = 0) -> Tensor:
+            def two(piece: _Piece, flat: Tensor, rows: Channels = held, offset: int = 0) -> Tensor:
                 return flat[piece.at - offset : piece.at - offset + piece.size].view(rows.stored, -1)
 
             self._score_views.append(
@@ -622,9 +638,9 @@ class CompactTrainer(Trainer):
             layer.dead_grad = None if dead is None else two(dead, self._grad)
             layer.dead_const = dead is not None and dead.at < self._leaf_end
             layer.dots = self._row_dots[start:stop]
-            index.append(rows.kept + layer.begin)
-            place.append(torch.arange(start, start + len(rows.kept), device=self._device))
-            sizes.append(torch.full((len(rows.kept),), layer.size, dtype=self._dtype, device=self._device))
+            index.append(held.kept + layer.begin)
+            place.append(torch.arange(start, start + len(held.kept), device=self._device))
+            sizes.append(torch.full((len(held.kept),), layer.size, dtype=self._dtype, device=self._device))
             start = stop
         self._kept_index, self._kept_place, self._row_size = torch.cat(index), torch.cat(place), torch.cat(sizes)
         self._vector_count = len(vectors)
@@ -807,7 +823,7 @@ class CompactTrainer(Trainer):
         assert rows is not None and cols is not None
         flats = [(self._flat, layer.weight, layer.bias)]
         if self._options.momentum:
-            flats.append((self._velocity, layer.momentum, layer.bias_momentum))  # type: ignore[arg-type]
+            flats.append((self._velocity, layer.momentum, layer.bias_momentum))
         live, lost = len(rows.kept), len(cols.dropped)
         for flat, full, bias in flats:
             part = self._pieces[layer.name, "w"].of(flat).view(rows.stored, cols.stored, -1)[:live, : len(cols.kept)]
@@ -964,7 +980,8 @@ class _Powers:
             while len(self._rows) < size:
                 self._rows.append(self._step @ self._rows[-1])
             self._table = torch.stack(self._rows).flatten(1).to(self._dtype).to(self._device)
-        return self._table[steps].unbind(1)  # type: ignore[return-value]
+        a, b, c, d = self._table[steps].unbind(1)
+        return a, b, c, d
 
 
 class _Condition:
@@ -992,7 +1009,7 @@ class _Condition:
             return None
         return cls(layer, proof, noisy)
 
-    def carry(self, trainer: CompactTrainer, far: Tensor | None) -> Tensor | None:
+    def carry(self, trainer: Any, far: Tensor | None) -> Tensor | None:
         """Rows to keep though pruned (also set for active ones): bool ``(rows,)`` or None."""
         layer = self.layer
         if layer.all_rows:

@@ -150,7 +150,7 @@ def mask_state(weights: Sequence[Tensor], pad_to: int | None = None) -> MaskStat
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=first.device)
 
-    packed = ()
+    packed: tuple[Tensor, ...] = ()
     if pad_to is not None:
         packed = tuple(_empty_packed(weight, -(-weight.shape[1] // pad_to) * pad_to) for weight in weights)
     return MaskState(

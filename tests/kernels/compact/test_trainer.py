@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from helpers import batches, compare, compare_steps, prune
-from spafl.models import Conv4, LeNet5, ResNet18, ViT
 from torch import nn
 
+from spafl.models import Conv4, LeNet5, ResNet18, ViT
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, threshold_layers
 from spafl_kernels.compact import CompactTrainer
 from spafl_kernels.training import SGDOptions, Unsupported, make_trainer
@@ -86,6 +86,19 @@ def test_padded_norms_200_steps(estimator, bias, mask_bias):
         return compare_steps(model, options, data[:100])
     _, b, _, flips = compare(model, options, data, evaluate_every=7, start_momentum=0.01, rounds=2)
     assert flips > 20 and (b.rebuilds > 0 or estimator == "identity")
+
+
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+@pytest.mark.parametrize("masked_bias", [False, True])
+def test_plain_pytorch_path(estimator, masked_bias):
+    torch.manual_seed(1)
+    data = list(batches((2, 7, 8), 40, 4, classes=5))
+    options = SGDOptions(lr=0.003, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.05, collapse_floor=0.2)
+    model = prune(warm_norms(with_estimator(Padded(masked_bias, masked_bias).double(), estimator)), 0.5, spread=0.3)
+    compare(model, options, data, evaluate_every=7, trainer=CompactTrainer(model, strict=True, compiled=False))
+    model = prune(with_estimator(LeNet5().double(), estimator), 0.6, spread=0.1)
+    data = batches((1, 28, 28), 15, 2)
+    compare(model, EVERYTHING, data, evaluate_every=4, trainer=CompactTrainer(model, strict=True, compiled=False))
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.LeakyReLU, nn.ReLU6, nn.Sigmoid, nn.Hardswish])

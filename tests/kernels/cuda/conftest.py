@@ -32,10 +32,19 @@ def library() -> ctypes.CDLL:
         if not shutil.which("g++"):
             pytest.skip("no g++: the CUDA kernels cannot be run on the CPU")
         path = cuda_build.on_cpu()
+    former = cuda_ops._namespace, cuda_ops._reason
     cuda_ops.load(path, cuda_build.NAMESPACE)
+    cuda_ops._namespace, cuda_ops._reason = former  # tests elsewhere must not see it: see on_the_cpu
     handle = ctypes.CDLL(str(path))
     handle.emu_launches.restype = ctypes.c_ulonglong
     return handle
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrappers of ``cuda_ops`` call the CPU build during the tests of this folder."""
+    monkeypatch.setattr(cuda_ops, "_namespace", cuda_build.NAMESPACE)
+    monkeypatch.setattr(cuda_ops, "_reason", None)
 
 
 @pytest.fixture(params=SCHEDULES, ids=lambda seed: f"schedule{seed}")

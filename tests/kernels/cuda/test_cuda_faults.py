@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 BARRIER = "  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;\n  __syncthreads();"
-DECAY = "    if (weight_decay != 0) g = multiply_add(p, weight_decay, g);\n"
+DECAY = "    const T decayed = multiply_add(p, weight_decay, g);\n    g = weight_decay != 0 ? decayed : g;\n"
 MOMENTUM = "    if (buf) g = *buf = add(multiply(*buf, momentum), g);\n"
 TAIL = "if (lane < length - chunks * N)"
 
@@ -56,7 +56,7 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def exit_codes():
+def exit_codes(tmp_path_factory):
     """pytest's exit code for every fault."""
     if not shutil.which("g++"):
         pytest.skip("no g++: the CUDA kernels cannot be run on the CPU")
@@ -64,15 +64,16 @@ def exit_codes():
         (str(cuda_build.on_cpu(edits=[edit])), str(HERE / f"test_cuda_{file}.py"), expression)
         for edit, (file, expression) in FAULTS.values()
     ]
+    answer = tmp_path_factory.mktemp("faults") / "codes.json"
     done = subprocess.run(
-        [sys.executable, HERE / "support" / "run_forked.py", json.dumps(jobs)],
+        [sys.executable, HERE / "support" / "run_forked.py", json.dumps(jobs), answer],
         capture_output=True,
         text=True,
         env={**os.environ, "SPAFL_TEST_CUDA_SCHEDULES": "7"},
         cwd=cuda_build.REPOSITORY,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return dict(zip(FAULTS, json.loads(done.stdout.splitlines()[-1])))
+    return dict(zip(FAULTS, json.loads(answer.read_text())))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from spafl_kernels import reference
 from spafl_kernels.ops import cuda_ops
@@ -57,8 +59,8 @@ def check_lists(state, weights, masks, former=None):
             got = state.layer(state.active, l)[c]
             assert got[:count].tolist() == active.tolist()
             assert (got[count:] == -1).all()
-            inverse = torch.full((filters,), -1)
-            inverse[active] = torch.arange(count)
+            inverse = torch.full((filters,), -1, device=mask.device)
+            inverse[active] = torch.arange(count, device=mask.device)
             assert state.layer(state.inverse, l)[c].tolist() == inverse.tolist()
             assert state.counts[c, l] == count
             flipped = torch.ones_like(mask) if former is None else mask != former[l][c]
@@ -238,3 +240,20 @@ def test_layers_longer_than_many_blocks(one_schedule):
     state = poisoned(weights, pad_to=8)
     cuda_ops.threshold_pass(weights, thresholds, state, compare=False)
     check_lists(state, weights, [w.flatten(2).abs().mean(2) > t for w, t in zip(weights, thresholds)])
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40)), min_size=1, max_size=4),
+    clients=st.integers(1, 3),
+    density=st.sampled_from([0.0, "one", 0.1, 0.5, 0.97, 1.0]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    pad_to=st.integers(1, 40),
+    schedule=st.integers(0, 1000),
+)
+def test_any_shapes_and_masks(library, shapes, clients, density, dtype, pad_to, schedule):
+    library.emu_seed(schedule)
+    weights, thresholds = cohort(clients, density, DTYPES[dtype], shapes)
+    state = poisoned(weights, pad_to)
+    cuda_ops.threshold_pass(weights, thresholds, state, compare=False)
+    check_lists(state, weights, [w.double().flatten(2).abs().mean(2) > t.double() for w, t in zip(weights, thresholds)])

@@ -48,10 +48,12 @@ enum Wait { NOTHING, BLOCK, BALLOT, SHUFFLE };    // what a fiber waits for
 constexpr size_t STACK = 64 << 10;
 
 struct Fiber {
+#ifdef __x86_64__
+  void* stack_pointer;
+#else
   ucontext_t context;
-  void* jump[5];
+#endif
   std::unique_ptr<char[]> stack{new char[STACK]};
-  bool started = false;
   uint3 tid;
   bool done;
   Wait wait;
@@ -59,7 +61,7 @@ struct Fiber {
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;   // the threads of the running block, reused by the next one
-inline void* scheduler_jump[5];
+inline void* scheduler_pointer;
 inline int current = -1;                          // linear index of the running thread
 inline uint3 block_id;
 inline dim3 grid_dim, block_dim;
@@ -73,19 +75,35 @@ inline unsigned long long launches = 0;
   abort();
 }
 
-// Switches between fibers. The builtins, because swapcontext makes a system call each time, and AddressSanitizer takes longjmp for an
-// unwinding of the stack.
-#define EMU_SWITCH __attribute__((noinline, no_sanitize_address))
-EMU_SWITCH inline void resume(Fiber& f) {
-  if (__builtin_setjmp(scheduler_jump)) return;
-  if (f.started) __builtin_longjmp(f.jump, 1);
-  f.started = true;
-  setcontext(&f.context);
+inline void entry();
+
+// Switches between fibers. swapcontext makes a system call each time, and AddressSanitizer takes longjmp for an unwinding of the
+// stack: so a few instructions of our own where they are known.
+#ifdef __x86_64__
+__attribute__((naked, noinline)) inline void switch_stack(void** /*save*/, void* /*load*/) {
+  asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15; mov %rsp, (%rdi); mov %rsi, %rsp;"
+      "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
 }
-EMU_SWITCH inline void to_scheduler(Fiber& f) {
-  if (__builtin_setjmp(f.jump)) return;
-  __builtin_longjmp(scheduler_jump, 1);
+inline void prepare(Fiber& f) {
+  void** top = (void**)((uintptr_t)(f.stack.get() + STACK) & ~(uintptr_t)15);
+  *--top = nullptr;                               // as if entry had been called: keeps the stack aligned
+  *--top = (void*)entry;
+  f.stack_pointer = top - 6;                      // the registers that switch_stack loads, any values
 }
+inline void resume(Fiber& f) { switch_stack(&scheduler_pointer, f.stack_pointer); }
+inline void to_scheduler(Fiber& f) { switch_stack(&f.stack_pointer, scheduler_pointer); }
+#else
+inline ucontext_t scheduler;
+inline void prepare(Fiber& f) {
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack.get();
+  f.context.uc_stack.ss_size = STACK;
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, (void (*)())entry, 0);
+}
+inline void resume(Fiber& f) { swapcontext(&scheduler, &f.context); }
+inline void to_scheduler(Fiber& f) { swapcontext(&f.context, &scheduler); }
+#endif
 
 inline void yield(Wait why) {
   fibers[current]->wait = why;
@@ -129,12 +147,7 @@ inline void run_block() {
   block_serial++;
   while ((int)fibers.size() < n) {
     fibers.emplace_back(new Fiber);
-    Fiber& f = *fibers.back();
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = STACK;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, (void (*)())entry, 0);
+    prepare(*fibers.back());
   }
   std::mt19937 random(seed + block_id.x * 7919 + block_id.y * 104729);
   std::vector<int> order(n);
@@ -262,6 +275,7 @@ template <class T> T __shfl_xor_sync(unsigned mask, T v, int lanes, int width = 
   return emu::shuffle(mask, v, (emu::current & 31) ^ lanes, width);
 }
 
+inline void __stwb(uint4* p, uint4 v) { *p = v; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }

@@ -21,7 +21,7 @@ TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11: the oldest torch that
 Edits = Sequence[tuple[str, str, str]]
 
 # AddressSanitizer must be the first library of the process, and the fibers of the shim are stacks it did not make.
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered", "-Wno-maybe-uninitialized")
 NVCC_FLAGS = (
     *("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a"),
@@ -55,7 +55,7 @@ def on_cpu(sanitize: bool = False, edits: Edits = ()) -> Path:
         if texts[name].count(old) != 1:
             raise ValueError(f"{name} must hold this text exactly once: {old!r}")
         texts[name] = texts[name].replace(old, new)
-    options = ["-std=c++20", "-O1", "-g", "-fPIC", *WARNINGS]
+    options = ["-std=c++20", "-O1", "-fPIC", *WARNINGS]
     checks = SANITIZE if sanitize else ()
     headers = [text for name, text in texts.items() if not name.endswith(".cu")]
     folder = REPOSITORY / "build" / "cuda_on_cpu"
@@ -112,13 +112,24 @@ def compile_cuda(source: Path, target: Path, *options: str) -> None:
     _run([str(find_nvcc()), *NVCC_FLAGS, *options, str(source), "-o", str(target)])
 
 
+def cuda_object(source: Path) -> Path:
+    """The object file of one source, as the extension links it; kept in ``build/`` under the hash of its inputs."""
+    headers = [path.read_text() for path in sorted(source.parent.glob("*.*h"))]
+    version = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    folder = REPOSITORY / "build" / "cuda_objects"
+    target = folder / f"{source.stem}.{_hash(version, *NVCC_FLAGS, source.read_text(), *headers)}.o"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        work = folder / f"{source.stem}.{os.getpid()}.o"
+        compile_cuda(source, work, "-c", "-Xcompiler", "-fPIC")
+        os.replace(work, target)
+    return target
+
+
 def extension(folder: Path) -> Path:
     """The real library: nvcc's objects and the bindings, for a CUDA or a CPU-only torch."""
     home = Path(os.path.realpath(cuda_home()))
-    objects = []
-    for source in SOURCES:
-        objects.append(str(folder / f"{source.stem}.o"))
-        compile_cuda(source, Path(objects[-1]), "-c", "-Xcompiler", "-fPIC")
+    objects = [str(cuda_object(source)) for source in SOURCES]
     options = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-DUSE_CUDA", f"-I{REPOSITORY / 'csrc'}"]
     options += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{home / 'include'}"]
     options += [word for path in include_paths() for word in ("-isystem", path)]

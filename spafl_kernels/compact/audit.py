@@ -1,0 +1,173 @@
+"""Where a training step's time goes, layer by layer: FLOPs beside measured time."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers import ThresholdLayer
+from ..reference import mask_weight_and_bias
+from .flow import trace_flow
+from .plan import Plan
+
+__all__ = ["Audit", "LayerAudit", "audit"]
+
+
+@dataclass(frozen=True)
+class LayerAudit:
+    """One layer: multiply-accumulates of a training step on the whole batch, and seconds, masked and compact.
+
+    ``ideal`` is the share of MACs that is left, ``measured`` the share of time; ``realised`` is how much of the saving
+    promised by the MACs the clock shows, ``(1 - measured) / (1 - ideal)``; None where nothing is pruned.
+    """
+
+    name: str
+    density: float
+    masked_macs: int
+    compact_macs: int
+    masked_seconds: float
+    compact_seconds: float
+
+    @property
+    def ideal(self) -> float:
+        return self.compact_macs / self.masked_macs
+
+    @property
+    def measured(self) -> float:
+        return self.compact_seconds / self.masked_seconds
+
+    @property
+    def realised(self) -> float | None:
+        return None if self.ideal == 1 else (1 - self.measured) / (1 - self.ideal)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All layers of a model; ``str()`` is a table."""
+
+    layers: list[LayerAudit]
+
+    def __str__(self) -> str:
+        rows = [("layer", "density", "MMACs", "left", "ms", "left", "realised")]
+        for a in (*self.layers, self.total()):
+            rows.append(
+                (
+                    a.name,
+                    f"{a.density:.2f}",
+                    f"{a.masked_macs / 1e6:.2f}",
+                    f"{a.ideal:.1%}",
+                    f"{1e3 * a.masked_seconds:.3f}",
+                    f"{a.measured:.1%}",
+                    "-" if a.realised is None else f"{a.realised:.0%}",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows
+        ]
+        return "\n".join(lines)
+
+    def total(self) -> LayerAudit:
+        """The sum over the layers; its density is that of the parameters' filters, unweighted."""
+        a = self.layers
+        return LayerAudit(
+            "all layers",
+            statistics.fmean(x.density for x in a),
+            sum(x.masked_macs for x in a),
+            sum(x.compact_macs for x in a),
+            sum(x.masked_seconds for x in a),
+            sum(x.compact_seconds for x in a),
+        )
+
+
+def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
+    """Measure every layer's forward and backward, masked and compact, on inputs of the sizes it gets from ``x``.
+
+    Layers are timed alone, on random numbers: what the rest of a step costs (norms, activations, the update) is not in
+    it. Filters are those active now, without the rows that some estimators compute although they are pruned.
+
+    Args:
+        model: a model with threshold layers; not changed.
+        x: a batch the model takes.
+        repeats: measurements per layer and kind; medians are taken, masked and compact in turn.
+
+    Raises:
+        Unsupported: the channels cannot be followed.
+        ValueError: ``repeats`` below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be >= 1; got {repeats}")
+    flow = trace_flow(model, tuple(x.shape[1:]))
+    keep = {}
+    for name, op in flow.layers.items():
+        if isinstance(op.module, ThresholdLayer):
+            grouped = op.kind == "layer" and getattr(op.module, "groups", 1) > 1
+            keep[name] = torch.ones_like(op.module.mask()) if grouped else op.module.mask()
+    exact, padded = Plan(flow, keep, multiple=1), Plan(flow, keep)
+    found = []
+    for name, op in flow.layers.items():
+        m = op.module
+        source = flow.ops[op.sources[0]]
+        shape_in, shape_out = (len(x), *(source.shape or ())[1:]), (len(x), *(op.shape or ())[1:])
+        rows, stored = len(m.weight), len(m.weight)
+        columns = width = m.weight.shape[1]
+        if name in keep:
+            rows, stored = len(exact.rows[name].kept), padded.rows[name].stored
+        if op.data is not None and op.kind == "layer":
+            columns, width = len(exact.channels(op.data).kept), padded.channels(op.data).stored
+        kernel = m.weight[0, 0].numel()
+        positions = 1
+        for size in (shape_out[0], *(shape_out[2:] if isinstance(m, nn.Conv2d) else shape_out[1:-1])):
+            positions *= size
+        passes = 3 if source.grad else 2
+        macs = [passes * positions * kernel * a * b for a, b in ((len(m.weight), m.weight.shape[1]), (rows, columns))]
+        small = copy.copy(m.__dict__)
+        dense = _timer(m, shape_in, m.weight.shape, source.grad, small, mask=True)
+        dim = 1 if isinstance(m, nn.Conv2d) else -1
+        narrow = list(shape_in)
+        narrow[dim] = width if op.kind == "layer" else stored
+        weight_shape = (stored, width, *m.weight.shape[2:])
+        compact = _timer(m, tuple(narrow), weight_shape, source.grad, small, mask=False)
+        times: tuple[list[float], list[float]] = ([], [])
+        for run in (dense, compact):
+            run()
+        for _ in range(repeats):
+            for run, seconds in zip((dense, compact), times):
+                start = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - start)
+        density = float(keep[name].double().mean()) if name in keep else 1.0
+        found.append(LayerAudit(name, density, *macs, *(statistics.median(t) for t in times)))
+    return Audit(found)
+
+
+def _timer(
+    m: nn.Module, shape: tuple[int, ...], weight_shape: tuple[int, ...], input_grad: bool, settings: dict, mask: bool
+) -> Callable[[], None]:
+    """Forward and backward of one layer on random numbers of these shapes."""
+    like = next(m.parameters())
+    x = torch.randn(shape, dtype=like.dtype, device=like.device, requires_grad=input_grad)
+    weight = torch.randn(weight_shape, dtype=like.dtype, device=like.device, requires_grad=True)
+    tau = torch.zeros(weight_shape[0], dtype=like.dtype, device=like.device, requires_grad=True)
+    wanted = [weight, *([x] if input_grad else []), *([tau] if mask else [])]
+
+    def run() -> None:
+        w = mask_weight_and_bias(weight, tau, None, settings.get("estimator", "identity"), False)[0] if mask else weight
+        if isinstance(m, nn.Conv2d):
+            padding = settings["padding"] if settings["padding_mode"] == "zeros" else 0
+            groups = 1 if m.groups == 1 else weight_shape[0] if m.groups == m.in_channels else m.groups
+            y = F.conv2d(x, w, None, m.stride, padding, m.dilation, groups)
+        else:
+            y = F.linear(x, w)
+        torch.autograd.grad(y.sum(), wanted, allow_unused=True)
+        if y.is_cuda:
+            torch.cuda.synchronize()
+
+    return run
