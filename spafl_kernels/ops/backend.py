@@ -1,6 +1,7 @@
 """Which implementation a layer uses, and why: nothing falls back without saying so.
 
-``SPAFL_STRICT=1`` in the environment turns every fallback on a GPU into an error. On a CPU the masked reference is the
+``SPAFL_STRICT=1`` in the environment turns every fallback on a GPU into an error. ``SPAFL_BACKEND=reference``, read at
+import, asks for the masked reference on GPUs too, which is then no fallback. On a CPU the masked reference is the
 implementation, not a fallback. There is no automatic choice by density or shape: no timing on a GPU has been measured.
 """
 
@@ -20,6 +21,16 @@ Backend = Literal["reference", "triton"]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 LOWEST_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _requested() -> str:
+    value = os.environ.get("SPAFL_BACKEND", "auto")
+    if value not in ("auto", "reference"):
+        raise ValueError(f"SPAFL_BACKEND must be auto or reference; got {value!r}")
+    return value
+
+
+REQUESTED = _requested()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +71,8 @@ def decide(input: Tensor, weight: Tensor, groups: int = 1) -> Explanation:
     """The choice for one call; raises nothing and warns about nothing."""
     if not weight.is_cuda:
         return Explanation("reference", f"{weight.device.type} tensors run the dense operator on masked weights")
+    if REQUESTED == "reference":
+        return Explanation("reference", "SPAFL_BACKEND=reference asks for it")
     reason = unsupported(input, weight, groups)
     if reason is not None:
         return Explanation("reference", reason)
@@ -80,7 +93,7 @@ def fall_back(reason: str) -> None:
         raise RuntimeError(f"SPAFL_STRICT is set, and {message}")
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)
 
 
 def explain(module: nn.Module, x: Tensor) -> Explanation:

@@ -102,7 +102,7 @@ def _tf32(conv: bool) -> bool:
 
     ``allow_tf32`` sets ``fp32_precision``; but reading ``allow_tf32`` raises once the newer setting has been used.
     """
-    setting = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul
+    setting = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return setting.fp32_precision == "tf32"
 
 
@@ -426,6 +426,16 @@ def _check_dtype(input: Tensor, weight: Tensor) -> None:
         raise ValueError(f"input must have the dtype of weight outside autocast; got {input.dtype} and {weight.dtype}")
 
 
+def _use_reference(input: Tensor, weight: Tensor, groups: int = 1) -> bool:
+    """Whether the masked reference runs: by request, or because the kernels cannot (which is said, or an error)."""
+    if backend.REQUESTED == "reference":
+        return True
+    reason = backend.unsupported(input, weight, groups)
+    if reason is not None:
+        backend.fall_back(reason)
+    return reason is not None
+
+
 def _client(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(0)
 
@@ -435,8 +445,7 @@ def linear(
 ) -> Tensor:
     """One linear layer through the operator, or the reference with a stated reason. Shapes as ``F.linear`` has them."""
     _check_dtype(input, weight)
-    if reason := backend.unsupported(input, weight):
-        backend.fall_back(reason)
+    if _use_reference(input, weight):
         return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input must have {weight.shape[1]} features, as weight has; got shape {tuple(input.shape)}")
@@ -483,8 +492,7 @@ def conv2d(
 ) -> Tensor:
     """One convolution through the operator, or the reference with a stated reason. Shapes as ``F.conv2d`` has them."""
     _check_dtype(input, weight)
-    if reason := backend.unsupported(input, weight, groups):
-        backend.fall_back(reason)
+    if _use_reference(input, weight, groups):
         return reference.threshold_conv2d(
             input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
         )

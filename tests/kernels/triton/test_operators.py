@@ -1,5 +1,6 @@
 """The operators on the CPU: equal to the definition, and well registered with torch.library."""
 
+import os
 import subprocess
 import sys
 
@@ -9,8 +10,8 @@ from support import cases
 from torch.func import grad, vmap
 from torch.library import opcheck
 
-from spafl_kernels import ThresholdConv2d, ThresholdLinear, ops, reference
-from spafl_kernels.ops import backend
+from spafl_kernels import ThresholdConv2d, ThresholdLinear, ops, reference, threshold_conv2d, threshold_linear
+from spafl_kernels.ops import backend, library
 from spafl_kernels.triton.geometry import Geometry
 
 DOUBLE = torch.float64
@@ -184,6 +185,30 @@ def test_shapes_of_single_layers_are_those_of_torch():
         torch.testing.assert_close(got, conv(image))
 
 
+@pytest.mark.parametrize("linear", [True, False])
+def test_cuda_tensors_take_the_operators(monkeypatch, linear):
+    """The public functions on fake CUDA tensors: operator, shape, strides and device."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    called = []
+    for name in ("linear", "conv2d"):
+        stock = getattr(library, name)
+        monkeypatch.setattr(ops, name, lambda *a, stock=stock, name=name: (called.append(name), stock(*a))[1])
+    with FakeTensorMode(), torch.no_grad():  # (the autograd engine of a build without CUDA has no thread for it)
+        shapes = ((2, 4, 7), (6, 7)) if linear else ((2, 3, 7, 6), (6, 3, 3, 2))
+        x, w, t, b = (torch.empty(s, device="cuda") for s in (*shapes, (6,), (6,)))
+        if linear:
+            y = threshold_linear(x, w, t, b)
+            assert y.shape == (2, 4, 6)
+        else:
+            y = threshold_conv2d(x, w, t, b, *STEPS)
+            assert y.shape == (2, 6, *GEOMETRY.output) and y.is_contiguous(memory_format=torch.channels_last)
+        assert y.is_cuda
+    assert called == ["linear" if linear else "conv2d"]
+
+
 # ----------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -262,6 +287,22 @@ def test_fallback_warns_once_and_is_an_error_in_strict_mode(monkeypatch):
     monkeypatch.setenv("SPAFL_STRICT", "1")
     with pytest.raises(RuntimeError, match=r"SPAFL_STRICT is set, and .* groups must be 1"):
         ops.conv2d(*args)
+
+
+def test_the_reference_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr(backend, "REQUESTED", "reference")
+    monkeypatch.setenv("SPAFL_STRICT", "1")  # what was asked for is no fallback
+    called = []
+    stock = reference.threshold_linear
+    monkeypatch.setattr(reference, "threshold_linear", lambda *a: (called.append(1), stock(*a))[1])
+    layer = ThresholdLinear(3, 4)
+    ops.linear(torch.ones(2, 3), layer.weight, layer.threshold, layer.bias, "identity", False)
+    assert called
+    code = "import spafl_kernels"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "SPAFL_BACKEND": "cuda"}, capture_output=True, text=True
+    )
+    assert done.stderr.splitlines()[-1] == "ValueError: SPAFL_BACKEND must be auto or reference; got 'cuda'"
 
 
 def test_import_needs_no_triton():
