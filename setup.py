@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
 ROOT = Path(__file__).parent
@@ -132,15 +133,13 @@ def plan():
     return True, home, record
 
 
-def extension(home, record):
+def extension(home):
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     # cuda_bindings.cpp registers its schemas in every build and its kernels under USE_CUDA.
     sources = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/*.cpp")])
     macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-    if os.uname().machine in ("x86_64", "amd64"):
-        macros.append("-DSPAFL_X86_VECTORS")
     libraries, link = [], []
     if home:
         # Without USE_CUDA the stream accessor of the stable ABI is not declared.
@@ -154,11 +153,9 @@ def extension(home, record):
 
     class BuildWithNvcc(BuildExtension):
         def build_extensions(self):
-            RECORD.unlink(missing_ok=True)
             for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if home else ():
                 self.extensions[0].extra_objects.append(self.compile_cuda(source))
             super().build_extensions()
-            RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
         def compile_cuda(self, source):
             name = re.sub(r"\W+", "_", f"{source.stem}_{archs}")
@@ -203,13 +200,21 @@ def schema():
     return int(re.search(r"^SCHEMA = (\d+)$", text, re.MULTILINE).group(1))
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:
+    # A new virtual environment of Python 3.11 brings 65, which stops at the licence field without saying what to do.
+    raise SystemExit(f"error: setuptools >= 77 is needed, this is {setuptools.__version__}: pip install -U setuptools")
 BUILDING = {"build_ext", "build_py", "build", "install", "develop", "editable_wheel", "bdist_wheel", "dist_info"}
 arguments = {}
 if BUILDING & set(sys.argv):
     cpp, home, record = plan()
     if cpp:
-        arguments = extension(home, record)
-    elif not {"dist_info"} & set(sys.argv):
+        arguments = extension(home)
+    if "dist_info" not in sys.argv:
+        # Before anything is built, so that a wheel takes the record along.
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        if not cpp:
+            # An earlier build in this tree would be loaded although this one leaves it out.
+            for library in RECORD.parent.glob("_C*.so"):
+                library.unlink()
 
 setup(**arguments)

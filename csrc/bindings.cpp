@@ -69,7 +69,7 @@ ConvShape conv_shape(const char* op, const std::vector<int64_t>& x, const std::v
   CHECK(w[1] == x[1], op, ": weight has ", w[1], " input channels but input has ", x[1]);
   CHECK(pool == 2 || pool == 3, op, ": pool must be 2 or 3; got ", pool);
   CHECK(pad_h >= 0 && pad_w >= 0, op, ": padding must not be negative; got ", pad_h, ", ", pad_w);
-  CHECK(w[0] >= 1 && w[1] >= 1 && w[1] <= 8, op, ": weight must have 1 or more filters of 1 to 8 channels; got ", w[0],
+  CHECK(w[0] >= 1 && w[1] >= 1 && w[1] <= 64, op, ": weight must have 1 or more filters of 1 to 64 channels; got ", w[0],
         " of ", w[1]);
   CHECK(w[2] >= 1 && w[2] <= 11 && w[3] >= 1 && w[3] <= 11, op, ": kernel sides must be 1 to 11; got ", w[2], "x", w[3]);
   CHECK(s.conv_h() >= pool && s.conv_w() >= pool, op, ": input of ", x[2], "x", x[3],
@@ -352,7 +352,8 @@ int64_t cpu_isa() {
 #endif
 extern "C" __attribute__((visibility("default"), used)) const char spafl_build[] = "SPAFL_BUILD{" SPAFL_BUILD "}";
 
-STABLE_TORCH_LIBRARY(spafl, m) {
+// A fragment: cuda_bindings.cpp and Python add operators to the same namespace.
+STABLE_TORCH_LIBRARY_FRAGMENT(spafl, m) {
   m.def("conv_relu_pool(Tensor input, Tensor weight, Tensor? bias, int pad_h, int pad_w, int pool) -> (Tensor, Tensor)");
   m.def(
       "conv_relu_pool_grad_weight(Tensor grad, Tensor input, Tensor weight, Tensor argmax, int pad_h, int pad_w, "

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from . import reference
 from .layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
@@ -50,7 +49,9 @@ def convert(
 
     Args:
         model: any module; left alone unless ``inplace``.
-        where: ``where(name, layer)`` says whether to convert this layer; all by default.
+        where: ``where(name, layer)`` says whether to convert this layer. By default all plain ``nn.Conv2d`` and
+            ``nn.Linear`` are; their subclasses (parametrised layers, ``nn.MultiheadAttention.out_proj``) stay as they
+            are.
         estimator, mask_bias: passed to the new layers.
         inplace: change ``model`` itself (its Parameters stay the same objects).
 
@@ -69,17 +70,12 @@ def convert(
         cls = _THRESHOLD_CLASS.get(type(module))
         if cls is None:
             # A subclass of a convertible class is skipped by default, and refused when asked for by name.
-            if where and isinstance(module, tuple(_THRESHOLD_CLASS)) and not isinstance(module, ThresholdLayer):
-                if where(name, module):
-                    raise ValueError(
-                        f"layer {name!r} is a {type(module).__name__}, which cannot be converted: only plain "
-                        "nn.Conv2d and nn.Linear can (parametrised layers and layers that are not called cannot "
-                        "be masked)"
-                    )
-            return module
-        if parametrize.is_parametrized(module):
-            if where and where(name, module):
-                raise ValueError(f"layer {name!r} has a parametrised weight; remove the parametrisation first")
+            kin = isinstance(module, tuple(_THRESHOLD_CLASS)) and not isinstance(module, ThresholdLayer)
+            if kin and where and where(name, module):
+                raise ValueError(
+                    f"layer {name!r} is a {type(module).__name__}, which cannot be converted: only plain nn.Conv2d "
+                    "and nn.Linear can (parametrised layers and layers that are not called cannot be masked)"
+                )
             return module
         if where and not where(name, module):
             return module
@@ -116,8 +112,9 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             )
         new = _with_class(module, cls)
         del new._parameters["threshold"], new.__dict__["estimator"], new.__dict__["mask_bias"]
-        new.weight = nn.Parameter(weight, module.weight.requires_grad)
-        new.bias = None if bias is None else nn.Parameter(bias.detach(), module.bias.requires_grad)
+        new.register_parameter("weight", nn.Parameter(weight, module.weight.requires_grad))
+        if bias is not None:
+            new.register_parameter("bias", nn.Parameter(bias.detach(), module.bias.requires_grad))
         return new
 
     return _replace(model, change)

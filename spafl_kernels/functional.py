@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import ops, reference
 from .reference import Estimator, filter_scores
+
+if TYPE_CHECKING:
+    from .layers import ThresholdLayer
 
 __all__ = [
     "Estimator",
     "active_filters",
     "density",
     "filter_scores",
+    "importance_update_",
     "threshold_conv2d",
     "threshold_layers",
     "threshold_linear",
@@ -65,6 +70,8 @@ def threshold_conv2d(
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
     _check(weight, threshold, estimator)
+    if weight.is_cuda:
+        return ops.conv2d(input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias)
     return reference.threshold_conv2d(
         input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
     )
@@ -95,10 +102,12 @@ def threshold_linear(
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
     _check(weight, threshold, estimator)
+    if weight.is_cuda:
+        return ops.linear(input, weight, threshold, bias, estimator, mask_bias)
     return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
 
 
-def threshold_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def threshold_layers(model: nn.Module) -> Iterator[tuple[str, ThresholdLayer]]:
     """``(name, layer)`` of every threshold layer of ``model``, each once, in registration order."""
     from .layers import ThresholdLayer
 
@@ -129,3 +138,25 @@ def density(model: nn.Module) -> dict[str, float]:
         name: (filter_scores(layer.weight) > layer.threshold).double().mean().item()
         for name, layer in threshold_layers(model)
     }
+
+
+@torch.no_grad()
+def importance_update_(weight: Tensor, delta: Tensor, normaliser: Literal["kernel", "row"]) -> None:
+    """Shift every filter along the sign of its sum by the change of its global threshold, in place.
+
+    ``w_ij -= delta_i / d * sign(sum_j w_ij)``, ``sign(0) = 0``; pruned filters too (SpaFL, arXiv 2406.00431).
+
+    Args:
+        weight: ``(out, ...)``; changed in place.
+        delta: ``(out,)``, new minus old global threshold.
+        normaliser: ``"kernel"``: ``d = kH * kW`` for a convolution and the row length for a linear layer (the published
+            code); ``"row"``: ``d`` is the row length ``n_in`` for both.
+    """
+    if normaliser not in ("kernel", "row"):
+        raise ValueError(f"normaliser must be kernel or row; got {normaliser!r}")
+    rows = weight.flatten(1)
+    divisor = rows.shape[1]
+    if normaliser == "kernel" and weight.dim() == 4:
+        divisor = weight.shape[2] * weight.shape[3]
+    shift = delta / divisor * rows.sum(dim=1).sign()
+    weight -= shift.view(-1, *(1,) * (weight.dim() - 1))

@@ -19,6 +19,7 @@ class ThresholdLayer:
     """
 
     weight: Tensor
+    bias: Any
     threshold: nn.Parameter
     estimator: Estimator
     mask_bias: bool
@@ -74,11 +75,13 @@ class ThresholdConv2d(ThresholdLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         padding: Any = self.padding
+        stride: Any = self.stride
+        dilation: Any = self.dilation
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return functional.threshold_conv2d(
-            input, self.weight, self.threshold, self.bias, self.stride, padding, self.dilation, self.groups,
+            input, self.weight, self.threshold, self.bias, stride, padding, dilation, self.groups,
             self.estimator, self.mask_bias,
         )  # fmt: skip
 

@@ -5,6 +5,11 @@
 #pragma once
 #include <cstdint>
 
+// The vector code selects its instruction set by GCC's target pragma, which clang ignores.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SPAFL_X86_VECTORS
+#endif
+
 namespace spafl {
 
 // y = max_pool2d(relu(conv2d(x, w, b, stride=1, padding=(pad_h, pad_w))), pool), kernel = stride = pool, floor mode.

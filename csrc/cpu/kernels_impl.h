@@ -74,19 +74,20 @@ struct Planes {
   }
 };
 
-// `count` pooled positions of C channels. values and codes are C rows of `stride` elements.
+// `count` vectors of pool windows, C channels. Vector i reads its inputs from input + starts[i] + offsets, and writes to
+// i * V::size in each of C rows of `stride` values and codes.
 template <typename T, int P, int C>
-void conv_block(const T* planes, const int32_t* offsets, int64_t taps, const T* weight, const T* bias, int64_t count,
-                int64_t stride, T* values, uint8_t* codes) {
+void conv_block(const T* input, const int32_t* starts, const int32_t* offsets, int64_t taps, const T* weight,
+                const T* bias, int64_t count, int64_t stride, T* values, uint8_t* codes) {
   using V = Vec<T>;
   constexpr int windows = P * P;
-  for (int64_t q = 0; q < count; q += V::size) {
+  for (int64_t i = 0; i < count; i++) {
     V sum[C][windows];
 #pragma GCC unroll 8
     for (int c = 0; c < C; c++)
 #pragma GCC unroll 9
       for (int k = 0; k < windows; k++) sum[c][k] = V::all(bias[c]);
-    const T* base = planes + q;
+    const T* base = input + starts[i];
     for (int64_t tap = 0; tap < taps; tap++) {
       V w[C];
 #pragma GCC unroll 8
@@ -109,8 +110,8 @@ void conv_block(const T* planes, const int32_t* offsets, int64_t taps, const T* 
         code = V::select(better, V::codes(k), code);
       }
       const auto alive = V::positive(best);
-      V::zero_unless(alive, best).store(values + c * stride + q);
-      V::store(V::select(alive, code, V::codes(kBlocked)), codes + c * stride + q);
+      V::zero_unless(alive, best).store(values + c * stride + i * V::size);
+      V::store(V::select(alive, code, V::codes(kBlocked)), codes + c * stride + i * V::size);
     }
   }
 }
@@ -125,41 +126,73 @@ struct BlockOf {
   }
 };
 
+// Filters in blocks of nearly equal size (20 are 5+5+5+5, not 6+6+6+2), packed tap by tap.
 template <typename T, int P>
-void conv_relu_pool_forward(const ConvShape& s, const T* x, const T* w, const T* bias, T* y, uint8_t* argmax) {
-  constexpr int windows = P * P, most = max_channels<P>(), lanes = Vec<T>::size;
+struct Filters {
+  static constexpr int most = max_channels<P>();
+  int64_t taps, blocks, filters;
+  std::vector<T> weight, bias;
+
+  Filters(const ConvShape& s, const T* w, const T* b)
+      : taps(s.in_channels * s.kernel_h * s.kernel_w),
+        blocks((s.out_channels + most - 1) / most),
+        filters(s.out_channels),
+        weight(filters * taps),
+        bias(filters) {
+    if (b) std::copy_n(b, filters, bias.data());
+    for (int64_t block = 0; block < blocks; block++) {
+      const int64_t from = first(block), count = first(block + 1) - from;
+      for (int64_t tap = 0; tap < taps; tap++)
+        for (int64_t c = 0; c < count; c++) weight[from * taps + tap * count + c] = w[(from + c) * taps + tap];
+    }
+  }
+
+  int64_t first(int64_t block) const { return block * filters / blocks; }
+
+  // Computes `count` vectors of windows for every filter; calls done(first filter, filters, values, codes).
+  template <typename Done>
+  void run(const T* input, const std::vector<int32_t>& starts, const std::vector<int32_t>& offsets, int64_t stride,
+           T* values, uint8_t* codes, Done done) const {
+    for (int64_t block = 0; block < blocks; block++) {
+      const int64_t from = first(block), channels = first(block + 1) - from;
+      BlockOf<T, P, most>::pick((int)channels)(input, starts.data(), offsets.data(), taps, weight.data() + from * taps,
+                                               bias.data() + from, (int64_t)starts.size(), stride, values, codes);
+      done(from, channels);
+    }
+  }
+};
+
+// offset(channel, ky, kx, window) for every tap and window.
+template <int P, typename Offset>
+std::vector<int32_t> tap_offsets(const ConvShape& s, Offset offset) {
+  std::vector<int32_t> offsets;
+  offsets.reserve(s.in_channels * s.kernel_h * s.kernel_w * P * P);
+  for (int64_t channel = 0; channel < s.in_channels; channel++)
+    for (int64_t ky = 0; ky < s.kernel_h; ky++)
+      for (int64_t kx = 0; kx < s.kernel_w; kx++)
+        for (int64_t k = 0; k < P * P; k++) offsets.push_back((int32_t)offset(channel, ky, kx, k));
+  return offsets;
+}
+
+// Images [first, batch), a lane per window.
+template <typename T, int P>
+void forward_by_windows(const ConvShape& s, const Filters<T, P>& filters, int64_t first, const T* x, T* y, uint8_t* argmax) {
+  constexpr int lanes = Vec<T>::size;
   const Planes<P> planes(s);
   const int64_t pooled_h = s.pooled_h(), pooled_w = s.pooled_w(), pooled = pooled_h * pooled_w;
-  const int64_t taps = s.in_channels * s.kernel_h * s.kernel_w;
   const int64_t count = (pooled_h - 1) * planes.pitch + pooled_w, stride = (count + lanes - 1) / lanes * lanes;
-
-  std::vector<int32_t> offsets(taps * windows);
-  for (int64_t tap = 0; tap < taps; tap++) {
-    const int64_t kx = tap % s.kernel_w, ky = tap / s.kernel_w % s.kernel_h, channel = tap / s.kernel_w / s.kernel_h;
-    for (int k = 0; k < windows; k++) offsets[tap * windows + k] = planes.offset(channel, ky, kx, k);
-  }
-  // Blocks of nearly equal size: 20 channels are 5+5+5+5, not 6+6+6+2.
-  const int64_t blocks = (s.out_channels + most - 1) / most;
-  std::vector<T> packed(s.out_channels * taps), zero_bias(bias ? 0 : s.out_channels);
-  const auto first_channel = [&](int64_t block) { return block * s.out_channels / blocks; };
-  for (int64_t block = 0; block < blocks; block++) {
-    const int64_t from = first_channel(block), channels = first_channel(block + 1) - from;
-    for (int64_t tap = 0; tap < taps; tap++)
-      for (int64_t c = 0; c < channels; c++) packed[from * taps + tap * channels + c] = w[(from + c) * taps + tap];
-  }
+  const auto offsets = tap_offsets<P>(s, [&](auto... at) { return planes.offset(at...); });
+  std::vector<int32_t> starts(stride / lanes);
+  for (size_t i = 0; i < starts.size(); i++) starts[i] = (int32_t)(i * lanes);
   // Vectors may read past the last plane by less than one vector.
   const Buffer<T> image = zeroed<T>(planes.count * planes.size + stride - count + lanes);
   const int64_t outputs = s.batch * s.out_channels * pooled, padded_w = (pooled_w + lanes - 1) / lanes * lanes;
-  std::vector<T> values(most * stride + padded_w);
-  std::vector<uint8_t> codes(most * stride + padded_w);
+  std::vector<T> values(filters.most * stride + padded_w);
+  std::vector<uint8_t> codes(filters.most * stride + padded_w);
 
-  for (int64_t n = 0; n < s.batch; n++) {
+  for (int64_t n = first; n < s.batch; n++) {
     planes.fill(s, x + n * s.in_channels * s.height * s.width, image.get());
-    for (int64_t block = 0; block < blocks; block++) {
-      const int64_t from = first_channel(block), channels = first_channel(block + 1) - from;
-      BlockOf<T, P, most>::pick((int)channels)(image.get(), offsets.data(), taps, packed.data() + from * taps,
-                                               (bias ? bias : zero_bias.data()) + from, count, stride, values.data(),
-                                               codes.data());
+    filters.run(image.get(), starts, offsets, stride, values.data(), codes.data(), [&](int64_t from, int64_t channels) {
       for (int64_t c = 0; c < channels; c++) {
         for (int64_t row = 0; row < pooled_h; row++) {
           const int64_t at = c * stride + row * planes.pitch, to = (n * s.out_channels + from + c) * pooled + row * pooled_w;
@@ -175,8 +208,60 @@ void conv_relu_pool_forward(const ConvShape& s, const T* x, const T* w, const T*
           }
         }
       }
-    }
+    });
   }
+}
+
+// Images [0, returned count), whole vectors of them, a lane per image: no lane is wasted on narrow maps, for the price
+// of transposing inputs and outputs.
+template <typename T, int P>
+int64_t forward_by_images(const ConvShape& s, const Filters<T, P>& filters, const T* x, T* y, uint8_t* argmax) {
+  constexpr int lanes = Vec<T>::size;
+  const int64_t pitch = s.width + 2 * s.pad_w, channel_size = (s.height + 2 * s.pad_h) * pitch;
+  const int64_t image = s.in_channels * s.height * s.width, pooled = s.pooled_h() * s.pooled_w();
+  const auto offsets = tap_offsets<P>(s, [&](int64_t channel, int64_t ky, int64_t kx, int64_t k) {
+    return (channel * channel_size + (ky + k / P) * pitch + kx + k % P) * lanes;
+  });
+  std::vector<int32_t> starts(pooled), image_at(lanes);
+  for (int64_t i = 0; i < pooled; i++)
+    starts[i] = (int32_t)((i / s.pooled_w() * P * pitch + i % s.pooled_w() * P) * lanes);
+  for (int l = 0; l < lanes; l++) image_at[l] = (int32_t)(l * image);
+  const int64_t stride = pooled * lanes;
+  const Buffer<T> input = zeroed<T>(s.in_channels * channel_size * lanes);
+  std::vector<T> values(filters.most * stride);
+  std::vector<uint8_t> codes(filters.most * stride);
+
+  int64_t n = 0;
+  for (; n + lanes <= s.batch; n += lanes) {
+    for (int64_t channel = 0; channel < s.in_channels; channel++)
+      for (int64_t row = 0; row < s.height; row++) {
+        const T* from = x + n * image + (channel * s.height + row) * s.width;
+        T* to = input.get() + (channel * channel_size + (row + s.pad_h) * pitch + s.pad_w) * lanes;
+        for (int64_t i = 0; i < s.width; i++) Vec<T>::gather(from + i, image_at.data()).store(to + i * lanes);
+      }
+    filters.run(input.get(), starts, offsets, stride, values.data(), codes.data(), [&](int64_t from, int64_t channels) {
+      for (int64_t c = 0; c < channels; c++)
+        for (int64_t l = 0; l < lanes; l++) {
+          const int64_t to = ((n + l) * s.out_channels + from + c) * pooled;
+          for (int64_t i = 0; i < pooled; i++) y[to + i] = values[c * stride + i * lanes + l];
+          for (int64_t i = 0; i < pooled; i++) argmax[to + i] = codes[c * stride + i * lanes + l];
+        }
+    });
+  }
+  return n;
+}
+
+template <typename T, int P>
+void conv_relu_pool_forward(const ConvShape& s, const T* x, const T* w, const T* bias, T* y, uint8_t* argmax) {
+  constexpr int64_t lanes = Vec<T>::size;
+  const Filters<T, P> filters(s, w, bias);
+  const Planes<P> planes(s);
+  const int64_t used = s.pooled_h() * s.pooled_w(), count = (s.pooled_h() - 1) * planes.pitch + s.pooled_w();
+  // Lanes that hold a window, of those computed; and gather indices are 32-bit.
+  const bool narrow = used * 10 < (count + lanes - 1) / lanes * lanes * 7;
+  const bool small = s.in_channels * s.height * s.width * lanes < (int64_t)1 << 30;
+  const int64_t done = narrow && small ? forward_by_images<T, P>(s, filters, x, y, argmax) : 0;
+  if (done < s.batch) forward_by_windows<T, P>(s, filters, done, x, y, argmax);
 }
 
 template <typename T>
@@ -334,25 +419,77 @@ void conv_relu_pool_grad_weight(const ConvShape& s, const T* x, const T* gy, con
     std::copy_n(sums.get() + row * row_size, s.kernel_w, gw + row * s.kernel_w);
 }
 
+// The winners of one image, sorted by their place: adding up what all channels send to one patch before the patch is
+// touched replaces a read and write of every kernel row per winner by a multiply-add on registers.
 template <typename T>
 void conv_relu_pool_grad_input(const ConvShape& s, const T* w, const T* gy, const uint8_t* argmax, T* gx) {
+  using V = Vec<T>;
+  using W = Row<T>;
+  constexpr int group = 4;  // vectors of taps summed together
+  constexpr int64_t group_size = group * V::size;
   const int64_t padded_h = s.height + 2 * s.pad_h, pitch = s.width + 2 * s.pad_w, channel_size = padded_h * pitch;
-  const Buffer<T> image = zeroed<T>(s.in_channels * channel_size);
+  const int64_t rows = s.in_channels * s.kernel_h, taps = rows * s.kernel_w;
+  const int64_t taps_size = (taps + group_size - 1) / group_size * group_size;
+  const int64_t row_size = (s.kernel_w + W::size - 1) / W::size * W::size;
+  const Buffer<T> image = zeroed<T>(s.in_channels * channel_size + row_size);
+  std::vector<T> kernel(s.out_channels * taps_size), sums(taps_size + row_size), lane(row_size);
+  for (int64_t c = 0; c < s.out_channels; c++) std::copy_n(w + c * taps, taps, kernel.data() + c * taps_size);
+  std::fill_n(lane.data(), s.kernel_w, T(1));
+  std::vector<int32_t> row_at(rows);
+  for (int64_t row = 0; row < rows; row++)
+    row_at[row] = (int32_t)(row / s.kernel_h * channel_size + row % s.kernel_h * pitch);
+
   Winners<T> winners(s, pitch);
+  struct Winner {
+    const T* kernel;
+    T grad;
+  };
+  // Counting sort: places are offsets in one channel of the padded image.
+  std::vector<int32_t> places(s.out_channels * winners.pooled), ends(channel_size + 1);
+  std::vector<Winner> unsorted(places.size()), sorted(places.size());
   for (int64_t n = 0; n < s.batch; n++) {
     std::fill_n(image.get(), s.in_channels * channel_size, T(0));
+    std::fill(ends.begin(), ends.end(), 0);
+    int64_t total = 0;
     for (int64_t c = 0; c < s.out_channels; c++) {
       const int64_t at = (n * s.out_channels + c) * winners.pooled;
       const int64_t count = winners.collect(gy + at, argmax + at);
-      for (int64_t channel = 0; channel < s.in_channels; channel++) {
-        const T* kernel = w + (c * s.in_channels + channel) * s.kernel_h * s.kernel_w;
-        for (int64_t i = 0; i < count; i++) {
-          T* to = image.get() + channel * channel_size + winners.patch[i];
-          const T g = winners.grad[i];
-          for (int64_t ky = 0; ky < s.kernel_h; ky++)
-            for (int64_t kx = 0; kx < s.kernel_w; kx++) to[ky * pitch + kx] += g * kernel[ky * s.kernel_w + kx];
+      for (int64_t i = 0; i < count; i++, total++) {
+        places[total] = winners.patch[i];
+        unsorted[total] = {kernel.data() + c * taps_size, winners.grad[i]};
+        ends[winners.patch[i] + 1]++;
+      }
+    }
+    for (int64_t place = 0; place < channel_size; place++) ends[place + 1] += ends[place];
+    // Afterwards ends[place] is where the winners of place end.
+    for (int64_t i = 0; i < total; i++) sorted[ends[places[i]]++] = unsorted[i];
+
+    for (int64_t place = 0, i = 0; i < total; place++) {
+      const int64_t end = ends[place];
+      if (i == end) continue;
+      for (int64_t tap = 0; tap < taps; tap += group_size) {
+        V sum[group];
+#pragma GCC unroll 4
+        for (int k = 0; k < group; k++) sum[k] = V::all(T(0));
+        for (int64_t j = i; j < end; j++) {
+          const V g = V::all(sorted[j].grad);
+          const T* from = sorted[j].kernel + tap;
+#pragma GCC unroll 4
+          for (int k = 0; k < group; k++) sum[k] = V::fma(g, V::load(from + k * V::size), sum[k]);
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < group; k++) sum[k].store(sums.data() + tap + k * V::size);
+      }
+      for (int64_t v = 0; v < row_size; v += W::size) {
+        const W real = W::load(lane.data() + v);
+        for (int64_t row = 0; row < rows; row++) {
+          T* to = image.get() + place + row_at[row] + v;
+          const W old = W::load(to);
+          // Lanes past the kernel hold the next row's taps.
+          W::pick(real, W::add(old, W::load(sums.data() + row * s.kernel_w + v)), old).store(to);
         }
       }
+      i = end;
     }
     for (int64_t channel = 0; channel < s.in_channels; channel++)
       for (int64_t row = 0; row < s.height; row++)

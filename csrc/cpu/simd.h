@@ -120,6 +120,10 @@ struct RowF {
   static RowF all(float x) { return {_mm256_set1_ps(x)}; }
   static RowF fma(RowF a, RowF b, RowF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static RowF add(RowF a, RowF b) { return {_mm256_add_ps(a.v, b.v)}; }
+  // a where lane is not 0, else b.
+  static RowF pick(RowF lane, RowF a, RowF b) {
+    return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(lane.v, _mm256_setzero_ps(), _CMP_NEQ_OQ))};
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
 };
 struct RowD {
@@ -129,6 +133,9 @@ struct RowD {
   static RowD all(double x) { return {_mm256_set1_pd(x)}; }
   static RowD fma(RowD a, RowD b, RowD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static RowD add(RowD a, RowD b) { return {_mm256_add_pd(a.v, b.v)}; }
+  static RowD pick(RowD lane, RowD a, RowD b) {
+    return {_mm256_blendv_pd(b.v, a.v, _mm256_cmp_pd(lane.v, _mm256_setzero_pd(), _CMP_NEQ_OQ))};
+  }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
 };
 template <typename T>
@@ -160,6 +167,7 @@ struct Lanes {
   static Lanes fma(Lanes a, Lanes b, Lanes c) { return {c.v + a.v * b.v}; }
   static Lanes add(Lanes a, Lanes b) { return {a.v + b.v}; }
   static Lanes mul(Lanes a, Lanes b) { return {a.v * b.v}; }
+  static Lanes pick(Lanes lane, Lanes a, Lanes b) { return {lane.v != Values{} ? a.v : b.v}; }
   static Lanes abs(Lanes a) { return {(Values)((Integers)a.v & ~((Integers)all(T(-0.0)).v))}; }
   static Mask replaces(Lanes candidate, Lanes best) { return (candidate.v > best.v) | (candidate.v != candidate.v); }
   static Mask positive(Lanes a) { return ~(a.v <= Values{}); }

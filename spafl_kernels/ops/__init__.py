@@ -1,12 +1,39 @@
-"""Operators with a compiled kernel and a plain-PyTorch twin that computes the same.
+"""Operators of the threshold layers.
 
-Every function takes ``backend``: ``"auto"`` uses the compiled kernel where it applies and the twin elsewhere,
-``"native"`` raises where the kernel cannot be used, ``"torch"`` always takes the twin.
+On the CPU: operators with a compiled kernel and a plain-PyTorch twin that computes the same
+(:func:`conv_relu_pool`, :func:`relu_pool`, :func:`sgd_step`, :func:`threshold_pass`). They take ``backend``: ``"auto"``
+uses the compiled kernel where it applies and the twin elsewhere, ``"native"`` raises where the kernel cannot be used,
+``"torch"`` always takes the twin.
+
+On a GPU: ``torch.ops.spafl.threshold_linear`` and ``torch.ops.spafl.threshold_conv2d``, with schema, CPU, CUDA and fake
+implementations, autograd, autocast and vmap. They take a leading client dimension in every tensor: each client has its
+own weights, thresholds and batch, and all run in one launch. ``torch.func.vmap`` over them becomes more clients of the
+same call; a single layer is one client. They return ``(output, plan, packed)``; plan and packed weights (see
+:mod:`spafl_kernels.triton.plan`) are what the backward operators need. Weights may be float32 while the input is
+float16 or bfloat16: masks are always decided in the dtype of the weights, so autocast casts the input only.
+:func:`explain` says which implementation a layer uses on an input, and why.
 """
 
-from .conv_pool import conv_relu_pool, relu_pool
+from ._backend import ready
+from .backend import Explanation, explain
+from .conv_pool import DirectConvReluPool, DirectReluPool, conv_relu_pool, relu_pool
+from .library import conv2d, linear
 from .sgd import sgd_step
 from .step import FilterRows, threshold_step
 from .threshold import threshold_pass
 
-__all__ = ["FilterRows", "conv_relu_pool", "relu_pool", "sgd_step", "threshold_pass", "threshold_step"]
+__all__ = [
+    "DirectConvReluPool",
+    "DirectReluPool",
+    "Explanation",
+    "FilterRows",
+    "conv2d",
+    "conv_relu_pool",
+    "explain",
+    "linear",
+    "ready",
+    "relu_pool",
+    "sgd_step",
+    "threshold_pass",
+    "threshold_step",
+]

@@ -139,9 +139,9 @@ def threshold_step(
 
     With ``G`` the gradients given, ``r_i = sum_j G_ij w_ij`` and ``h`` the estimator (reference.py): stored weights get
     ``G_ij + h_i r_i sign(w_ij) / n_in`` (``G = 0`` where none is given) and thresholds
-    ``-h_i r_i - penalty exp(-tau_i)``, with ``r_i = 0`` for filters that are not stored. Then all of them and ``params``
-    take one step as in :func:`sgd_step`, clipped by their common norm. Last come the new scores of the stored filters,
-    over the whole row, and the masks of all.
+    ``-h_i r_i - penalty exp(-tau_i)``, with ``r_i = 0`` for filters that are not stored. All of these and
+    ``params`` take one step as in :func:`sgd_step`, clipped by their common norm. Last come the new scores of the
+    stored filters, over the whole row, and the masks of all.
 
     Args:
         rows: the threshold layers.
@@ -249,8 +249,8 @@ def _twin(
         tau_grad = -penalty * torch.exp(-threshold) if penalty else torch.zeros_like(threshold)
         tau_grad.index_add_(0, index, dot, alpha=-1)
         todo.append((threshold, tau_grad, rows.threshold_momenta[i] if momentum else None))
-    for i, (param, grad, threshold) in enumerate(zip(params, param_grads, is_threshold)):
-        if threshold and penalty:
+    for i, (param, grad, penalised) in enumerate(zip(params, param_grads, is_threshold)):
+        if penalised and penalty:
             grad.sub_(torch.exp(-param), alpha=penalty)
         todo.append((param, grad, momenta[i] if momentum else None))
     norm2 = torch.as_tensor(extra_norm2, dtype=rows.weights[0].dtype, device=rows.weights[0].device)

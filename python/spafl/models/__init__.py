@@ -42,7 +42,7 @@ def register_model(name: str, build: Callable[..., nn.Module], image: int) -> No
 
 
 def build_model(name: str, classes: int, in_channels: int, seed: int | None = None) -> nn.Module:
-    """Build a registered model; with ``seed`` its initialisation is reproducible and leaves global random state alone."""
+    """Build a registered model; with ``seed`` its initialisation repeats and leaves global random state alone."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
     if seed is None:

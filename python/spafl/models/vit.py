@@ -83,7 +83,9 @@ class Transformer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, feed_forward in self.layers:  # type: ignore[misc]
+        for block in self.layers:
+            assert isinstance(block, nn.ModuleList)
+            attention, feed_forward = block
             x = attention(x) + x
             x = feed_forward(x) + x
         return x

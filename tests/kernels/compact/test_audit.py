@@ -3,9 +3,9 @@
 import pytest
 import torch
 from helpers import prune
-from spafl.models import LeNet5
 from test_module import MODELS
 
+from spafl.models import LeNet5
 from spafl_kernels.compact.audit import LayerAudit, audit
 
 

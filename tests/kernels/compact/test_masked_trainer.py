@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from spafl.models import LeNet5
 from torch.nn import functional as F
 
+from spafl.models import LeNet5
 from spafl_kernels import reference, threshold_layers, threshold_penalty
 from spafl_kernels.training import MaskedTrainer, SGDOptions, make_trainer
 

@@ -6,11 +6,11 @@ import pickle
 import pytest
 import torch
 from helpers import batches, prune
-from spafl.models import Conv4, LeNet5, ResNet18, ViT
 from test_trainer import Branch, Padded, warm_norms, with_estimator
 from torch import nn
 from torch.nn import functional as F
 
+from spafl.models import Conv4, LeNet5, ResNet18, ViT
 from spafl_kernels import threshold_layers, threshold_penalty
 from spafl_kernels.compact import CompactModule
 from spafl_kernels.training import Unsupported

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from helpers import batches, compare, compare_steps, prune
-from spafl.models import Conv4, LeNet5, ResNet18, ViT
 from torch import nn
 
+from spafl.models import Conv4, LeNet5, ResNet18, ViT
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, threshold_layers
 from spafl_kernels.compact import CompactTrainer
 from spafl_kernels.training import SGDOptions, Unsupported, make_trainer

@@ -41,6 +41,9 @@ SHAPES = [  # batch, in, height, width, out, kernel, padding, pool
     (1, 5, 9, 9, 33, (3, 1), (4, 0), 3),  # padding wider than the kernel
     (1, 1, 1, 1, 2, (1, 1), (7, 7), 2),  # nearly all padding
     (0, 1, 8, 8, 3, (3, 3), (0, 0), 2),  # empty batch
+    (35, 3, 7, 8, 5, (3, 3), (1, 1), 2),  # narrow maps: images side by side in a vector, and some left over
+    (16, 12, 12, 12, 7, (5, 5), (0, 0), 2),  # LeNet-5's second layer
+    (17, 2, 9, 6, 4, (2, 3), (1, 0), 3),
 ]
 
 
@@ -105,6 +108,17 @@ def test_nan_is_carried_on_as_torch_does(backend, pool):
     torch.testing.assert_close(got, expected, equal_nan=True, **EXACT)
     # Backward: the dense operators also multiply the zeros of blocked positions by NaN; the kernel sees winners only.
     assert torch.autograd.grad(got.sum(), w)[0].isnan().any()
+
+
+def test_an_infinite_gradient_stays_in_its_patch(backend):
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 12, 12, dtype=torch.double, requires_grad=True)
+    w = torch.randn(2, 1, 5, 5, dtype=torch.double)
+    b = torch.full((2,), 100.0, dtype=torch.double)  # nothing is blocked by ReLU
+    grad = torch.zeros(1, 2, 4, 4, dtype=torch.double)
+    grad[0, 1, 1, 2] = float("inf")
+    (have,) = torch.autograd.grad(ops.conv_relu_pool(x, w, b, backend=backend), x, grad)
+    assert (~have.isfinite()).sum() == 25
 
 
 def test_non_contiguous_inputs(backend):
@@ -205,8 +219,8 @@ def test_bad_input(call, message):
 
 
 def test_native_is_refused_where_it_does_not_apply(extension):
-    x, w = torch.randn(1, 9, 8, 8), torch.randn(3, 9, 3, 3)
-    with pytest.raises(RuntimeError, match="up to 8 input channels, not 9"):
+    x, w = torch.randn(1, 65, 8, 8), torch.randn(3, 65, 3, 3)
+    with pytest.raises(RuntimeError, match="up to 64 input channels, not 65"):
         ops.conv_relu_pool(x, w, backend="native")
     with pytest.raises(RuntimeError, match=r"float32 and float64, not torch\.bfloat16"):
         ops.relu_pool(x.bfloat16(), backend="native")

@@ -34,10 +34,6 @@ def compiler():
     return found
 
 
-def machine_flags():
-    return ["-DSPAFL_X86_VECTORS"] if os.uname().machine in ("x86_64", "amd64") else []
-
-
 def link_and_run(objects, folder, flags):
     program = folder / "check"
     done = subprocess.run([compiler(), *flags, *objects, "-o", str(program)], capture_output=True, text=True)
@@ -47,8 +43,7 @@ def link_and_run(objects, folder, flags):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    flags = [*FLAGS, *machine_flags()]
-    return compile_all(sorted(ROOT.glob("csrc/cpu/*.cpp")), tmp_path_factory.mktemp("kernels"), flags)
+    return compile_all(sorted(ROOT.glob("csrc/cpu/*.cpp")), tmp_path_factory.mktemp("kernels"), FLAGS)
 
 
 def test_kernels_under_sanitizers(kernels, tmp_path):

@@ -1,0 +1,137 @@
+"""What the simulator itself costs: seconds per client beside the training steps, and memory with many clients.
+
+    python -m benchmarks.simulator [--clients 1000] [--rounds 5] [--sampled 100] [--engine auto] [--out FILE.csv]
+
+One process, one thread, LeNet-5, two batches of 16 per client and round, so that the framework is not hidden behind the
+training. Overhead is everything a client's turn takes except the trainer's own work (``step``, and ``begin`` and
+``finish``, which are listed apart): message coding, reading and writing the client's tensors, shuffling, normalisation,
+merging and metrics, without evaluation. Times are wall-clock: run it on an idle machine. A client's first turn also
+allocates its row on disk; that is listed apart as well. The memory is the peak after all clients have been evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from spafl.config import resolve_config
+from spafl.simulation import loop
+from spafl.simulation.runfolder import RunFolder
+from spafl_kernels import training
+
+COLUMNS = (
+    "clients",
+    "sampled",
+    "engine",
+    "turns",
+    "overhead_ms",
+    "first_write_ms",
+    "trainer_ms",
+    "step_ms",
+    "peak_memory_mb",
+    "row_mb",
+)
+
+
+class StepClock:
+    """Adds up the time spent inside a trainer's methods."""
+
+    def __init__(self, trainer: training.Trainer) -> None:
+        self.seconds = {"step": 0.0, "begin": 0.0, "finish": 0.0}
+        for name in self.seconds:
+            setattr(trainer, name, self._timed(name, getattr(trainer, name)))
+
+    def _timed(self, name: str, method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - start
+
+        return call
+
+
+def measure(clients: int, sampled: int, rounds: int, engine: str) -> dict[str, Any]:
+    """Run the rounds and return one row of :data:`COLUMNS`."""
+    config = resolve_config(
+        {
+            "name": "overhead", "rounds": rounds + 1,
+            "data": {
+                "name": "synthetic", "image": 28, "channels": 1, "classes": 10,
+                "train": 32 * clients, "test": 2 * clients,
+            },
+            "partition": {"scheme": "iid", "clients": clients},
+            "model": {"name": "lenet5"},
+            "algorithm": {"name": "spafl", "variant": "fmnist"},
+            "training": {"batch_size": 16, "epochs": 1, "lr": 0.001},
+            "sampling": {"clients_per_round": sampled},
+            "evaluation": {"every": rounds + 2, "train_data": "never"},
+            "simulation": {"workers": 1, "engine": engine, "device": "cpu", "checkpoint_every": rounds + 2},
+        }
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        run_folder = RunFolder(Path(folder) / "run", resume=False)
+        simulation = loop.Simulation(config, run_folder, quiet=True)
+        seconds = 0.0
+        with loop.Pool(simulation._worker_setup(), 1) as pool:
+            assert pool._own is not None and simulation.store is not None
+            simulation._round(pool, 0)  # warm-up: kernels are chosen, rows of the store are new
+            start = time.perf_counter()
+            for k in range(clients):
+                simulation.store.load(k)
+                simulation.store.save(k)
+            first_write = (time.perf_counter() - start) / clients
+            clock = StepClock(pool._own.resident.trainer)
+            for number in range(1, rounds):
+                start = time.perf_counter()
+                simulation._round(pool, number)
+                seconds += time.perf_counter() - start
+            turns = (rounds - 1) * sampled
+            simulation._visit_all(pool, rounds, True, False)
+        row = simulation.store.row_bytes
+        run_folder.close()
+    inside = clock.seconds
+    return {
+        "clients": clients,
+        "sampled": sampled,
+        "engine": engine,
+        "turns": turns,
+        "overhead_ms": round(1e3 * (seconds - sum(inside.values())) / turns, 3),
+        "first_write_ms": round(1e3 * first_write, 3),
+        "trainer_ms": round(1e3 * (inside["begin"] + inside["finish"]) / turns, 3),
+        "step_ms": round(1e3 * inside["step"] / turns, 3),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000),
+        "row_mb": round(row / 1e6, 2),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulator", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--sampled", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--engine", default="auto", choices=["auto", "masked", "compact"])
+    parser.add_argument("--out", type=Path, help="CSV file to append to")
+    args = parser.parse_args()
+    row = measure(args.clients, args.sampled, args.rounds, args.engine)
+    for name in COLUMNS:
+        print(f"{name:>16}: {row[name]}")
+    if args.out:
+        new = not args.out.exists()
+        with args.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""What a federated algorithm is. One algorithm is one file; the round loop, the workers and Flower only call this.
+
+Life of a round ``r``::
+
+    server                                      client
+    broadcast(server, r, k)  ── message ──▶     train(client, message, r)
+    merge(server, r, uploads) ◀── upload ──
+             └── announcement, to every client ──▶  receive(client, announcement, r)
+
+Server and client code exchange nothing but messages (:mod:`spafl.wire`), so every byte is seen and counted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ..wire import Message
+from .client import Client, Evaluation
+
+ServerState = dict[str, Tensor]
+
+
+class BaseOptions(BaseModel):
+    """Base of an algorithm's own settings; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What one client sends back after training, and what the server may know about it."""
+
+    client: int
+    message: Message
+    samples: int
+    """Training samples of the client: the usual aggregation weight."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a client's local training amounts to; ``message`` is uploaded, the rest is measured by the simulator."""
+
+    message: Message
+    loss: float
+    """Mean over batches of the data loss."""
+    steps: int
+    paper_macs: float = 0.0
+    """Multiply-accumulates by the paper's formula."""
+    executed_macs: int | None = None
+    """Multiply-accumulates that were really carried out, or None if the algorithm does not count them."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Anything else worth a line in the metrics."""
+
+
+class Algorithm(ABC):
+    """Base class of every federated algorithm. Instances are immutable and picklable: state lives in the arguments.
+
+    Class attributes:
+        Options: settings of the ``[algorithm]`` section (beyond ``name``).
+        presets: for algorithms with published variants: complete settings by variant name, laid under the user's.
+    """
+
+    Options: ClassVar[type[BaseOptions]] = BaseOptions
+    presets: ClassVar[dict[str, dict[str, dict[str, object]]]] = {}
+    """``presets[variant][section][key]`` is the value of that variant; see :mod:`spafl.config`."""
+
+    def __init__(self, options: BaseOptions) -> None:
+        self.options = options
+
+    # -- set-up -------------------------------------------------------------------------------------------------
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """The model this algorithm trains, from the configured threshold model (dense methods drop the thresholds)."""
+        return model
+
+    @abstractmethod
+    def client_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Initial tensors that each client keeps for ever, by name.
+
+        Names of the model's state dict live in ``client.model``; all others in ``client.memory``. An algorithm whose
+        clients keep nothing returns ``{}``.
+        """
+
+    @abstractmethod
+    def server_state(self, model: nn.Module) -> ServerState:
+        """Initial tensors of the server."""
+
+    # -- a round ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def broadcast(self, server: ServerState, round: int, client: int) -> Message:
+        """What a sampled client receives before it trains."""
+
+    @abstractmethod
+    def train(self, client: Client, message: Message, round: int) -> Training:
+        """Local training of one client."""
+
+    @abstractmethod
+    def merge(self, server: ServerState, round: int, uploads: Sequence[Upload]) -> tuple[ServerState, Message]:
+        """The server's next state, and an announcement to *every* client (empty: none)."""
+
+    def receive(self, client: Client, announcement: Message, round: int) -> None:
+        """What a client does with an announcement of ``round``; called once each, in order."""
+        raise NotImplementedError(f"{type(self).__name__} announces but does not receive")
+
+    # -- evaluation ---------------------------------------------------------------------------------------------
+
+    def evaluation_message(self, server: ServerState, round: int) -> Message:
+        """What a client needs to be evaluated (a global model, say); not counted as traffic."""
+        return {}
+
+    @abstractmethod
+    def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
+        """Test one client on its own data, and on its training data too if ``train_data``.
+
+        Changes to the client's tensors are kept only if the result says ``changed``.
+        """
+
+    # -- cost by the paper's formulas ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def paper_bits(self, server: ServerState, sampled: int) -> int:
+        """Communication of one round by the formula of the method's paper, in bits."""

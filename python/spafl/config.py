@@ -1,0 +1,278 @@
+"""The configuration of a run: sections, defaults, ranges, and one-line errors.
+
+A run is described by a TOML file. Values come, later over earlier, from the defaults here, the algorithm's variant
+(:attr:`spafl.algorithms.Algorithm.presets`), the file, and ``--set section.key=value``. The resolved configuration,
+with every value spelled out, is saved in the run folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .algorithms import Algorithm, LocalTraining, find_algorithm
+from .data import DATASETS, SCHEMES
+from .errors import UserError
+from .models import MODELS
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class DataConfig(_Section):
+    name: str
+    root: str | None = None
+    """Folder that holds the data files; datasets that are embedded or synthetic need none."""
+    image: int | None = Field(default=None, ge=8, le=1024)
+    channels: int | None = Field(default=None, ge=1, le=64)
+    classes: int | None = Field(default=None, ge=2)
+    train: int | None = Field(default=None, ge=1)
+    test: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=0)
+    augment: Literal["none", "crop-flip"] | None = None
+    """Training augmentation; by default what is usual for the data set."""
+    verify_checksums: bool | None = None
+
+
+class PartitionConfig(_Section):
+    scheme: str = "dirichlet"
+    clients: int = Field(default=100, ge=1)
+    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Concentration of the Dirichlet draws (schemes ``dirichlet`` and ``size``); small is uneven."""
+    classes_per_client: int | None = Field(default=None, ge=1)
+    """Classes of each client (scheme ``pathological``)."""
+    min_train: int = Field(default=1, ge=1)
+    min_test: int = Field(default=1, ge=1)
+    max_draws: int = Field(default=100, ge=1)
+
+
+class ModelConfig(_Section):
+    name: str
+
+
+class TrainingConfig(_Section):
+    lr: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    batch_size: int = Field(default=32, ge=1)
+    epochs: int = Field(default=5, ge=1)
+    lr_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of round r: ``max(lr * lr_decay ** r, lr_floor)``."""
+    lr_floor: float = Field(default=0.0, ge=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    drop_last: bool = False
+
+
+class SamplingConfig(_Section):
+    clients_per_round: int = Field(default=10, ge=1)
+    stream: Literal["seeded", "published-cifar100"] = "seeded"
+    """``published-cifar100``: NumPy's legacy generator reseeded with the round, whatever the run's seed."""
+
+
+class EvaluationConfig(_Section):
+    every: int = Field(default=1, ge=1)
+    """Evaluate all clients every so many rounds, and after the last."""
+    train_data: Literal["final", "always", "never"] = "final"
+    """When to measure accuracy on the training data too (for the generalisation gap)."""
+
+
+class SimulationConfig(_Section):
+    workers: int = Field(default=0, ge=0)
+    """Worker processes of one thread each; 0: one per core on a CPU, one on a GPU."""
+    engine: Literal["auto", "masked", "compact"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_every: int = Field(default=10, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+
+class RunConfig(_Section):
+    """Everything that defines a run. ``algorithm`` is checked against its own options class."""
+
+    name: str = Field(default="run", min_length=1)
+    seed: int = Field(default=1, ge=0, lt=2**32)
+    rounds: int = Field(default=100, ge=1)
+    data: DataConfig
+    partition: PartitionConfig = PartitionConfig()
+    model: ModelConfig
+    algorithm: dict[str, Any]
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    simulation: SimulationConfig = SimulationConfig()
+
+    def build_algorithm(self) -> Algorithm:
+        """The algorithm object these settings describe."""
+        options = {key: value for key, value in self.algorithm.items() if key != "name"}
+        cls = find_algorithm(self.algorithm["name"])
+        return cls(cls.Options(**options))
+
+    def local_training(self) -> LocalTraining:
+        """The ``[training]`` section as the clients use it."""
+        return LocalTraining(**self.training.model_dump())
+
+    def to_toml(self) -> str:
+        """The resolved configuration, complete: reading it back gives an equal one."""
+        return tomli_w.dumps(_swap(self.model_dump(), None, OFF))
+
+
+# TOML has no null. The word is needed because leaving a key out means "as the variant says".
+OFF = "off"
+
+
+def _swap(value: Any, old: Any, new: Any) -> Any:
+    """``value`` with every ``old`` inside it replaced by ``new``."""
+    if isinstance(value, Mapping):
+        return {key: _swap(item, old, new) for key, item in value.items()}
+    return new if value == old and type(value) is type(old) else value
+
+
+def deep_merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``, table by table."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = deep_merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """``a.b=value`` as a nested table; the value is read as TOML, and as plain text where that fails.
+
+    ``off`` clears an optional value (``training.max_grad_norm=off``), here as in a file.
+    """
+    path, equals, value = text.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise UserError(f"--set takes section.key=value; got {text!r}")
+    parsed: Any
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for key in reversed(keys):
+        parsed = {key: parsed}
+    return parsed
+
+
+def load_config(path: Path, assignments: Iterable[str] = ()) -> RunConfig:
+    """Read, complete and check a configuration file.
+
+    Raises:
+        UserError: file missing or not TOML, unknown key (the nearest valid one is named), wrong type or range.
+    """
+    try:
+        raw = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"configuration file {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"configuration file {path} is a folder") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    for assignment in assignments:
+        raw = deep_merge(raw, parse_assignment(assignment))
+    return resolve_config(raw)
+
+
+def resolve_config(raw: Mapping[str, Any]) -> RunConfig:
+    """Complete and check a configuration given as nested tables; errors as :func:`load_config`."""
+    raw = _swap(raw, OFF, None)
+    algorithm = raw.get("algorithm")
+    if not isinstance(algorithm, Mapping) or not isinstance(algorithm.get("name"), str):
+        _check_keys(raw, RunConfig, "")
+        raise UserError('configuration needs [algorithm] with name = "spafl" (or another algorithm)')
+    try:
+        cls = find_algorithm(algorithm["name"])
+    except ValueError as error:
+        raise UserError(f"algorithm.name: {error}") from None
+    variant = algorithm.get("variant")
+    if variant is None and "variant" in cls.Options.model_fields:
+        variant = cls.Options.model_fields["variant"].default
+    preset = cls.presets.get(variant, {}) if isinstance(variant, str) else {}
+    merged = deep_merge(preset, raw)
+    config = _validate(RunConfig, merged, "")
+    options = {key: value for key, value in merged["algorithm"].items() if key != "name"}
+    checked = _validate(cls.Options, options, "algorithm")
+    config = config.model_copy(update={"algorithm": {"name": algorithm["name"], **checked.model_dump()}})
+    _check_names(config)
+    return config
+
+
+def _check_names(config: RunConfig) -> None:
+    names: tuple[tuple[str, str, Iterable[str]], ...] = (
+        ("data.name", config.data.name, DATASETS),
+        ("model.name", config.model.name, MODELS),
+        ("partition.scheme", config.partition.scheme, SCHEMES),
+    )
+    for where, name, known in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+            raise UserError(f"{where}: unknown name {name!r}; did you mean {near[0]!r}? known: {', '.join(known)}")
+    if config.sampling.clients_per_round > config.partition.clients:
+        raise UserError(
+            f"sampling.clients_per_round: {config.sampling.clients_per_round} clients cannot be sampled from "
+            f"partition.clients = {config.partition.clients}"
+        )
+
+
+def _section_of(model: type[BaseModel], loc: Iterable[Any]) -> type[BaseModel]:
+    """The model class that owns the last key of an error's location."""
+    for key in list(loc)[:-1]:
+        field = model.model_fields.get(str(key))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return model
+
+
+def _unknown_key(path: str, valid: Iterable[str]) -> UserError:
+    prefix, _, key = path.rpartition(".")
+    near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.0)
+    dotted = f"{prefix}.{near[0]}" if prefix and near else near[0] if near else None
+    return UserError(f"unknown key {path}" + (f"; did you mean {dotted}?" if dotted else ""))
+
+
+def _check_keys(raw: Mapping[str, Any], model: type[BaseModel], prefix: str) -> None:
+    for key in raw:
+        if key not in model.model_fields:
+            raise _unknown_key(f"{prefix}.{key}" if prefix else str(key), model.model_fields)
+
+
+def _allowed(model: type[BaseModel], key: str) -> str:
+    """Plain words for what a field takes, from its annotation."""
+    field = model.model_fields.get(key)
+    if field is None:
+        return ""
+    annotation = field.annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(str(a) for a in typing.get_args(annotation))
+    return ""
+
+
+def _validate(model: type[BaseModel], raw: Mapping[str, Any], prefix: str) -> Any:
+    try:
+        return model.model_validate(dict(raw))
+    except ValidationError as caught:
+        # The first problem only: one line, one thing to mend. Unknown keys first: they explain missing ones.
+        errors = sorted(caught.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        error = errors[0]
+        path = ".".join(str(part) for part in ([prefix] if prefix else []) + list(error["loc"]))
+        owner = _section_of(model, error["loc"])
+        if error["type"] == "extra_forbidden":
+            valid = list(owner.model_fields) + (["name"] if prefix == "algorithm" else [])
+            raise _unknown_key(path, valid) from None
+        if error["type"] == "missing":
+            raise UserError(f"missing key {path}") from None
+        allowed = _allowed(owner, str(error["loc"][-1])) if error["loc"] else ""
+        said = allowed or error["msg"][0].lower() + error["msg"][1:]
+        raise UserError(f"{path}: {said}; got {error['input']!r}") from None

@@ -1,0 +1,33 @@
+"""Data sets as stored, what turns them into model input, and their partition over clients."""
+
+from functools import partial
+
+from .builtin import load_digits, load_synthetic
+from .cifar import FORMS, load_cifar
+from .dataset import DATASETS, DataError, Dataset, dataset_options, load_dataset, register_dataset
+from .idx import SOURCES, load_idx
+from .partition import SCHEMES, Partition, PartitionError, Scheme, partition, register_scheme
+from .transform import Transform
+
+__all__ = [
+    "DATASETS",
+    "SCHEMES",
+    "DataError",
+    "Dataset",
+    "Partition",
+    "PartitionError",
+    "Scheme",
+    "Transform",
+    "dataset_options",
+    "load_dataset",
+    "partition",
+    "register_dataset",
+    "register_scheme",
+]
+
+register_dataset("digits", load_digits)
+register_dataset("synthetic", load_synthetic)
+for _name in SOURCES:
+    register_dataset(_name, partial(load_idx, _name))
+for _name in FORMS:
+    register_dataset(_name, partial(load_cifar, _name))

@@ -1,0 +1,293 @@
+"""Who holds which samples: cut a data set into one train and one test part per client.
+
+A scheme draws an owner for every sample. Draws that leave a client with too little are repeated, a bounded number of
+times; then the best draw is repaired by moving samples. So a partition always ends, and never leaves a client empty.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Owners = tuple[np.ndarray, np.ndarray]
+"""Owner (client number) of every train and of every test sample, int64."""
+
+
+class PartitionError(ValueError):
+    """The partition asked for cannot be made: one line with the argument, what was given and what is possible."""
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """``train[k]`` and ``test[k]``: sorted int64 indices of client k's samples into the stored order of the data set.
+
+    Disjoint, and together every sample. ``draws`` is how many draws were made; ``moved`` how many (train, test) samples
+    the repair had to move afterwards, (0, 0) if the last draw was good as it was.
+    """
+
+    train: list[np.ndarray]
+    test: list[np.ndarray]
+    draws: int = 1
+    moved: tuple[int, int] = (0, 0)
+
+    @property
+    def clients(self) -> int:
+        return len(self.train)
+
+    def counts(self, labels: np.ndarray, classes: int, part: str = "train") -> np.ndarray:
+        """How many samples of each class each client holds, (clients, classes) int64.
+
+        Args:
+            labels: labels of that part's data, (n,) integers in 0..classes-1.
+            part: ``"train"`` or ``"test"``.
+        """
+        if part not in ("train", "test"):
+            raise ValueError(f"part must be 'train' or 'test'; got {part!r}")
+        parts: list[np.ndarray] = getattr(self, part)
+        return np.stack([np.bincount(labels[index], minlength=classes) for index in parts])
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """``draw(labels, clients, rng, **options) -> Owners`` with ``labels = (train_y, test_y)``.
+
+    ``required`` and ``optional`` name the options it takes. Its arguments are checked by ``partition`` except for what
+    only the scheme knows; it raises PartitionError for that.
+    """
+
+    draw: Callable[..., Owners]
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+SCHEMES: dict[str, Scheme] = {}
+
+
+def register_scheme(name: str, scheme: Scheme) -> None:
+    """Make ``partition(..., scheme=name)`` use ``scheme``. Raises ValueError if the name is taken."""
+    if name in SCHEMES:
+        raise ValueError(f"a partition scheme named {name!r} exists already")
+    SCHEMES[name] = scheme
+
+
+def partition(
+    train_y: np.ndarray,
+    test_y: np.ndarray,
+    scheme: str,
+    clients: int,
+    rng: np.random.Generator,
+    *,
+    alpha: float | None = None,
+    classes_per_client: int | None = None,
+    sizes: Sequence[float] | None = None,
+    min_train: int = 1,
+    min_test: int = 1,
+    max_draws: int = 100,
+    **others: object,
+) -> Partition:
+    """Split train and test samples over clients.
+
+    Schemes:
+        ``iid``: a random equal share of everything (sizes differ by one at most).
+        ``dirichlet`` (``alpha``): per class one draw p ~ Dir(alpha, ..., alpha) over the clients cuts the shuffled
+            class at ``int(cumsum(p) * n)``, for train *and* test, so local tests follow local training data. The
+            published SpaFL split; its CIFAR-10 code also redraws until every client has a batch: ``min_train=16``.
+        ``pathological`` (``classes_per_client``): every client has that many classes, every class about the same number
+            of clients, among whom it is shared equally.
+        ``size`` (``alpha`` or ``sizes``): classes mixed as in ``iid``, unequal amounts: in proportion to ``sizes`` (one
+            positive number per client), or to a draw from Dir(alpha, ..., alpha).
+
+    Args:
+        train_y, test_y: labels, (n,) non-negative integers.
+        clients: number of parts.
+        rng: the only source of randomness; the same state and arguments give the same partition.
+        min_train, min_test: least samples per client, at least 1 and 0.
+        max_draws: draws tried before the one that misses least is repaired: clients that lack samples take them from
+            the richest ones, of classes they hold already where possible.
+        others: options of a scheme that ``register_scheme`` added.
+
+    Raises:
+        PartitionError: before any drawing, if an argument is wrong or no such partition exists.
+    """
+    labels = (_check_labels("train_y", train_y), _check_labels("test_y", test_y))
+    given = {"alpha": alpha, "classes_per_client": classes_per_client, "sizes": sizes, **others}
+    options = {name: value for name, value in given.items() if value is not None}
+    _check_arguments(scheme, clients, options, max_draws)
+    minimum = (_check_whole("min_train", min_train, 1), _check_whole("min_test", min_test, 0))
+    for name, y, least in zip(("train", "test"), labels, minimum):
+        if clients * least > len(y):
+            raise PartitionError(
+                f"{clients} clients with min_{name}={least} need {clients * least} {name} samples; there are {len(y)}"
+            )
+
+    best: tuple[int, Owners] | None = None
+    draws = 0
+    while draws < max_draws and (best is None or best[0] > 0):
+        draws += 1
+        owners = SCHEMES[scheme].draw(labels, clients, rng, **options)
+        _check_owners(scheme, owners, labels, clients)
+        lacking = sum(
+            int(np.maximum(least - np.bincount(owner, minlength=clients), 0).sum())
+            for owner, least in zip(owners, minimum)
+        )
+        if best is None or lacking < best[0]:
+            best = lacking, owners
+    assert best is not None
+    owners, moved = best[1], (0, 0)
+    if best[0]:
+        moved = _repair(labels, owners, clients, minimum)
+    return Partition(_parts(owners[0], clients), _parts(owners[1], clients), draws, moved)
+
+
+def _parts(owner: np.ndarray, clients: int) -> list[np.ndarray]:
+    """Indices by owner; a stable sort keeps each client's in stored order."""
+    order = np.argsort(owner, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(owner, minlength=clients))[:-1])
+
+
+def _repair(labels: Owners, owners: Owners, clients: int, minimum: tuple[int, int]) -> tuple[int, int]:
+    """Move samples until every client has the minimum, train first; return how many. Changes ``owners`` in place.
+
+    Deterministic. The receiver's classes are preferred (for test: those it trains on), then the richest donor, then
+    that donor's largest class, then the samples stored last. A donor never falls below the minimum.
+    """
+    classes = 1 + max(int(y.max(initial=0)) for y in labels)
+    liked: np.ndarray | None = None  # (clients, classes): classes the client trains on
+    moved = []
+    for y, owner, least in zip(labels, owners, minimum):
+        table = np.bincount(owner * classes + y, minlength=clients * classes).reshape(clients, classes)
+        likes = table > 0 if liked is None else liked
+        before = owner.copy()
+        for receiver in np.flatnonzero(table.sum(1) < least):
+            while (lack := least - table[receiver].sum()) > 0:
+                total = table.sum(1)
+                can_give = total > least
+                own = np.where(likes[receiver], table, 0)
+                if not (can_give & own.any(1)).any():
+                    own = table
+                donor = int(np.where(can_give & own.any(1), total, -1).argmax())
+                label = int(own[donor].argmax())
+                amount = int(min(lack, total[donor] - least, table[donor, label]))
+                owner[np.flatnonzero((owner == donor) & (y == label))[-amount:]] = receiver
+                table[donor, label] -= amount
+                table[receiver, label] += amount
+        moved.append(int((owner != before).sum()))
+        liked = table > 0
+    return moved[0], moved[1]
+
+
+def _cut(shares: np.ndarray, n: int) -> np.ndarray:
+    """Owners of n shuffled samples cut at ``int(cumsum(shares) * n)``; the last client takes the rest."""
+    cuts = np.minimum((np.cumsum(shares) * n).astype(np.int64), n)  # a sum may round to just over 1
+    cuts[-1] = n
+    return np.repeat(np.arange(len(shares)), np.diff(cuts, prepend=0))
+
+
+def _iid(labels: Owners, clients: int, rng: np.random.Generator) -> Owners:
+    train, test = (rng.permutation(np.arange(len(y)) % clients) for y in labels)
+    return train, test
+
+
+def _dirichlet(labels: Owners, clients: int, rng: np.random.Generator, alpha: float) -> Owners:
+    owners = tuple(np.empty(len(y), dtype=np.int64) for y in labels)
+    for label in np.union1d(*labels):
+        shares = rng.dirichlet(np.full(clients, alpha))
+        for y, owner in zip(labels, owners):
+            index = np.flatnonzero(y == label)
+            owner[rng.permutation(index)] = _cut(shares, len(index))
+    return owners[0], owners[1]
+
+
+def _pathological(labels: Owners, clients: int, rng: np.random.Generator, classes_per_client: int) -> Owners:
+    present = np.union1d(*labels)
+    if classes_per_client > len(present):
+        raise PartitionError(
+            f"classes_per_client must be 1 to {len(present)} (classes there are); got {classes_per_client}"
+        )
+    if clients * classes_per_client < len(present):
+        raise PartitionError(
+            f"{clients} clients with classes_per_client={classes_per_client} cannot hold all {len(present)} classes"
+        )
+    takers = np.zeros((clients, len(present)), dtype=bool)
+    for client in range(clients):  # the classes with the fewest takers so far, ties at random
+        takers[client, np.lexsort((rng.random(len(present)), takers.sum(0)))[:classes_per_client]] = True
+    owners = tuple(np.empty(len(y), dtype=np.int64) for y in labels)
+    for column, label in enumerate(present):
+        holders = rng.permutation(np.flatnonzero(takers[:, column]))
+        for y, owner in zip(labels, owners):
+            index = rng.permutation(np.flatnonzero(y == label))
+            owner[index] = holders[np.arange(len(index)) * len(holders) // max(len(index), 1)]
+    return owners[0], owners[1]
+
+
+def _size(
+    labels: Owners,
+    clients: int,
+    rng: np.random.Generator,
+    alpha: float | None = None,
+    sizes: Sequence[float] | None = None,
+) -> Owners:
+    if (alpha is None) == (sizes is None):
+        raise PartitionError("scheme 'size' needs either alpha or sizes")
+    shares = rng.dirichlet(np.full(clients, alpha)) if sizes is None else np.asarray(sizes, dtype=float) / np.sum(sizes)
+    train, test = (rng.permutation(_cut(shares, len(y))) for y in labels)
+    return train, test
+
+
+register_scheme("iid", Scheme(_iid))
+register_scheme("dirichlet", Scheme(_dirichlet, required=("alpha",)))
+register_scheme("pathological", Scheme(_pathological, required=("classes_per_client",)))
+register_scheme("size", Scheme(_size, optional=("alpha", "sizes")))
+
+
+def _check_owners(scheme: str, owners: Owners, labels: Owners, clients: int) -> None:
+    for owner, y in zip(owners, labels):
+        if owner.shape != y.shape or owner.dtype.kind not in "iu" or owner.min() < 0 or owner.max() >= clients:
+            raise PartitionError(
+                f"partition scheme {scheme!r} must give each of {len(y)} samples an owner in 0..{clients - 1}; "
+                f"it gave {owner.dtype} {owner.shape}, {owner.min()}..{owner.max()}"
+            )
+
+
+def _check_labels(name: str, y: np.ndarray) -> np.ndarray:
+    y = np.asarray(y)
+    if y.ndim != 1 or y.dtype.kind not in "iu" or len(y) == 0 or y.min() < 0:
+        raise PartitionError(f"{name} must be a non-empty vector of labels 0 or more; got {y.dtype} {y.shape}")
+    return y.astype(np.int64, copy=False)
+
+
+def _check_whole(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise PartitionError(f"{name} must be a whole number, {least} or more; got {value!r}")
+    return int(value)
+
+
+def _check_arguments(name: str, clients: int, options: dict, max_draws: int) -> None:
+    if name not in SCHEMES:
+        raise PartitionError(f"unknown partition scheme {name!r}; known: {', '.join(SCHEMES)}")
+    _check_whole("clients", clients, 1)
+    _check_whole("max_draws", max_draws, 1)
+    scheme = SCHEMES[name]
+    for option in scheme.required:
+        if option not in options:
+            raise PartitionError(f"partition scheme {name!r} needs {option}")
+    for option in options:
+        if option not in scheme.required + scheme.optional:
+            raise PartitionError(f"partition scheme {name!r} takes no {option}; got {options[option]!r}")
+    if "classes_per_client" in options:
+        _check_whole("classes_per_client", options["classes_per_client"], 1)
+    alpha = options.get("alpha", 1.0)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.number) or not 0 < alpha < np.inf:
+        raise PartitionError(f"alpha must be a positive number; got {alpha!r}")
+    if "sizes" in options:
+        try:
+            sizes = np.asarray(options["sizes"], dtype=float)
+        except (TypeError, ValueError):
+            sizes = np.empty(0)
+        if sizes.shape != (clients,) or not (np.isfinite(sizes) & (sizes > 0)).all():
+            raise PartitionError(
+                f"sizes must be {clients} positive numbers, one per client; got {reprlib.repr(options['sizes'])}"
+            )

@@ -1,0 +1,114 @@
+"""A client's model out of a run: small, dense, and free of this package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spafl_kernels.compact import export as export_compact
+from spafl_kernels.cost import layer_macs
+from spafl_kernels.functional import threshold_layers
+
+from .config import load_config
+from .errors import UserError
+from .models import build_model
+from .simulation.checkpoint import load_latest
+
+# Largest difference from the masked model that counts as rounding, relative to the largest output.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what the client's model became."""
+
+    files: list[Path]
+    parameters: tuple[int, int]
+    """Before and after."""
+    macs: tuple[int, int]
+    """Multiply-accumulates per sample, before and after."""
+    difference: float
+    """Largest difference of outputs on random images, relative to the largest output."""
+
+
+def client_model(run: Path, client: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """A client's model as of the last checkpoint of a run, in eval mode, and the shape of one input.
+
+    Raises:
+        UserError: no run or checkpoint there, no such client, or a client that has not been touched yet.
+    """
+    if not (run / "config.toml").exists():
+        raise UserError(f"{run} is not a run folder: it has no config.toml")
+    config = load_config(run / "config.toml")
+    checkpoint = load_latest(run / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"run folder {run} has no checkpoint yet")
+    if not 0 <= client < config.partition.clients:
+        raise UserError(f"--client must be 0 to {config.partition.clients - 1} in this run; got {client}")
+    described = json.loads((run / "partition.json").read_text())
+    image = tuple(described["image"])
+    model = config.build_algorithm().prepare_model(
+        build_model(config.model.name, described["classes"], image[0], seed=0)
+    )
+    names = model.state_dict().keys()
+    own = checkpoint.client(client) or {}
+    # Where clients keep nothing (FedAvg), the global model is every client's.
+    state = own if names <= own.keys() else checkpoint.server
+    if not names <= state.keys():
+        raise UserError(f"client {client} has not trained or been tested up to round {checkpoint.progress.round}")
+    model.load_state_dict({name: state[name] for name in names})
+    return model.eval(), image
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+
+
+def export_client(run: Path, client: int, out: Path, onnx: bool = False) -> Exported:
+    """Write a client's model as ``client-K.pt2`` (``torch.export``), and as ``client-K.onnx`` if ``onnx``.
+
+    The small model is compared with the client's masked model before anything is written, the ONNX file with it after.
+
+    Raises:
+        UserError: see :func:`client_model`; or ONNX packages are missing.
+    """
+    if onnx:
+        # torch.onnx would notice what it lacks much later.
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+        if missing:
+            raise UserError(f"--onnx needs {', '.join(missing)} (pip install 'spafl-kernels[onnx]')")
+    model, image = client_model(run, client)
+    small = export_compact(model, image) if list(threshold_layers(model)) else model
+    x = torch.randn(4, *image, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(x)
+        difference = _relative(small(x), expected)
+    if difference > TOLERANCE:
+        raise RuntimeError(f"the exported model differs from the client's by {difference:.1e}; nothing was written")
+    out.mkdir(parents=True, exist_ok=True)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(small, (x,), dynamic_shapes=({0: batch},))
+    files = [out / f"client-{client}.pt2"]
+    torch.export.save(program, files[0])
+    if onnx:
+        files.append(out / f"client-{client}.onnx")
+        torch.onnx.export(
+            small, (x,), str(files[1]), input_names=["image"], output_names=["logits"], dynamo=True, verbose=False,
+            dynamic_shapes=({0: batch},), external_data=False,
+        )  # fmt: skip
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(files[1]), providers=["CPUExecutionProvider"])
+        (got,) = session.run(None, {"image": x.numpy()})
+        difference = max(difference, _relative(torch.from_numpy(got), expected))
+        if difference > TOLERANCE:
+            files[1].unlink()
+            raise RuntimeError(f"the ONNX model differs from the client's by {difference:.1e}; it was removed")
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, small)]
+    macs = [sum(layer_macs(m, x[:1]).values()) for m in (model, small)]
+    return Exported(files, (sizes[0], sizes[1]), (macs[0], macs[1]), difference)

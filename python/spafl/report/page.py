@@ -1,0 +1,146 @@
+"""Writes a report: the pictures as PNGs and one HTML page that holds everything and needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .figures import PICTURES, Picture, in_style
+from .run_data import ReportError, Run, labels, load_run
+from .table import comparison_html
+
+__all__ = ["write_report"]
+
+DPI = 150
+TALLEST = 60_000  # pixels; matplotlib draws no picture of 65,536 or more
+_CSS = """
+:root { color-scheme: light dark; --text: #1b1b1b; --back: #ffffff; --soft: #666666; --line: #d0d0d0; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e4e4; --back: #16181b; --soft: #a0a0a0; --line: #44484d; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
+       max-width: 1020px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
+th, td { padding: .25rem .6rem; text-align: right; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; } thead th { font-weight: 600; }
+thead tr:first-child th { text-align: center; color: var(--soft); font-weight: 400; }
+thead tr:last-child th { border-bottom: 1px solid var(--line); }
+figure { margin: 0; } figure img { width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
+figcaption, .soft { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
+details { margin: .5rem 0; } pre { overflow-x: auto; padding: .75rem; border: 1px solid var(--line); font-size: .8rem; }
+"""
+
+
+def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> Path:
+    """Write the report of one run folder or the comparison of several; returns the path of ``report.html``.
+
+    ``out`` is the folder to write into, by default ``<run>/report`` for one run; for several it must be named.
+    Everything is read and drawn before the first file is written, and each file is replaced whole, so a failed
+    report leaves the former one as it was. Raises :class:`ReportError` with one line for bad input or an
+    unwritable ``out``.
+    """
+    if isinstance(runs, (str, Path)):
+        runs = [runs]
+    if not runs:
+        raise ReportError("runs must name at least one run folder; got none")
+    if out is None and len(runs) > 1:
+        raise ReportError(f"out must name a folder when several runs are compared; got {len(runs)} runs and no out")
+    loaded = [load_run(run) for run in runs]
+    folder = Path(out) if out is not None else Path(runs[0]) / "report"
+    pictures = {picture: _png(picture, loaded) for picture in PICTURES if any(map(picture.shows, loaded))}
+    page = _page(loaded, pictures)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in PICTURES:
+            path = folder / f"{picture.stem}.png"
+            if picture in pictures:
+                _write(path, pictures[picture])
+            else:
+                path.unlink(missing_ok=True)  # of a former report; it would contradict this page
+        _write(folder / "report.html", page.encode())
+    except OSError as error:
+        raise ReportError(f"{folder}: the report cannot be written ({error.strerror})") from None
+    return folder / "report.html"
+
+
+@in_style
+def _png(picture: Picture, runs: Sequence[Run]) -> bytes:
+    buffer = io.BytesIO()
+    figure = picture.draw(runs)
+    dpi = min(DPI, TALLEST / figure.get_figheight())
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _page(runs: Sequence[Run], pictures: dict[Picture, bytes]) -> str:
+    titles = labels(runs)
+    title = "Comparison of " + ", ".join(titles) if len(runs) > 1 else titles[0]
+    notes = [f"{name}: {note}" for name, run in zip(titles, runs) for note in run.notes]
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        *(f'<p class="soft">{html.escape(about)}</p>' for about in _about(runs, titles)),
+        "<h2>Results</h2>",
+        f'<div class="wide">{comparison_html(runs)}</div>',
+        '<p class="soft">Each row speaks of the last evaluated round and of the costs up to it. Accuracy is over '
+        "clients, each with its own model on its own test data. The kinds of cost do not add up: the paper's "
+        "formulas, operations and bytes as executed and sent, and measured time.</p>",
+        *(f"<p><strong>Note.</strong> {html.escape(note)}</p>" for note in notes),
+    ]
+    parts += [_section(picture, runs, titles, png) for picture, png in pictures.items()]
+    left_out = [f"{p.title.lower()} ({p.lacking})" for p in PICTURES if p not in pictures]
+    if left_out:
+        parts.append(f'<p class="soft">Not shown: {html.escape(", ".join(left_out))}.</p>')
+    parts.append("<h2>Configuration</h2>")
+    for name, run in zip(titles, runs):
+        parts.append(_folded(f"{name}: config.toml", run.config))
+        if run.environment:
+            parts.append(_folded(f"{name}: environment", json.dumps(run.environment, indent=2, ensure_ascii=False)))
+    body = "\n".join(parts)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _about(runs: Sequence[Run], titles: Sequence[str]) -> list[str]:
+    return [
+        (f"{name}: " if len(runs) > 1 else "")
+        + f"{run.algorithm}, model {run.model}, data {run.data}, {run.clients} clients, "
+        + f"{len(run.points)} rounds recorded, {'completed' if run.completed else 'not completed'}"
+        for name, run in zip(titles, runs)
+    ]
+
+
+def _section(picture: Picture, runs: Sequence[Run], titles: Sequence[str], png: bytes) -> str:
+    absent = [name for name, run in zip(titles, runs) if not picture.shows(run)]
+    missing = f" Not in the picture ({picture.lacking}): {', '.join(absent)}." if absent else ""
+    data = base64.b64encode(png).decode()
+    title, caption = html.escape(picture.title), html.escape(picture.caption + missing)
+    image = f'<img alt="{title}" src="data:image/png;base64,{data}">'
+    return f"<h2>{title}</h2>\n<figure>{image}\n<figcaption>{caption}</figcaption></figure>"
+
+
+def _folded(summary: str, text: str) -> str:
+    return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace ``path`` whole: a reader sees the old file or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        # mkstemp makes files private; a report is as readable as any other file of its owner
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,366 @@
+"""Reads a run folder (``config.toml``, ``partition.json``, ``metrics.jsonl``, ``summary.json``) into a :class:`Run`.
+
+Only the curves and the last round's per-client values are kept, so that a run of many rounds and
+clients stays small in memory. Whatever is missing or malformed raises :class:`ReportError`, one line
+naming the file, the line and the field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["ClientGaps", "Cost", "FilterMasks", "Point", "ReportError", "Run", "labels", "load_run"]
+
+_ROUNDING = 1e-6  # a mean over float32 values may exceed 1 by this much
+
+
+class ReportError(ValueError):
+    """A run folder cannot be reported; the message is one line saying which file and why."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cumulative costs of a run, of three kinds that are never added to one another."""
+
+    paper_bits: float
+    paper_macs: float
+    up_bytes: float
+    down_bytes: float
+    executed_macs: float | None
+    total_seconds: float
+    train_seconds: float
+    evaluate_seconds: float
+
+    @property
+    def payload_bytes(self) -> float:
+        """Bytes sent in both directions."""
+        return self.up_bytes + self.down_bytes
+
+
+@dataclass(frozen=True)
+class Point:
+    """One round. Accuracies and densities are fractions in 0..1; None where the round was not evaluated
+    (accuracy) or the algorithm has no thresholds (density)."""
+
+    round: int
+    cost: Cost
+    accuracy: float | None = None
+    accuracy_std: float | None = None
+    accuracy_worst: float | None = None
+    density: float | None = None
+    density_parameters: float | None = None
+    layer_density: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class ClientGaps:
+    """Train minus test accuracy ``(clients,)`` of a round and, if recorded, layer-mean density ``(clients,)``."""
+
+    round: int
+    gap: np.ndarray
+    density: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class FilterMasks:
+    """Which filters of the first layer each client kept in a round: bool ``(clients, filters)``."""
+
+    round: int
+    layer: str
+    kept: np.ndarray
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loaded run folder. ``train`` and ``test`` count samples ``(clients, classes)``; ``accuracies`` ``(clients,)``
+    belong to ``evaluated``, the last evaluated round; ``notes`` say what was incomplete."""
+
+    folder: Path
+    name: str
+    algorithm: str
+    model: str
+    data: str
+    config: str
+    train: np.ndarray
+    test: np.ndarray
+    points: tuple[Point, ...]
+    accuracies: np.ndarray | None
+    gaps: ClientGaps | None
+    masks: FilterMasks | None
+    completed: bool
+    environment: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def clients(self) -> int:
+        return len(self.train)
+
+    @property
+    def evaluated(self) -> Point | None:
+        """The last evaluated round, or None."""
+        return next((p for p in reversed(self.points) if p.accuracy is not None), None)
+
+    @property
+    def last(self) -> Point:
+        """The round a table row speaks of: the last evaluated one, so that costs belong to the accuracy beside them."""
+        return self.evaluated or self.points[-1]
+
+    def curve(self, name: str) -> tuple[list[Point], np.ndarray]:
+        """The rounds that recorded the field ``name`` of :class:`Point`, and its values float64 ``(rounds,)``."""
+        points = [p for p in self.points if getattr(p, name) is not None]
+        return points, np.array([getattr(p, name) for p in points], dtype=np.float64)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that have thresholds, in the order recorded."""
+        return list(dict.fromkeys(layer for p in self.points for layer in p.layer_density or ()))
+
+
+class _Value:
+    """A parsed value that knows where it stands, so that every complaint can say so."""
+
+    def __init__(self, value: Any, where: str, path: str = "") -> None:
+        self.value, self.where, self.path = value, where, path
+
+    def fail(self, wanted: str) -> ReportError:
+        shown = json.dumps(self.value, default=str)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        return ReportError(f"{self.where}: {self.path or 'the value'} must be {wanted}; got {shown}")
+
+    def __getitem__(self, key: str) -> _Value:
+        if not isinstance(self.value, dict):
+            raise self.fail("a table of named values")
+        path = f"{self.path}.{key}" if self.path else key
+        if key not in self.value:
+            raise ReportError(f"{self.where}: {path} is missing")
+        return _Value(self.value[key], self.where, path)
+
+    def __bool__(self) -> bool:
+        return self.value is not None
+
+    def items(self) -> Iterator[tuple[str, _Value]]:
+        if not isinstance(self.value, dict):
+            raise self.fail("a table of named values")
+        return ((key, self[key]) for key in self.value)
+
+    def text(self) -> str:
+        if not isinstance(self.value, str) or not self.value:
+            raise self.fail("a non-empty string")
+        return self.value
+
+    def number(self, high: float = math.inf) -> float:
+        """A finite number in 0..high."""
+        good = isinstance(self.value, (int, float)) and not isinstance(self.value, bool) and math.isfinite(self.value)
+        if not good or not 0 <= self.value <= high + _ROUNDING:
+            raise self.fail("a number >= 0" if math.isinf(high) else f"a number in 0..{high:g}")
+        return self.value
+
+    def integer(self) -> int:
+        if not isinstance(self.value, int) or isinstance(self.value, bool) or self.value < 0:
+            raise self.fail("a whole number >= 0")
+        return self.value
+
+    def list(self, length: int | None = None) -> list[_Value]:
+        if not isinstance(self.value, list) or (length is not None and len(self.value) != length):
+            raise self.fail("a list" if length is None else f"a list of {length} entries")
+        return [_Value(v, self.where, f"{self.path}[{i}]") for i, v in enumerate(self.value)]
+
+    def fractions(self, length: int) -> np.ndarray:
+        return np.array([v.number(high=1.0) for v in self.list(length)], dtype=np.float64)
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read and check the run folder; raises :class:`ReportError` for anything missing, malformed or inconsistent."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReportError(f"{folder}: no such run folder")
+    config, toml = _config(folder / "config.toml")
+    train, test = _partition(folder / "partition.json")
+    points, details, notes = _metrics(folder / "metrics.jsonl", len(train))
+    completed, environment, summary_notes = _summary(folder / "summary.json", points)
+    return Run(
+        folder=folder,
+        name=config["name"].text(),
+        algorithm=config["algorithm"]["name"].text(),
+        model=config["model"]["name"].text(),
+        data=config["data"]["name"].text(),
+        config=toml,
+        train=train,
+        test=test,
+        points=tuple(points),
+        completed=completed,
+        environment=environment,
+        notes=(*notes, *summary_notes),
+        **details,
+    )
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """One distinct one-line label per run: its name; where names repeat, the folder's name is added, then a number."""
+    names = [" ".join(run.name.split()) for run in runs]
+    folders = [" ".join(run.folder.resolve().name.split()) for run in runs]
+    tagged = [f"{name} ({folder})" if names.count(name) > 1 else name for name, folder in zip(names, folders)]
+    return [f"{tag} #{tagged[: i + 1].count(tag)}" if tagged.count(tag) > 1 else tag for i, tag in enumerate(tagged)]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise ReportError(f"{path}: the file is missing; is {path.parent} a run folder?") from None
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _bytes(path: Path) -> bytes:
+    with _reading(path):
+        return path.read_bytes()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with _reading(path), path.open("rb") as file:
+        yield from enumerate(file, 1)
+
+
+def _json(data: bytes, where: str) -> _Value:
+    try:
+        return _Value(json.loads(data), where)
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{where}: not valid JSON ({str(error).splitlines()[0]})") from None
+
+
+def _config(path: Path) -> tuple[_Value, str]:
+    data = _bytes(path)
+    try:
+        text = data.decode()
+        return _Value(tomllib.loads(text), str(path)), text
+    except ValueError as error:
+        raise ReportError(f"{path}: not valid TOML ({str(error).splitlines()[0]})") from None
+
+
+def _partition(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    value = _json(_bytes(path), str(path))
+    classes = value["classes"].integer()
+    clients = len(value["train"].list())
+    if clients == 0:
+        raise value["train"].fail("a list with at least one client")
+    train, test = (
+        np.array([[c.integer() for c in client.list(classes)] for client in value[part].list(clients)], dtype=np.int64)
+        for part in ("train", "test")
+    )
+    return train, test
+
+
+def _metrics(path: Path, clients: int) -> tuple[list[Point], dict[str, Any], list[str]]:
+    points: list[Point] = []
+    details: dict[str, Any] = {"accuracies": None, "gaps": None, "masks": None}
+    notes: list[str] = []
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            value = _json(line, where)
+        except ReportError:
+            if line.endswith(b"\n"):  # it was written to its end, so it is damaged rather than half written
+                raise
+            notes.append(f"the last line of metrics.jsonl (line {number}) is half written and was ignored")
+            continue
+        point, of_clients = _line(value, clients)
+        if points:
+            _follows(points[-1], point, where)
+        points.append(point)
+        details.update(of_clients)
+    if not points:
+        raise ReportError(f"{path}: holds no complete round yet")
+    return points, details, notes
+
+
+def _line(line: _Value, clients: int) -> tuple[Point, dict[str, Any]]:
+    """One metrics line as its point on the curves and those of its per-client values that are there."""
+    number, cost = line["round"].integer(), line["cost"]
+    paper, payload, seconds, executed = cost["paper"], cost["payload"], cost["seconds"], cost["executed"]["macs"]
+    costs = Cost(
+        paper_bits=paper["communication_bits"].number(),
+        paper_macs=paper["macs"].number(),
+        up_bytes=payload["up_bytes"].number(),
+        down_bytes=payload["down_bytes"].number(),
+        executed_macs=executed.number() if executed else None,
+        total_seconds=seconds["total"].number(),
+        train_seconds=seconds["train"].number(),
+        evaluate_seconds=seconds["evaluate"].number(),
+    )
+    fields: dict[str, Any] = {}
+    of_clients: dict[str, Any] = {}
+    density, client_density = line["density"], None
+    if density:
+        client_density = density["clients"].fractions(clients)
+        fields["density"] = density["layer_mean"].number(high=1)
+        fields["density_parameters"] = density["parameters"].number(high=1)
+        fields["layer_density"] = {name: value.number(high=1) for name, value in density["layers"].items()}
+    evaluation = line["evaluation"]
+    if evaluation:
+        accuracy, train_accuracy = evaluation["accuracy"], evaluation["train_accuracy"]
+        of_clients["accuracies"] = accuracy["clients"].fractions(clients)
+        fields["accuracy"] = accuracy["mean"].number(high=1)
+        fields["accuracy_std"] = accuracy["std"].number(high=1)
+        fields["accuracy_worst"] = accuracy["worst_10pct"].number(high=1)
+        if train_accuracy:
+            gap = train_accuracy.fractions(clients) - of_clients["accuracies"]
+            of_clients["gaps"] = ClientGaps(number, gap, client_density)
+    if line["first_layer"]:
+        of_clients["masks"] = _masks(line["first_layer"], number, clients)
+    return Point(number, costs, **fields), of_clients
+
+
+def _masks(value: _Value, number: int, clients: int) -> FilterMasks:
+    rows = value["masks"].list(clients)
+    width = len(rows[0].text())
+    for row in rows:
+        if len(row.text()) != width or set(row.value) - {"0", "1"}:
+            raise row.fail(f"a string of {width} zeros and ones, as for the first client")
+    bits = np.frombuffer("".join(row.value for row in rows).encode(), dtype=np.uint8)
+    kept = bits.reshape(clients, width) == ord("1")
+    return FilterMasks(number, value["name"].text(), kept)
+
+
+def _follows(before: Point, after: Point, where: str) -> None:
+    if after.round <= before.round:
+        raise ReportError(f"{where}: round {after.round} must come after round {before.round} of the line before")
+    for name, value in vars(after.cost).items():
+        earlier = getattr(before.cost, name)
+        if value is not None and earlier is not None and value < earlier:
+            raise ReportError(f"{where}: cost {name} must be cumulative; it falls from {earlier:g} to {value:g}")
+
+
+def _summary(path: Path, points: Sequence[Point]) -> tuple[bool, dict[str, Any], list[str]]:
+    if not path.exists():
+        return (
+            False,
+            {},
+            [f"the run has no summary.json: it is going on or was stopped; read up to round {points[-1].round}"],
+        )
+    value = _json(_bytes(path), str(path))
+    completed, environment, final = value["completed"].value, value["environment"], value["final"]
+    environment.items()
+    if not isinstance(completed, bool):
+        raise value["completed"].fail("true or false")
+    notes = [] if completed else [f"summary.json says the run is not complete; read up to round {points[-1].round}"]
+    last = next((p.round for p in reversed(points) if p.accuracy is not None), None)
+    if final and final["round"].integer() != last:
+        found = "none" if last is None else f"round {last}"
+        notes.append(
+            f"summary.json ends at round {final['round'].value}, but the last evaluated round in metrics.jsonl is "
+            f"{found}; metrics.jsonl was used"
+        )
+    return completed, environment.value, notes

@@ -1,0 +1,129 @@
+"""The comparison of runs as text and as HTML, from the same rows."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .run_data import Point, ReportError, Run, labels, load_run
+
+__all__ = ["comparison_html", "comparison_table", "duration", "quantity"]
+
+ABSENT = "-"
+_Cell = Callable[[Point], str]
+
+
+def quantity(value: float | None, unit: str = "") -> str:
+    """``value`` to three digits with a decimal prefix (k = 1000): ``quantity(2.1e9, "B")`` is ``2.10 GB``."""
+    if value is None:
+        return ABSENT
+    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    step = 0
+    # 999.5 would be printed as 1000 and belongs to the next prefix
+    while value >= 999.5 and step < len(prefixes) - 1:
+        value, step = value / 1000, step + 1
+    digits = 0 if value == 0 or value >= 99.95 or (step == 0 and value == int(value)) else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {prefixes[step]}{unit}".strip()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``12.3 s``, ``4 min 05 s`` or ``2 h 03 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    if seconds < 3599.5:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _percent(value: float | None) -> str:
+    return ABSENT if value is None else f"{100 * value:.1f}"
+
+
+def _share(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.3f}"
+
+
+# The groups keep the kinds of cost apart: formulas, bytes and operations counted, seconds measured.
+_COLUMNS: list[tuple[str, str, _Cell]] = [
+    ("", "round", lambda p: str(p.round)),
+    ("accuracy (%)", "mean", lambda p: _percent(p.accuracy)),
+    ("accuracy (%)", "std", lambda p: _percent(p.accuracy_std)),
+    ("accuracy (%)", "worst 10 %", lambda p: _percent(p.accuracy_worst)),
+    ("density", "layer mean", lambda p: _share(p.density)),
+    ("density", "parameters", lambda p: _share(p.density_parameters)),
+    ("paper's formulas", "MACs", lambda p: quantity(p.cost.paper_macs)),
+    ("paper's formulas", "traffic", lambda p: quantity(p.cost.paper_bits, "bit")),
+    ("executed", "MACs", lambda p: quantity(p.cost.executed_macs)),
+    ("payload", "up", lambda p: quantity(p.cost.up_bytes, "B")),
+    ("payload", "down", lambda p: quantity(p.cost.down_bytes, "B")),
+    ("measured", "time", lambda p: duration(p.cost.total_seconds)),
+]
+
+
+def comparison_table(runs: Sequence[Run | Path | str]) -> str:
+    """Aligned text, one row per run (loaded, or the path of its folder), with a note for every incomplete run.
+
+    A row speaks of the last evaluated round; its costs are cumulative up to that round. Accuracy is over clients, each
+    with its own model on its own test data. Raises :class:`ReportError` for an empty list or a bad run folder.
+    """
+    loaded = _loaded(runs)
+    groups, header, rows = _rows(loaded)
+    names = 1 + ("algorithm" in header)  # leading columns that hold words
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [_group_line(groups, widths)]
+    for row in [header, *rows]:
+        cells = [c.ljust(w) if i < names else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(2, "-" * max(map(len, lines)))
+    lines += [f"note: {label}: {note}" for label, run in zip(labels(loaded), loaded) for note in run.notes]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def comparison_html(runs: Sequence[Run]) -> str:
+    """The same rows as a ``<table>``; every name is escaped."""
+    groups, header, rows = _rows(_loaded(runs))
+    top = "".join(f'<th colspan="{span}">{html.escape(name)}</th>' for name, span in _spans(groups))
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<table>\n<thead><tr>{top}</tr>\n<tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+
+
+def _loaded(runs: Sequence[Run | Path | str]) -> list[Run]:
+    if not runs:
+        raise ReportError("runs must name at least one run folder; got none")
+    return [run if isinstance(run, Run) else load_run(run) for run in runs]
+
+
+def _rows(runs: Sequence[Run]) -> tuple[list[str], list[str], list[list[str]]]:
+    """Group of each column, header, and a row of cells per run."""
+    titles = labels(runs)
+    words = [["run", *titles]]
+    if any(title != run.algorithm for title, run in zip(titles, runs)):
+        words.append(["algorithm", *(run.algorithm for run in runs)])
+    groups = [""] * len(words) + [group for group, _, _ in _COLUMNS]
+    header = [column[0] for column in words] + [name for _, name, _ in _COLUMNS]
+    rows = [[c[i + 1] for c in words] + [cell(run.last) for _, _, cell in _COLUMNS] for i, run in enumerate(runs)]
+    return groups, header, rows
+
+
+def _spans(groups: Sequence[str]) -> list[tuple[str, int]]:
+    spans: list[tuple[str, int]] = []
+    for group in groups:
+        if spans and spans[-1][0] == group:
+            spans[-1] = (group, spans[-1][1] + 1)
+        else:
+            spans.append((group, 1))
+    return spans
+
+
+def _group_line(groups: Sequence[str], widths: list[int]) -> str:
+    """The line of group names; widens a group's last column where the name would not fit."""
+    parts, start = [], 0
+    for name, span in _spans(groups):
+        width = sum(widths[start : start + span]) + 2 * (span - 1)
+        widths[start + span - 1] += max(0, len(name) - width)
+        parts.append(name.rjust(max(width, len(name))))
+        start += span
+    return "  ".join(parts)

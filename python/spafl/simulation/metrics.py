@@ -1,0 +1,71 @@
+"""Client results summed up: accuracy and its spread, densities, masks, and where a run was made."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..algorithms import Evaluation
+
+
+def worst_tenth(values: Sequence[float]) -> float:
+    """Mean of the worst 10 % (rounded up, at least one)."""
+    count = max(1, -(-len(values) // 10))
+    return float(np.sort(np.asarray(values))[:count].mean())
+
+
+def evaluation_summary(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """Accuracy over clients: unweighted mean, standard deviation, worst 10 %, and every client's."""
+    accuracies = [e.accuracy for e in evaluations]
+    trained = [e.train_accuracy for e in evaluations]
+    return {
+        "accuracy": {
+            "mean": float(np.mean(accuracies)),
+            "std": float(np.std(accuracies)),
+            "worst_10pct": worst_tenth(accuracies),
+            "clients": accuracies,
+        },
+        "loss": {"mean": float(np.mean([e.loss for e in evaluations])), "clients": [e.loss for e in evaluations]},
+        "train_accuracy": None if None in trained else trained,
+    }
+
+
+def density_summary(evaluations: Sequence[Evaluation], sizes: dict[str, int]) -> dict[str, Any] | None:
+    """Densities averaged over clients: unweighted over layers (as published), and weighted by parameters.
+
+    Args:
+        evaluations: one per client.
+        sizes: number of weights of each threshold layer.
+    """
+    densities = [e.densities for e in evaluations]
+    if not densities or None in densities:
+        return None
+    layers = {name: float(np.mean([d[name] for d in densities])) for name in sizes}  # type: ignore[index]
+    clients = [float(np.mean(list(d.values()))) for d in densities]  # type: ignore[union-attr]
+    return {
+        "layer_mean": float(np.mean(clients)),
+        "parameters": sum(layers[name] * size for name, size in sizes.items()) / sum(sizes.values()),
+        "layers": layers,
+        "clients": clients,
+    }
+
+
+def first_layer_masks(evaluations: Sequence[Evaluation], name: str | None) -> dict[str, Any] | None:
+    """Which filters of the first threshold layer every client keeps."""
+    masks = [e.first_layer for e in evaluations]
+    return None if name is None or None in masks else {"name": name, "masks": masks}
+
+
+def environment(device: torch.device, workers: int) -> dict[str, Any]:
+    """What a reader needs to place the seconds of a run."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "workers": workers,
+    }

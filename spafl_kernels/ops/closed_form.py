@@ -1,0 +1,105 @@
+"""The operators in plain PyTorch: the CPU implementation, and the definition the kernels are tested against.
+
+Everything has a leading client dimension and is computed client by client with the masked reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn import grad as conv_grad
+
+from .. import reference
+from ..reference import Estimator
+from ..triton.geometry import Geometry
+from ..triton.plan import ACTIVE, FLIPPED, PASSES, Plan, capacity, row_stride
+
+
+def plan_and_packed(
+    weight: Tensor, threshold: Tensor, estimator: Estimator, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Plan and packed weights, as the threshold pass makes them for a layer that had no plan before."""
+    clients, out = weight.shape[:2]
+    plan = Plan.empty(clients, out, weight.device)
+    n_in = weight.shape[2:].numel()
+    packed = torch.zeros(clients, capacity(out), row_stride(n_in), dtype=dtype, device=weight.device)
+    for i in range(clients):
+        scores = reference.filter_scores(weight[i])
+        active = scores > threshold[i]
+        passes = torch.ones_like(active)
+        if estimator == "window":
+            passes = (scores - threshold[i]).abs() > reference.WINDOW
+        count = active.sum()
+        order = torch.argsort((~active).to(torch.int8), stable=True).int()
+        rank = torch.arange(out, dtype=torch.int32, device=weight.device)
+        plan.count[i] = count
+        plan.changed[i] = 1
+        plan.index[i] = torch.where(rank < count, order, -1)
+        plan.inverse[i] = torch.where(active, active.cumsum(0).int() - 1, -1)
+        plan.flags[i] = ACTIVE * active + PASSES * passes + FLIPPED
+        rows = weight[i].movedim(1, -1).flatten(1)  # (kH, kW, in) order
+        kept = rows.index_select(0, order.long()) * (rank < count).unsqueeze(1)
+        packed[i, :out, :n_in] = kept.to(dtype)
+    return plan.data, packed
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    estimator: Estimator,
+    mask_bias: bool,
+    geometry: Geometry | None,
+) -> Tensor:
+    """``(clients, M, out)``, or ``(clients, N, out, H', W')`` with a geometry."""
+    outputs = []
+    for i in range(len(weight)):
+        b = None if bias is None else bias[i]
+        masked, b = reference.mask_weight_and_bias(weight[i], threshold[i], b, estimator, mask_bias)
+        masked, b = masked.to(input.dtype), None if b is None else b.to(input.dtype)
+        if geometry is None:
+            outputs.append(F.linear(input[i], masked, b))
+        else:
+            outputs.append(F.conv2d(input[i], masked, b, geometry.stride, geometry.padding, geometry.dilation))
+    return torch.stack(outputs)
+
+
+def backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    plan: Plan,
+    bias: Tensor | None,
+    mask_bias: bool,
+    geometry: Geometry | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(dx, dw, dtau, dbias)`` by the closed form; dbias is dL/d(masked bias), summed, if there is no bias."""
+    results: tuple[list[Tensor], ...] = ([], [], [], [])
+    active, passes = plan.mask, (plan.flags & PASSES).bool()
+    for i in range(len(weight)):
+        m, h = active[i].to(weight.dtype), passes[i].to(weight.dtype)
+        w = weight[i]
+        shape = (-1, *(1,) * (w.dim() - 1))
+        masked = torch.where(active[i].view(shape), w, 0).to(input.dtype)
+        if geometry is None:
+            dx = grad[i] @ masked
+            g = grad[i].T @ input[i]
+            db = grad[i].sum(0)
+        else:
+            rest = geometry.stride, geometry.padding, geometry.dilation
+            dx = conv_grad.conv2d_input(input[i].shape, masked, grad[i], *rest)
+            g = conv_grad.conv2d_weight(input[i], w.shape, grad[i], *rest)
+            db = grad[i].sum((0, 2, 3))
+        g, db = g.to(w.dtype), db.to(w.dtype)
+        r = (g * w).flatten(1).sum(1)
+        if bias is not None and mask_bias:
+            r = r + db * bias[i]
+            db = db * m
+        r = h * r
+        dw = m.view(shape) * g + r.view(shape) * w.sign() / w[0].numel()
+        for result, value in zip(results, (dx, dw, -r, db), strict=True):
+            result.append(value)
+    dx, dw, dtau, db = (torch.stack(result) for result in results)
+    return dx, dw, dtau, db

@@ -1,0 +1,502 @@
+"""Registration of the operators with torch.library, and their use for a single layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import reference
+from ..reference import Estimator
+from ..triton.geometry import Geometry, empty_channels_last, like_rows
+from ..triton.plan import Plan, capacity, plan_size, row_stride
+from . import backend, closed_form
+
+_LOW = (torch.float16, torch.bfloat16)
+
+
+def _check(
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: str, dims: tuple[int, int]
+) -> None:
+    """Refuse what no implementation can compute, in one line each."""
+    reference.check_estimator(estimator)
+    if input.dim() != dims[0] or weight.dim() != dims[1]:
+        raise ValueError(
+            f"input and weight must have {dims[0]} and {dims[1]} dimensions, clients first; got shapes "
+            f"{tuple(input.shape)} and {tuple(weight.shape)}"
+        )
+    clients, out = weight.shape[:2]
+    channels = input.shape[2]
+    if input.shape[0] != clients or channels != weight.shape[2]:
+        raise ValueError(
+            f"input must have {clients} clients and {weight.shape[2]} input channels, as weight has; got shape "
+            f"{tuple(input.shape)}"
+        )
+    if out == 0 or weight.shape[2:].numel() == 0:
+        raise ValueError(f"weight must have at least one filter and one number per filter; got {tuple(weight.shape)}")
+    for name, tensor in (("threshold", threshold), ("bias", bias)):
+        if tensor is not None and tensor.shape != (clients, out):
+            raise ValueError(f"{name} must have shape {(clients, out)}; got {tuple(tensor.shape)}")
+    for name, tensor in (("input", input), ("threshold", threshold), ("bias", bias)):
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"{name} is on {tensor.device} but weight is on {weight.device}")
+    for name, tensor in (("threshold", threshold), ("bias", bias)):
+        if tensor is not None and tensor.dtype != weight.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype} but weight has {weight.dtype}")
+    if input.dtype != weight.dtype and not (weight.dtype == torch.float32 and input.dtype in _LOW):
+        raise ValueError(
+            f"input must have the dtype of weight, or float16 or bfloat16 with a float32 weight; got {input.dtype} and "
+            f"{weight.dtype}"
+        )
+
+
+def _geometry(
+    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Geometry:
+    pairs: list[tuple[int, int]] = []
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(value) != 2 or min(value) < least:
+            raise ValueError(f"{name} must be two integers of at least {least}; got {list(value)}")
+        pairs.append((value[0], value[1]))
+    kernel = (weight.shape[3], weight.shape[4])
+    geometry = Geometry(weight.shape[2], input.shape[3], input.shape[4], kernel, *pairs)
+    if min(geometry.output) < 1:
+        raise ValueError(
+            f"input of size {tuple(input.shape[3:])} is too small for kernel {kernel}, padding {pairs[1]} and dilation "
+            f"{pairs[2]}: the output would be {geometry.output}"
+        )
+    return geometry
+
+
+def _fake_state(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    clients, out = weight.shape[:2]
+    n_in = weight.shape[2:].numel()
+    return (
+        weight.new_empty(clients, plan_size(out), dtype=torch.int32),
+        input.new_empty(clients, capacity(out), row_stride(n_in)),
+    )
+
+
+def _fake_gradients(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dx: Tensor, need_input: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    clients, out = weight.shape[:2]
+    return (
+        dx if need_input else input.new_empty(0),
+        like_rows(weight) if need_weight else weight.new_empty(0),
+        weight.new_empty(clients, out) if need_weight else weight.new_empty(0),
+        bias.new_empty(clients, out) if bias is not None and need_weight else weight.new_empty(0),
+    )
+
+
+def _or_empty(weight: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
+    """An operator cannot return None: an empty tensor stands for it."""
+    return tuple(weight.new_empty(0) if result is None else result for result in results)
+
+
+def _tf32(conv: bool) -> bool:
+    """Whether PyTorch's own operator would round float32 operands to tf32.
+
+    ``allow_tf32`` sets ``fp32_precision``; but reading ``allow_tf32`` raises once the newer setting has been used.
+    """
+    setting = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul
+    return setting.fp32_precision == "tf32"
+
+
+# --------------------------------------------------------------------------------------------------- linear
+@torch.library.custom_op("spafl::threshold_linear", mutates_args=(), device_types="cpu")
+def threshold_linear(
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: str, mask_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Linear layers of several clients: ``(output, plan, packed)``.
+
+    Args:
+        input: ``(clients, M, in)``.
+        weight: ``(clients, out, in)``.
+        threshold: ``(clients, out)``, dtype of weight.
+        bias: ``(clients, out)``, dtype of weight, or None.
+        estimator: ``"identity"`` or ``"window"``.
+        mask_bias: prune the bias with its filter.
+
+    Returns:
+        output ``(clients, M, out)`` in the dtype of input; the plan; the packed weights.
+
+    Raises:
+        ValueError: an argument of a wrong shape, dtype or device.
+    """
+    _check(input, weight, threshold, bias, estimator, (3, 3))
+    kind: Any = estimator
+    plan, packed = closed_form.plan_and_packed(weight, threshold, kind, input.dtype)
+    return closed_form.forward(input, weight, threshold, bias, kind, mask_bias, None), plan, packed
+
+
+@threshold_linear.register_kernel("cuda")
+def _(input, weight, threshold, bias, estimator, mask_bias):
+    from ..triton import layer_forward, plan_layer
+
+    _check(input, weight, threshold, bias, estimator, (3, 3))
+    geometry = Geometry(weight.shape[2])
+    with torch.cuda.device_of(input):
+        plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
+        y = layer_forward(input[..., None, None], packed, plan, bias, geometry, mask_bias, _tf32(conv=False))
+    return y.squeeze(4).squeeze(3), plan.data, packed
+
+
+@threshold_linear.register_fake
+def _(input, weight, threshold, bias, estimator, mask_bias):
+    _check(input, weight, threshold, bias, estimator, (3, 3))
+    y = input.new_empty(*input.shape[:2], weight.shape[1])
+    return y, *_fake_state(input, weight)
+
+
+@torch.library.custom_op("spafl::threshold_linear_backward", mutates_args=(), device_types="cpu")
+def threshold_linear_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None, mask_bias: bool,
+    need_input: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of :func:`threshold_linear`: ``(dinput, dweight, dthreshold, dbias)``; empty where not needed."""
+    dx, dw, dtau, db = closed_form.backward(grad, input, weight, Plan(plan, weight.shape[1]), bias, mask_bias, None)
+    return _or_empty(
+        weight, dx if need_input else None, *((dw, dtau) if need_weight else (None, None)),
+        db if need_weight and bias is not None else None,
+    )  # type: ignore[return-value]  # fmt: skip
+
+
+@threshold_linear_backward.register_kernel("cuda")
+def _(grad, input, weight, packed, plan, bias, mask_bias, need_input, need_weight):
+    from ..triton import layer_backward
+
+    with torch.cuda.device_of(input):
+        dx, dw, dtau, db = layer_backward(
+            grad[..., None, None], input[..., None, None], weight, packed, Plan(plan, weight.shape[1]), bias,
+            Geometry(weight.shape[2]), mask_bias, _tf32(conv=False), need_input, need_weight,
+        )  # fmt: skip
+    return _or_empty(weight, None if dx is None else dx.squeeze(4).squeeze(3), dw, dtau, db)
+
+
+@threshold_linear_backward.register_fake
+def _(grad, input, weight, packed, plan, bias, mask_bias, need_input, need_weight):
+    return _fake_gradients(input, weight, bias, input.new_empty(input.shape), need_input, need_weight)
+
+
+# --------------------------------------------------------------------------------------------------- conv2d
+@torch.library.custom_op("spafl::threshold_conv2d", mutates_args=(), device_types="cpu")
+def threshold_conv2d(
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], estimator: str, mask_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Convolutions of several clients: ``(output, plan, packed)``.
+
+    Args:
+        input: ``(clients, N, in, H, W)``; stored channels last it is read in place.
+        weight: ``(clients, out, in, kH, kW)``.
+        threshold, bias, estimator, mask_bias: as for :func:`threshold_linear`.
+        stride, padding, dilation: two integers each.
+
+    Returns:
+        output ``(clients, N, out, H', W')``, stored channels last, in the dtype of input; the plan; the packed weights.
+
+    Raises:
+        ValueError: an argument of a wrong shape, dtype, device or value.
+    """
+    _check(input, weight, threshold, bias, estimator, (5, 5))
+    g = _geometry(input, weight, stride, padding, dilation)
+    kind: Any = estimator
+    plan, packed = closed_form.plan_and_packed(weight, threshold, kind, input.dtype)
+    y = closed_form.forward(input, weight, threshold, bias, kind, mask_bias, g)
+    empty = empty_channels_last(input.shape[0], input.shape[1], weight.shape[1], g.output, input.dtype, input.device)
+    return empty.copy_(y), plan, packed
+
+
+@threshold_conv2d.register_kernel("cuda")
+def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias):
+    from ..triton import layer_forward, plan_layer
+
+    _check(input, weight, threshold, bias, estimator, (5, 5))
+    g = _geometry(input, weight, stride, padding, dilation)
+    with torch.cuda.device_of(input):
+        plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
+        return layer_forward(input, packed, plan, bias, g, mask_bias, _tf32(conv=True)), plan.data, packed
+
+
+@threshold_conv2d.register_fake
+def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias):
+    _check(input, weight, threshold, bias, estimator, (5, 5))
+    g = _geometry(input, weight, stride, padding, dilation)
+    y = empty_channels_last(input.shape[0], input.shape[1], weight.shape[1], g.output, input.dtype, input.device)
+    return y, *_fake_state(input, weight)
+
+
+@torch.library.custom_op("spafl::threshold_conv2d_backward", mutates_args=(), device_types="cpu")
+def threshold_conv2d_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], mask_bias: bool, need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of :func:`threshold_conv2d`: ``(dinput, dweight, dthreshold, dbias)``; empty where not needed."""
+    g = _geometry(input, weight, stride, padding, dilation)
+    dx, dw, dtau, db = closed_form.backward(grad, input, weight, Plan(plan, weight.shape[1]), bias, mask_bias, g)
+    dx = _empty_input_gradient(input).copy_(dx)
+    dw = like_rows(weight).copy_(dw)
+    return _or_empty(
+        weight, dx if need_input else None, *((dw, dtau) if need_weight else (None, None)),
+        db if need_weight and bias is not None else None,
+    )  # type: ignore[return-value]  # fmt: skip
+
+
+@threshold_conv2d_backward.register_kernel("cuda")
+def _(grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_bias, need_input, need_weight):
+    from ..triton import layer_backward
+
+    g = _geometry(input, weight, stride, padding, dilation)
+    with torch.cuda.device_of(input):
+        results = layer_backward(
+            grad, input, weight, packed, Plan(plan, weight.shape[1]), bias, g, mask_bias, _tf32(conv=True),
+            need_input, need_weight,
+        )  # fmt: skip
+    return _or_empty(weight, *results)
+
+
+@threshold_conv2d_backward.register_fake
+def _(grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_bias, need_input, need_weight):
+    return _fake_gradients(input, weight, bias, _empty_input_gradient(input), need_input, need_weight)
+
+
+def _empty_input_gradient(input: Tensor) -> Tensor:
+    clients, n, c, high, wide = input.shape
+    return empty_channels_last(clients, n, c, (high, wide), input.dtype, input.device)
+
+
+# --------------------------------------------------------------------------------------------------- autograd
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, weight, _, bias = inputs[:4]
+    ctx.rest = inputs[4:]
+    _, plan, packed = output
+    ctx.mark_non_differentiable(plan, packed)
+    ctx.save_for_backward(input, weight, bias, plan, packed)
+
+
+def _needs(ctx: Any) -> tuple[bool, bool]:
+    return ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
+
+
+def _unless_empty(ctx: Any, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(r if need else None for r, need in zip(results, ctx.needs_input_grad[:4], strict=True))
+
+
+class _GradientForTransforms(torch.autograd.Function):
+    """A backward operator under ``torch.func.grad``, which asks every function for a derivative of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "second derivatives are not implemented by the packed threshold operators; use "
+            "spafl_kernels.reference, which has them"
+        )
+
+
+def _gradient(op: Any, *args: Any) -> tuple[Tensor, ...]:
+    if torch._C._are_functorch_transforms_active():
+        return _GradientForTransforms.apply(op, *args)
+    return op(*args)
+
+
+def _linear_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    input, weight, bias, plan, packed = ctx.saved_tensors
+    _, mask_bias = ctx.rest
+    results = _gradient(
+        torch.ops.spafl.threshold_linear_backward,
+        grad, input, weight, packed, plan, bias, mask_bias, *_needs(ctx),
+    )  # fmt: skip
+    return (*_unless_empty(ctx, results), None, None)
+
+
+def _conv2d_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    input, weight, bias, plan, packed = ctx.saved_tensors
+    stride, padding, dilation, _, mask_bias = ctx.rest
+    results = _gradient(
+        torch.ops.spafl.threshold_conv2d_backward,
+        grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_bias, *_needs(ctx),
+    )  # fmt: skip
+    return (*_unless_empty(ctx, results), None, None, None, None, None)
+
+
+threshold_linear.register_autograd(_linear_backward, setup_context=_save)
+threshold_conv2d.register_autograd(_conv2d_backward, setup_context=_save)
+
+
+# --------------------------------------------------------------------------------------------------- vmap
+def _vmap(op: Any) -> Any:
+    """vmap is more clients: fold the mapped dimension into that of the clients, and unfold the results."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+
+        def fold(value: Any, dim: int | None) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+            return value.flatten(0, 1)
+
+        results = op(*(fold(value, dim) for value, dim in zip(args, in_dims, strict=True)))
+        # An empty result stands for "not needed" and has no clients.
+        split = tuple(r.unflatten(0, (size, -1)) if r.dim() > 1 else r.expand(size, 0) for r in results)
+        return split, (0,) * len(split)
+
+    return rule
+
+
+for _op in (threshold_linear, threshold_linear_backward, threshold_conv2d, threshold_conv2d_backward):
+    _op.register_vmap(_vmap(_op))
+
+
+# --------------------------------------------------------------------------------------------------- autocast
+_autocast_library = torch.library.Library("spafl", "IMPL")
+
+
+def _register_autocast(op: Any, device: str, key: str) -> None:
+    """Cast the input only: masks are decided on the weights as they are, and the kernels cast while packing."""
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(_: Any, input: Tensor, *rest: Any) -> Any:
+        if input.dtype != torch.float64:
+            input = input.to(torch.get_autocast_dtype(device))
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op(input, *rest)
+
+    _autocast_library.impl(op._opoverload, kernel, key, with_keyset=True)
+
+
+for _op in (threshold_linear, threshold_conv2d):
+    for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _register_autocast(_op, _device, _key)
+
+
+# --------------------------------------------------------------------------------------------------- torch.func
+class _LinearForTransforms(torch.autograd.Function):
+    """The linear operator for ``torch.func.grad``, which refuses the autograd of custom operators."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.spafl.threshold_linear(*args)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_linear_backward)
+
+
+class _Conv2dForTransforms(torch.autograd.Function):
+    """The convolution operator for ``torch.func.grad``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.spafl.threshold_conv2d(*args)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_conv2d_backward)
+
+
+def _call(op: Any, for_transforms: Any, *args: Any) -> Tensor:
+    if torch._C._are_functorch_transforms_active():
+        return for_transforms.apply(*args)[0]
+    return op(*args)[0]
+
+
+# --------------------------------------------------------------------------------------------------- single layers
+def _check_dtype(input: Tensor, weight: Tensor) -> None:
+    if input.device != weight.device:
+        raise ValueError(f"input is on {input.device} but weight is on {weight.device}")
+    if input.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        raise ValueError(f"input must have the dtype of weight outside autocast; got {input.dtype} and {weight.dtype}")
+
+
+def _client(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.unsqueeze(0)
+
+
+def linear(
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: Estimator, mask_bias: bool
+) -> Tensor:
+    """One linear layer through the operator, or the reference with a stated reason. Shapes as ``F.linear`` has them."""
+    _check_dtype(input, weight)
+    if reason := backend.unsupported(input, weight):
+        backend.fall_back(reason)
+        return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
+    if input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input must have {weight.shape[1]} features, as weight has; got shape {tuple(input.shape)}")
+    rows = input.reshape(1, -1, input.shape[-1])
+    y = _call(
+        torch.ops.spafl.threshold_linear, _LinearForTransforms,
+        rows, weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), estimator, mask_bias,
+    )  # fmt: skip
+    return y.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _pad(
+    input: Tensor, kernel: Sequence[int], padding: int | Sequence[int] | str, stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[Tensor, tuple[int, int]]:  # fmt: skip
+    """Numbers for ``"same"`` and ``"valid"``; an uneven ``"same"`` pads the input itself, by one more at the end."""
+    if not isinstance(padding, str):
+        return input, _pair(padding)
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same" or stride != (1, 1):
+        raise ValueError(f"padding must be numbers, 'valid', or 'same' with stride 1; got {padding!r}, stride {stride}")
+    total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    if any(t % 2 for t in total):
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, (total[0] // 2, total[1] // 2)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] | str,
+    dilation: int | tuple[int, int],
+    groups: int,
+    estimator: Estimator,
+    mask_bias: bool,
+) -> Tensor:
+    """One convolution through the operator, or the reference with a stated reason. Shapes as ``F.conv2d`` has them."""
+    _check_dtype(input, weight)
+    if reason := backend.unsupported(input, weight, groups):
+        backend.fall_back(reason)
+        return reference.threshold_conv2d(
+            input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
+        )
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input must be (N, in, H, W) or (in, H, W); got shape {tuple(input.shape)}")
+    strides, dilations = _pair(stride), _pair(dilation)
+    image, pads = _pad(input, weight.shape[2:], padding, strides, dilations)
+    batch = image if image.dim() == 4 else image.unsqueeze(0)
+    y = _call(
+        torch.ops.spafl.threshold_conv2d, _Conv2dForTransforms,
+        batch.unsqueeze(0), weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), strides, pads, dilations,
+        estimator, mask_bias,
+    )  # fmt: skip
+    y = y.squeeze(0)
+    return y if input.dim() == 4 else y.squeeze(0)

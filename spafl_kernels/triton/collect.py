@@ -1,0 +1,104 @@
+"""Channels of a list side by side: what makes the inner loops of the products read whole, aligned rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .plan import HEADER, WIDEST, Plan, capacity
+
+COLLECT_ROWS = 128  # positions per program
+
+
+@triton.jit
+def _padded(n, CAP: tl.constexpr, WIDEST: tl.constexpr):
+    """How many columns kernels may read when ``n`` are listed: whole tiles of WIDEST, but not more than there are."""
+    return tl.minimum((n + WIDEST - 1) // WIDEST * WIDEST, CAP)
+
+
+@triton.jit
+def threshold_collect(
+    grad, collected, partial, plan, extended, grad_client, collected_client, partial_client, plan_client,
+    extended_client, total, out, g_n, g_h, g_w, g_c,
+    HEADER: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, EXTRA: tl.constexpr, STATISTICS: tl.constexpr,
+    CAP: tl.constexpr, WIDEST: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Listed channels of dL/dy side by side; sums and "not all zero" of every channel; grid (row blocks, clients)."""
+    client = tl.program_id(1).to(tl.int64)
+    plan += client * plan_client
+    count = tl.load(plan)
+    if EXTRA:
+        extended += client * extended_client
+        lo = count
+        hi = tl.load(extended)
+        index = extended + 1
+        if hi == lo:
+            return
+    else:
+        lo = 0
+        hi = count
+        index = plan + HEADER
+    grad += client * grad_client
+    collected += client * collected_client
+    limit = _padded(hi, CAP, WIDEST)
+    for r0 in range(0, ROWS, STEP):
+        row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
+        live = row < total
+        at = (row // (P * Q)).to(tl.int64) * g_n + (row // Q % P).to(tl.int64) * g_h + (row % Q).to(tl.int64) * g_w
+        to = collected + row.to(tl.int64)[:, None] * CAP
+        for c0 in range(lo, limit, COLUMNS):
+            c = c0 + tl.arange(0, COLUMNS)
+            channel = tl.load(index + c, mask=c < hi, other=0).to(tl.int64)
+            part = tl.load(
+                grad + at[:, None] + channel[None, :] * g_c, mask=live[:, None] & (c < hi)[None, :], other=0.0
+            )
+            tl.store(to + c[None, :], part, mask=live[:, None] & (c < limit)[None, :])
+    if STATISTICS:
+        partial += client * partial_client + tl.program_id(0).to(tl.int64) * 2 * out
+        for c0 in range(0, out, COLUMNS):
+            c = c0 + tl.arange(0, COLUMNS)
+            total_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
+            nonzero = tl.zeros((COLUMNS,), dtype=tl.int32)
+            for r0 in range(0, ROWS, STEP):
+                row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
+                at = (row // (P * Q)).to(tl.int64) * g_n + (row // Q % P).to(tl.int64) * g_h
+                at += (row % Q).to(tl.int64) * g_w
+                part = tl.load(
+                    grad + at[:, None] + c.to(tl.int64)[None, :] * g_c,
+                    mask=(row < total)[:, None] & (c < out)[None, :], other=0.0,
+                ).to(tl.float32)  # fmt: skip
+                total_sum += tl.sum(part, 0)
+                nonzero = tl.maximum(nonzero, tl.max((part != 0.0).to(tl.int32), 0))
+            tl.store(partial + c, total_sum, mask=c < out)
+            tl.store(partial + out + c, nonzero.to(tl.float32), mask=c < out)
+
+
+def collect_channels(
+    x: Tensor, plan: Plan, extended: Tensor | None = None, partial: Tensor | None = None, into: Tensor | None = None
+) -> Tensor:
+    """The channels of ``x`` that a plan lists, next to each other.
+
+    Args:
+        x: ``(clients, N, plan.out, H, W)``, any strides.
+        plan: whose active filters are the list.
+        extended: if given, only what it lists behind the active filters is collected (see ``threshold_extend``).
+        partial: float32 ``(clients, blocks of COLLECT_ROWS positions, 2, out)``: if given, sums, and 1 where not all
+            zero, of every channel are written.
+        into: result to write to, a new one by default.
+
+    Returns:
+        ``(clients, N * H * W, capacity(plan.out))``; zeros behind the list up to a whole tile, the rest unwritten.
+    """
+    clients, n, out, high, wide = x.shape
+    total, cap = n * high * wide, capacity(out)
+    into = x.new_empty(clients, total, cap) if into is None else into
+    data = plan.data
+    more, statistics = data if extended is None else extended, data if partial is None else partial
+    threshold_collect[(triton.cdiv(total, COLLECT_ROWS), clients)](
+        x, into, statistics, data, more, x.stride(0), into.stride(0), statistics.stride(0), data.stride(0),
+        more.stride(0), total, out, x.stride(1), x.stride(3), x.stride(4), x.stride(2),
+        HEADER=HEADER, P=high, Q=wide, EXTRA=extended is not None, STATISTICS=partial is not None, CAP=cap,
+        WIDEST=WIDEST, ROWS=COLLECT_ROWS, STEP=32, COLUMNS=min(64, cap), num_warps=4,
+    )  # fmt: skip
+    return into

@@ -1,0 +1,148 @@
+"""dL/dx: a product reduced over active filters only."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .forward import spread
+from .geometry import Geometry, empty_channels_last
+from .plan import HEADER, Plan, capacity, row_stride
+from .tiles import Tile, arithmetic, choose, power_of_two, precision
+
+
+@triton.jit
+def threshold_dgrad(
+    collected, packed, dx, plan, inputs, collected_client, packed_client, dx_client, plan_client, inputs_client,
+    total, stride, channels, row_tiles,
+    HEADER: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, SHAPE: tl.constexpr, STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """dL/dx; grid (row tiles * channel tiles, residue classes of positions, clients)."""
+    C: tl.constexpr = SHAPE[0]
+    H: tl.constexpr = SHAPE[1]
+    W: tl.constexpr = SHAPE[2]
+    P: tl.constexpr = SHAPE[3]
+    Q: tl.constexpr = SHAPE[4]
+    R: tl.constexpr = SHAPE[5]
+    S: tl.constexpr = SHAPE[6]
+    SH: tl.constexpr = SHAPE[7]
+    SW: tl.constexpr = SHAPE[8]
+    PH: tl.constexpr = SHAPE[9]
+    PW: tl.constexpr = SHAPE[10]
+    DH: tl.constexpr = SHAPE[11]
+    DW: tl.constexpr = SHAPE[12]
+    HIGH: tl.constexpr = (H + SH - 1) // SH  # positions of a class, at most
+    WIDE: tl.constexpr = (W + SW - 1) // SW
+    client = tl.program_id(2).to(tl.int64)
+    count = tl.load(plan + client * plan_client)
+    collected += client * collected_client
+    packed += client * packed_client
+    dx += client * dx_client
+    first_c = tl.program_id(0) // row_tiles * TILE
+    if LISTED:
+        inputs += client * inputs_client
+        listed = tl.load(inputs)
+        if (first_c >= listed) & (first_c > 0):
+            return
+    class_h = tl.program_id(1) // SW
+    class_w = tl.program_id(1) % SW
+    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
+    c = first_c + tl.arange(0, TILE)
+    image = row // (HIGH * WIDE)
+    h = row // WIDE % HIGH * SH + class_h
+    w = row % WIDE * SW + class_w
+    live = (row < total) & (h < H) & (w < W)
+    # Taps that meet this class: r = first_r, first_r + STEP_H, ... ; the same for s.
+    first_r = class_h * 0 + R
+    for i in tl.static_range(STEP_H):
+        first_r = tl.where((class_h + PH - i * DH) % SH == 0, i, first_r)
+    first_s = class_w * 0 + S
+    for i in tl.static_range(STEP_W):
+        first_s = tl.where((class_w + PW - i * DW) % SW == 0, i, first_s)
+    taps_r = tl.maximum((R - first_r + STEP_H - 1) // STEP_H, 0)
+    taps_s = tl.maximum((S - first_s + STEP_W - 1) // STEP_W, 0)
+    parts = (count + DEPTH - 1) // DEPTH
+    OFFSET: tl.constexpr = tl.int64 if P * Q * CAP >= 2**31 else tl.int32
+    base = tl.where(live, image, 0).to(tl.int64) * (P * Q * CAP)
+    lane = tl.arange(0, DEPTH)
+    acc = tl.zeros((ROWS, TILE), dtype=tl.float32)
+    for step in range(0, taps_r * taps_s * parts):
+        tap = step // parts
+        k0 = step % parts * DEPTH
+        r = first_r + tap // taps_s * STEP_H
+        s = first_s + tap % taps_s * STEP_W
+        p = (h + PH - r * DH) // SH  # exact within the class
+        q = (w + PW - s * DW) // SW
+        ok = live & (h + PH - r * DH >= 0) & (p < P) & (w + PW - s * DW >= 0) & (q < Q)
+        at = tl.where(ok, base + (p * Q + q).to(OFFSET) * CAP, 0)
+        a = tl.load((collected + k0) + at[:, None] + lane[None, :], mask=ok[:, None], other=0.0)
+        b = (packed + (tl.cast(k0, tl.int64) * stride + (r * S + s) * C)) + (lane[:, None] * stride + c[None, :])
+        if C % TILE == 0:
+            b = tl.load(b)
+        else:
+            b = tl.load(b, mask=(c < C)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    position = (image.to(tl.int64) * H + h) * W + w
+    if LISTED:
+        # As in the forward pass: the tile owns the channels from its first one to the first one of the next tile.
+        index = inputs + HEADER
+        start = tl.where(first_c > 0, tl.load(index + first_c), 0)
+        more = first_c + TILE < listed
+        end = tl.where(more, tl.load(index + tl.where(more, first_c + TILE, 0)), channels)
+        spread(
+            acc,
+            dx,
+            dx,
+            index + channels,
+            first_c,
+            start,
+            end,
+            position,
+            live,
+            channels,
+            False,
+            False,
+            TILE,
+            GROUP,
+            ROWS,
+        )
+    else:
+        at = dx + position[:, None] * C + c[None, :]
+        tl.store(at, acc.to(dx.dtype.element_ty), mask=live[:, None] & (c < C)[None, :])
+
+
+def input_gradient(
+    collected: Tensor,
+    packed: Tensor,
+    plan: Plan,
+    geometry: Geometry,
+    n: int,
+    tf32: bool,
+    tile: Tile | None,
+    input_plan: Plan | None,
+) -> Tensor:
+    """``dL/dx``: ``(clients, n, C, H, W)``, channels last; channels that ``input_plan`` does not list are 0.
+
+    ``collected`` holds dL/dy of the active filters. With ``input_plan``, packed and geometry are those of its list.
+    """
+    g, clients, cap = geometry, packed.shape[0], capacity(plan.out)
+    channels = g.channels if input_plan is None else input_plan.out
+    inputs = plan.data if input_plan is None else input_plan.data
+    dx = empty_channels_last(clients, n, channels, (g.height, g.width), packed.dtype, packed.device)
+    kind = arithmetic(packed.dtype, tf32)
+    # Positions of one residue class modulo the stride.
+    positions = n * triton.cdiv(g.height, g.stride[0]) * triton.cdiv(g.width, g.stride[1])
+    tile = tile or choose("dgrad", kind, positions)
+    columns = min(tile.filters, max(16, power_of_two(g.channels)))
+    row_tiles = triton.cdiv(positions, tile.rows)
+    threshold_dgrad[(row_tiles * triton.cdiv(g.channels, columns), g.stride[0] * g.stride[1], clients)](
+        collected, packed, dx, plan.data, inputs, collected.stride(0), packed.stride(0), dx.stride(0),
+        plan.data.stride(0), inputs.stride(0), positions, row_stride(g.n_in), channels, row_tiles,
+        HEADER=HEADER, LISTED=input_plan is not None, GROUP=min(64, max(16, power_of_two(channels))),
+        SHAPE=g.shape, STEP_H=g.step[0], STEP_W=g.step[1], PRECISION=precision(kind), CAP=cap, ROWS=tile.rows,
+        TILE=columns, DEPTH=min(tile.depth, cap), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return dx

@@ -1,0 +1,293 @@
+"""Forward of linear and convolution layers: a matrix product over the packed active filters only.
+
+The grid covers all filters, for its size may not depend on a count that lives on the device; programs behind the count
+return at once. Packed filters are in ascending order, so a tile of them owns a range of output channels: from its first
+filter to the first filter of the next tile. The epilogue spreads the tile over that range and writes zeros (or the
+bias) between, which makes every output element written exactly once, without a scatter and without a memset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .collect import collect_channels
+from .geometry import Geometry, channels_last, empty_channels_last, row_step
+from .kinds import is_wide
+from .plan import HEADER, Plan, capacity, row_stride
+from .tiles import Tile, arithmetic, choose, power_of_two, precision
+
+
+@triton.jit
+def spread(
+    acc, y, bias, inverse, first, start, end, rows, live, out,
+    HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write output channels [start, end): column ``inverse - first`` of ``acc``, zero if pruned, plus the bias."""
+    target = y + rows.to(tl.int64)[:, None] * out
+    for c0 in range(start // GROUP * GROUP, end, GROUP):
+        c = c0 + tl.arange(0, GROUP)
+        position = tl.load(inverse + c, mask=c < out, other=-1)
+        column = position - first
+        kept = (column >= 0) & (column < TILE)
+        column = tl.where(kept, column, 0)
+        value = tl.gather(acc, tl.broadcast_to(column[None, :], (ROWS, GROUP)), axis=1)
+        value = tl.where(kept[None, :], value, 0.0)
+        if HAS_BIAS:
+            b = tl.load(bias + c, mask=c < out, other=0.0).to(tl.float32)
+            if MASK_BIAS:
+                b = tl.where(position >= 0, b, 0.0)
+            value += b[None, :]
+        value = value.to(y.dtype.element_ty)
+        # Two stores, because a bound on single channels would forbid wide stores for the common whole group.
+        if (c0 >= start) & (c0 + GROUP <= end):
+            tl.store(target + c[None, :], value, mask=live[:, None])
+        else:
+            tl.store(target + c[None, :], value, mask=live[:, None] & ((c >= start) & (c < end))[None, :])
+
+
+@triton.jit
+def _forward_tile(
+    x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride, x_n, x_h, x_w,
+    SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """TILE packed filters from ``first`` on, for ROWS output positions."""
+    C: tl.constexpr = SHAPE[0]
+    H: tl.constexpr = SHAPE[1]
+    W: tl.constexpr = SHAPE[2]
+    P: tl.constexpr = SHAPE[3]
+    Q: tl.constexpr = SHAPE[4]
+    R: tl.constexpr = SHAPE[5]
+    S: tl.constexpr = SHAPE[6]
+    OFFSET: tl.constexpr = tl.int64 if MODE[0] else tl.int32
+    POINTWISE: tl.constexpr = MODE[1]
+    FLAT: tl.constexpr = MODE[2]
+    LISTED: tl.constexpr = MODE[5]
+    live = rows < total
+    position = tl.where(live, rows, 0)
+    if POINTWISE:
+        base = position.to(tl.int64) * x_w
+    else:
+        base = (position // (P * Q)).to(tl.int64) * x_n
+    high = position // Q % P * SHAPE[7] - SHAPE[9]
+    wide = position % Q * SHAPE[8] - SHAPE[10]
+    filters = tl.arange(0, TILE)
+    lane = tl.arange(0, DEPTH)
+    acc = tl.zeros((ROWS, TILE), dtype=tl.float32)
+    PARTS: tl.constexpr = (C + DEPTH - 1) // DEPTH  # steps per kernel tap
+    if FLAT:
+        parts = 1
+        steps = tl.cdiv(C * R * S, DEPTH)
+    elif LISTED:
+        parts = tl.cdiv(channels, DEPTH)
+        steps = R * S * parts
+    else:
+        parts = PARTS
+        steps = R * S * PARTS
+    for step in range(0, tl.where(count > 0, steps, 0)):
+        if FLAT:
+            k = step * DEPTH + tl.arange(0, DEPTH)
+            h = high[:, None] + (k // (S * C) * SHAPE[11])[None, :]
+            w = wide[:, None] + (k // C % S * SHAPE[12])[None, :]
+            ok = live[:, None] & (k < C * R * S)[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            # Masked lanes get offset 0: a masked asynchronous copy from before the tensor faults (pytorch 187081).
+            at = tl.where(ok, base[:, None] + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w + (k % C)[None, :], 0)
+            a = tl.load(x + at, mask=ok, other=0.0)
+            b = packed + first.to(tl.int64) * stride + filters[:, None] * stride + k[None, :]
+            b = tl.load(b, mask=(k < stride)[None, :], other=0.0)
+        else:
+            tap = step // parts
+            c0 = step % parts * DEPTH
+            if POINTWISE:
+                ok = live
+                at = base
+            else:
+                h = high + tap // S * SHAPE[11]
+                w = wide + tap % S * SHAPE[12]
+                ok = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                at = tl.where(ok, base + (h.to(OFFSET) * x_h + w.to(OFFSET) * x_w), 0)
+            # Scalars are added to the pointer first: they stay out of the per-element address arithmetic.
+            a = (x + c0) + at[:, None] + lane[None, :]
+            b = (packed + (first.to(tl.int64) * stride + tap * C + c0)) + filters[:, None] * stride + lane[None, :]
+            if C % DEPTH == 0:
+                a = tl.load(a, mask=ok[:, None], other=0.0)
+                b = tl.load(b)
+            else:
+                a = tl.load(a, mask=ok[:, None] & (c0 + lane < C)[None, :], other=0.0)
+                b = tl.load(b, mask=(c0 + lane < C)[None, :], other=0.0)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    spread(acc, y, bias, inverse, first, start, end, rows, live, out, MODE[3], MODE[4], TILE, GROUP, ROWS)
+
+
+@triton.jit
+def threshold_forward(
+    x, packed, bias, y, plan, inputs, x_client, packed_client, bias_client, y_client, plan_client, inputs_client,
+    total, out, stride, x_n, x_h, x_w, row_tiles,
+    HEADER: tl.constexpr, SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``y = conv(x, packed) + bias`` in dense layout; grid (row tiles * filter tiles, clients)."""
+    client = tl.program_id(1).to(tl.int64)
+    plan += client * plan_client
+    count = tl.load(plan)
+    # Filter tiles vary slowest: all programs with work come first, those behind the count last.
+    first = tl.program_id(0) // row_tiles * TILE
+    if (first >= count) & (first > 0):
+        return
+    x += client * x_client
+    packed += client * packed_client
+    bias += client * bias_client
+    y += client * y_client
+    channels = SHAPE[0]
+    if MODE[5]:
+        channels = tl.load(inputs + client * inputs_client)
+    index = plan + HEADER
+    inverse = index + out
+    rows = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
+    start = tl.where(first > 0, tl.load(index + first), 0)
+    more = first + TILE < count
+    end = tl.where(more, tl.load(index + tl.where(more, first + TILE, 0)), out)
+    left = count - first
+    # The last tile shrinks to what is left, so that work follows the count in steps of 16, not of a whole tile.
+    if TILE == 64:
+        if left <= 16:
+            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
+                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
+        elif left <= 32:
+            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
+                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
+        else:
+            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
+                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 64, DEPTH, GROUP)  # fmt: skip
+    elif TILE == 32:
+        if left <= 16:
+            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
+                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
+        else:
+            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
+                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
+    else:
+        _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
+                      x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, TILE, DEPTH, GROUP)  # fmt: skip
+
+
+@triton.jit
+def threshold_pack_columns(
+    packed, narrow, inputs, packed_client, narrow_client, inputs_client, stride, channels, taps,
+    HEADER: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """One packed row with the columns of listed input channels only, side by side per tap; grid (rows, clients)."""
+    client = tl.program_id(1).to(tl.int64)
+    inputs += client * inputs_client
+    count = tl.load(inputs)
+    packed += client * packed_client + tl.program_id(0).to(tl.int64) * stride
+    narrow += client * narrow_client + tl.program_id(0).to(tl.int64) * taps * CAP
+    lane = tl.arange(0, CAP if CAP < 64 else 64)
+    for c0 in range(0, CAP, CAP if CAP < 64 else 64):
+        listed = c0 + lane < count
+        channel = tl.load(inputs + HEADER + c0 + lane, mask=listed, other=0)
+        for tap in range(0, taps):
+            part = tl.load(packed + tap * channels + channel, mask=listed, other=0.0)
+            tl.store(narrow + tap * CAP + c0 + lane, part)
+
+
+def restrict(x: Tensor, packed: Tensor, input_plan: Plan, geometry: Geometry) -> tuple[Tensor, Tensor, Geometry]:
+    """Input and packed weights with the listed input channels side by side, so that products stop behind them.
+
+    A copy of the listed channels is the price: one read of ``x`` (whole memory sectors) and one write of the listed
+    part, where the product reads ``x`` once per kernel tap and tile of filters. Gathering inside the product would cost
+    the wide loads of its inner loop.
+
+    Returns:
+        ``(clients, N, H, W, capacity(C))`` (zeros behind the list up to a whole tile, the rest unwritten), the weights
+        ``(clients, capacity(out), kH * kW * capacity(C))``, and the geometry with ``capacity(C)`` channels.
+    """
+    clients, n, channels, high, wide = x.shape
+    if input_plan.out != channels or input_plan.data.shape[0] != clients:
+        raise ValueError(
+            f"input_plan must be over {channels} channels of {clients} clients; it is over {input_plan.out} of "
+            f"{input_plan.data.shape[0]}"
+        )
+    cap, taps, data = capacity(channels), geometry.kernel[0] * geometry.kernel[1], input_plan.data
+    listed = collect_channels(x, input_plan).view(clients, n, high, wide, cap)
+    narrow = packed.new_empty(clients, packed.shape[1], taps * cap)
+    threshold_pack_columns[(packed.shape[1], clients)](
+        packed, narrow, data, packed.stride(0), narrow.stride(0), data.stride(0), packed.shape[2], channels, taps,
+        HEADER=HEADER, CAP=cap, num_warps=4,
+    )  # fmt: skip
+    return listed, narrow, dataclasses.replace(geometry, channels=cap)
+
+
+def flat_is_better(channels: int, taps: int, depth: int) -> bool:
+    """Whether to walk taps and channels as one dimension: wider loads are lost, but fewer padded steps are made."""
+    per_tap = taps * -(-channels // depth)
+    return taps > 1 and 2 * -(-taps * channels // depth) <= per_tap
+
+
+def layer_forward(
+    x: Tensor,
+    packed: Tensor,
+    plan: Plan,
+    bias: Tensor | None,
+    geometry: Geometry,
+    mask_bias: bool = False,
+    tf32: bool = False,
+    tile: Tile | None = None,
+    input_plan: Plan | None = None,
+) -> Tensor:
+    """Convolution of every client's input by that client's active filters; pruned outputs are 0 (plus bias).
+
+    Args:
+        x: ``(clients, N, C, H, W)``, float32, float16 or bfloat16; read in place if the channel stride is 1.
+        packed: ``(clients, capacity(out), row_stride(n_in))``, dtype of ``x``.
+        plan: of the same layer.
+        bias: ``(clients, out)`` of any floating dtype, or None.
+        geometry: sizes of the layer.
+        mask_bias: leave out the bias of pruned filters.
+        tf32: round float32 operands of the product to tf32.
+        tile: instead of the one from the table.
+        input_plan: plan over the ``C`` input channels, usually that of the layer before: only its active channels are
+            read and multiplied, the others count as 0. That is the same function where they are 0 (a ReLU or nothing
+            between the layers, no bias of pruned filters); see :func:`restrict` for its price.
+
+    Returns:
+        ``(clients, N, out, H', W')`` in channels-last order, dtype of ``x``.
+    """
+    clients, n = x.shape[:2]
+    g, out = geometry, plan.out
+    high, wide = g.output
+    y = empty_channels_last(clients, n, out, (high, wide), x.dtype, x.device)
+    total = n * high * wide
+    if total == 0 or clients == 0:
+        return y
+    if max(total, n * g.height * g.width) >= 2**31:
+        raise ValueError(f"x must have fewer than 2**31 positions per client; got N={n}, {(g.height, g.width)} pixels")
+    if input_plan is not None:
+        x, packed, g = restrict(x, packed, input_plan, g)
+    else:
+        x = channels_last(x)
+    kind = arithmetic(x.dtype, tf32)
+    tile = tile or choose("forward", kind, total)
+    filters = min(tile.filters, capacity(out))
+    row_tiles = triton.cdiv(total, tile.rows)
+    line = row_step(x)
+    bias = None if bias is None else bias.contiguous()
+    depth = max(16, min(tile.depth, power_of_two(g.n_in) if input_plan is None else g.channels))
+    flat = input_plan is None and flat_is_better(g.channels, g.kernel[0] * g.kernel[1], depth)
+    depth = min(depth, 32) if flat else depth
+    pointwise = g.pointwise and line is not None
+    inputs = plan.data if input_plan is None else input_plan.data
+    threshold_forward[(row_tiles * triton.cdiv(out, filters), clients)](
+        x, packed, x if bias is None else bias, y, plan.data, inputs,
+        x.stride(0), packed.stride(0), 0 if bias is None else bias.stride(0), y.stride(0), plan.data.stride(0),
+        inputs.stride(0), total, out, row_stride(g.n_in), x.stride(1), x.stride(2),
+        line if pointwise else x.stride(3), row_tiles, HEADER=HEADER, SHAPE=g.shape,
+        MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias, input_plan is not None),
+        PRECISION=precision(kind), ROWS=tile.rows, TILE=filters, DEPTH=depth,
+        GROUP=min(64, max(16, power_of_two(out))), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,91 @@
+"""Which filters of a layer are active, as one int32 tensor on the device: the plan every kernel reads.
+
+A plan of a layer with ``out`` filters holds, for every client, ``2 + 3 * out`` numbers:
+
+========================  ==========================================================================================
+``[0]``                   count of active filters
+``[1]``                   1 if the mask differs from the one the plan held before, else 0
+``[2 : 2 + out]``         active filters, ascending; -1 behind the last one
+``[2 + out : 2 + 2 out]`` position of a filter in that list, or -1 if it is pruned
+``[2 + 2 out :]``         bit 0: active; bit 1: the estimator lets the gradient through (``h_i``); bit 2: flipped
+========================  ==========================================================================================
+
+Packed weights hold the rows of the active filters in that order, filled up with zero rows to ``capacity(out)`` and with
+zero columns to a multiple of 16, so that kernels read whole, aligned tiles and need no bound on the filters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+HEADER = 2
+ACTIVE, PASSES, FLIPPED = 1, 2, 4
+# Widest tile over filters that any kernel uses: packed rows come in multiples of it.
+WIDEST = 64
+
+
+def capacity(out: int) -> int:
+    """Rows of the packed weights of a layer with ``out`` filters: 16, 32 or a multiple of 64."""
+    for size in (16, 32):
+        if out <= size:
+            return size
+    return -(-out // WIDEST) * WIDEST
+
+
+def row_stride(n_in: int) -> int:
+    """Columns of the packed weights: ``n_in`` rounded up to 16, which keeps every row 16-byte aligned."""
+    return -(-n_in // 16) * 16
+
+
+def plan_size(out: int) -> int:
+    """Numbers in the plan of one layer of one client."""
+    return HEADER + 3 * out
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Views into a plan tensor of shape ``(clients, plan_size(out))``; nothing is copied or read."""
+
+    data: Tensor
+    out: int
+
+    def _part(self, number: int) -> Tensor:
+        return self.data[:, HEADER + number * self.out : HEADER + (number + 1) * self.out]
+
+    @property
+    def count(self) -> Tensor:
+        """Active filters per client, int32 ``(clients,)``, on the device."""
+        return self.data[:, 0]
+
+    @property
+    def changed(self) -> Tensor:
+        """1 where the last threshold pass changed the mask, int32 ``(clients,)``, on the device."""
+        return self.data[:, 1]
+
+    @property
+    def index(self) -> Tensor:
+        """Active filters in ascending order, then -1: int32 ``(clients, out)``."""
+        return self._part(0)
+
+    @property
+    def inverse(self) -> Tensor:
+        """Position of every filter in :attr:`index`, -1 if pruned: int32 ``(clients, out)``."""
+        return self._part(1)
+
+    @property
+    def flags(self) -> Tensor:
+        """``ACTIVE``, ``PASSES`` and ``FLIPPED`` bits of every filter: int32 ``(clients, out)``."""
+        return self._part(2)
+
+    @property
+    def mask(self) -> Tensor:
+        """Which filters are active: bool ``(clients, out)``."""
+        return (self.flags & ACTIVE).bool()
+
+    @staticmethod
+    def empty(clients: int, out: int, device: torch.device | str) -> Plan:
+        """A plan that holds no mask yet: the first pass reports a change."""
+        return Plan(torch.full((clients, plan_size(out)), -1, dtype=torch.int32, device=device), out)

@@ -1,0 +1,304 @@
+"""Gradients of weights, thresholds and biases, from rows of ``G = dL/dW~`` of the filters that need one."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .collect import COLLECT_ROWS, collect_channels
+from .geometry import Geometry, like_rows, row_order, row_step
+from .kinds import is_wide
+from .plan import HEADER, Plan, capacity, row_stride
+from .tiles import Tile, arithmetic, choose, power_of_two, precision
+
+FINISH_STEP = 1024
+# Programs that the split of the batch aims at (a few waves of a large GPU), and the most memory its slabs may take.
+PROGRAMS = 528
+SLAB_BYTES = 64 << 20
+
+
+@triton.jit
+def threshold_extend(
+    partial, sums, plan, extended, partial_client, sums_client, plan_client, extended_client, blocks, out,
+    HEADER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Channel sums, and the list of filters whose row of the weight gradient is needed; grid (1, clients).
+
+    ``extended``: count, the extra filters at their positions in the list, and the position of every filter or -1.
+    """
+    client = tl.program_id(1).to(tl.int64)
+    partial += client * partial_client
+    plan += client * plan_client
+    extended += client * extended_client
+    flags = plan + HEADER + 2 * out
+    inverse = plan + HEADER + out
+    position = tl.load(plan)
+    for c0 in range(0, out, COLUMNS):
+        c = c0 + tl.arange(0, COLUMNS)
+        live = c < out
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        nonzero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for b0 in range(0, blocks, ROWS):
+            b = b0 + tl.arange(0, ROWS)
+            mask = (b < blocks)[:, None] & live[None, :]
+            at = partial + b.to(tl.int64)[:, None] * 2 * out + c[None, :]
+            total += tl.load(at, mask=mask, other=0.0)
+            nonzero = tl.maximum(nonzero, tl.load(at + out, mask=mask, other=0.0))
+        tl.store(sums + client * sums_client + c, tl.sum(total, 0), mask=live)
+        flag = tl.load(flags + c, mask=live, other=0)
+        extra = (live & ((flag & 1) == 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
+        at = position + tl.cumsum(extra, 0) - extra
+        tl.store(extended + 1 + at, c, mask=extra > 0)
+        where = tl.where(extra > 0, at, tl.load(inverse + c, mask=live, other=-1))
+        tl.store(extended + 1 + out + c, where, mask=live)
+        position += tl.sum(extra, 0)
+    tl.store(extended, position)
+
+
+@triton.jit
+def _wgrad_tile(
+    x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
+    SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS weights of TILE listed filters, summed over output positions [lo, hi)."""
+    C: tl.constexpr = SHAPE[0]
+    H: tl.constexpr = SHAPE[1]
+    W: tl.constexpr = SHAPE[2]
+    P: tl.constexpr = SHAPE[3]
+    Q: tl.constexpr = SHAPE[4]
+    S: tl.constexpr = SHAPE[6]
+    N_IN: tl.constexpr = C * SHAPE[5] * S
+    OFFSET: tl.constexpr = tl.int64 if MODE[0] else tl.int32
+    POINTWISE: tl.constexpr = MODE[1]
+    FLAT: tl.constexpr = MODE[2]
+    PARTS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    if FLAT:
+        column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+        inside = column < N_IN
+        c = column % C
+        down = (column // (S * C) * SHAPE[11])[None, :]
+        right = (column // C % S * SHAPE[12])[None, :]
+    else:
+        tap = column_tile // PARTS
+        c = column_tile % PARTS * COLUMNS + tl.arange(0, COLUMNS)
+        inside = c < C
+        column = tap * C + c
+        down = tap // S * SHAPE[11]
+        right = tap % S * SHAPE[12]
+    filters = first + tl.arange(0, TILE)
+    lane = tl.arange(0, DEPTH)
+    acc = tl.zeros((COLUMNS, TILE), dtype=tl.float32)
+    for m0 in range(lo, hi, DEPTH):
+        m = m0 + lane
+        live = m < hi
+        m = tl.where(live, m, 0)
+        if POINTWISE:
+            ok = live[:, None]
+            at = m.to(tl.int64)[:, None] * x_w
+        else:
+            h = (m // Q % P * SHAPE[7] - SHAPE[9])[:, None] + down
+            w = (m % Q * SHAPE[8] - SHAPE[10])[:, None] + right
+            ok = live[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            image = (m // (P * Q)).to(tl.int64)[:, None] * x_n
+            at = tl.where(ok, image + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w, 0)
+        if FLAT or C % COLUMNS != 0:
+            ok = ok & inside[None, :]
+        a = tl.load(x + at + c[None, :], mask=ok, other=0.0)
+        g = (collected + tl.cast(m0, tl.int64) * CAP) + (lane[:, None] * CAP + filters[None, :])
+        g = tl.load(g, mask=live[:, None], other=0.0)
+        acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
+    tl.store(slab + filters.to(tl.int64)[None, :] * stride + column[:, None], acc, mask=inside[:, None])
+
+
+@triton.jit
+def threshold_wgrad(
+    x, collected, slabs, extended, inputs, x_client, collected_client, slabs_client, extended_client, inputs_client,
+    total, chunk, stride, x_n, x_h, x_w, column_tiles,
+    SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Rows of G of the listed filters, one slab per part of the batch; grid (tiles, parts, clients)."""
+    client = tl.program_id(2).to(tl.int64)
+    count = tl.load(extended + client * extended_client)
+    first = tl.program_id(0) // column_tiles * TILE
+    if first >= count:
+        return
+    column_tile = tl.program_id(0) % column_tiles
+    if MODE[3]:
+        channels = tl.load(inputs + client * inputs_client)
+        if column_tile % (SHAPE[0] // COLUMNS) * COLUMNS >= channels:
+            return
+    x += client * x_client
+    collected += client * collected_client
+    slab = slabs + client * slabs_client + tl.program_id(1).to(tl.int64) * CAP * stride
+    lo = tl.program_id(1) * chunk
+    hi = tl.minimum(lo + chunk, total)
+    left = count - first
+    if TILE == 64:
+        if left <= 16:
+            _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
+                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 16, DEPTH)  # fmt: skip
+        elif left <= 32:
+            _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
+                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 32, DEPTH)  # fmt: skip
+        else:
+            _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
+                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 64, DEPTH)  # fmt: skip
+    elif TILE == 32:
+        if left <= 16:
+            _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
+                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 16, DEPTH)  # fmt: skip
+        else:
+            _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
+                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 32, DEPTH)  # fmt: skip
+    else:
+        _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
+                    SHAPE, MODE, PRECISION, CAP, COLUMNS, TILE, DEPTH)  # fmt: skip
+
+
+@triton.jit
+def threshold_finish(
+    weight, bias, slabs, sums, plan, extended, inputs, dw, dtau, dbias,
+    weight_client, bias_client, slabs_client, plan_client, extended_client, inputs_client,
+    out, n_in, inner, outer, channels, stride,
+    HEADER: tl.constexpr, LISTED: tl.constexpr, INPUT_CAP: tl.constexpr, PARTS: tl.constexpr, CAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one filter from its row of G, if it has one; grid (filters, clients)."""
+    row = tl.program_id(0)
+    client = tl.program_id(1).to(tl.int64)
+    plan += client * plan_client
+    flag = tl.load(plan + HEADER + 2 * out + row)
+    position = tl.load(extended + client * extended_client + 1 + out + row)
+    listed = position >= 0
+    slabs += client * slabs_client + tl.where(listed, position, 0).to(tl.int64) * stride
+    weight += client * weight_client + row.to(tl.int64) * n_in
+    dw += (client * out + row) * n_in
+    inverse = inputs + client * inputs_client + HEADER + channels
+    dots = tl.zeros((STEP,), dtype=tl.float32)
+    for k0 in range(0, n_in, STEP):
+        k = k0 + tl.arange(0, STEP)
+        mask = listed & (k < n_in)
+        column = k
+        if LISTED:
+            place = tl.load(inverse + k % channels, mask=mask, other=-1)
+            mask = mask & (place >= 0)
+            column = k // channels * INPUT_CAP + place
+        g = tl.zeros((STEP,), dtype=tl.float32)
+        for part in range(0, PARTS):
+            g += tl.load(slabs + tl.cast(part, tl.int64) * CAP * stride + column, mask=mask, other=0.0)
+        if PARTS > 1:
+            tl.store(slabs + column, g, mask=mask)
+        w = tl.load(weight + (k % inner) * outer + k // inner, mask=mask, other=0.0).to(tl.float32)
+        dots += g * w
+    r = tl.sum(dots, 0)
+    active = (flag & 1) != 0
+    if HAS_BIAS:
+        db = tl.load(sums + client * out + row)
+        if MASK_BIAS:
+            # The mask multiplies the bias too, so the bias is one more weight of the filter. (A filter that is not
+            # listed has only zeros in its channel, or an estimator that blocks.)
+            r += tl.where(listed, db * tl.load(bias + client * bias_client + row).to(tl.float32), 0.0)
+            db = tl.where(active, db, 0.0)
+        tl.store(dbias + client * out + row, db.to(dbias.dtype.element_ty))
+    r = tl.where((flag & 2) != 0, r, 0.0)
+    tl.store(dtau + client * out + row, (0.0 - r).to(dtau.dtype.element_ty))
+    tl.debug_barrier()  # the added slabs are read back
+    for k0 in range(0, n_in, STEP):
+        k = k0 + tl.arange(0, STEP)
+        mask = listed & (k < n_in)
+        source = (k % inner) * outer + k // inner
+        column = k
+        there = mask & active
+        if LISTED:
+            place = tl.load(inverse + k % channels, mask=there, other=-1)
+            there = there & (place >= 0)
+            column = k // channels * INPUT_CAP + place
+        g = tl.load(slabs + column, mask=there, other=0.0)
+        w = tl.load(weight + source, mask=mask, other=0.0).to(tl.float32)
+        sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
+        tl.store(dw + source, (g + r * sign / n_in).to(dw.dtype.element_ty), mask=k < n_in)
+
+
+def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int]:
+    """``(parts, rows per part)`` into which wgrad cuts the batch: enough programs, bounded memory, whole steps."""
+    steps = triton.cdiv(total, depth)
+    parts = max(1, min(PROGRAMS // max(1, tiles), SLAB_BYTES // max(1, slab_bytes), triton.cdiv(steps, 4)))
+    chunk = triton.cdiv(steps, parts) * depth
+    return triton.cdiv(total, chunk), chunk
+
+
+def statistics_buffer(grad: Tensor) -> Tensor:
+    """Where collecting ``dL/dy`` leaves sums and flags of every channel: float32 ``(clients, blocks, 2, out)``."""
+    clients, n, out, high, wide = grad.shape
+    return grad.new_empty(clients, triton.cdiv(n * high * wide, COLLECT_ROWS), 2, out, dtype=torch.float32)
+
+
+def weight_gradients(
+    grad: Tensor,
+    collected: Tensor,
+    partial: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    plan: Plan,
+    bias: Tensor | None,
+    geometry: Geometry,
+    mask_bias: bool,
+    tf32: bool,
+    tile: Tile | None,
+    input_plan: Plan | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(dw, dtau, dbias)``.
+
+    ``collected`` and ``partial`` come from collecting ``grad``; ``collected`` gets the extra filters appended.
+    ``x`` is ``(clients, N, H, W, C)``; with ``input_plan``, ``x`` and geometry are restricted to its list. ``weight``
+    has dense rows.
+    """
+    g, clients, out, cap = geometry, x.shape[0], plan.out, capacity(plan.out)
+    inputs = plan.data if input_plan is None else input_plan.data
+    channels = g.channels if input_plan is None else input_plan.out
+    taps, stride, n_in = g.kernel[0] * g.kernel[1], row_stride(g.n_in), weight.shape[2:].numel()
+    dw, dtau = like_rows(weight), weight.new_empty(clients, out)
+    dbias = None if bias is None else bias.new_empty(clients, out)
+    sums = x.new_empty(clients, out, dtype=torch.float32)
+    extended = x.new_empty(clients, 1 + 2 * out, dtype=torch.int32)
+    threshold_extend[(1, clients)](
+        partial, sums, plan.data, extended, partial.stride(0), sums.stride(0), plan.data.stride(0),
+        extended.stride(0), partial.shape[1], out, HEADER=HEADER, ROWS=32, COLUMNS=min(64, cap), num_warps=4,
+    )  # fmt: skip
+    collect_channels(grad, plan, extended, into=collected)
+
+    line, kind, total = row_step(x), arithmetic(x.dtype, tf32), collected.shape[1]
+    pointwise = g.pointwise and line is not None
+    tile = tile or choose("wgrad", kind, g.n_in)
+    columns = min(tile.rows, max(16, power_of_two(g.n_in) if input_plan is None else g.channels))
+    filters = min(tile.filters, cap)
+    per_tap = taps * triton.cdiv(g.channels, columns)
+    flat = input_plan is None and taps > 1 and 2 * triton.cdiv(g.n_in, columns) <= per_tap
+    column_tiles = triton.cdiv(g.n_in, columns) if flat else per_tap
+    tiles = column_tiles * triton.cdiv(out, filters)
+    parts, chunk = split(total, tile.depth, tiles * clients, clients * cap * stride * 4)
+    slabs = x.new_empty(clients, parts, cap, stride, dtype=torch.float32)
+    threshold_wgrad[(tiles, parts, clients)](
+        x, collected, slabs, extended, inputs, x.stride(0), collected.stride(0), slabs.stride(0), extended.stride(0),
+        inputs.stride(0), total, chunk, stride, x.stride(1), x.stride(2), line if pointwise else x.stride(3),
+        column_tiles, SHAPE=g.shape, MODE=(is_wide(x), pointwise, flat, input_plan is not None),
+        PRECISION=precision(kind), CAP=cap, COLUMNS=columns, TILE=filters, DEPTH=tile.depth, num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+
+    order = row_order(weight.shape[1:], weight.stride()[1:])
+    assert order is not None
+    threshold_finish[(out, clients)](
+        weight, weight if bias is None else bias, slabs, sums, plan.data, extended, inputs, dw, dtau,
+        dtau if dbias is None else dbias,
+        weight.stride(0), 0 if bias is None else bias.stride(0), slabs.stride(0), plan.data.stride(0),
+        extended.stride(0), inputs.stride(0), out, n_in, order[0], order[1], channels, stride,
+        HEADER=HEADER, LISTED=input_plan is not None, INPUT_CAP=capacity(channels), PARTS=parts, CAP=cap,
+        HAS_BIAS=bias is not None, MASK_BIAS=mask_bias, STEP=min(FINISH_STEP, max(16, power_of_two(n_in))),
+        num_warps=4,
+    )  # fmt: skip
+    return dw, dtau, dbias

@@ -1,0 +1,181 @@
+"""The layers against the plain ones: PyTorch's own samples, with nothing pruned and with half pruned."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.testing._internal.common_modules import module_db
+
+from spafl_kernels import ThresholdConv2d, ThresholdLayer, ThresholdLinear, reference
+
+CLASSES = {nn.Conv2d: ThresholdConv2d, nn.Linear: ThresholdLinear}
+INFOS = {info.module_cls: info for info in module_db if info.module_cls in CLASSES}
+
+
+def forward_tensors(forward_input):
+    return (*forward_input.args, *forward_input.kwargs.values())
+
+
+def samples(cls):
+    """(constructor arguments, input) of PyTorch's own module tests."""
+    inputs = INFOS[cls].module_inputs_func(
+        INFOS[cls], device="cpu", dtype=torch.float64, requires_grad=False, training=True
+    )
+    return [
+        (s.constructor_input.args, s.constructor_input.kwargs, forward_tensors(s.forward_input), s.desc)
+        for s in inputs
+    ]  # fmt: skip
+
+
+SAMPLES = [pytest.param(cls, *sample[:3], id=f"{cls.__name__}-{i}-{sample[3]}")
+           for cls in CLASSES for i, sample in enumerate(samples(cls))]  # fmt: skip
+
+
+def test_pytorch_has_samples_of_both():
+    assert {param.values[0] for param in SAMPLES} == set(CLASSES) and len(SAMPLES) > 5
+
+
+@pytest.mark.parametrize(("cls", "args", "kwargs", "inputs"), SAMPLES)
+@pytest.mark.parametrize("half", [False, True], ids=["dense", "half-pruned"])
+def test_module_samples(cls, args, kwargs, inputs, half):
+    kwargs = {key: value for key, value in kwargs.items() if key != "device"}
+    torch.manual_seed(0)
+    plain = cls(*args, **kwargs).double()
+    layer = CLASSES[cls](*args, **kwargs).double()
+    missing, unexpected = layer.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == ["threshold"] and not unexpected
+    if half:
+        scores = layer.scores()
+        with torch.no_grad():
+            # The smaller half of the scores is pruned, the larger kept.
+            layer.threshold.copy_(scores.median().expand_as(scores))
+            plain.weight.mul_(layer.mask().view(-1, *(1,) * (plain.weight.dim() - 1)))
+        assert 0 < layer.mask().sum() < len(scores) or len(scores) == 1
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    copies = [x.detach().clone().requires_grad_() for x in inputs]
+    out, expected = layer(*inputs), plain(*copies)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad)
+    for x, y in zip(inputs, copies):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
+    # plain.weight.grad is G = dL/dW~: the closed form gives what the layer must have.
+    grad_weight, grad_threshold = reference.mask_gradients(
+        layer.weight.detach(), layer.threshold.detach(), plain.weight.grad, layer.estimator
+    )
+    torch.testing.assert_close(layer.weight.grad, grad_weight, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(layer.threshold.grad, grad_threshold, rtol=1e-10, atol=1e-12)
+
+
+def conv(**kwargs):
+    torch.manual_seed(1)
+    return ThresholdConv2d(4, 6, 3, **kwargs).double()
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [0, 1, (1, 2), "same", "valid"])
+@pytest.mark.parametrize(("stride", "dilation", "groups"), [(1, 1, 1), (1, 2, 2)])
+def test_padding_modes(mode, padding, stride, dilation, groups):
+    layer = conv(padding=padding, padding_mode=mode, stride=stride, dilation=dilation, groups=groups)
+    plain = nn.Conv2d(
+        4, 6, 3, padding=padding, padding_mode=mode, stride=stride, dilation=dilation, groups=groups
+    ).double()
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+@pytest.mark.parametrize("mask_bias", [False, True])
+def test_bias_of_a_pruned_filter(mask_bias):
+    layer = conv(mask_bias=mask_bias)
+    with torch.no_grad():
+        layer.threshold[2] = 10.0
+    out = layer(torch.randn(1, 4, 5, 5, dtype=torch.float64))
+    expected = 0.0 if mask_bias else layer.bias[2].item()
+    assert (out[0, 2] == expected).all()
+    out.sum().backward()
+    assert (layer.bias.grad[2] == 0) == mask_bias
+
+
+def test_gradcheck_of_what_is_differentiable():
+    """With the step held fixed (window, margins inside) the layer is an ordinary function of weight and input."""
+    layer = conv(estimator="window")
+    with torch.no_grad():
+        layer.threshold[1] = 1.0
+    x = torch.randn(1, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    parameters = {"weight": layer.weight, "bias": layer.bias}
+
+    def call(x, weight, bias):
+        return torch.func.functional_call(layer, {**parameters, "weight": weight, "bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(call, (x, layer.weight, layer.bias))
+    assert torch.autograd.gradgradcheck(call, (x, layer.weight, layer.bias))
+
+
+def test_autocast_deepcopy_and_pickle():
+    layer = ThresholdLinear(8, 5)
+    with torch.no_grad():
+        layer.threshold[:2] = 9.0
+    x = torch.randn(3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+        out.float().sum().backward()
+    assert out.dtype == torch.bfloat16 and (out[:, :2] == layer.bias[:2].bfloat16()).all()
+    assert layer.weight.grad.dtype == torch.float32
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert isinstance(twin, ThresholdLayer) and torch.equal(twin(x), layer(x))
+        assert twin.threshold is not layer.threshold
+
+
+def test_half_precision_and_other_devices_are_built_there():
+    layer = ThresholdConv2d(3, 4, 3, dtype=torch.float16, device="meta")
+    assert layer.threshold.dtype == torch.float16 and layer.threshold.device.type == "meta"
+
+
+@pytest.mark.parametrize("transform", ["vmap", "compile"])
+def test_function_transforms(transform):
+    layer = ThresholdLinear(6, 4).double()
+    with torch.no_grad():
+        layer.threshold[0] = 9.0
+    x = torch.randn(3, 2, 6, dtype=torch.float64)
+    if transform == "vmap":
+        out = torch.func.vmap(layer)(x)
+        per_sample = torch.func.vmap(
+            torch.func.grad(lambda p, x: torch.func.functional_call(layer, p, (x,)).sum()), (None, 0)
+        )
+        grads = per_sample(dict(layer.named_parameters()), x)
+        for i in range(3):
+            layer.zero_grad()
+            layer(x[i]).sum().backward()
+            torch.testing.assert_close(grads["threshold"][i], layer.threshold.grad)
+    else:
+        out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(out, layer(x))
+
+
+def test_state_dict_and_representation():
+    layer = ThresholdConv2d(3, 4, 3, estimator="window", mask_bias=True)
+    assert list(layer.state_dict()) == ["weight", "bias", "threshold"]
+    assert (layer.threshold == 0).all() and layer.density() == 1.0
+    assert "estimator=window, mask_bias=True" in repr(layer)
+    with torch.no_grad():
+        layer.threshold += 1
+    layer.reset_parameters()
+    assert (layer.threshold == 0).all()
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="estimator must be one of identity, window; got 'ste'"):
+        ThresholdLinear(3, 4, estimator="ste")
+    layer = ThresholdLinear(3, 4)
+    from spafl_kernels import threshold_linear
+
+    with pytest.raises(ValueError, match=r"expected shape \(4,\) for a weight of shape \(4, 3\); got \(3,\)"):
+        threshold_linear(torch.ones(1, 3), layer.weight, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"threshold has dtype torch\.float64 but weight has torch\.float32"):
+        threshold_linear(torch.ones(1, 3), layer.weight, torch.zeros(4).double())
+    with pytest.raises(ValueError, match="threshold is on meta but weight is on cpu"):
+        threshold_linear(torch.ones(1, 3), layer.weight, torch.zeros(4, device="meta"))

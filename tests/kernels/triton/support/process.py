@@ -1,0 +1,19 @@
+"""Triton reads TRITON_INTERPRET when a kernel is defined: interpreter and compiler need a process each."""
+
+import os
+import subprocess
+import sys
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_in_own_process(file: str, interpret: bool) -> None:
+    """Run the tests of ``file`` by a pytest of its own, with or without the interpreter; fail with its output."""
+    folder = os.path.dirname(os.path.abspath(file))
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", os.path.abspath(file)]
+    if os.environ.get("SPAFL_SLOW_TESTS") == "1":
+        command.append("--durations=10")
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"

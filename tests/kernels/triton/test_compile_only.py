@@ -1,0 +1,207 @@
+"""Every launch of the layers at real sizes, compiled for GPUs that are not here: it fits, no spills, no waiting.
+
+Fake CUDA tensors go through the real launchers, so a hidden synchronisation raises. ``sass_sm90.json`` keeps what the
+machine code of chosen layers looks like; ``SPAFL_UPDATE_SASS=1`` rewrites it. ``SPAFL_SLOW_TESTS=1`` compiles every
+layer of the published models, and every tile of the tables, for every architecture.
+"""
+
+import json
+import os
+import pathlib
+
+import pytest
+from support.process import INTERPRETED, pytest_in_own_process
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.compile_only
+SLOW = os.environ.get("SPAFL_SLOW_TESTS") == "1"
+
+if INTERPRETED:
+
+    def test_kernels_compile():
+        pytest_in_own_process(__file__, interpret=False)
+
+else:
+    import torch
+    from support import compile_only
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from spafl.models import MODELS
+    from spafl_kernels import ThresholdConv2d, ThresholdLinear
+    from spafl_kernels.triton import Geometry, ModelPass, Plan, layer_backward, layer_forward, plan_layer, plan_size
+    from spafl_kernels.triton.tiles import TILES
+
+    TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
+    MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
+    SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+    RATCHET = pathlib.Path(__file__).with_name("sass_sm90.json")
+    # name: out, geometry, images, clients, dtype, tf32
+    LAYERS = {
+        "conv4-conv2-bf16": (64, Geometry(64, 28, 28, (5, 5)), 128, 1, BRAIN, True),
+        "conv4-conv2-tf32": (64, Geometry(64, 28, 28, (5, 5)), 128, 1, SINGLE, True),
+        "resnet-stage3-fp16": (256, Geometry(128, 16, 16, (3, 3), (2, 2), (1, 1)), 128, 1, HALF, True),
+        "lenet-fc3-10-clients-bf16": (500, Geometry(800), 64, 10, BRAIN, True),
+        "conv4-conv1-bf16": (64, Geometry(3, 32, 32, (5, 5)), 128, 1, BRAIN, True),
+        "lenet-conv2-fp32": (50, Geometry(20, 12, 12, (5, 5)), 16, 1, SINGLE, False),
+    }
+
+    def launches(target, out, geometry, n, clients, dtype, tf32, forward=None, backward=None, listed=False):
+        """All launches of plan, forward and backward of one layer."""
+        with FakeTensorMode(), compile_only.compiling(target) as log:
+            fake = {"device": "cuda"}
+            weight = torch.empty(clients, out, geometry.channels, *geometry.kernel, **fake)
+            threshold = torch.empty(clients, out, **fake)
+            x = torch.empty(clients, n, geometry.height, geometry.width, geometry.channels, dtype=dtype, **fake)
+            x = x.permute(0, 1, 4, 2, 3)
+            plan, packed, _ = plan_layer(weight, threshold, "identity", dtype)
+            channels = geometry.channels
+            inputs = torch.empty(clients, plan_size(channels), dtype=torch.int32, **fake)
+            inputs = Plan(inputs, channels) if listed else None
+            y = layer_forward(x, packed, plan, None, geometry, tf32=tf32, tile=forward, input_plan=inputs)
+            assert y.is_cuda and y.shape == (clients, n, out, *geometry.output)
+            layer_backward(
+                y, x, weight, packed, plan, None, geometry, tf32=tf32, tile=backward, input_plan=inputs
+            )  # fmt: skip
+        return log
+
+    def check(log, target_name, dtype, tf32, kind=None):
+        """Limits of the device, spills, and the matrix instruction of the products."""
+        assert {launch.name for launch in log} - {"threshold_pack_columns"} == {
+            "threshold_pass_layer", "threshold_forward", "threshold_collect", "threshold_dgrad", "threshold_extend",
+            "threshold_wgrad", "threshold_finish",
+        }  # fmt: skip
+        rows = {}
+        for launch in log:
+            assert not launch.over_shared, (launch.name, launch.shared)
+            assert not launch.bad_grid, (launch.name, launch.grid)
+            row = compile_only.report(launch.kernel)
+            assert row["stack"] == row["local"] == 0, (launch.name, row)
+            rows.setdefault(launch.name, row)
+            if launch.name in ("threshold_forward", "threshold_dgrad", "threshold_wgrad"):
+                if dtype is SINGLE and not tf32:
+                    assert not row["matrix"], (launch.name, row["matrix"])
+                else:
+                    assert all((kind or MATRIX[target_name]) in name for name in row["matrix"]) and row["matrix"], row
+        return rows
+
+    # One layer per architecture per commit beside the ratchet: a compilation costs seconds.
+    @pytest.mark.parametrize(
+        ("target", "layer"),
+        [("sm_80", "conv4-conv2-bf16"), ("sm_100", "resnet-stage3-fp16")]
+        + ([(t, name) for t in TARGETS for name in LAYERS] if SLOW else []),
+    )
+    def test_layers_fit_other_architectures(target, layer):
+        out, geometry, n, clients, dtype, tf32 = LAYERS[layer]
+        check(launches(TARGETS[target], out, geometry, n, clients, dtype, tf32), target, dtype, tf32)
+
+    @pytest.mark.parametrize("layer", list(LAYERS) if SLOW else list(LAYERS)[:4])
+    def test_machine_code_on_sm90_does_not_get_worse(layer):
+        out, geometry, n, clients, dtype, tf32 = LAYERS[layer]
+        rows = check(launches(TARGETS["sm_90"], out, geometry, n, clients, dtype, tf32), "sm_90", dtype, tf32)
+        now = {
+            name: {
+                "matrix": row["matrix"], "regs": row["regs"], "shared": row["shared"], "loop": row["loop"],
+                "wide_copies": row["loop_mix"].get("LDGSTS", 0), "loads_in_loop": row["loop_mix"].get("LDG", 0),
+            }
+            for name, row in rows.items()
+        }  # fmt: skip
+        kept = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
+        if os.environ.get("SPAFL_UPDATE_SASS") == "1":
+            kept = {**kept, "triton": triton.__version__, layer: now}
+            RATCHET.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+        if kept.get("triton") != triton.__version__:
+            pytest.skip(f"{RATCHET.name} was made with triton {kept.get('triton')}; this is {triton.__version__}")
+        for name, row in kept[layer].items():
+            got = now[name]
+            assert got["matrix"] == row["matrix"], name
+            assert got["regs"] <= 1.1 * row["regs"], name
+            assert got["shared"] <= row["shared"], name
+            assert got["wide_copies"] >= row["wide_copies"] and got["loads_in_loop"] <= row["loads_in_loop"], name
+            if row["loop"]:
+                assert got["loop"] <= 1.1 * row["loop"], name
+
+    @pytest.mark.skipif(not SLOW, reason="a minute; SPAFL_SLOW_TESTS=1 runs it")
+    @pytest.mark.parametrize("layer", [name for name, layer in LAYERS.items() if layer[1].channels >= 64])
+    def test_input_channel_lists_fit(layer):
+        out, geometry, n, clients, dtype, tf32 = LAYERS[layer]
+        log = launches(TARGETS["sm_90"], out, geometry, n, clients, dtype, tf32, listed=True)
+        check(log, "sm_90", dtype, tf32)
+
+    def test_the_pass_of_a_whole_model_is_two_launches():
+        tensors = [(64, 3, 5, 5), (64, 64, 5, 5), (128, 512), (10, 128)]
+        with compile_only.compiling(TARGETS["sm_90"]) as log:  # a table of addresses needs real, small tensors
+            model = ModelPass(
+                [torch.empty(s) for s in tensors], [torch.empty(s[0]) for s in tensors], "identity", BRAIN
+            )
+            model()
+        assert [launch.name for launch in log] == ["threshold_pass_model"] * 2
+        assert [launch.grid for launch in log] == [(8, 4), (8, 4)]
+        for launch in log:
+            assert compile_only.resources(launch.kernel)["stack"] == 0
+
+    def test_sizes_of_one_compile():
+        """Arguments equal to 1 become constants, which some expressions of Triton take and others refuse."""
+        log = launches(TARGETS["sm_90"], 1, Geometry(1), 1, 1, SINGLE, True)
+        check(log, "sm_90", SINGLE, True, kind="HMMA")  # the smallest tiles use the instruction of one warp
+
+    def test_grids_do_not_depend_on_anything_on_the_device():
+        """The same launches whatever the mask: fake tensors have no values, and a read of one raises."""
+        out, geometry, n, clients, dtype, tf32 = LAYERS["conv4-conv2-bf16"]
+        log = launches(TARGETS["sm_90"], out, geometry, n, clients, dtype, tf32)
+        grids = {launch.name: launch.grid for launch in log}
+        positions = n * 24 * 24
+        assert grids["threshold_forward"] == (-(-positions // 128), 1)
+        with (
+            pytest.raises(Exception, match=r"item|data-dependent|DataDependent|int\(|cuda"),
+            FakeTensorMode(),
+            compile_only.compiling(),
+        ):
+            plan, _, _ = plan_layer(torch.empty(1, 4, 8, device="cuda"), torch.empty(1, 4, device="cuda"), "identity")
+            int(plan.count)
+
+    # ------------------------------------------------------------------------------------------- slow sweep
+    @pytest.mark.slow
+    @pytest.mark.skipif(not SLOW, reason="minutes; SPAFL_SLOW_TESTS=1 runs it")
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("operation", TILES)
+    def test_every_tile_of_the_tables(target, operation):
+        for kind, rows in TILES[operation].items():
+            dtype = BRAIN if kind == "half" else SINGLE
+            for _, tile in rows:
+                side = {"forward" if operation == "forward" else "backward": tile}
+                for geometry in (
+                    Geometry(128, 16, 16, (3, 3), (2, 2), (1, 1)),
+                    Geometry(800),
+                    Geometry(3, 32, 32, (5, 5)),
+                ):
+                    for launch in launches(TARGETS[target], 192, geometry, 128, 1, dtype, kind == "tf32", **side):
+                        if launch.name != f"threshold_{operation}":
+                            continue
+                        assert not launch.over_shared and not launch.bad_grid
+                        assert compile_only.resources(launch.kernel)["stack"] == 0, (launch.name, tile, kind)
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(not SLOW, reason="minutes; SPAFL_SLOW_TESTS=1 runs it")
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("name", ["lenet5", "conv4", "resnet18-full", "vit"])
+    def test_every_layer_of_the_models(target, name):
+        info = MODELS[name]
+        model = info.build(classes=10, in_channels=1 if name == "lenet5" else 3)
+        seen = {}
+
+        def note(layer, args, _):
+            x = args[0]
+            if isinstance(layer, ThresholdConv2d):
+                g = Geometry(x.shape[1], *x.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+                seen[layer.weight.shape[0], g] = 128
+            else:
+                seen[layer.weight.shape[0], Geometry(x.shape[-1])] = x[..., 0].numel() * 64
+
+        for layer in model.modules():
+            if isinstance(layer, ThresholdConv2d | ThresholdLinear):
+                layer.register_forward_hook(note)
+        model(torch.zeros(2, 1 if name == "lenet5" else 3, info.image, info.image))
+        assert seen
+        for (out, geometry), n in seen.items():
+            for dtype, tf32 in ((BRAIN, True), (SINGLE, True), (SINGLE, False)):
+                check(launches(TARGETS[target], out, geometry, n, 1, dtype, tf32), target, dtype, tf32)

@@ -1,0 +1,464 @@
+"""Every Triton kernel in the strict interpreter: values, bounds, races, program order, poison, and work done."""
+
+import os
+
+import pytest
+from support.process import INTERPRETED, pytest_in_own_process
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreter
+
+if not INTERPRETED:
+
+    def test_kernels_in_the_interpreter():
+        pytest_in_own_process(__file__, interpret=True)
+
+else:
+    import dataclasses
+    import importlib.util
+    import pathlib
+    import sys
+
+    import torch
+    from support import cases
+    from support import interpreter as checks
+
+    import spafl_kernels.triton.threshold as threshold_module
+    from spafl_kernels.ops import closed_form, library
+    from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
+    from spafl_kernels.triton.plan import HEADER, Plan
+    from spafl_kernels.triton.tiles import TILES
+
+    checks.install()
+    HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+    # Root mean square error against float64 on the same inputs: rounding of the output, and of tf32 operands.
+    TOLERANCE = {SINGLE: 1e-6, HALF: 1e-3, BRAIN: 5e-3}
+    TF32 = 1e-3
+    # out, geometry, images
+    SHAPES = {
+        "linear": (21, Geometry(37), 9),
+        "first": (10, Geometry(3, 7, 6, (3, 3), (1, 1), (1, 1)), 2),
+        "strided": (18, Geometry(16, 7, 6, (3, 3), (2, 2), (1, 1)), 2),
+        "uneven": (17, Geometry(5, 9, 8, (3, 2), (3, 2), (2, 1), (2, 3)), 1),
+        "pointwise": (40, Geometry(16, 4, 3), 2),
+    }
+
+    @pytest.fixture(autouse=True)
+    def poisoned_memory(monkeypatch, request):
+        """Uninitialised results hold NaN (or a huge integer), so that an element nobody writes is seen."""
+        if "real_size" in request.keywords:
+            return
+        stock_empty, stock_new = torch.empty, torch.Tensor.new_empty
+
+        def poison(t):
+            return t.fill_(float("nan") if t.is_floating_point() else 2**30)
+
+        monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(stock_empty(*a, **k)))
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(stock_new(*a, **k)))
+
+    def run(case, estimator="identity", bias=True, mask_bias=False, tf32=False, **options):
+        """Plan, forward and backward through the launchers."""
+        b = case.bias if bias else None
+        plan, packed, _ = plan_layer(case.weight, case.threshold, estimator, case.x.dtype)
+        y = layer_forward(case.x, packed, plan, b, case.geometry, mask_bias, tf32, options.get("forward"))
+        gradients = layer_backward(
+            case.grad,
+            case.x,
+            case.weight,
+            packed,
+            plan,
+            b,
+            case.geometry,
+            mask_bias,
+            tf32,
+            tile=options.get("backward"),
+        )
+        return plan, y, gradients
+
+    def check(case, tolerance, estimator="identity", bias=True, mask_bias=False, **rest):
+        plan, y, gradients = run(case, estimator, bias, mask_bias, **rest)
+        assert not checks.state.stats.duplicate_stores  # other programs' stores are the race check's
+        assert torch.equal(plan.mask, case.keep)
+        assert cases.error(y, cases.expected_output(case, bias, mask_bias)) < tolerance
+        kept_bias = case.bias.to(y.dtype)[:, None, :, None, None] if bias and not mask_bias else torch.zeros(())
+        pruned = ~case.keep[:, None, :, None, None].expand_as(y)
+        assert torch.equal(y[pruned], kept_bias.expand_as(y)[pruned])  # exactly the bias, or exactly 0
+        want = cases.expected_gradients(case, plan, bias, mask_bias)
+        for name, got, expected in zip(("dx", "dw", "dtau", "dbias"), gradients, want, strict=True):
+            if got is not None:
+                assert cases.error(got, expected) < tolerance, name
+        return y, gradients
+
+    # ------------------------------------------------------------------------------------------- threshold pass
+    @pytest.mark.parametrize("one_launch", [True, False])
+    @pytest.mark.parametrize(("dtype", "estimator"), [(SINGLE, "identity"), (HALF, "window"), (BRAIN, "window")])
+    def test_pass_equals_the_closed_form(monkeypatch, one_launch, estimator, dtype):
+        monkeypatch.setattr(threshold_module, "ONE_LAUNCH_NUMEL", 10**9 if one_launch else 0)
+        for seed, count in enumerate(cases.counts(37)[one_launch::2]):
+            case = cases.make(37, Geometry(5, kernel=(3, 2), height=3, width=2), 1, count, 2, dtype, seed)
+            orders = (torch.contiguous_format, torch.channels_last_3d)  # the second has to be copied: rows not dense
+            weight = case.weight.to(memory_format=orders[seed % 2])
+            if seed == 2:
+                weight = weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+            with checks.options(order_seed=seed):
+                plan, packed, scores = plan_layer(weight, case.threshold, estimator)
+            data, rows = closed_form.plan_and_packed(case.weight, case.threshold, estimator, dtype)
+            assert torch.equal(plan.data, data)
+            assert torch.equal(packed, rows)
+            assert plan.count.tolist() == [count, count]
+            torch.testing.assert_close(scores, case.weight.float().flatten(2).abs().mean(2), rtol=1e-2, atol=0)
+
+    def test_ties_are_pruned():
+        weight = torch.tensor([[0.5, -0.5, 0.5, -0.5], [0.5, 0.5, 0.5, 0.5], [0.25, 0.75, -0.5, 0.5]])
+        plan, _, scores = plan_layer(weight[None], torch.tensor([[0.5, 0.4999, 0.5]]), "identity")
+        assert scores.tolist() == [[0.5, 0.5, 0.5]]
+        assert plan.mask.tolist() == [[False, True, False]]
+
+    def test_changed_tells_a_flip_and_only_a_flip():
+        case = cases.make(20, Geometry(8), 1, 10)
+        plan, _, _ = plan_layer(case.weight, case.threshold, "identity")
+        assert plan.changed.tolist() == [1]
+        plan_layer(case.weight, case.threshold, "identity", plan=plan)
+        assert plan.changed.tolist() == [0]
+        case.threshold[0, 3] = 1e6 if case.keep[0, 3] else -1e6
+        plan_layer(case.weight, case.threshold, "identity", plan=plan)
+        assert plan.changed.tolist() == [1]
+
+    @pytest.mark.parametrize("limit", [0, 10**9])
+    def test_model_pass_equals_the_pass_of_every_layer(monkeypatch, limit):
+        monkeypatch.setattr(threshold_module, "ONE_LAUNCH_NUMEL", limit)
+        layers = [
+            cases.make(out, Geometry(c, kernel=k, height=k[0], width=k[1]), 1, count, seed=out)
+            for out, c, k, count in ((5, 3, (3, 3), 0), (70, 16, (1, 1), 33), (33, 6, (2, 2), 33))
+        ]
+        weights = [c.weight[0] if c.geometry.kernel != (1, 1) else c.weight[0, :, :, 0, 0] for c in layers]
+        weights[2] = weights[2].to(memory_format=torch.channels_last)
+        thresholds = [c.threshold[0] for c in layers]
+        model = ModelPass(weights, thresholds)
+        with checks.options(order_seed=5, also=(*weights, *thresholds)) as stats:
+            model()
+        assert stats.programs == (3 if limit else 2 * 3 * -(-128 // threshold_module.ROWS))
+        for case, plan, packed in zip(layers, model.plans, model.packed, strict=True):
+            data, rows = closed_form.plan_and_packed(case.weight, case.threshold, "identity", SINGLE)
+            assert torch.equal(plan.data, data)
+            assert torch.equal(packed, rows[0])
+        thresholds[1].copy_(case.threshold[0, 0] + 1e6)
+        with checks.options(also=(*weights, *thresholds)):
+            model()
+        assert [int(p.changed) for p in model.plans] == [0, 1, 0]
+        assert int(model.plans[1].count) == 0
+
+    # ------------------------------------------------------------------------------------------- layers
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_densities(shape):
+        out, geometry, n = SHAPES[shape]
+        every = shape in ("linear", "strided")
+        for seed, count in enumerate(cases.counts(out) if every else (0, out // 2, out)):
+            with checks.options(order_seed=seed):
+                check(cases.make(out, geometry, n, count, seed=seed), TOLERANCE[SINGLE])
+
+    @pytest.mark.parametrize("shape", ["linear", "strided"])
+    @pytest.mark.parametrize("dtype", [HALF, BRAIN])
+    def test_half_precision(shape, dtype):
+        out, geometry, n = SHAPES[shape]
+        check(cases.make(out, geometry, n, dtype=dtype), TOLERANCE[dtype], "window", mask_bias=True)
+        mixed = cases.make(out, geometry, n, dtype=dtype, weight_dtype=SINGLE)
+        y, gradients = check(mixed, TOLERANCE[dtype])
+        assert y.dtype == gradients[0].dtype == dtype
+        assert gradients[1].dtype == gradients[2].dtype == gradients[3].dtype == SINGLE
+
+    def test_tf32_rounds_only_when_asked():
+        out, geometry, n = SHAPES["pointwise"]
+        case = cases.make(out, geometry, n)
+        want = cases.expected_output(case, True, False)
+        with checks.options(tf32=True):
+            check(case, TF32, tf32=True)
+            assert cases.error(run(case, tf32=True)[1], want) > 1e-5
+            check(case, TOLERANCE[SINGLE], tf32=False)
+
+    @pytest.mark.parametrize("estimator", ["identity", "window"])
+    @pytest.mark.parametrize(("bias", "mask_bias"), [(False, False), (True, False), (True, True)])
+    def test_estimators_and_bias(estimator, bias, mask_bias):
+        out, geometry, n = SHAPES["first"]
+        check(cases.make(out, geometry, n, 4), TOLERANCE[SINGLE], estimator, bias, mask_bias)
+
+    @pytest.mark.parametrize("shape", ["linear", "first", "pointwise"])
+    def test_any_strides_are_read(shape):
+        out, geometry, n = SHAPES[shape]
+        case = cases.make(out, geometry, n)
+        y, gradients = check(case, TOLERANCE[SINGLE])
+        wide = torch.randn(1, n, geometry.height + 1, geometry.width + 2, geometry.channels + 3)
+        inner = wide[:, :, 1:, 1:-1, 2:-1].permute(0, 1, 4, 2, 3)
+        inner.copy_(case.x)
+        sliced = dataclasses.replace(
+            case,
+            x=inner,
+            weight=case.weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
+            grad=case.grad.permute(0, 4, 3, 2, 1).contiguous().permute(0, 4, 3, 2, 1),
+        )
+        y2, gradients2 = check(sliced, TOLERANCE[SINGLE])
+        assert torch.equal(y, y2)
+        for a, b in zip(gradients, gradients2, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert gradients2[1].permute(0, 1, 3, 4, 2).is_contiguous()
+
+    def test_expanded_gradient_of_a_sum():
+        out, geometry, n = SHAPES["first"]
+        case = cases.make(out, geometry, n, out)
+        case.grad = torch.ones(()).expand(1, n, out, *geometry.output)
+        check(case, TOLERANCE[SINGLE])
+
+    @pytest.mark.parametrize("shape", ["linear", "pointwise"])
+    def test_grouped_clients_equal_each_client_alone(shape):
+        out, geometry, n = SHAPES[shape]
+        case = cases.make(out, geometry, n, clients=3, seed=3)
+        case.threshold[1] = 1e6  # the second client has nothing active
+        case.keep[1] = False
+        _, y, gradients = run(case)
+        check(case, TOLERANCE[SINGLE])
+        fields = ("x", "weight", "threshold", "bias", "grad", "keep")
+        for i in range(3):
+            alone = dataclasses.replace(case, **{f: getattr(case, f)[i : i + 1] for f in fields})
+            _, y1, gradients1 = run(alone)
+            assert torch.equal(y[i : i + 1], y1)
+            for a, b in zip(gradients, gradients1, strict=True):
+                torch.testing.assert_close(a[i : i + 1], b, rtol=1e-5, atol=1e-5)
+
+    def test_results_do_not_depend_on_the_order_of_programs():
+        out, geometry, _n = SHAPES["strided"]
+        case = cases.make(out, geometry, 20)  # enough rows for several blocks and slabs
+        results = []
+        for seed in (None, 1, 2):
+            with checks.options(order_seed=seed):
+                _, y, gradients = run(case)
+            results.append((y, *gradients))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def test_empty_batch():
+        geometry = Geometry(3, 5, 5, (3, 3))
+        case = cases.make(4, geometry, 0)
+        _, y, (dx, dw, dtau, dbias) = run(case)
+        assert y.shape == (1, 0, 4, 3, 3) and dx.shape == case.x.shape
+        assert not dw.any() and not dtau.any() and not dbias.any()
+
+    @pytest.mark.parametrize("shape", ["linear", "strided"])
+    def test_pruned_weights_are_not_read_after_the_mask_is_made(shape):
+        """Proof that rows are skipped: NaN in them reaches nothing, where dL/dy of pruned filters is 0."""
+        out, geometry, n = SHAPES[shape]
+        case = cases.make(out, geometry, n, out // 3, dead_gradient=True)
+        plan, packed, _ = plan_layer(case.weight, case.threshold, "identity")
+        want = cases.expected_gradients(case, plan, True, False)
+        case.weight[~case.keep] = float("nan")
+        y = layer_forward(case.x, packed, plan, case.bias, geometry)
+        gradients = layer_backward(case.grad, case.x, case.weight, packed, plan, case.bias, geometry)
+        assert y.isfinite().all()
+        for got, expected in zip(gradients, want, strict=True):
+            assert cases.error(got, expected) < TOLERANCE[SINGLE]
+        assert not gradients[1][~case.keep].any() and not gradients[2][~case.keep].any()
+
+    @pytest.mark.parametrize(("shape", "listed"), [("strided", 0), ("linear", 1), ("strided", 0.4), ("pointwise", 1.0)])
+    def test_an_input_channel_list_is_the_layer_on_those_channels(shape, listed):
+        """The list is the plan of the layer before; values of other channels (here NaN) are not even read."""
+        out, geometry, n = SHAPES[shape]
+        channels = geometry.channels
+        case = cases.make(out, geometry, n, clients=2, seed=6)
+        before = cases.make(
+            channels, Geometry(4), 1, int(listed * channels) if isinstance(listed, float) else listed, 2, seed=7
+        )
+        input_plan, _ = before.plan()
+        keep = before.keep[:, None, :, None, None]
+        zeroed = dataclasses.replace(case, x=torch.where(keep, case.x, 0.0))
+        case.x = torch.where(keep, case.x, float("nan"))
+        plan, packed = case.plan()
+        y = layer_forward(case.x, packed, plan, case.bias, geometry, input_plan=input_plan)
+        assert cases.error(y, cases.expected_output(zeroed, True, False)) < TOLERANCE[SINGLE]
+        got = layer_backward(
+            case.grad, case.x, case.weight, packed, plan, case.bias, geometry, input_plan=input_plan
+        )  # fmt: skip
+        dx, *want = cases.expected_gradients(zeroed, plan, True, False)
+        for a, b in zip(got, (torch.where(keep, dx, 0.0), *want), strict=True):
+            assert cases.error(a, b) < TOLERANCE[SINGLE]
+        assert not got[0][~keep.expand_as(got[0])].any()
+
+    def test_work_follows_the_input_channel_list():
+        geometry, n = Geometry(128), 64
+        case = cases.make(64, geometry, n, 64)
+        plan, packed = case.plan()
+        work = {}
+        for listed in (0, 32, 64, 128):
+            input_plan, _ = cases.make(128, Geometry(4), 1, listed).plan()
+            with checks.options() as stats:
+                layer_forward(case.x, packed, plan, None, geometry, tf32=True, input_plan=input_plan)
+                forward_work = stats.dot_flops
+                layer_backward(
+                    case.grad, case.x, case.weight, packed, plan, None, geometry, tf32=True, input_plan=input_plan
+                )  # fmt: skip
+            work[listed] = forward_work, stats.dot_flops - forward_work
+        assert work[0][0] == 0 and work[64][0] == 2 * work[32][0] and work[128][0] == 2 * work[64][0]
+        assert work[128][1] == 2 * work[64][1]
+
+    # ------------------------------------------------------------------------------------------- work
+    def quantised(count, tile=64):
+        """Filters that are multiplied: whole tiles, the last one cut to 16 or 32 if that is enough."""
+        whole, left = divmod(count, tile)
+        return whole * tile + (0 if left == 0 else next(t for t in (16, 32, 64) if left <= t))
+
+    def test_forward_work_is_proportional_to_the_active_filters():
+        geometry, out, n = Geometry(32), 160, 64
+        per_filter = 2 * n * geometry.channels
+        seen = {}
+        for count in (0, 1, 17, 80, 155, 160):
+            case = cases.make(out, geometry, n, count)
+            plan, packed = case.plan()
+            with checks.options() as stats:
+                layer_forward(case.x, packed, plan, None, geometry, tf32=True)
+            seen[count] = stats.dot_flops
+            assert stats.dot_flops == per_filter * quantised(count), count
+        assert seen[80] == seen[160] // 2 and seen[0] == 0
+
+    def test_backward_work_is_proportional_and_dead_rows_cost_nothing():
+        geometry, out, n = Geometry(32), 64, 64
+        work = {}
+        for count in (0, 32, 64):
+            for dead in (True, False):
+                case = cases.make(out, geometry, n, count, dead_gradient=dead)
+                plan, packed = case.plan()
+                with checks.options() as stats:
+                    layer_backward(case.grad, case.x, case.weight, packed, plan, None, geometry, tf32=True)
+                work[count, dead] = stats.dot_flops
+                needed = int((case.grad != 0).any(1).any(-1).any(-1).sum())
+                listed = count if dead else needed
+                per_filter = 2 * n * geometry.channels
+                assert stats.dot_flops == per_filter * (count + quantised(listed))
+        assert work[0, True] == 0 and work[32, True] == work[64, True] // 2
+        assert work[32, False] > work[32, True]  # rows that are pruned and have a gradient are computed, and cost
+
+    def test_strided_dgrad_visits_no_tap_in_vain():
+        """Stride 2, kernel 3: 9 taps over 4 classes of positions, not 36."""
+        geometry = Geometry(16, 8, 8, (3, 3), (2, 2), (1, 1))
+        case = cases.make(16, geometry, 1, 16)
+        plan, packed = case.plan()
+        tile = dataclasses.replace(TILES["dgrad"]["tf32"][1][1], rows=16, depth=16)
+        with checks.options() as stats:
+            layer_backward(
+                case.grad, case.x, case.weight, packed, plan, None, geometry, tf32=True, need_weight=False, tile=tile
+            )
+        assert stats.dot_flops == 9 * 2 * 16 * 16 * 16
+
+    # ------------------------------------------------------------------------------------------- tiles and sizes
+    ALL_TILES = sorted(
+        {(op, tile) for op, kinds in TILES.items() for rows in kinds.values() for _, tile in rows},
+        key=lambda entry: (entry[0], dataclasses.astuple(entry[1])),
+    )
+
+    @pytest.mark.parametrize(("operation", "tile"), ALL_TILES)
+    def test_every_tile_of_the_tables(operation, tile):
+        out, geometry, n = 70, Geometry(20, 4, 3, (2, 2)), 12
+        case = cases.make(out, geometry, n, 45, seed=4)
+        side = "forward" if operation == "forward" else "backward"
+        plan, packed = case.plan()
+        if side == "forward":
+            y = layer_forward(case.x, packed, plan, None, geometry, tile=tile)
+            assert cases.error(y, cases.expected_output(case, False, False)) < TOLERANCE[SINGLE]
+            return
+        dgrad = operation == "dgrad"
+        got = layer_backward(
+            case.grad,
+            case.x,
+            case.weight,
+            packed,
+            plan,
+            None,
+            geometry,
+            tile=tile,
+            need_input=dgrad,
+            need_weight=not dgrad,
+        )
+        want = cases.expected_gradients(case, plan, False, False)
+        for a, b in zip(got, want, strict=True):
+            assert a is None or cases.error(a, b) < TOLERANCE[SINGLE]
+        assert (got[0] is None) == (not dgrad) and (got[1] is None) == dgrad
+
+    @pytest.mark.real_size
+    def test_addresses_beyond_32_bits():
+        """Some programs of a forward pass over 2.2e9 numbers; memory is never filled, only addresses are checked."""
+        geometry, out, n = Geometry(64, 4, 4, (3, 3), (1, 1), (1, 1)), 64, 2_200_000
+        data = torch.zeros(1, HEADER + 3 * out, dtype=torch.int32)
+        plan = Plan(data, out)
+        plan.count[0] = 40
+        plan.index[0, :40] = torch.arange(40)
+        plan.inverse[0] = torch.where(torch.arange(out) < 40, torch.arange(out), -1)
+        packed = torch.zeros(1, 64, geometry.n_in, dtype=HALF)
+        x = torch.empty(1, n, 4, 4, 64, dtype=HALF).permute(0, 1, 4, 2, 3)
+        assert x.numel() > 2**31
+        with checks.options(race=False, sample=3) as stats:
+            y = layer_forward(x, packed, plan, None, geometry)
+        assert stats.programs == 3 and y.numel() > 2**31
+
+    def test_random_shapes():
+        hypothesis = pytest.importorskip("hypothesis")
+        st = hypothesis.strategies
+        side = st.integers(1, 3)
+
+        @hypothesis.settings(
+            max_examples=60 if os.environ.get("SPAFL_SLOW_TESTS") == "1" else 8,
+            derandomize=True, deadline=None, database=None,
+        )  # fmt: skip
+        @hypothesis.given(
+            out=st.integers(1, 20), share=st.floats(0, 1), channels=st.integers(1, 18), extra=st.tuples(side, side),
+            kernel=st.tuples(side, side), stride=st.tuples(side, side), padding=st.tuples(side, side),
+            dilation=st.tuples(side, side), n=st.integers(1, 3), seed=st.integers(0, 99),
+        )  # fmt: skip
+        def property_holds(out, share, channels, extra, kernel, stride, padding, dilation, n, seed):
+            size = [d * (k - 1) + e for d, k, e in zip(dilation, kernel, extra, strict=True)]
+            geometry = Geometry(channels, *size, kernel, stride, padding, dilation)
+            with checks.options(order_seed=seed):
+                check(cases.make(out, geometry, n, round(share * out), seed=seed), TOLERANCE[SINGLE])
+
+        property_holds()
+
+    # ------------------------------------------------------------------------------------------- the operators
+    @pytest.mark.parametrize("linear", [True, False])
+    def test_what_the_operators_run_on_cuda(linear):
+        """The functions registered for CUDA, called on CPU tensors: the same results and strides as on the CPU."""
+        out, geometry, n = SHAPES["linear" if linear else "strided"]
+        case = cases.make(out, geometry, n, clients=2)
+        x, w, dy = ((t[..., 0, 0] for t in (case.x, case.weight, case.grad)) if linear else
+                    (case.x, case.weight, case.grad))  # fmt: skip
+        steps = () if linear else (geometry.stride, geometry.padding, geometry.dilation)
+        op = library.threshold_linear if linear else library.threshold_conv2d
+        arguments = (x, w, case.threshold, case.bias, *steps, "identity", True)
+        results = op._backend_fns["cuda"](*arguments), op(*arguments)
+        for a, b in zip(*results, strict=True):
+            assert a.stride() == b.stride() and a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        plan, packed = results[1][1:]
+        op = library.threshold_linear_backward if linear else library.threshold_conv2d_backward
+        for needs in ((True, True), (True, False), (False, True)):
+            arguments = (dy, x, w, packed, plan, case.bias, *steps, True, *needs)
+            for a, b in zip(op._backend_fns["cuda"](*arguments), op(*arguments), strict=True):
+                assert a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    # ------------------------------------------------------------------------------------------- the benchmark
+    @pytest.mark.parametrize("linear", [True, False])
+    def test_the_gate_of_the_benchmark(monkeypatch, linear):
+        """Every provider and mode of benchmarks/gpu_layers.py runs, agrees, and a wrong result is seen."""
+        path = pathlib.Path(__file__).resolve().parents[3] / "benchmarks" / "gpu_layers.py"
+        spec = importlib.util.spec_from_file_location("gpu_layers", path)
+        bench = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "gpu_layers", bench)
+        spec.loader.exec_module(bench)
+        geometry = Geometry(12) if linear else Geometry(4, 6, 5, (3, 3), (1, 1), (1, 1))
+        case = bench.Case(bench.Layer("model", "layer", 10, geometry, 1, linear), 2, "fp32", 0.5, "cpu")
+        assert case.gate() < 1e-5
+        for mode in bench.MODES:
+            for a, b in zip(case.ours(mode), case.masked(mode), strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    torch.testing.assert_close(a, b.view_as(a), rtol=1e-4, atol=1e-4)
+            assert case.dense(mode) is not None and case.compact(mode) is not None
+        stock = case.ours
+        monkeypatch.setattr(case, "ours", lambda mode: (stock(mode)[0] + 1e-3, *stock(mode)[1:]))
+        assert case.gate() > 1e-3

@@ -1,0 +1,199 @@
+"""The figures hold the recorded data, in one colour per run, and leave the user's matplotlib alone."""
+
+import dataclasses
+from itertools import pairwise
+
+import matplotlib
+import numpy as np
+import pytest
+
+from spafl.report import ReportError, figures
+from spafl.report.run_data import load_run
+
+SPAFL, FEDAVG, LOCAL = figures.COLOURS[:3]
+
+
+@pytest.fixture
+def three(make_run):
+    return [load_run(make_run(n, name=n, algorithm=n, rounds=6)) for n in ("spafl", "fedavg", "local")]
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def curves(axes, colour):
+    return [line for line in axes.lines if line.get_color() == colour]
+
+
+def drawn(figure):
+    """Render it; whatever cannot be drawn fails here."""
+    figure.draw_without_rendering()  # all layout and text, without the pixels
+    return figure
+
+
+def test_accuracy_over_rounds(three):
+    figure = drawn(figures.accuracy_over_rounds(three))
+    mean, worst = figure.axes
+    for run, colour in zip(three, (SPAFL, FEDAVG, LOCAL)):
+        for axes, name in ((mean, "accuracy"), (worst, "accuracy_worst")):
+            (line,) = curves(axes, colour)
+            assert line.get_xdata().tolist() == [p.round for p in run.points]
+            assert line.get_ydata().tolist() == [getattr(p, name) for p in run.points]
+    assert legend(figure) == ["spafl", "fedavg", "local"]
+    assert mean.get_ylabel() == "test accuracy, mean (%)" and mean.get_xlabel() == "round"
+
+
+def test_accuracy_over_payload_is_logarithmic_where_runs_are_far_apart(three):
+    figure = drawn(figures.accuracy_over_payload(three))
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    for run, colour in zip(three[:2], (SPAFL, FEDAVG)):
+        (line,) = curves(axes, colour)
+        assert line.get_xdata().tolist() == [p.cost.up_bytes + p.cost.down_bytes for p in run.points]
+    (level,) = curves(axes, LOCAL)
+    assert set(level.get_ydata()) == {three[2].last.accuracy}
+    assert legend(figure) == ["spafl", "fedavg", "local (none)"]
+    assert "bytes" in axes.get_xlabel()
+
+
+def test_accuracy_over_payload_is_linear_where_they_are_not(three, make_run):
+    twice = load_run(make_run("twice", name="twice", rounds=6, up_bytes=50_000))
+    assert drawn(figures.accuracy_over_payload([three[0], twice])).axes[0].get_xscale() == "linear"
+
+
+def test_a_run_that_sends_nothing_alone(three):
+    (axes,) = drawn(figures.accuracy_over_payload(three[2:])).axes
+    assert len(axes.lines) == 1 and axes.get_xticks().size == 0
+
+
+@pytest.mark.parametrize(("factor", "unit", "size"), [(1, "seconds", 1), (100, "minutes", 60), (4000, "hours", 3600)])
+def test_accuracy_over_seconds_in_a_unit_that_suits(three, factor, unit, size):
+    run = three[0]
+    points = tuple(
+        dataclasses.replace(p, cost=dataclasses.replace(p.cost, total_seconds=factor * p.cost.total_seconds))
+        for p in run.points
+    )
+    (axes,) = drawn(figures.accuracy_over_seconds([dataclasses.replace(run, points=points)])).axes
+    assert axes.get_xlabel() == f"measured time ({unit})"
+    assert axes.lines[0].get_xdata().tolist() == [p.cost.total_seconds / size for p in points]
+
+
+def test_accuracy_spread_is_the_sorted_clients(three):
+    (axes,) = drawn(figures.accuracy_spread(three)).axes
+    for run, colour in zip(three, (SPAFL, FEDAVG, LOCAL)):
+        (line,) = curves(axes, colour)
+        assert line.get_ydata().tolist() == sorted(run.accuracies)
+        assert line.get_xdata()[0] == 2.5 and line.get_xdata()[-1] == 97.5  # 20 clients of 5 % each
+
+
+def test_a_run_keeps_its_colour_where_others_are_left_out(three):
+    figure = drawn(figures.density_per_layer([three[1], three[0], three[2]]))
+    assert legend(figure)[-1] == "mean of layers"  # the only run with thresholds, so its layers share the axes
+    (axes,) = drawn(figures.accuracy_spread([dataclasses.replace(three[0], points=three[0].points[:0]), three[1]])).axes
+    assert [line.get_color() for line in axes.lines] == [FEDAVG]
+
+
+def test_density_of_one_run_by_layer(three):
+    (axes,) = drawn(figures.density_per_layer(three)).axes
+    layers = three[0].layers
+    for line, layer in zip(axes.lines, layers):
+        assert list(line.get_ydata()) == [p.layer_density[layer] for p in three[0].points]
+    assert list(axes.lines[-1].get_ydata()) == [p.density for p in three[0].points]
+    assert len(axes.lines) == len(layers) + 1
+
+
+def test_density_of_several_runs_has_axes_per_layer(three, make_run):
+    other = load_run(make_run("other", name="other", rounds=4, layers={"conv1": 8, "fc9": 3}, seed=5))
+    figure = drawn(figures.density_per_layer([three[0], other]))
+    shown = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_visible()}
+    assert list(shown) == ["conv1", "conv2", "fc3", "fc4", "fc9"]
+    assert len(shown["conv1"].lines) == 2 and len(shown["fc3"].lines) == len(shown["fc9"].lines) == 1
+    (line,) = curves(shown["fc9"], FEDAVG)  # the second colour: it is the second run
+    assert list(line.get_ydata()) == [p.layer_density["fc9"] for p in other.points]
+    assert legend(figure) == ["spafl", "other"]
+
+
+def test_first_layer_filters_are_the_masks(three):
+    image, share = drawn(figures.first_layer_filters(three)).axes
+    kept = three[0].masks.kept
+    np.testing.assert_array_equal(np.asarray(image.images[0].get_array()), kept.T)
+    np.testing.assert_allclose([bar.get_width() for bar in share.patches], 100 * kept.mean(axis=0))
+    assert image.get_title(loc="left") == "spafl: conv1, round 5"
+
+
+@pytest.mark.parametrize(("clients", "strips"), [(20, 1), (250, 1), (251, 2), (1000, 4), (3000, 8)])
+def test_many_clients_wrap_and_none_is_lost(make_run, clients, strips):
+    run = load_run(make_run(clients=clients, rounds=1, layers={"conv1": 6}))
+    figure = figures.first_layer_filters([run])
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert len(images) == strips
+    np.testing.assert_array_equal(np.hstack([np.asarray(i.get_array()) for i in images]), run.masks.kept.T)
+    edges = [i.get_extent()[:2] for i in images]
+    assert edges[0][0] == -0.5 and edges[-1][1] == clients - 0.5
+    assert all(left[1] == right[0] for left, right in pairwise(edges))
+
+
+def test_gap_against_density_beside_runs_without_thresholds(three):
+    figure = drawn(figures.generalisation_gap(three))
+    sparse, bare = figure.axes
+    (points,) = sparse.collections
+    np.testing.assert_array_equal(points.get_offsets(), np.column_stack([three[0].gaps.density, three[0].gaps.gap]))
+    for run, points in zip(three[1:], bare.collections, strict=True):
+        np.testing.assert_array_equal(points.get_offsets()[:, 1], run.gaps.gap)
+    assert bare.get_xlabel() == "no thresholds"
+    for alike in (three[:1], three[1:]):
+        assert len(drawn(figures.generalisation_gap(alike)).axes) == 1
+
+
+def test_partition_shows_the_counts_once_for_runs_that_share_it(three, make_run):
+    figure = drawn(figures.partition(three))
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert len(images) == 2
+    for image, counts in zip(images, (three[0].train, three[0].test)):
+        np.testing.assert_array_equal(np.ma.filled(image.get_array(), 0), counts.T)
+    np.testing.assert_array_equal(figure.axes[0].patches[0].get_data().values, three[0].train.sum(axis=1))
+    assert figure.axes[0].get_title(loc="left") == "digits, 20 clients: spafl, fedavg, local"
+    other = load_run(make_run("other", name="other", rounds=1, seed=9, clients=7))
+    assert sum(bool(axes.images) for axes in drawn(figures.partition([*three, other])).axes) == 4
+
+
+@pytest.mark.parametrize("picture", [p for p in figures.PICTURES if p.stem != "partition"], ids=lambda p: p.stem)
+def test_nothing_to_show_is_said(make_run, picture):
+    run = load_run(make_run(algorithm="fedavg", rounds=2, evaluate_every=0))
+    assert not picture.shows(run)
+    with pytest.raises(ReportError, match="no r"):
+        picture.draw([run])
+
+
+@pytest.mark.parametrize(("rounds", "clients"), [(1, 1), (2, 2)])
+def test_the_smallest_runs_can_be_drawn(make_run, rounds, clients):
+    run = load_run(make_run(rounds=rounds, clients=clients, layers={"fc": 1}))
+    for picture in figures.PICTURES:
+        drawn(picture.draw([run]))
+
+
+@pytest.mark.parametrize("name", ["$a_b$", "_hidden", "a$b", r"\frac{", "x" * 300, "%s {0}"])
+def test_any_name_can_be_drawn(make_run, name):
+    run = load_run(make_run(name=name, rounds=2, layers={"$l$": 3, "_m": 2}))
+    figure = drawn(figures.accuracy_spread([run]))
+    assert len(legend(figure)) == 1 and len(legend(figure)[0]) <= 42
+    drawn(figures.density_per_layer([run]))
+    drawn(figures.partition([run, run]))
+
+
+def test_many_runs_can_be_told_apart(three):
+    runs = [dataclasses.replace(three[0], name=f"run {i}") for i in range(9)]
+    (axes,) = drawn(figures.accuracy_spread(runs)).axes
+    looks = {(line.get_color(), line.get_linestyle(), str(line._dash_pattern)) for line in axes.lines}
+    assert len(looks) == 9
+
+
+def test_the_users_settings_neither_matter_nor_change(three):
+    plain = drawn(figures.accuracy_spread(three)).get_facecolor()
+    with matplotlib.rc_context({"axes.facecolor": "black", "text.usetex": True, "lines.linewidth": 9}):
+        before = dict(matplotlib.rcParams)
+        figure = figures.accuracy_spread(three)
+        assert dict(matplotlib.rcParams) == before
+    assert drawn(figure).get_facecolor() == plain
+    assert {line.get_linewidth() for line in figure.axes[0].lines} == {figures.STYLE["lines.linewidth"]}

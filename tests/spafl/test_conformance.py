@@ -1,0 +1,41 @@
+"""Recorded runs of the published code, replayed; and the tool notices when something differs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spafl.conformance import main
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.parametrize("name", ["official_fmnist_lenet5", "official_cifar10_conv4"])
+def test_recordings_agree(name, capsys):
+    assert main([str(GOLDEN / f"{name}.npz")]) == 0
+    assert "agrees within 1e-06" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("round1/client2/l2/conv2.weight", "round 1, client 2, conv2.weight: l2"),
+        ("round2/global/fc3.threshold", "round 2, server, fc3.threshold"),
+    ],
+)
+def test_a_changed_recording_is_pointed_at(tmp_path, capsys, key, said):
+    with np.load(GOLDEN / "official_fmnist_lenet5.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    arrays[key] = arrays[key] * (1 + 1e-4)
+    np.savez(tmp_path / "changed.npz", **arrays)
+    assert main([str(tmp_path / "changed.npz")]) == 1
+    assert f"first in {said}" in capsys.readouterr().out
+
+
+def test_unusable_files_are_refused(tmp_path, capsys):
+    (tmp_path / "text.npz").write_text("no")
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    for name in ("text.npz", "other.npz", "missing.npz"):
+        assert main([str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
