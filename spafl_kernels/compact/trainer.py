@@ -328,20 +328,14 @@ class CompactTrainer(Trainer):
             return
         first = self._plan is None
         scores, tau = self._scores, self._tau
-        if self._rows is None:
-            if not first:
-                self._score()
-        elif self._steady and not (self._flipped or self._collapsed or self._moving):
+        if self._rows is None and not first:
+            self._score()
+        revived = self._moving and self._look_at_dropped_rows()
+        if self._rows is not None and self._steady and not (self._flipped or self._collapsed or revived):
             passes = self._any_window and bool((((scores - tau).abs() > WINDOW) & self._window_rows).any())
             if not passes and self._far is None:
                 self._stale = False
                 return
-        if self._moving:
-            dropped = ~self._keep
-            active = (self._bounds() > tau) & dropped
-            unsure = active | (dropped & self._window_rows & (tau > WINDOW)) if self._any_window else active
-            if bool(unsure.any()):
-                self._catch_up(unsure)
         active = scores > tau
         far: Tensor | None = None
         if self._any_window:
@@ -365,6 +359,17 @@ class CompactTrainer(Trainer):
             if dead is not None:
                 out += dead.sum(1)
         self._scores.index_copy_(0, self._kept_index, self._row_sums.index_select(0, self._kept_place) / self._row_size)
+
+    def _look_at_dropped_rows(self) -> bool:
+        """Bring the scores of dropped rows up to date where their bounds do not suffice; True if one is active."""
+        dropped = ~self._keep
+        unsure = (self._bounds() > self._tau) & dropped
+        if self._any_window:
+            unsure |= dropped & self._window_rows & (self._tau > WINDOW)
+        if not bool(unsure.any()):
+            return False
+        self._catch_up(unsure)
+        return bool(((self._scores > self._tau) & dropped).any())
 
     def _bounds(self) -> Tensor:
         """Upper bounds of the dropped rows' scores (kept rows: anything)."""

@@ -42,6 +42,23 @@ class Padded(nn.Module):
         return self.net(x)
 
 
+class Thin(nn.Module):
+    """LeNet-5, thinner, on 12x12 images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = ThresholdConv2d(1, 10, 3, bias=False)
+        self.conv2 = ThresholdConv2d(10, 16, 2, bias=False)
+        self.pool, self.relu = nn.MaxPool2d(2), nn.ReLU()
+        self.fc3 = ThresholdLinear(64, 40, bias=False)
+        self.fc4 = ThresholdLinear(40, 10, bias=False)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.conv1(x)))
+        x = self.pool(self.relu(self.conv2(x)))
+        return self.fc4(self.relu(self.fc3(x.flatten(1))))
+
+
 def with_estimator(model, estimator):
     for _, layer in threshold_layers(model):
         layer.estimator = estimator
@@ -61,12 +78,20 @@ def warm_norms(model, seed=3):
 
 
 @pytest.mark.parametrize("estimator", ["identity", "window"])
-def test_lenet_200_steps(estimator):
+def test_200_steps(estimator):
+    torch.manual_seed(0)
+    model = prune(with_estimator(Thin().double(), estimator), 0.6, spread=0.1)
+    a, b, _, flips = compare(model, EVERYTHING, batches((1, 12, 12), 200, 4), evaluate_every=20, rounds=2)
+    assert flips > 40
+    assert b.rebuilds > 10 and b.macs < a.macs
+
+
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+def test_lenet(estimator):
     torch.manual_seed(0)
     model = prune(with_estimator(LeNet5().double(), estimator), 0.6, spread=0.1)
-    a, b, _, flips = compare(model, EVERYTHING, batches((1, 28, 28), 200, 2), evaluate_every=20, rounds=2)
-    assert flips > 50
-    assert b.rebuilds > 10 and b.macs < a.macs
+    a, b, _, flips = compare(model, EVERYTHING, batches((1, 28, 28), 20, 2), evaluate_every=6)
+    assert flips > 3 and b.macs < a.macs
 
 
 @pytest.mark.parametrize("estimator", ["identity", "window"])
@@ -142,7 +167,7 @@ def test_a_whole_layer_pruned_and_the_guard_brings_it_back(layer):
 def test_rows_pruned_for_long_move_as_the_eager_update_moves_them(momentum, weight_decay):
     """Pruned rows coast on momentum and weight decay for 60 steps, then lower thresholds revive them."""
     torch.manual_seed(6)
-    model = prune(LeNet5().double(), 0.3)
+    model = prune(Thin().double(), 0.3)
     with torch.no_grad():
         for _, layer in threshold_layers(model):
             layer.threshold.mul_(torch.where(layer.mask(), 0.5, 2.0))
@@ -154,7 +179,7 @@ def test_rows_pruned_for_long_move_as_the_eager_update_moves_them(momentum, weig
 
     options = SGDOptions(lr=0.01, momentum=momentum, weight_decay=weight_decay)
     _, b, _, _ = compare(
-        model, options, batches((1, 28, 28), 120, 2), start_momentum=0.02, rounds=2, meddle=revive, evaluate_every=17
+        model, options, batches((1, 12, 12), 120, 4), start_momentum=0.02, rounds=2, meddle=revive, evaluate_every=17
     )
     assert sum(b.densities.values()) > 4 * 0.5
 
