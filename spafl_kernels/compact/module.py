@@ -16,7 +16,7 @@ from ..reference import WINDOW, filter_scores
 from ..training import Unsupported
 from .flow import Flow, Layout, check_traceable, trace_flow
 from .plan import Channels, Plan
-from .program import LayerSlot, NormSlot, Program, fused_pools, prefers_channels_last
+from .program import LayerSlot, NormSlot, Program, always_fused, prefers_channels_last
 from .trainer import _all, _Condition, _Layer, _put, per_filter
 
 __all__ = ["CompactModule"]
@@ -273,7 +273,7 @@ class _Made:
         compiled: bool,
     ) -> None:
         weight = next(flow.model.parameters())
-        exact = fused_pools(flow) if compiled and weight.device.type == "cpu" else {}
+        exact = always_fused(flow) if compiled and weight.device.type == "cpu" else set()
         self.plan = plan = Plan(flow, keep, multiple, exact)
         self.gathers: list[Any] = []
         self.puts: list[Any] = []

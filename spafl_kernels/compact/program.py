@@ -20,7 +20,7 @@ from ..ops.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, POOLS, DirectConvReluPo
 from .flow import Flow, Op
 from .plan import Channels, Plan
 
-__all__ = ["LayerSlot", "NormSlot", "Program", "fused_pools", "prefers_channels_last"]
+__all__ = ["LayerSlot", "NormSlot", "Program", "always_fused", "prefers_channels_last"]
 
 
 @dataclass
@@ -190,7 +190,9 @@ class Program:
                 inside = F.conv2d(ones, eye, None, stride, padding, dilation)
                 size, taps = inside.shape[2:], inside.view(kernel, -1)
 
-        fused = None if const_in else self._fused.get(name)
+        # Few enough input channels are a matter of the plan: a later layer comes within reach once inputs are pruned.
+        within_reach = conv and not const_in and slot.weight.shape[1] <= MAX_IN_CHANNELS
+        fused = self._fused.get(name) if within_reach else None
         if fused is not None:
             pooled, window = self._index[fused[0]], fused[1]
             pad_h, pad_w = m.padding
@@ -585,18 +587,19 @@ def single_user(flow: Flow, op: Op) -> bool:
 
 
 def fused_pools(flow: Flow) -> dict[str, tuple[str, int]]:
-    """First layers whose convolution, ReLU and max-pool can be one compiled call: ``{layer: (pool op, window)}``.
+    """Layers whose convolution, ReLU and max-pool can be one compiled call: ``{layer: (pool op, window)}``.
 
-    Only first layers: elsewhere a general convolution is fast, and the input needs a gradient too.
+    The call is made while a plan leaves the layer at most ``MAX_IN_CHANNELS`` input channels; above that a general
+    convolution is as fast.
     """
     found = {}
     for name, op in flow.layers.items():
         m = op.module
-        if not isinstance(m, nn.Conv2d) or op.kind != "layer" or flow.ops[op.sources[0]].grad:
+        if not isinstance(m, nn.Conv2d) or op.kind != "layer":
             continue
         if m.stride != (1, 1) or m.dilation != (1, 1) or m.groups != 1 or m.padding_mode != "zeros":
             continue
-        if isinstance(m.padding, str) or m.in_channels > MAX_IN_CHANNELS or max(m.kernel_size) > MAX_KERNEL:
+        if isinstance(m.padding, str) or max(m.kernel_size) > MAX_KERNEL:
             continue
         chain = op
         for kind in ("relu", "pool"):
@@ -609,6 +612,11 @@ def fused_pools(flow: Flow) -> dict[str, tuple[str, int]]:
             if (window := _plain_window(chain)) is not None:
                 found[name] = (chain.name, window)
     return found
+
+
+def always_fused(flow: Flow) -> set[str]:
+    """Layers of :func:`fused_pools` that are within reach under every plan; their rows need no rounding to blocks."""
+    return {name for name in fused_pools(flow) if flow.layers[name].module.in_channels <= MAX_IN_CHANNELS}
 
 
 def _plain_window(op: Op) -> int | None:

@@ -30,7 +30,7 @@ from ..reference import WINDOW, filter_scores
 from ..training import Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
 from .flow import Flow, Layout, check_traceable, trace_flow
 from .plan import Channels, Plan
-from .program import LayerSlot, NormSlot, Program, fused_pools, prefers_channels_last
+from .program import LayerSlot, NormSlot, Program, always_fused, prefers_channels_last
 
 __all__ = ["CompactTrainer"]
 
@@ -300,7 +300,7 @@ class CompactTrainer(Trainer):
         self._window_rows = torch.cat(window)
         self._any_window = any(layer.window for layer in self._pruned)
         self._conditions = [c for layer in self._pruned if (c := _Condition.of(flow, layer)) is not None]
-        self._exact = fused_pools(flow) if self._compiled else {}
+        self._exact = always_fused(flow) if self._compiled else set()
         self._steady = all(condition.fixed for condition in self._conditions)
         self._rows: FilterRows | None = None
         self._flipped = False
