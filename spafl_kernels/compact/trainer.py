@@ -879,11 +879,13 @@ class CompactTrainer(Trainer):
         """The whole state, into the model's tensors and the momentum."""
         if self._plan is None:
             return
-        for layer in self._layers.values():
-            self._write_layer(layer)
-        self._write_norms()
-        if self._moving:
-            self._catch_up(~self._keep)
+        # Without a step only the guard can have changed anything: the thresholds.
+        if self._steps:
+            for layer in self._layers.values():
+                self._write_layer(layer)
+            self._write_norms()
+            if self._moving:
+                self._catch_up(~self._keep)
         for m in self._norms.values():
             if m.num_batches_tracked is not None:
                 m.num_batches_tracked += self._steps
