@@ -5,8 +5,8 @@
 
 The published settings (LeNet-5, batch 64, identity estimator; Conv4, batch 16, window, clip 3; 100 clients, 10 a round,
 5 local epochs, Dirichlet .2 and .1) on synthetic data of that shape, with fewer samples than the real sets so that a
-round is short: what a round costs per client weighs more here than in a full run. Thresholds are raised between rounds so
-that the density falls to the wanted one; training moves masks from there, and the density that is reported was measured.
+round is short: what a round costs per client weighs more here than in a full run. Thresholds are raised between rounds
+so that the density falls to the wanted one; training moves masks from there, and the density shown was measured.
 
 Rivals run the same rounds in turn, round by round: ``compact`` and ``masked`` with two workers of one thread,
 ``published`` in one process with two threads, masks materialised as in the published code. On a busy machine the two

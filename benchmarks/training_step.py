@@ -22,10 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from spafl.models import build_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spafl.models import build_model
 from spafl_kernels import ThresholdConv2d, reference, threshold_layers
 from spafl_kernels.compact import CompactTrainer
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Trainer

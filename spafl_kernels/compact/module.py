@@ -17,7 +17,7 @@ from ..training import Unsupported
 from .flow import Flow, Layout, check_traceable, trace_flow
 from .plan import Channels, Plan
 from .program import LayerSlot, NormSlot, Program, always_fused, prefers_channels_last
-from .trainer import _all, _Condition, _Layer, _put, per_filter
+from .state import Condition, LayerState, all_channels, per_filter, put_rows
 
 __all__ = ["CompactModule"]
 
@@ -135,7 +135,7 @@ class CompactModule(nn.Module):
             self._fall_back(error)
 
     def _reset(self) -> None:
-        self._flows: dict[tuple[int, ...], tuple[Flow, list[_Condition]]] = {}
+        self._flows: dict[tuple[int, ...], tuple[Flow, list[Condition]]] = {}
         self._made: dict[tuple[Any, ...], tuple[Tensor, tuple[bool, ...], _Made]] = {}
 
     def _fall_back(self, error: Unsupported) -> None:
@@ -174,8 +174,8 @@ class CompactModule(nn.Module):
         try:
             if image not in self._flows:
                 flow = trace_flow(self.model, image)
-                layers = [_Layer(name, op.module, 0) for name, op in flow.layers.items() if op.module is not None]
-                found = (_Condition.of(flow, la) for la in layers if la.is_threshold)
+                layers = [LayerState(name, op.module, 0) for name, op in flow.layers.items() if op.module is not None]
+                found = (Condition.of(flow, la) for la in layers if la.is_threshold)
                 self._flows[image] = flow, [c for c in found if c is not None]
         except Unsupported as error:
             self._fall_back(error)
@@ -239,17 +239,17 @@ def _is_window(flow: Flow, name: str) -> bool:
 
 
 class _Constants:
-    """The constants in front of norms, for :class:`_Condition`, from the model's own parameters."""
+    """The constants in front of norms, for :class:`Condition`, from the model's own parameters."""
 
     def __init__(self, flow: Flow, passes: dict[str, Tensor | None]) -> None:
         self.flow, self.passes = flow, passes
         self._device = next(flow.model.parameters()).device
 
-    def far(self, layer: _Layer) -> Tensor | None:
+    def far(self, layer: LayerState) -> Tensor | None:
         passes = self.passes[layer.name]
         return passes.bool() if layer.window and passes is not None else None
 
-    def _constant_in_front(self, layer: _Layer, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
+    def _constant_in_front(self, layer: LayerState, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
         weight = layer.module.weight
         if not norm:
             bias = layer.module.bias
@@ -283,8 +283,8 @@ class _Made:
             m = op.module
             layout = flow.layout_in(name) if op.kind == "layer" else None
             device, inputs = m.weight.device, m.weight.shape[1]
-            rows = plan.rows.get(name) or _all(m.weight.shape[0], device)
-            columns = _all(inputs, device) if layout is None else plan.channels(layout)
+            rows = plan.rows.get(name) or all_channels(m.weight.shape[0], device)
+            columns = all_channels(inputs, device) if layout is None else plan.channels(layout)
             active = (
                 masks[name][rows.kept] if name in masks else torch.ones(rows.width, dtype=torch.bool, device=device)
             )
@@ -296,7 +296,7 @@ class _Made:
         for name, op in flow.norms.items():
             m = op.module
             layout = flow.layout_in(name)
-            channels = _all(m.num_features, m.running_mean.device) if layout is None else plan.channels(layout)
+            channels = all_channels(m.num_features, m.running_mean.device) if layout is None else plan.channels(layout)
             self.norms[name] = norm = NormSlot(m.weight, m.bias, m.running_mean, m.running_var)
             self.gathers.append(_norm_gather(m, norm, channels))
             self.puts.append(_norm_put(m, norm, channels))
@@ -376,7 +376,7 @@ def _norm_put(m: Any, norm: NormSlot, channels: Channels) -> Any:
                 (m.running_mean, norm.running_mean, norm.mean_dropped),
                 (m.running_var, norm.running_var, norm.var_dropped),
             ):
-                _put(buffer, channels, kept[:real])
+                put_rows(buffer, channels, kept[:real])
                 if lost is not None:
                     buffer[channels.dropped] = lost
 

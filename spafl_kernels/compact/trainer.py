@@ -16,7 +16,6 @@ What is stored where, between ``begin`` and ``finish``:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,67 +29,22 @@ from ..reference import WINDOW, filter_scores
 from ..training import Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
 from .flow import Flow, Layout, check_traceable, trace_flow
 from .plan import Channels, Plan
-from .program import LayerSlot, NormSlot, Program, always_fused, prefers_channels_last
+from .program import NormSlot, Program, always_fused, prefers_channels_last
+from .state import (
+    Condition,
+    Gather,
+    LayerState,
+    Piece,
+    Powers,
+    VectorGather,
+    all_channels,
+    full_name,
+    per_filter,
+    put_rows,
+    same_channels,
+)
 
 __all__ = ["CompactTrainer"]
-
-
-class _Layer:
-    """One convolution or linear: its full tensors, and its place in the arena."""
-
-    def __init__(self, name: str, module: Any, index: int) -> None:
-        self.name, self.module = name, module
-        self.rows = module.weight.shape[0]
-        self.inputs = module.weight.shape[1]
-        self.size = module.weight[0].numel()
-        self.is_threshold = isinstance(module, ThresholdLayer)
-        self.window = self.is_threshold and module.estimator == "window"
-        self.mask_bias = self.is_threshold and module.mask_bias
-        self.begin = index  # of its first threshold among all thresholds
-        # A convolution in groups needs its rows where they are.
-        self.all_rows = isinstance(module, nn.Conv2d) and module.groups > 1 and module.weight.shape[1] > 1
-        self.all_rows |= isinstance(module, nn.Conv2d) and module.groups not in (1, module.out_channels)
-        self.slot = LayerSlot(module.weight)
-        # Set by each plan: views of the arena as matrices, one row per kept filter.
-        self.kept_rows: Any = None
-        self.kept_grad: Any = None
-        self.dead_rows: Any = None
-        self.dead_grad: Any = None
-        self.dead_const = False  # dropped columns read constants, so autograd gives their gradient
-        self.dots: Any = None  # r_i of every row
-        # Set by each change of the masks.
-        self.far: Tensor | None = None
-        self.signed = False
-        self.mask_grad: Any = None
-        self.row_channels: Channels | None = None
-        self.column_channels: Channels | None = None
-
-    def read(self, momentum: Mapping[str, Tensor]) -> None:
-        prefix = f"{self.name}." if self.name else ""
-        m = self.module
-        self.weight = m.weight.data.view(self.rows, self.inputs, -1)
-        self.momentum = momentum[f"{prefix}weight"].view(self.rows, self.inputs, -1) if momentum else None
-        self.bias = None if m.bias is None else m.bias.data
-        self.bias_momentum = momentum[f"{prefix}bias"] if momentum and m.bias is not None else None
-
-
-@dataclass
-class _Piece:
-    """One tensor in the arena: where it belongs, and where it is."""
-
-    key: tuple[str, str]
-    shape: tuple[int, ...]
-    at: int = 0
-
-    @property
-    def size(self) -> int:
-        size = 1
-        for s in self.shape:
-            size *= s
-        return size
-
-    def of(self, flat: Tensor) -> Tensor:
-        return flat[self.at : self.at + self.size].view(self.shape)
 
 
 class CompactTrainer(Trainer):
@@ -265,16 +219,16 @@ class CompactTrainer(Trainer):
         known = self._device.type == "cpu" and self._dtype in floats
         self._compiled = self.compiled and known and native.available()
 
-        self._layers: dict[str, _Layer] = {}
+        self._layers: dict[str, LayerState] = {}
         count = 0
         for name, op in flow.layers.items():
-            self._layers[name] = layer = _Layer(name, op.module, count)
+            self._layers[name] = layer = LayerState(name, op.module, count)
             layer.read(momentum)
             count += layer.rows if layer.is_threshold else 0
         self._pruned = [layer for layer in self._layers.values() if layer.is_threshold]
         self._tau_full = {layer.name: layer.module.threshold.data for layer in self._pruned}
         self._tau_momentum = (
-            {layer.name: momentum[_join(layer.name, "threshold")] for layer in self._pruned} if momentum else None
+            {layer.name: momentum[full_name(layer.name, "threshold")] for layer in self._pruned} if momentum else None
         )
         self._norms = {name: op.module for name, op in flow.norms.items()}
         self._norm_slots = {
@@ -299,20 +253,20 @@ class CompactTrainer(Trainer):
         window = [torch.full((la.rows,), la.window, device=self._device) for la in self._pruned]
         self._window_rows = torch.cat(window)
         self._any_window = any(layer.window for layer in self._pruned)
-        self._conditions = [c for layer in self._pruned if (c := _Condition.of(flow, layer)) is not None]
+        self._conditions = [c for layer in self._pruned if (c := Condition.of(flow, layer)) is not None]
         self._exact = always_fused(flow) if self._compiled else set()
         self._steady = all(condition.fixed for condition in self._conditions)
         self._rows: FilterRows | None = None
         self._flipped = False
         self._clock = 0
-        self._powers = _Powers(options, self._dtype, self._device)
+        self._powers = Powers(options, self._dtype, self._device)
         self._plan: Plan | None = None
-        self._pieces: dict[tuple[str, str], _Piece] = {}
+        self._pieces: dict[tuple[str, str], Piece] = {}
         self._moving = False
         self._stale = True
         self._collapsed = self._find_collapsed()
 
-    def _find_collapsed(self) -> list[_Layer]:
+    def _find_collapsed(self) -> list[LayerState]:
         floor = self._options.collapse_floor
         return [] if floor is None else [la for la in self._pruned if self._density[la.name] <= floor]
 
@@ -411,7 +365,7 @@ class CompactTrainer(Trainer):
                 keep[part] |= carry
         return keep
 
-    def _constant_in_front(self, layer: _Layer, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
+    def _constant_in_front(self, layer: LayerState, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
         """By filter: the constant a pruned filter has in front of ReLU; with ``zero``: 1 where it is 0, else 0."""
         if not norm:
             value = self._current(layer.name, "b", layer.bias, layer.row_channels)
@@ -436,7 +390,7 @@ class CompactTrainer(Trainer):
 
     def _set_masks(self) -> None:
         """Masks of the kept rows where some are pruned; densities."""
-        self._masks: list[_Layer] = []
+        self._masks: list[LayerState] = []
         for layer in self._pruned:
             active = self._active[layer.begin : layer.begin + layer.rows]
             self._density[layer.name] = int(active.sum()) / layer.rows
@@ -467,9 +421,9 @@ class CompactTrainer(Trainer):
         changed = []
         for layer in self._layers.values():
             layout = flow.layout_in(layer.name) if flow.layers[layer.name].kind == "layer" else None
-            rows = plan.rows.get(layer.name) or _all(layer.rows, self._device)
-            columns = _all(layer.inputs, self._device) if layout is None else plan.channels(layout)
-            if first or not (_same(rows, layer.row_channels) and _same(columns, layer.column_channels)):
+            rows = plan.rows.get(layer.name) or all_channels(layer.rows, self._device)
+            columns = all_channels(layer.inputs, self._device) if layout is None else plan.channels(layout)
+            if first or not (same_channels(rows, layer.row_channels) and same_channels(columns, layer.column_channels)):
                 changed.append((layer, rows, columns))
         old_flat = None if first else (self._flat, self._velocity)
         old_pieces = self._pieces
@@ -500,17 +454,17 @@ class CompactTrainer(Trainer):
         self._program = Program(flow, plan, slots, self._norm_slots, prefers_channels_last(flow), self._compiled)
 
     def _fill(
-        self, again: set[str], old_pieces: dict[tuple[str, str], _Piece], old: tuple[Tensor, Tensor] | None
+        self, again: set[str], old_pieces: dict[tuple[str, str], Piece], old: tuple[Tensor, Tensor] | None
     ) -> None:
         """Lay the arena out and fill it: layers in ``again`` from the model, the others from the old arena."""
         flow, plan = self._flow, self._plan
         assert flow is not None and plan is not None
         with_momentum = bool(self._options.momentum)
-        vectors: list[tuple[_Piece, Any]] = []
-        weights: list[tuple[_Piece, Any]] = []
-        constants: list[tuple[_Piece, Any]] = []
-        columns: list[tuple[_Piece, Any]] = []
-        still: list[tuple[_Piece, Any]] = []
+        vectors: list[tuple[Piece, Any]] = []
+        weights: list[tuple[Piece, Any]] = []
+        constants: list[tuple[Piece, Any]] = []
+        columns: list[tuple[Piece, Any]] = []
+        still: list[tuple[Piece, Any]] = []
 
         for layer in self._layers.values():
             op = flow.layers[layer.name]
@@ -519,7 +473,7 @@ class CompactTrainer(Trainer):
             kernel = layer.module.weight.shape[2:]
             shape = (rows.stored, cols.stored, *kernel)
             region = weights if layer.is_threshold else vectors
-            region.append((_Piece((layer.name, "w"), shape), layer.name in again and _Gather(layer, "kept")))
+            region.append((Piece((layer.name, "w"), shape), layer.name in again and Gather(layer, "kept")))
             if len(cols.dropped):
                 source = flow.ops[op.sources[0]]
                 shape = (rows.stored, len(cols.dropped), *kernel)
@@ -527,28 +481,28 @@ class CompactTrainer(Trainer):
                     region = constants if source.const else columns
                 else:
                     region = vectors if source.const else still
-                region.append((_Piece((layer.name, "wd"), shape), layer.name in again and _Gather(layer, "dropped")))
+                region.append((Piece((layer.name, "wd"), shape), layer.name in again and Gather(layer, "dropped")))
             if layer.bias is not None:
                 vectors.append(
-                    (_Piece((layer.name, "b"), (rows.stored,)), _Vector(layer.bias, layer.bias_momentum, rows))
+                    (Piece((layer.name, "b"), (rows.stored,)), VectorGather(layer.bias, layer.bias_momentum, rows))
                 )
                 if len(rows.dropped):
                     region = still if layer.mask_bias else vectors
-                    gather = _Vector(layer.bias, layer.bias_momentum, rows, dropped=True)
-                    region.append((_Piece((layer.name, "bd"), (len(rows.dropped),)), gather))
+                    gather = VectorGather(layer.bias, layer.bias_momentum, rows, dropped=True)
+                    region.append((Piece((layer.name, "bd"), (len(rows.dropped),)), gather))
         for name, m in self._norms.items():
             layout = flow.layout_in(name)
-            channels = _all(m.num_features, self._device) if layout is None else plan.channels(layout)
+            channels = all_channels(m.num_features, self._device) if layout is None else plan.channels(layout)
             self._norm_channels[name] = channels
             for key, p in (("g", m.weight), ("b", m.bias)):
                 if p is None:
                     continue
-                v = self._norm_momentum[_join(name, "weight" if key == "g" else "bias")] if with_momentum else None
-                vectors.append((_Piece((name, "n" + key), (channels.stored,)), _Vector(p.data, v, channels)))
+                v = self._norm_momentum[full_name(name, "weight" if key == "g" else "bias")] if with_momentum else None
+                vectors.append((Piece((name, "n" + key), (channels.stored,)), VectorGather(p.data, v, channels)))
                 if len(channels.dropped):
                     region = still if key == "g" else vectors
-                    gather = _Vector(p.data, v, channels, dropped=True)
-                    region.append((_Piece((name, f"n{key}d"), (len(channels.dropped),)), gather))
+                    gather = VectorGather(p.data, v, channels, dropped=True)
+                    region.append((Piece((name, f"n{key}d"), (len(channels.dropped),)), gather))
 
         order = vectors + weights + constants + columns + still
         parts_p: list[Tensor] = []
@@ -597,18 +551,15 @@ class CompactTrainer(Trainer):
             slot.weight_dropped = tensors.get((name, "wd"))
             slot.bias, slot.bias_dropped = tensors.get((name, "b")), tensors.get((name, "bd"))
         for name, m in self._norms.items():
-            norm, channels = self._norm_slots[name], self._norm_channels[name]
-            assert channels is not None
+            norm, normed = self._norm_slots[name], self._norm_channels[name]
+            assert normed is not None
             norm.weight, norm.bias = tensors.get((name, "ng")), tensors.get((name, "nb"))
-            if m.weight is None and channels.pads:
-                # A pad channel must stay 0: without an affine part BatchNorm already maps 0 to 0.
-                norm.weight = None
             norm.weight_dropped, norm.bias_dropped = tensors.get((name, "ngd")), tensors.get((name, "nbd"))
-            norm.running_mean = _Vector(m.running_mean, None, channels).take()[0]
-            norm.running_var = _Vector(m.running_var, None, channels).take()[0]
-            if len(channels.dropped):
-                norm.mean_dropped = m.running_mean[channels.dropped]
-                norm.var_dropped = m.running_var[channels.dropped]
+            norm.running_mean = VectorGather(m.running_mean, None, normed).take()[0]
+            norm.running_var = VectorGather(m.running_var, None, normed).take()[0]
+            if len(normed.dropped):
+                norm.mean_dropped = m.running_mean[normed.dropped]
+                norm.var_dropped = m.running_var[normed.dropped]
                 if norm.bias_dropped is None:
                     norm.bias_dropped = torch.zeros_like(norm.mean_dropped)
 
@@ -628,7 +579,7 @@ class CompactTrainer(Trainer):
             stop = start + held.stored
             piece, dead = self._pieces[layer.name, "w"], self._pieces.get((layer.name, "wd"))
 
-            def two(piece: _Piece, flat: Tensor, rows: Channels = held, offset: int = 0) -> Tensor:
+            def two(piece: Piece, flat: Tensor, rows: Channels = held, offset: int = 0) -> Tensor:
                 return flat[piece.at - offset : piece.at - offset + piece.size].view(rows.stored, -1)
 
             self._score_views.append(
@@ -651,7 +602,7 @@ class CompactTrainer(Trainer):
         self._vector_count = len(vectors)
         self._rows = self._compiled_rows(still) if self._compiled else None
 
-    def _compiled_rows(self, still: list[tuple[_Piece, Any]]) -> FilterRows:
+    def _compiled_rows(self, still: list[tuple[Piece, Any]]) -> FilterRows:
         """The arena as the compiled step wants it."""
         flat, velocity = self._flat, self._velocity
         with_momentum = bool(self._options.momentum)
@@ -796,7 +747,7 @@ class CompactTrainer(Trainer):
         )
         self._flipped = bool(flips.any())
 
-    def _sign_term(self, layer: _Layer) -> None:
+    def _sign_term(self, layer: LayerState) -> None:
         """``r_i = sum_j G_ij w_ij`` of every kept row, and ``r_i sign(w_ij) / n_in`` added to the gradient."""
         w, g, dead, dead_grad = layer.kept_rows, layer.kept_grad, layer.dead_rows, layer.dead_grad
         if layer.slot.mask is not None:
@@ -823,7 +774,7 @@ class CompactTrainer(Trainer):
 
     # -- write back ------------------------------------------------------------------------------------------------
 
-    def _write_layer(self, layer: _Layer) -> None:
+    def _write_layer(self, layer: LayerState) -> None:
         rows, cols = layer.row_channels, layer.column_channels
         assert rows is not None and cols is not None
         flats = [(self._flat, layer.weight, layer.bias)]
@@ -838,9 +789,9 @@ class CompactTrainer(Trainer):
                 dead = self._pieces[layer.name, "wd"].of(flat).view(rows.stored, lost, -1)
                 whole.index_copy_(1, cols.dropped, dead[:live])
                 part = whole
-            _put(full, rows, part)
+            put_rows(full, rows, part)
             if bias is not None:
-                _put(bias, rows, self._pieces[layer.name, "b"].of(flat)[:live])
+                put_rows(bias, rows, self._pieces[layer.name, "b"].of(flat)[:live])
                 if len(rows.dropped):
                     bias[rows.dropped] = self._pieces[layer.name, "bd"].of(flat)
 
@@ -854,24 +805,24 @@ class CompactTrainer(Trainer):
                 for flat, is_momentum in flats:
                     target = layer.bias_momentum if is_momentum else layer.bias
                     assert target is not None
-                    _put(target, rows, self._pieces[layer.name, "b"].of(flat)[: len(rows.kept)])
+                    put_rows(target, rows, self._pieces[layer.name, "b"].of(flat)[: len(rows.kept)])
                     if len(rows.dropped):
                         target[rows.dropped] = self._pieces[layer.name, "bd"].of(flat)
         for name, m in self._norms.items():
             channels, slot = self._norm_channels[name], self._norm_slots[name]
             assert channels is not None
             real = len(channels.kept)
-            _put(m.running_mean, channels, slot.running_mean[:real])
-            _put(m.running_var, channels, slot.running_var[:real])
+            put_rows(m.running_mean, channels, slot.running_mean[:real])
+            put_rows(m.running_var, channels, slot.running_var[:real])
             if len(channels.dropped):
                 m.running_mean[channels.dropped] = slot.mean_dropped
                 m.running_var[channels.dropped] = slot.var_dropped
             for flat, is_momentum in flats:
-                for key, p, full_name in (("g", m.weight, "weight"), ("b", m.bias, "bias")):
+                for key, p, leaf in (("g", m.weight, "weight"), ("b", m.bias, "bias")):
                     if p is None:
                         continue
-                    target = self._norm_momentum[_join(name, full_name)] if is_momentum else p.data
-                    _put(target, channels, self._pieces[name, "n" + key].of(flat)[:real])
+                    target = self._norm_momentum[full_name(name, leaf)] if is_momentum else p.data
+                    put_rows(target, channels, self._pieces[name, "n" + key].of(flat)[:real])
                     if len(channels.dropped):
                         target[channels.dropped] = self._pieces[name, f"n{key}d"].of(flat)
 
@@ -879,11 +830,13 @@ class CompactTrainer(Trainer):
         """The whole state, into the model's tensors and the momentum."""
         if self._plan is None:
             return
-        for layer in self._layers.values():
-            self._write_layer(layer)
-        self._write_norms()
-        if self._moving:
-            self._catch_up(~self._keep)
+        # Without a step only the guard can have changed anything: the thresholds.
+        if self._steps:
+            for layer in self._layers.values():
+                self._write_layer(layer)
+            self._write_norms()
+            if self._moving:
+                self._catch_up(~self._keep)
         for m in self._norms.values():
             if m.num_batches_tracked is not None:
                 m.num_batches_tracked += self._steps
@@ -893,147 +846,3 @@ class CompactTrainer(Trainer):
             self._tau_full[layer.name].copy_(self._tau[part])
             if self._tau_momentum is not None:
                 self._tau_momentum[layer.name].copy_(velocity[part])
-
-
-# -- small parts -------------------------------------------------------------------------------------------------------
-
-
-def per_filter(value: Tensor, layout: Layout, name: str, rows: int) -> Tensor:
-    """By filter of layer ``name``: the largest of its channels' values in ``layout``, or 0 if that is larger."""
-    out, at = value.new_zeros(rows), 0
-    for s in layout.segments:
-        if s.source == name:
-            part = value[at : at + s.width].view(-1, s.repeat).amax(1)
-            out[s.start : s.stop] = torch.maximum(out[s.start : s.stop], part)
-        at += s.width
-    return out
-
-
-def _join(module: str, name: str) -> str:
-    return f"{module}.{name}" if module else name
-
-
-def _all(width: int, device: torch.device) -> Channels:
-    return Channels(width, torch.arange(width, device=device), torch.empty(0, dtype=torch.int64, device=device), 0)
-
-
-def _same(a: Channels, b: Channels | None) -> bool:
-    return b is not None and a.pads == b.pads and torch.equal(a.kept, b.kept)
-
-
-def _put(full: Tensor, rows: Channels, values: Tensor) -> None:
-    if len(rows.dropped):
-        full.index_copy_(0, rows.kept, values)
-    else:
-        full.copy_(values)
-
-
-class _Gather:
-    """Takes a layer's weight and momentum at its kept rows and its kept or dropped columns."""
-
-    def __init__(self, layer: _Layer, which: str) -> None:
-        self.layer, self.which = layer, which
-
-    def take(self) -> tuple[Tensor, Tensor | None]:
-        rows, cols = self.layer.row_channels, self.layer.column_channels
-        assert rows is not None and cols is not None
-
-        def part(full: Tensor) -> Tensor:
-            x = full.index_select(0, rows.kept) if len(rows.dropped) else full
-            pads = 0
-            if self.which == "dropped":
-                x = x.index_select(1, cols.dropped)
-            else:
-                pads = cols.pads
-                x = x.index_select(1, cols.kept) if len(cols.dropped) else x
-            return F.pad(x, (0, 0, 0, pads, 0, rows.pads)) if pads or rows.pads else x
-
-        momentum = self.layer.momentum
-        return part(self.layer.weight), None if momentum is None else part(momentum)
-
-
-class _Vector:
-    """Takes a per-channel vector and its momentum at the kept (then zeros) or the dropped channels."""
-
-    def __init__(self, full: Tensor, momentum: Tensor | None, channels: Channels, dropped: bool = False) -> None:
-        self.full, self.momentum, self.channels, self.dropped = full, momentum, channels, dropped
-
-    def take(self) -> tuple[Tensor, Tensor | None]:
-        def part(full: Tensor) -> Tensor:
-            if self.dropped:
-                return full[self.channels.dropped]
-            return F.pad(full[self.channels.kept], (0, self.channels.pads))
-
-        return part(self.full), None if self.momentum is None else part(self.momentum)
-
-
-class _Powers:
-    """``M^k`` of the map that SGD without a gradient applies to ``(w, v)``: ``v <- mu v + wd w; w <- w - lr v``."""
-
-    def __init__(self, options: SGDOptions, dtype: torch.dtype, device: torch.device) -> None:
-        lr, mu, wd = options.lr, options.momentum, options.weight_decay
-        self._step = torch.tensor([[1 - lr * wd, -lr * mu], [wd, mu]], dtype=torch.float64)
-        self._rows = [torch.eye(2, dtype=torch.float64)]
-        self._dtype, self._device = dtype, device
-        self._table: Tensor | None = None
-
-    def at(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``a, b, c, d`` of ``w <- a w + b v; v <- c w + d v`` after ``steps`` (int64) steps."""
-        need = int(steps.max()) + 1 if steps.numel() else 1
-        if self._table is None or need > len(self._table):
-            size = max(64, 2 * need)
-            while len(self._rows) < size:
-                self._rows.append(self._step @ self._rows[-1])
-            self._table = torch.stack(self._rows).flatten(1).to(self._dtype).to(self._device)
-        a, b, c, d = self._table[steps].unbind(1)
-        return a, b, c, d
-
-
-class _Condition:
-    """When the pruned rows of a layer must be computed although they are pruned."""
-
-    def __init__(self, layer: _Layer, proof: tuple[tuple[str, Layout | None], ...] | None, noisy: list[Any]) -> None:
-        self.layer, self.proof, self.noisy = layer, proof, noisy
-        # The answer cannot change while the masks stay.
-        self.fixed = layer.all_rows or (proof is None and not noisy)
-
-    @classmethod
-    def of(cls, flow: Flow, layer: _Layer) -> _Condition | None:
-        proof = flow.proofs[layer.name]
-        bias = layer.module.bias is not None and not layer.mask_bias
-        noisy = []
-        if bias:
-            # BatchNorm of a constant c != 0 is beta up to rounding; at beta = 0 the sign of that rounding decides
-            # whether ReLU passes a gradient, so such channels are computed as they are.
-            noisy = [
-                (name, layout)
-                for name in flow.norms
-                if (layout := flow.layout_in(name)) is not None and any(s.source == layer.name for s in layout.segments)
-            ]
-        if proof is not None and not bias and not layer.all_rows and all(not norm for norm, _ in proof):
-            return None
-        return cls(layer, proof, noisy)
-
-    def carry(self, trainer: Any, far: Tensor | None) -> Tensor | None:
-        """Rows to keep though pruned (also set for active ones): bool ``(rows,)`` or None."""
-        layer = self.layer
-        if layer.all_rows:
-            return torch.ones(layer.rows, dtype=torch.bool, device=trainer._device)
-        result: Tensor | None = None
-        passes = not layer.window
-        if layer.window and far is not None:
-            part = far[layer.begin : layer.begin + layer.rows]
-            passes = bool(part.any())
-        if passes:
-            if self.proof is None:
-                result = torch.ones(layer.rows, dtype=torch.bool, device=trainer._device)
-            else:
-                result = torch.zeros(layer.rows, dtype=torch.bool, device=trainer._device)
-                for norm, layout in self.proof:
-                    result |= trainer._constant_in_front(layer, norm, layout) > 0
-            if layer.window:
-                result = result & part
-        for norm, layout in self.noisy:
-            zero = trainer._constant_in_front(layer, norm, layout, zero=True) > 0
-            result = zero if result is None else result | zero
-        return result

@@ -262,6 +262,25 @@ def test_parameters_may_move_to_other_memory_between_trainings():
     compare(model, EVERYTHING, batches((1, 28, 28), 6, 2), rounds=3, meddle=swap)
 
 
+def test_evaluation_alone_changes_nothing_but_what_the_guard_resets():
+    torch.manual_seed(15)
+    model = warm_norms(Padded(bias=True).double())
+    nn.init.constant_(model.net[3].threshold, 3.0)
+    before = copy.deepcopy(model.state_dict())
+    x, y = next(batches((2, 7, 8), 1, 3, classes=5))
+    options = SGDOptions(lr=0.1, momentum=0.9, collapse_floor=0.01)
+    trainer = CompactTrainer(model, strict=True)
+    results = []
+    for _ in range(2):
+        trainer.begin(options, densities={name: 1.0 for name, _ in threshold_layers(model)})
+        results.append([trainer.evaluate(x, y)[0].item() for _ in range(2)])
+        trainer.finish()
+    assert torch.equal(model.net[3].threshold, torch.zeros(20, dtype=torch.float64))
+    assert results[0][0] != results[0][1] == pytest.approx(results[1][0], rel=1e-12)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) or key == "net.3.threshold", key
+
+
 def test_macs_equal_the_flop_counter_of_a_dense_model_of_the_same_size():
     torch.manual_seed(14)
     model = prune(LeNet5().double(), 0.5)
