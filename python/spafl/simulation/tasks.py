@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,6 +138,11 @@ class Worker:
         for k, announced in zip(task.clients, task.announced, strict=True):
             client = self._lend(k, announced)
             evaluation = self.algorithm.evaluate(client, message, task.train_data) if task.evaluate else None
+            if evaluation is not None and not math.isfinite(evaluation.loss):
+                raise FloatingPointError(
+                    f"the test loss of client {k} became {evaluation.loss} in round {task.round}; a smaller "
+                    "training.lr or a training.max_grad_norm may help"
+                )
             evaluations.append(evaluation)
             changed.append(bool(announced.items) or (evaluation is not None and evaluation.changed))
             if changed[-1]:
