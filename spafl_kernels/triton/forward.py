@@ -273,12 +273,14 @@ def layer_forward(
     kind = arithmetic(x.dtype, tf32)
     tile = tile or choose("forward", kind, total)
     filters = min(tile.filters, capacity(out))
-    row_tiles = triton.cdiv(total, tile.rows)
     line = row_step(x)
     bias = None if bias is None else bias.contiguous()
     depth = max(16, min(tile.depth, power_of_two(g.n_in) if input_plan is None else g.channels))
     flat = input_plan is None and flat_is_better(g.channels, g.kernel[0] * g.kernel[1], depth)
     depth = min(depth, 32) if flat else depth
+    # Masks and addresses of single channels cost registers: with 128 rows LeNet-5's second layer spilled in tf32.
+    rows = min(tile.rows, 64) if flat or g.channels % depth else tile.rows
+    row_tiles = triton.cdiv(total, rows)
     pointwise = g.pointwise and line is not None
     inputs = plan.data if input_plan is None else input_plan.data
     threshold_forward[(row_tiles * triton.cdiv(out, filters), clients)](
@@ -287,7 +289,7 @@ def layer_forward(
         inputs.stride(0), total, out, row_stride(g.n_in), x.stride(1), x.stride(2),
         line if pointwise else x.stride(3), row_tiles, HEADER=HEADER, SHAPE=g.shape,
         MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias, input_plan is not None),
-        PRECISION=precision(kind), ROWS=tile.rows, TILE=filters, DEPTH=depth,
+        PRECISION=precision(kind), ROWS=rows, TILE=filters, DEPTH=depth,
         GROUP=min(64, max(16, power_of_two(out))), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y

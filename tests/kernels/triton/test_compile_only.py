@@ -33,6 +33,8 @@ else:
 
     TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
     MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
+    # Bytes of stack. For sm_80 ptxas gives up one or two values of some linear tiles to reach a smaller register count.
+    STACK = {"sm_80": 8, "sm_90": 0, "sm_100": 0}
     SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
     RATCHET = pathlib.Path(__file__).with_name("sass_sm90.json")
     # name: out, geometry, images, clients, dtype, tf32
@@ -75,7 +77,7 @@ else:
             assert not launch.over_shared, (launch.name, launch.shared)
             assert not launch.bad_grid, (launch.name, launch.grid)
             row = compile_only.report(launch.kernel)
-            assert row["stack"] == row["local"] == 0, (launch.name, row)
+            assert row["stack"] <= STACK[target_name] and row["local"] == 0, (launch.name, row)
             rows.setdefault(launch.name, row)
             if launch.name in ("threshold_forward", "threshold_dgrad", "threshold_wgrad"):
                 if dtype is SINGLE and not tf32:
@@ -178,7 +180,7 @@ else:
                         if launch.name != f"threshold_{operation}":
                             continue
                         assert not launch.over_shared and not launch.bad_grid
-                        assert compile_only.resources(launch.kernel)["stack"] == 0, (launch.name, tile, kind)
+                        assert compile_only.resources(launch.kernel)["stack"] <= STACK[target], (tile, kind)
 
     @pytest.mark.slow
     @pytest.mark.skipif(not SLOW, reason="minutes; SPAFL_SLOW_TESTS=1 runs it")
@@ -204,4 +206,5 @@ else:
         assert seen
         for (out, geometry), n in seen.items():
             for dtype, tf32 in ((BRAIN, True), (SINGLE, True), (SINGLE, False)):
-                check(launches(TARGETS[target], out, geometry, n, 1, dtype, tf32), target, dtype, tf32)
+                kind = "MMA" if geometry.n_in < 64 else None  # small tiles: the instruction of one warp
+                check(launches(TARGETS[target], out, geometry, n, 1, dtype, tf32), target, dtype, tf32, kind)
