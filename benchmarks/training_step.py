@@ -180,6 +180,16 @@ def measure(name: str, density: float, turns: int, budget: float, clock: Callabl
     }
 
 
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    """All rows so far: a run that is stopped keeps what it has measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=sorted(SETTINGS), default=["lenet5", "conv4", "resnet18"])
@@ -198,6 +208,8 @@ def main(argv: list[str] | None = None) -> int:
         for density in args.densities:
             row = measure(name, density, args.turns, args.budget, clock)
             rows.append(row | {"clock": args.clock, "torch": torch.__version__})
+            if args.out:
+                _write(args.out, rows)
             if row["wrong"]:
                 print(f"{name} density {density}: WRONG, not timed: {row['wrong']}", flush=True)
             else:
@@ -208,13 +220,6 @@ def main(argv: list[str] | None = None) -> int:
                     f"ideal x{row['ideal']:<5} realised {row['realised']:.0%}",
                     flush=True,
                 )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        fields = list(dict.fromkeys(key for row in rows for key in row))
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            writer.writerows(rows)
     return int(any(row["wrong"] for row in rows))
 
 

@@ -314,7 +314,9 @@ def make_trainer(
 
     Args:
         model: the resident model, on its final device.
-        engine: ``"masked"``, ``"compact"``, or ``"auto"``: compact where it runs the model exactly, else masked.
+        engine: ``"masked"``, ``"compact"``, or ``"auto"``: compact where it runs the model exactly, else masked. On a
+            GPU "auto" is masked: the compact engine runs there, but asks the host at every step whether a mask changed,
+            and has not been measured.
         loss: see :class:`Trainer`.
         strict: raise where the compact engine cannot run the model instead of taking the masked one; by default what
             the environment variable ``SPAFL_STRICT`` says (``1`` is strict).
@@ -329,6 +331,9 @@ def make_trainer(
         strict = os.environ.get("SPAFL_STRICT", "") == "1"
     if engine == "masked":
         return MaskedTrainer(model, loss)
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if engine == "auto" and device != "cpu":
+        return MaskedTrainer(model, loss, reason=f"the compact engine has not been measured on {device}")
     from .compact import CompactTrainer
 
     try:

@@ -578,7 +578,8 @@ def prefers_channels_last(flow: Flow) -> bool:
     the rounding is that of the masked model only in the same memory order.
     """
     norms = [op for op in flow.norms.values() if isinstance(op.module, nn.BatchNorm2d)]
-    biased = any(flow.ops[op.sources[0]].const for op in norms)
+    layers = [op.module for op in flow.layers.values() if isinstance(op.module, ThresholdLayer)]
+    biased = any(m.bias is not None and not m.mask_bias for m in layers)
     return len(flow.image) == 3 and flow.image[0] > 1 and bool(norms) and not biased
 
 

@@ -142,6 +142,8 @@ class CompactTrainer(Trainer):
             self._result = self._fallback.finish()
         else:
             if self._flow is not None:
+                # Whatever happens, this training is over: nothing compact may be written into a changed model.
+                self._open = False
                 self._check_parameters(self._versions)
                 self._write_all()
             momentum = {}
@@ -156,6 +158,10 @@ class CompactTrainer(Trainer):
             )
         self._open = False
         return self._result
+
+    def explain(self) -> str:
+        """Which engine runs and why; after the first batch also which channels are followed and where they stop."""
+        return "\n".join([f"{self.engine}: {self.reason}", *(flow.explain() for flow in self._flows.values())])
 
     # -- start -----------------------------------------------------------------------------------------------------
 

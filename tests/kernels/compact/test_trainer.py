@@ -134,6 +134,28 @@ def test_activations(act, estimator):
     compare(model, EVERYTHING, batches((2, 7, 8), 12, 4, classes=5), evaluate_every=3)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("window, padding", [(2, 0), (3, 1)])
+@pytest.mark.parametrize("bias, mask_bias", [(False, False), (True, False), (True, True)])
+def test_first_layer_with_relu_and_pool(window, padding, bias, mask_bias, compiled):
+    """The fused call, and the way around it while a pruned filter with a positive bias must be computed."""
+    torch.manual_seed(16)
+    model = nn.Sequential(
+        ThresholdConv2d(2, 9, 3, padding=padding, bias=bias, mask_bias=mask_bias),
+        nn.ReLU(),
+        nn.MaxPool2d(window),
+        ThresholdConv2d(9, 7, 2, bias=bias, mask_bias=mask_bias),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        ThresholdLinear(7 if window == 3 else 28, 5),
+    ).double()
+    prune(model, 0.5, spread=0.05)
+    trainer = CompactTrainer(model, strict=True, compiled=compiled)
+    options = SGDOptions(lr=0.03, momentum=0.9, penalty=0.01, weight_decay=1e-3)
+    compare(model, options, batches((2, 12, 12), 30, 3, classes=5), evaluate_every=6, trainer=trainer)
+
+
 def test_norm_without_affine_part():
     torch.manual_seed(3)
     model = prune(Padded(True, affine=False).double(), 0.5)
@@ -389,6 +411,26 @@ def test_what_the_first_batch_shows_runs_masked_too(build, text):
         strict.step(x, y)
 
 
+def test_a_loss_that_is_not_finite_shows():
+    trainer = CompactTrainer(LeNet5(), strict=True)
+    x, y = next(batches((1, 28, 28), 1, 2, dtype=torch.float32))
+    trainer.begin(SGDOptions(lr=0.1))
+    assert not torch.isfinite(trainer.step(x * float("inf"), y))
+    trainer.finish()
+
+
+def test_the_trainer_explains_itself():
+    trainer = make_trainer(ResNet18(10, width=8))
+    assert trainer.engine == "compact"
+    trainer.begin(SGDOptions(lr=0.1))
+    trainer.step(*next(batches((3, 32, 32), 1, 2, dtype=torch.float32)))
+    trainer.finish()
+    text = trainer.explain()
+    assert text.startswith("compact: ")
+    assert "layer1.0.conv2: input columns from layer1.0.conv1" in text
+    assert "full width at layer1.0.conv2 -> add: addition of different channels" in text
+
+
 def test_a_model_changed_under_the_trainer_is_refused():
     model = LeNet5()
     trainer = CompactTrainer(model)
@@ -401,6 +443,9 @@ def test_a_model_changed_under_the_trainer_is_refused():
         model.fc3.weight.mul_(2)
     with pytest.raises(RuntimeError, match=r"'fc3.weight' was changed by somebody else"):
         trainer.finish()
+    trainer.begin(SGDOptions(lr=0.1))  # a new training starts from the model as it is
+    trainer.step(x, y)
+    assert trainer.finish().steps == 1
     model = LeNet5()
     trainer = CompactTrainer(model)
     model.fc3.weight = nn.Parameter(model.fc3.weight.detach().clone())
