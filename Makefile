@@ -1,11 +1,12 @@
 # make demo   set up and run the main job on embedded real data
 # make test   set up and run the tests
+# make test-gpu, make bench-gpu   on a machine with a GPU, with the PyTorch it has; nothing is downloaded
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-gpu bench-gpu lint clean
 
 setup: $(STAMP)
 
@@ -26,6 +27,19 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto
+
+# The interpreter that holds the CUDA build of PyTorch; the development environment pins a CPU one.
+GPU_PYTHON ?= $(PYTHON)
+GPU_PATH := PYTHONPATH="$(CURDIR):$(CURDIR)/python"
+
+test-gpu:
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PATH) $(GPU_PYTHON) -m spafl_kernels.env
+	$(GPU_PATH) $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels
+
+bench-gpu:
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PATH) $(GPU_PYTHON) benchmarks/gpu_layers.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
