@@ -1,7 +1,7 @@
 """Local training by SGD on weights and thresholds: the interface, and the trainer that defines it.
 
 :class:`MaskedTrainer` runs the reference layers and ``torch.optim.SGD``; it is what every faster trainer must equal.
-:func:`make_trainer` picks a trainer for a model and says why.
+:func:`spafl_kernels.engines.make_trainer` picks a trainer for a model and says why.
 
 One step, in this order (the order of the published code):
 
@@ -15,11 +15,9 @@ One step, in this order (the order of the published code):
 from __future__ import annotations
 
 import math
-import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .functional import threshold_layers, threshold_penalty
 
-__all__ = ["Engine", "MaskedTrainer", "SGDOptions", "TrainResult", "Trainer", "Unsupported", "make_trainer"]
+__all__ = ["MaskedTrainer", "SGDOptions", "TrainResult", "Trainer", "Unsupported"]
 
-Engine = Literal["auto", "masked", "compact"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -305,42 +302,3 @@ class MaskedTrainer(Trainer):
             )
             self._open = False
         return self._result
-
-
-def make_trainer(
-    model: nn.Module, engine: Engine = "auto", loss: Loss = F.cross_entropy, *, strict: bool | None = None
-) -> Trainer:
-    """A trainer for ``model``; its ``engine`` and ``reason`` say what runs and why.
-
-    Args:
-        model: the resident model, on its final device.
-        engine: ``"masked"``, ``"compact"``, or ``"auto"``: compact where it runs the model exactly, else masked. On a
-            GPU "auto" is masked: the compact engine runs there, but asks the host at every step whether a mask changed,
-            and has not been measured.
-        loss: see :class:`Trainer`.
-        strict: raise where the compact engine cannot run the model instead of taking the masked one; by default what
-            the environment variable ``SPAFL_STRICT`` says (``1`` is strict).
-
-    Raises:
-        ValueError: unknown engine.
-        Unsupported: strict, and the compact engine cannot run this model.
-    """
-    if engine not in get_args(Engine):
-        raise ValueError(f"engine must be one of {', '.join(get_args(Engine))}; got {engine!r}")
-    if strict is None:
-        strict = os.environ.get("SPAFL_STRICT", "") == "1"
-    if engine == "masked":
-        return MaskedTrainer(model, loss)
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    if engine == "auto" and device != "cpu":
-        return MaskedTrainer(model, loss, reason=f"the compact engine has not been measured on {device}")
-    from .compact import CompactTrainer
-
-    try:
-        return CompactTrainer(model, loss, strict)
-    except Unsupported as error:
-        if strict:
-            raise
-        if engine == "compact":
-            warnings.warn(f"engine 'compact' cannot run this model, using 'masked': {error}", stacklevel=2)
-        return MaskedTrainer(model, loss, reason=str(error))

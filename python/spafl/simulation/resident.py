@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spafl_kernels.training import Trainer, make_trainer
+from spafl_kernels.engines import make_trainer
+from spafl_kernels.training import Trainer
 
 from ..algorithms import Algorithm, Client, LocalTraining, Samples
 from ..data import Transform

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from spafl.models import LeNet5
 from spafl_kernels import reference, threshold_layers, threshold_penalty
-from spafl_kernels.training import MaskedTrainer, SGDOptions, make_trainer
+from spafl_kernels.engines import make_trainer
+from spafl_kernels.training import MaskedTrainer, SGDOptions
 
 
 def batches(count, batch=4, seed=0):

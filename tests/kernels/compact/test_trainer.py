@@ -10,7 +10,8 @@ from torch import nn
 from spafl.models import Conv4, LeNet5, ResNet18, ViT
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, threshold_layers
 from spafl_kernels.compact import CompactTrainer
-from spafl_kernels.training import SGDOptions, Unsupported, make_trainer
+from spafl_kernels.engines import make_trainer
+from spafl_kernels.training import SGDOptions, Unsupported
 
 EVERYTHING = SGDOptions(lr=0.02, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.003, collapse_floor=0.01)
 

@@ -1,0 +1,54 @@
+"""The engines that can train a model, and the choice between them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Literal, get_args
+
+from torch import nn
+from torch.nn import functional as F
+
+from .compact import CompactTrainer
+from .training import Loss, MaskedTrainer, Trainer, Unsupported
+
+__all__ = ["Engine", "make_trainer"]
+
+Engine = Literal["auto", "masked", "compact"]
+
+
+def make_trainer(
+    model: nn.Module, engine: Engine = "auto", loss: Loss = F.cross_entropy, *, strict: bool | None = None
+) -> Trainer:
+    """A trainer for ``model``; its ``engine`` and ``reason`` say what runs and why.
+
+    Args:
+        model: the resident model, on its final device.
+        engine: ``"masked"``, ``"compact"``, or ``"auto"``: compact where it runs the model exactly, else masked. On a
+            GPU "auto" is masked: the compact engine runs there, but asks the host at every step whether a mask changed,
+            and has not been measured.
+        loss: see :class:`spafl_kernels.training.Trainer`.
+        strict: raise where the compact engine cannot run the model instead of taking the masked one; by default what
+            the environment variable ``SPAFL_STRICT`` says (``1`` is strict).
+
+    Raises:
+        ValueError: unknown engine.
+        Unsupported: strict, and the compact engine cannot run this model.
+    """
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine must be one of {', '.join(get_args(Engine))}; got {engine!r}")
+    if strict is None:
+        strict = os.environ.get("SPAFL_STRICT", "") == "1"
+    if engine == "masked":
+        return MaskedTrainer(model, loss)
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if engine == "auto" and device != "cpu":
+        return MaskedTrainer(model, loss, reason=f"the compact engine has not been measured on {device}")
+    try:
+        return CompactTrainer(model, loss, strict)
+    except Unsupported as error:
+        if strict:
+            raise
+        if engine == "compact":
+            warnings.warn(f"engine 'compact' cannot run this model, using 'masked': {error}", stacklevel=2)
+        return MaskedTrainer(model, loss, reason=str(error))
