@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,7 +71,9 @@ def _report(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from .export import export_client
 
-    done = export_client(args.run, args.client, args.out or args.run / "export", args.onnx)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's exporters warn of their own internals
+        done = export_client(args.run, args.client, args.out or args.run / "export", args.onnx)
     (weights, small_weights), (macs, small_macs) = done.parameters, done.macs
     print(f"parameters {weights:,} -> {small_weights:,}; multiply-accumulates per sample {macs:,} -> {small_macs:,}")
     print(f"largest difference from the client's model: {done.difference:.1e} of the largest output")

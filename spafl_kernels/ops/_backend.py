@@ -24,7 +24,6 @@ def registers(function: Callable[[], None]) -> Callable[[], None]:
     return function
 
 
-@torch.compiler.assume_constant_result
 def ready() -> bool:
     """True if the compiled operators can be used and traced. Loads them on the first call."""
     if not native.available():
@@ -32,6 +31,10 @@ def ready() -> bool:
     while _registrations:
         _registrations.pop()()
     return True
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo: three seconds for everybody.
+ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(*tensors: Tensor) -> str | None:

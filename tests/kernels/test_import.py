@@ -1,0 +1,35 @@
+"""Importing is cheap and needs neither Triton nor the compiled extension."""
+
+import os
+import subprocess
+import sys
+
+BLOCKED = """
+import sys
+from importlib.machinery import PathFinder
+
+real = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: (
+    None if name.split(".")[0] == "triton" or name == "spafl_kernels._C" else real(name, path, target)
+)
+"""
+USE = """
+import torch
+import spafl_kernels
+layer = spafl_kernels.ThresholdConv2d(2, 3, 3)
+layer(torch.randn(1, 2, 5, 5)).sum().backward()
+assert layer.threshold.grad is not None
+slow = {"torch._dynamo", "torch._inductor", "triton", "sklearn", "matplotlib"} & set(sys.modules)
+assert not slow, slow
+"""
+
+
+def test_without_triton_and_without_the_extension():
+    environment = {**os.environ, "SPAFL_NATIVE": "0"}
+    done = subprocess.run([sys.executable, "-c", BLOCKED + USE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_with_everything():
+    done = subprocess.run([sys.executable, "-c", "import sys\n" + USE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
