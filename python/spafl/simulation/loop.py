@@ -20,7 +20,7 @@ from spafl_kernels.functional import threshold_layers
 
 from .. import rng
 from ..algorithms import Algorithm, Evaluation, Upload
-from ..config import RunConfig
+from ..config import RunConfig, load_config
 from ..data import Dataset, Partition, load_dataset, partition
 from ..errors import UserError
 from ..models import MODELS, build_model
@@ -185,8 +185,6 @@ class Simulation:
     # -- set-up -------------------------------------------------------------------------------------------------
 
     def _saved_state(self) -> checkpoint.Checkpoint | None:
-        from ..config import load_config
-
         stored = load_config(self.folder.path / "config.toml")
         difference = first_difference(stored, self.config)
         if difference:
