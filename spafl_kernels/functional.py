@@ -20,6 +20,7 @@ __all__ = [
     "density",
     "filter_scores",
     "importance_update_",
+    "observe",
     "threshold_conv2d",
     "threshold_layers",
     "threshold_linear",
@@ -51,6 +52,7 @@ def threshold_conv2d(
     groups: int = 1,
     estimator: Estimator = "identity",
     mask_bias: bool = False,
+    known_density: float = 1.0,
 ) -> Tensor:
     """2-d convolution whose filters are pruned, whole, while ``mean|w| <= threshold`` (SpaFL, arXiv 2406.00431).
 
@@ -62,6 +64,8 @@ def threshold_conv2d(
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`.
         estimator: straight-through rule of the threshold comparison, ``"identity"`` or ``"window"``.
         mask_bias: prune the bias together with its filter.
+        known_density: a share of active filters that is not exceeded, in (0, 1], as far as the host knows. On a GPU it
+            picks the backend, by measured times; the result does not depend on it.
 
     Returns:
         ``(N, out, H', W')`` or ``(out, H', W')``.
@@ -71,7 +75,9 @@ def threshold_conv2d(
     """
     _check(weight, threshold, estimator)
     if weight.is_cuda:
-        return ops.conv2d(input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias)
+        return ops.conv2d(
+            input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias, known_density
+        )
     return reference.threshold_conv2d(
         input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
     )
@@ -84,6 +90,7 @@ def threshold_linear(
     bias: Tensor | None = None,
     estimator: Estimator = "identity",
     mask_bias: bool = False,
+    known_density: float = 1.0,
 ) -> Tensor:
     """Linear map whose neurons are pruned, whole, while ``mean|w| <= threshold`` (SpaFL, arXiv 2406.00431).
 
@@ -94,6 +101,7 @@ def threshold_linear(
         bias: ``(out,)`` or None. A pruned neuron keeps its bias unless ``mask_bias``.
         estimator: straight-through rule of the threshold comparison, ``"identity"`` or ``"window"``.
         mask_bias: prune the bias together with its neuron.
+        known_density: as for :func:`threshold_conv2d`.
 
     Returns:
         ``(..., out)``.
@@ -103,7 +111,7 @@ def threshold_linear(
     """
     _check(weight, threshold, estimator)
     if weight.is_cuda:
-        return ops.linear(input, weight, threshold, bias, estimator, mask_bias)
+        return ops.linear(input, weight, threshold, bias, estimator, mask_bias, known_density)
     return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
 
 
@@ -138,6 +146,26 @@ def density(model: nn.Module) -> dict[str, float]:
         name: (filter_scores(layer.weight) > layer.threshold).double().mean().item()
         for name, layer in threshold_layers(model)
     }
+
+
+@torch.no_grad()
+def observe(model: nn.Module) -> dict[str, float]:
+    """Let every threshold layer know its density, which on a GPU decides between backends where times were measured.
+
+    Call it from time to time, once a round or an epoch: it waits for the device. Without it a layer counts as dense.
+    Sets ``known_density`` of each layer to its density, rounded up to one that is measured; results of the layers do
+    not depend on it.
+
+    Returns:
+        Share of active filters by layer name, in [0, 1].
+    """
+    layers = dict(threshold_layers(model))
+    if not layers:
+        return {}
+    shares = torch.stack([(filter_scores(l.weight) > l.threshold).double().mean() for l in layers.values()]).tolist()
+    for layer, share in zip(layers.values(), shares, strict=True):
+        layer.known_density = ops.tables.DENSITIES[ops.tables.density_step(share)]
+    return dict(zip(layers, shares, strict=True))
 
 
 @torch.no_grad()

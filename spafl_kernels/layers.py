@@ -23,6 +23,8 @@ class ThresholdLayer:
     threshold: nn.Parameter
     estimator: Estimator
     mask_bias: bool
+    # What the host knows of the density; see spafl_kernels.observe. Not part of the state: any value gives the same.
+    known_density: float = 1.0
 
     def _init_threshold(self, estimator: Estimator, mask_bias: bool) -> None:
         reference.check_estimator(estimator)
@@ -82,7 +84,7 @@ class ThresholdConv2d(ThresholdLayer, nn.Conv2d):
             padding = 0
         return functional.threshold_conv2d(
             input, self.weight, self.threshold, self.bias, stride, padding, dilation, self.groups,
-            self.estimator, self.mask_bias,
+            self.estimator, self.mask_bias, self.known_density,
         )  # fmt: skip
 
 
@@ -104,5 +106,5 @@ class ThresholdLinear(ThresholdLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.threshold_linear(
-            input, self.weight, self.threshold, self.bias, self.estimator, self.mask_bias
+            input, self.weight, self.threshold, self.bias, self.estimator, self.mask_bias, self.known_density
         )

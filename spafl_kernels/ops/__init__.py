@@ -14,6 +14,7 @@ float16 or bfloat16: masks are always decided in the dtype of the weights, so au
 :func:`explain` says which implementation a layer uses on an input, and why.
 """
 
+from . import tables
 from ._backend import ready
 from .backend import Explanation, explain
 from .conv_pool import DirectConvReluPool, DirectReluPool, conv_relu_pool, relu_pool
@@ -34,6 +35,7 @@ __all__ = [
     "ready",
     "relu_pool",
     "sgd_step",
+    "tables",
     "threshold_pass",
     "threshold_step",
 ]

@@ -1,20 +1,27 @@
 """Which implementation a layer uses, and why: nothing falls back without saying so.
 
-``SPAFL_STRICT=1`` in the environment turns every fallback on a GPU into an error. ``SPAFL_BACKEND=reference``, read at
-import, asks for the masked reference on GPUs too, which is then no fallback. On a CPU the masked reference is the
-implementation, not a fallback. There is no automatic choice by density or shape: no timing on a GPU has been measured.
+``SPAFL_STRICT=1`` in the environment turns every fallback on a GPU into an error. ``SPAFL_BACKEND``, read at import,
+asks for ``reference``, the masked dense operator, or ``triton``, the packed kernels, whatever the tables say; that is
+then no fallback. ``auto``, the default, chooses by the tables of :mod:`spafl_kernels.ops.tables`; a choice of the dense
+operator by measurement is no fallback either. Where no table was measured the packed kernels run. On a CPU the masked
+reference is the implementation, not a fallback.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import warnings
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+from . import tables
 
 Backend = Literal["reference", "triton"]
 # Present does not mean imported: importing triton is left to the first kernel launch.
@@ -23,25 +30,60 @@ LOWEST_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+Request = Literal["auto", "reference", "triton"]
+
+
 def _requested() -> str:
     value = os.environ.get("SPAFL_BACKEND", "auto")
-    if value not in ("auto", "reference"):
-        raise ValueError(f"SPAFL_BACKEND must be auto or reference; got {value!r}")
+    if value not in get_args(Request):
+        raise ValueError(f"SPAFL_BACKEND must be one of {', '.join(get_args(Request))}; got {value!r}")
     return value
 
 
 REQUESTED = _requested()
 
 
+@contextlib.contextmanager
+def requesting(request: Request) -> Iterator[None]:
+    """Behave as if ``SPAFL_BACKEND`` were ``request`` while the context is open. Not safe between threads."""
+    global REQUESTED
+    before, REQUESTED = REQUESTED, request
+    try:
+        yield
+    finally:
+        REQUESTED = before
+
+
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The implementation a layer uses on an input (``backend``), and ``reason`` in words."""
+    """The implementation a layer uses on an input (``backend``), and ``reason`` in words.
+
+    ``fallback``: the kernels were wanted and cannot run; strict mode refuses that.
+    """
 
     backend: Backend
     reason: str
+    fallback: bool = False
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a choice by measured tables depends on, all of it known to the host.
+
+    ``positions``: output positions of the batch, or rows of a linear layer. ``density``: the largest share of active
+    filters that the layer may be taken to have; 1 if nobody looked.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    channels: int
+    out: int
+    positions: int
+    dtype: str
+    density: float = 1.0
 
 
 def strict() -> bool:
@@ -67,16 +109,56 @@ def unsupported(input: Tensor, weight: Tensor, groups: int = 1) -> str | None:
     return None
 
 
-def decide(input: Tensor, weight: Tensor, groups: int = 1) -> Explanation:
-    """The choice for one call; raises nothing and warns about nothing."""
-    if not weight.is_cuda:
-        return Explanation("reference", f"{weight.device.type} tensors run the dense operator on masked weights")
+@functools.cache
+def _table_of(index: int) -> tables.Table | None:
+    return tables.for_device(torch.cuda.get_device_name(index)) if torch.cuda.is_available() else None
+
+
+def _measured(index: int) -> bool:
+    """Whether there is a table for the device with this index."""
+    return (tables.given() or _table_of(index)) is not None
+
+
+def _look_up(index: int, way: tables.Way, *work: Any) -> tuple[str, str]:
+    """Choice and reason for the fields of a :class:`Work`; integers and words only, for ``torch.compile``."""
+    table = tables.given() or _table_of(index)
+    assert table is not None
+    high, wide, down, right, channels, out, positions, dtype, step = work
+    shape = tables.shape_class((high, wide), (down, right), channels, out, positions)
+    return table.look_up(shape, dtype, way, tables.DENSITIES[step])
+
+
+# torch.compile calls them once and keeps the answers: a table does not change while a program runs.
+_measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choose(input: Tensor, weight: Tensor, groups: int, work: Work) -> Explanation:
+    """The choice for GPU tensors; raises nothing and warns about nothing."""
     if REQUESTED == "reference":
         return Explanation("reference", "SPAFL_BACKEND=reference asks for it")
     reason = unsupported(input, weight, groups)
     if reason is not None:
-        return Explanation("reference", reason)
-    return Explanation("triton", "CUDA tensors run the packed kernels, which skip pruned filters")
+        return Explanation("reference", reason, fallback=True)
+    if REQUESTED == "triton":
+        return Explanation("triton", "SPAFL_BACKEND=triton asks for it")
+    if torch._C._are_functorch_transforms_active():
+        return Explanation("triton", "under torch.func transforms the packed kernels run; tables are about one layer")
+    index = input.device.index or 0
+    if not _measured(index):
+        return Explanation(
+            "triton", "the packed kernels run, which skip pruned filters; no times were measured on this device"
+        )
+    compiling = torch.compiler.is_compiling()
+    captured = not compiling and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # By comparisons, so that a symbolic size of torch.compile becomes a number that holds for the whole class.
+    sizes = (
+        *(tables.exact(n) for n in (*work.kernel, *work.stride)),
+        *(tables.power_up(work.channels), tables.power_up(work.out), tables.power_down(work.positions)),
+    )
+    step = tables.density_step(work.density)
+    found = _look_up(index, "graph" if captured else "eager", *sizes, work.dtype, step)
+    return Explanation("triton" if found[0] == "triton" else "reference", found[1])
 
 
 _warned: set[str] = set()
@@ -96,11 +178,58 @@ def fall_back(reason: str) -> None:
         warnings.warn(message, stacklevel=5)
 
 
+def tf32(conv: bool) -> bool:
+    """Whether PyTorch's own operator would round float32 operands to tf32.
+
+    ``allow_tf32`` sets ``fp32_precision``; but reading ``allow_tf32`` raises once the newer setting has been used.
+    """
+    setting = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return setting.fp32_precision == "tf32"
+
+
+tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the getter is C++, which cannot be traced
+
+
+def arithmetic(input: Tensor, conv: bool) -> str:
+    """Name of the arithmetic of a layer on this input, as tables have it; autocast counts."""
+    kind, device = input.dtype, input.device.type
+    if torch.is_autocast_enabled(device):
+        kind = torch.get_autocast_dtype(device)
+    if kind == torch.float32:
+        return "tf32" if tf32(conv) else "fp32"
+    return "bf16" if kind == torch.bfloat16 else "fp16"
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def linear_work(input: Tensor, weight: Tensor, density: float) -> Work:
+    """What a linear layer does with ``input`` of ``(..., in)``."""
+    rows = input.numel() // max(1, input.shape[-1])
+    return Work((1, 1), (1, 1), weight.shape[1], weight.shape[0], rows, arithmetic(input, conv=False), density)
+
+
+def conv_work(
+    input: Tensor, weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int], density: float,
+) -> Work:  # fmt: skip
+    """What a convolution does with ``input`` of ``(N, in, H, W)`` or ``(in, H, W)``."""
+    kernel, steps, dilations = (weight.shape[2], weight.shape[3]), _pair(stride), _pair(dilation)
+    positions = input.shape[0] if input.dim() == 4 else 1
+    for i in (0, 1):
+        size, reach = input.shape[i - 2], dilations[i] * (kernel[i] - 1)
+        both = reach if padding == "same" else 0 if isinstance(padding, str) else 2 * _pair(padding)[i]
+        positions *= (size + both - reach - 1) // max(1, steps[i]) + 1
+    return Work(kernel, steps, weight.shape[1], weight.shape[0], positions, arithmetic(input, conv=True), density)
+
+
 def explain(module: nn.Module, x: Tensor) -> Explanation:
     """Which implementation ``module(x)`` would use, and why; nothing is run.
 
     Args:
-        module: a threshold layer.
+        module: a threshold layer. The density it is judged by is ``module.known_density``: what
+            :func:`spafl_kernels.observe` last saw.
         x: an input of it.
 
     Raises:
@@ -110,4 +239,11 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
 
     if not isinstance(module, ThresholdLayer):
         raise ValueError(f"module must be a ThresholdConv2d or a ThresholdLinear; got {type(module).__name__}")
-    return decide(x, module.weight, getattr(module, "groups", 1))
+    weight, density = module.weight, module.known_density
+    if not weight.is_cuda:
+        return Explanation("reference", f"{weight.device.type} tensors run the dense operator on masked weights")
+    if isinstance(module, nn.Conv2d):
+        return choose(
+            x, weight, module.groups, conv_work(x, weight, module.stride, module.padding, module.dilation, density)
+        )
+    return choose(x, weight, 1, linear_work(x, weight, density))

@@ -97,15 +97,6 @@ def _or_empty(weight: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(weight.new_empty(0) if result is None else result for result in results)
 
 
-def _tf32(conv: bool) -> bool:
-    """Whether PyTorch's own operator would round float32 operands to tf32.
-
-    ``allow_tf32`` sets ``fp32_precision``; but reading ``allow_tf32`` raises once the newer setting has been used.
-    """
-    setting = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    return setting.fp32_precision == "tf32"
-
-
 # --------------------------------------------------------------------------------------------------- linear
 @torch.library.custom_op("spafl::threshold_linear", mutates_args=(), device_types="cpu")
 def threshold_linear(
@@ -141,7 +132,7 @@ def _(input, weight, threshold, bias, estimator, mask_bias):
     geometry = Geometry(weight.shape[2])
     with torch.cuda.device_of(input):
         plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
-        y = layer_forward(input[..., None, None], packed, plan, bias, geometry, mask_bias, _tf32(conv=False))
+        y = layer_forward(input[..., None, None], packed, plan, bias, geometry, mask_bias, backend.tf32(conv=False))
     return y.squeeze(4).squeeze(3), plan.data, packed
 
 
@@ -172,7 +163,7 @@ def _(grad, input, weight, packed, plan, bias, mask_bias, need_input, need_weigh
     with torch.cuda.device_of(input):
         dx, dw, dtau, db = layer_backward(
             grad[..., None, None], input[..., None, None], weight, packed, Plan(plan, weight.shape[1]), bias,
-            Geometry(weight.shape[2]), mask_bias, _tf32(conv=False), need_input, need_weight,
+            Geometry(weight.shape[2]), mask_bias, backend.tf32(conv=False), need_input, need_weight,
         )  # fmt: skip
     return _or_empty(weight, None if dx is None else dx.squeeze(4).squeeze(3), dw, dtau, db)
 
@@ -219,7 +210,7 @@ def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask
     g = _geometry(input, weight, stride, padding, dilation)
     with torch.cuda.device_of(input):
         plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
-        return layer_forward(input, packed, plan, bias, g, mask_bias, _tf32(conv=True)), plan.data, packed
+        return layer_forward(input, packed, plan, bias, g, mask_bias, backend.tf32(conv=True)), plan.data, packed
 
 
 @threshold_conv2d.register_fake
@@ -254,7 +245,7 @@ def _(grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_b
     g = _geometry(input, weight, stride, padding, dilation)
     with torch.cuda.device_of(input):
         results = layer_backward(
-            grad, input, weight, packed, Plan(plan, weight.shape[1]), bias, g, mask_bias, _tf32(conv=True),
+            grad, input, weight, packed, Plan(plan, weight.shape[1]), bias, g, mask_bias, backend.tf32(conv=True),
             need_input, need_weight,
         )  # fmt: skip
     return _or_empty(weight, *results)
@@ -426,14 +417,12 @@ def _check_dtype(input: Tensor, weight: Tensor) -> None:
         raise ValueError(f"input must have the dtype of weight outside autocast; got {input.dtype} and {weight.dtype}")
 
 
-def _use_reference(input: Tensor, weight: Tensor, groups: int = 1) -> bool:
-    """Whether the masked reference runs: by request, or because the kernels cannot (which is said, or an error)."""
-    if backend.REQUESTED == "reference":
-        return True
-    reason = backend.unsupported(input, weight, groups)
-    if reason is not None:
-        backend.fall_back(reason)
-    return reason is not None
+def _use_reference(input: Tensor, weight: Tensor, groups: int, work: backend.Work) -> bool:
+    """Whether the masked reference runs: by request, by measurement, or as a fallback (which is said, or an error)."""
+    choice = backend.choose(input, weight, groups, work)
+    if choice.fallback:
+        backend.fall_back(choice.reason)
+    return choice.backend == "reference"
 
 
 def _client(tensor: Tensor | None) -> Tensor | None:
@@ -441,11 +430,12 @@ def _client(tensor: Tensor | None) -> Tensor | None:
 
 
 def linear(
-    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: Estimator, mask_bias: bool
-) -> Tensor:
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: Estimator, mask_bias: bool,
+    density: float = 1.0,
+) -> Tensor:  # fmt: skip
     """One linear layer through the operator, or the reference with a stated reason. Shapes as ``F.linear`` has them."""
     _check_dtype(input, weight)
-    if _use_reference(input, weight):
+    if _use_reference(input, weight, 1, backend.linear_work(input, weight, density)):
         return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input must have {weight.shape[1]} features, as weight has; got shape {tuple(input.shape)}")
@@ -457,17 +447,13 @@ def linear(
     return y.reshape(*input.shape[:-1], weight.shape[0])
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
 def _pad(
     input: Tensor, kernel: Sequence[int], padding: int | Sequence[int] | str, stride: tuple[int, int],
     dilation: tuple[int, int],
 ) -> tuple[Tensor, tuple[int, int]]:  # fmt: skip
     """Numbers for ``"same"`` and ``"valid"``; an uneven ``"same"`` pads the input itself, by one more at the end."""
     if not isinstance(padding, str):
-        return input, _pair(padding)
+        return input, backend._pair(padding)
     if padding == "valid":
         return input, (0, 0)
     if padding != "same" or stride != (1, 1):
@@ -489,16 +475,17 @@ def conv2d(
     groups: int,
     estimator: Estimator,
     mask_bias: bool,
+    density: float = 1.0,
 ) -> Tensor:
     """One convolution through the operator, or the reference with a stated reason. Shapes as ``F.conv2d`` has them."""
     _check_dtype(input, weight)
-    if _use_reference(input, weight, groups):
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input must be (N, in, H, W) or (in, H, W); got shape {tuple(input.shape)}")
+    if _use_reference(input, weight, groups, backend.conv_work(input, weight, stride, padding, dilation, density)):
         return reference.threshold_conv2d(
             input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
         )
-    if input.dim() not in (3, 4):
-        raise ValueError(f"input must be (N, in, H, W) or (in, H, W); got shape {tuple(input.shape)}")
-    strides, dilations = _pair(stride), _pair(dilation)
+    strides, dilations = backend._pair(stride), backend._pair(dilation)
     image, pads = _pad(input, weight.shape[2:], padding, strides, dilations)
     batch = image if image.dim() == 4 else image.unsqueeze(0)
     y = _call(

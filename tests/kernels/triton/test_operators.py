@@ -161,13 +161,13 @@ def test_autocast_casts_the_input_and_decides_masks_on_the_weights():
 
 def test_tf32_follows_the_old_and_the_new_setting():
     code = (
-        "import torch; from spafl_kernels.ops.library import _tf32\n"
+        "import torch; from spafl_kernels.ops.backend import tf32\n"
         "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.allow_tf32 = False\n"
-        "assert _tf32(False) and not _tf32(True)\n"
+        "assert tf32(False) and not tf32(True)\n"
         "torch.backends.cuda.matmul.allow_tf32 = False; torch.backends.cudnn.allow_tf32 = True\n"
-        "assert not _tf32(False) and _tf32(True)\n"
+        "assert not tf32(False) and tf32(True)\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'; torch.backends.cudnn.conv.fp32_precision = 'ieee'\n"
-        "assert _tf32(False) and not _tf32(True)"
+        "assert tf32(False) and not tf32(True)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -268,11 +268,13 @@ def test_explain_on_a_gpu_names_the_reason(monkeypatch):
     with FakeTensorMode():
         x = torch.empty(1, 4, 5, 5, device="cuda")
         w = torch.empty(6, 4, 3, 3, device="cuda")
-        assert backend.decide(x, w).backend == "triton"
-        assert "groups must be 1" in backend.decide(x, w, 2).reason
-        assert "float64" in backend.decide(x.double(), w.double()).reason
+        work = backend.conv_work(x, w, 1, 0, 1, 1.0)
+        assert backend.choose(x, w, 1, work).backend == "triton"
+        for tensors, groups, words in (((x, w), 2, "groups must be 1"), ((x.double(), w.double()), 1, "float64")):
+            choice = backend.choose(*tensors, groups, work)
+            assert choice.fallback and choice.backend == "reference" and words in choice.reason
         monkeypatch.setattr(backend, "HAS_TRITON", False)
-        assert str(backend.decide(x, w)).startswith("reference: triton is not installed")
+        assert str(backend.choose(x, w, 1, work)).startswith("reference: triton is not installed")
 
 
 def test_fallback_warns_once_and_is_an_error_in_strict_mode(monkeypatch):
@@ -302,7 +304,8 @@ def test_the_reference_can_be_asked_for(monkeypatch):
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "SPAFL_BACKEND": "cuda"}, capture_output=True, text=True
     )
-    assert done.stderr.splitlines()[-1] == "ValueError: SPAFL_BACKEND must be auto or reference; got 'cuda'"
+    want = "ValueError: SPAFL_BACKEND must be one of auto, reference, triton; got 'cuda'"
+    assert done.stderr.splitlines()[-1] == want
 
 
 def test_import_needs_no_triton():

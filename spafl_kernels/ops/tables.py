@@ -1,0 +1,194 @@
+"""Tables of measured times, from which ``auto`` picks how a layer runs on a GPU.
+
+A table belongs to one device. It is a JSON file in ``spafl_kernels/ops/tables`` (or in the folder that the environment
+variable ``SPAFL_TABLES`` names), written by ``python -m benchmarks.gpu --tables`` from measured rows:
+
+.. code-block:: json
+
+    {"format": 1, "device": "NVIDIA H200", "made": {"commit": "...", "torch": "...", "triton": "...", "time": "..."},
+     "entries": {"conv3x3/1 in64 out64 positions131072": {"bf16": {"graph": {"0.5": "triton", "1": "reference"}}}}}
+
+``entries`` maps a shape class, a dtype (``bf16``, ``fp16``, ``tf32``, ``fp32``) and a way to run (``eager``, ``graph``)
+to the choice at densities up to the one named. A choice other than ``reference`` is written only where it was measured
+to be faster than the masked dense operator beyond the spread of both, on every layer of the class.
+
+The rule of a look-up, and the reason it gives:
+
+1. no table for the device: the packed kernels, "not measured on this device";
+2. the class or dtype is not in the table: the masked dense operator, for no margin was measured;
+3. otherwise the choice at the smallest measured density that is not below the layer's; a density above all measured
+   ones counts as not measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, cast, get_args
+
+FORMAT = 1
+Choice = Literal["triton", "reference"]
+Way = Literal["eager", "graph"]
+DTYPES = ("bf16", "fp16", "tf32", "fp32")
+FOLDER = pathlib.Path(__file__).with_name("tables")
+# Densities that are measured. What the host knows of a density is rounded up to one of them, so that a compiled model
+# is traced for few values.
+DENSITIES = (0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+def density_step(density: float) -> int:
+    """The place in :data:`DENSITIES` of the smallest that is not below ``density``; the last one above 1."""
+    for step, measured in enumerate(DENSITIES):
+        if density <= measured:
+            return step
+    return len(DENSITIES) - 1
+
+
+def power_up(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    power = 1
+    while power < n:
+        power *= 2
+    return power
+
+
+def power_down(n: int) -> int:
+    """The largest power of two that is at most ``n``; 1 below 1."""
+    power = 1
+    while 2 * power <= n:
+        power *= 2
+    return power
+
+
+def exact(n: int) -> int:
+    """``n``, at least 1, as a number even where it was symbolic; for small numbers."""
+    number = 1
+    while number < n:
+        number += 1
+    return number
+
+
+def shape_class(kernel: Sequence[int], stride: Sequence[int], channels: int, out: int, positions: int) -> str:
+    """The class of a layer: its times are taken to hold for all layers of the class.
+
+    Channels are rounded up to a power of two, as tiles are filled up; output positions (batch times height times width,
+    or rows of a linear layer) down.
+    """
+    step = f"/{stride[0]}" if stride[0] == stride[1] else f"/{stride[0]}x{stride[1]}"
+    sizes = f"in{power_up(channels)} out{power_up(out)} positions{power_down(positions)}"
+    return f"conv{kernel[0]}x{kernel[1]}{step} {sizes}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The choices of one device; see the module for the format."""
+
+    device: str
+    made: Mapping[str, str]
+    entries: Mapping[str, Mapping[str, Mapping[str, Mapping[float, Choice]]]]
+
+    def look_up(self, shape: str, dtype: str, way: Way, density: float) -> tuple[Choice, str]:
+        """The choice, and the reason in words; see the rule in the module."""
+        row = self.entries.get(shape, {}).get(dtype, {}).get(way)
+        if not row:
+            return "reference", f"{shape} in {dtype}, {way}, is not in the table of {self.device}: dense is kept"
+        at = min((d for d in row if d >= density - 1e-9), default=None)
+        if at is None:
+            return "reference", f"{shape} was measured up to density {max(row):g}, this layer has {density:.3g}"
+        verb = "faster" if row[at] != "reference" else "not faster"
+        return row[at], (
+            f"the packed kernels were measured {verb} than masked dense at density {at:g} for {shape} in {dtype}, "
+            f"{way}, on {self.device} (commit {self.made.get('commit', 'unknown')})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What a file holds."""
+        entries = {
+            shape: {
+                dtype: {way: {f"{d:g}": c for d, c in sorted(row.items())} for way, row in sorted(ways.items())}
+                for dtype, ways in sorted(dtypes.items())
+            }
+            for shape, dtypes in sorted(self.entries.items())
+        }
+        return {"format": FORMAT, "device": self.device, "made": dict(self.made), "entries": entries}
+
+
+def parse(data: Any, source: str) -> Table:
+    """A table from the contents of its file.
+
+    Raises:
+        ValueError: the contents are not a table; the message names ``source`` and what is wrong.
+    """
+
+    def refuse(problem: str) -> ValueError:
+        return ValueError(f"{source} is not a table of measured choices: {problem}")
+
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise refuse(f"format must be {FORMAT}; got {data.get('format') if isinstance(data, dict) else data!r}")
+    if not isinstance(data.get("device"), str) or not isinstance(data.get("entries"), dict):
+        raise refuse("it needs a device and entries")
+    entries: dict[str, dict[str, dict[str, dict[float, Choice]]]] = {}
+    for shape, dtypes in data["entries"].items():
+        for dtype, ways in dtypes.items():
+            if dtype not in DTYPES:
+                raise refuse(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+            for way, row in ways.items():
+                if way not in get_args(Way):
+                    raise refuse(f"a way to run must be one of {', '.join(get_args(Way))}; got {way!r}")
+                for density, choice in row.items():
+                    if choice not in get_args(Choice):
+                        raise refuse(f"a choice must be one of {', '.join(get_args(Choice))}; got {choice!r}")
+                    if not 0 < float(density) <= 1:
+                        raise refuse(f"a density must be in (0, 1]; got {density}")
+                    places = entries.setdefault(shape, {}).setdefault(dtype, {}).setdefault(way, {})
+                    places[float(density)] = cast(Choice, choice)
+    return Table(data["device"], data.get("made", {}), entries)
+
+
+def load(path: pathlib.Path) -> Table:
+    """The table of a file.
+
+    Raises:
+        ValueError: the file does not hold one.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return parse(data, str(path))
+
+
+def file_name(device: str) -> str:
+    """Name of the file of a device: its name in lower case, other characters than letters and digits as dashes."""
+    words = "".join(c if c.isalnum() else " " for c in device.lower()).split()
+    return "-".join(words) + ".json"
+
+
+@functools.cache
+def for_device(name: str) -> Table | None:
+    """The table of a device by its name, or None. Read once."""
+    path = pathlib.Path(os.environ.get("SPAFL_TABLES") or FOLDER) / file_name(name)
+    return load(path) if path.is_file() else None
+
+
+_given: list[Table] = []
+
+
+@contextlib.contextmanager
+def using(table: Table) -> Iterator[None]:
+    """Choose by this table, whatever the device, while the context is open."""
+    _given.append(table)
+    try:
+        yield
+    finally:
+        _given.pop()
+
+
+def given() -> Table | None:
+    """The table of the innermost :func:`using`, or None."""
+    return _given[-1] if _given else None
