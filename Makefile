@@ -39,7 +39,7 @@ test-gpu:
 
 bench-gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PATH) $(GPU_PYTHON) benchmarks/gpu_layers.py
+	$(GPU_PATH) $(GPU_PYTHON) -m benchmarks.gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

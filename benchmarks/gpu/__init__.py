@@ -1,0 +1,14 @@
+"""What threshold layers cost on one GPU, beside their rivals and the roofline: ``python -m benchmarks.gpu --help``.
+
+=============  =======================================================================================
+``shapes``     the layers: those of the four models, and of ImageNet ResNet-50
+``roofline``   floors, ceilings and machine constants: arithmetic only
+``layers``     one layer at one batch and density, and what every provider does with it
+``steps``      whole training steps of a model, and of a cohort of clients
+``schedule``   which cells are measured, the most telling first
+``clock``      CUDA events and graphs
+``results``    the rows: columns, environment, appending to the CSV
+``plots``      pictures, from the CSV alone
+``choices``    the tables by which ``auto`` picks a backend, from the CSV alone
+=============  =======================================================================================
+"""

@@ -1,0 +1,134 @@
+"""Threshold layers, training steps and cohorts on one GPU, beside their rivals and the roofline.
+
+    python -m benchmarks.gpu                 measure, the most telling cells first; under 8 minutes
+    python -m benchmarks.gpu --list          what would be measured, in order; needs no GPU
+    python -m benchmarks.gpu --plots         pictures of what was measured, next to the CSV; needs no GPU
+    python -m benchmarks.gpu --tables        the tables by which ``auto`` chooses, from what was measured; needs no GPU
+
+Rows are appended to benchmarks/results/gpu.csv as they come, with device, versions and commit; losses are rows like any
+other. A run that is stopped keeps what it has. What a provider or a mode is: benchmarks/gpu/layers.py and steps.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import torch
+
+from spafl_kernels.ops import tables
+
+from . import choices, results, roofline, schedule
+from .clock import Cuda
+
+RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
+NAMES = tuple(dict.fromkeys(model for part in schedule.SCHEDULE for model in part.models))
+
+
+def warm_in_parallel(arguments: list[str], workers: int, seconds: float) -> None:
+    """Compile the kernels in several processes, which meet again in Triton's cache on disk.
+
+    What is not compiled after ``seconds`` is compiled when it is measured.
+    """
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    running = [subprocess.Popen([*command, "--warm", f"{i}/{workers}"]) for i in range(workers)]
+    deadline = time.monotonic() + seconds
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def warm(work: list[schedule.Job], part: str) -> None:
+    """Run the kernels of every ``parts``-th job once."""
+    number, parts = map(int, part.split("/"))
+    distinct = list({job.kernels: job for job in work}.values())
+    device = Cuda()
+    for job in distinct[number::parts]:
+        try:
+            job.warm(device)
+        except Exception as error:
+            print(f"{job.label}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def measured(path: pathlib.Path, parser: argparse.ArgumentParser) -> list[dict[str, str]]:
+    """The rows of the CSV; exits in one line where there are none."""
+    if not path.is_file():
+        parser.error(f"{path} does not exist: nothing was measured yet")
+    try:
+        return results.read([path])
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=None, choices=NAMES, metavar="MODEL", help=", ".join(NAMES))
+    parser.add_argument("--seconds", type=float, default=420.0, help="for compiling and measuring (default 420)")
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "gpu.csv", help="CSV to append to")
+    parser.add_argument("--list", action="store_true", help="print what would be measured")
+    parser.add_argument("--plots", action="store_true", help="draw what was measured")
+    parser.add_argument("--tables", action="store_true", help="write the tables of choices from what was measured")
+    parser.add_argument("--warm", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    work = schedule.jobs(schedule.SCHEDULE, options.models)
+    if options.list:
+        for job in work:
+            p = job.part
+            ways = "+".join("graph" if g else "eager" for g in p.graphs)
+            print(f"{job.label}  {','.join(p.modes) if job.layer else 'step'}  {ways}  {p.densities}")
+        return 0
+    if options.plots:
+        from . import plots
+
+        rows = measured(options.out, parser)
+        for path in plots.draw(rows, options.out.with_suffix("")):
+            print(path)
+    if options.tables:
+        rows = measured(options.out, parser)
+        try:
+            paths = choices.write(rows, tables.FOLDER)
+        except ValueError as error:
+            parser.error(f"{options.out}: {error}")
+        for path in paths:
+            print(path)
+            for miss in choices.misses(rows, tables.load(path)):
+                print(f"  above 3 %: {miss}")
+    if options.plots or options.tables:
+        return 0
+    if not torch.cuda.is_available():
+        print("error: benchmarks.gpu measures a CUDA GPU and this machine has none (--list works)", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    torch.backends.cudnn.benchmark = True
+    # The arithmetic of the rows called tf32; products of 16-bit numbers do not change.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    if options.warm:
+        warm(work, options.warm)
+        return 0
+    if options.workers > 1:
+        warm_in_parallel(["--models", *options.models] if options.models else [], options.workers, options.seconds / 3)
+        print(f"kernels compiled in {time.monotonic() - began:.0f} s", flush=True)
+    device = Cuda()
+    machine = roofline.machine(device.name)
+    facts = results.environment(device.name, machine.source if machine else "unknown device: no floors")
+    with results.Recorder(options.out, facts) as recorder:
+        left = options.seconds - (time.monotonic() - began)
+        outcome = schedule.run(work, device, machine, recorder, left, say=lambda line: print(line, flush=True))
+    if outcome.left_out:
+        print(f"no time for: {'; '.join(outcome.left_out)}")
+    print(f"{outcome.rows} rows in {options.out}; {time.monotonic() - began:.0f} s; red: {len(outcome.red)}")
+    return 1 if outcome.red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Makes the tables by which ``auto`` picks a backend (:mod:`spafl_kernels.ops.tables`), from measured rows alone."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+from collections.abc import Iterable
+
+from spafl_kernels.ops.tables import Choice, Table, Way, file_name
+
+from .results import latest
+
+# A choice may cost at most this much more than dense, on any measured layer; see `misses`.
+ALLOWED = 1.03
+
+
+def _times(rows: Iterable[dict[str, str]]) -> dict[tuple[str, ...], dict[str, str]]:
+    """Rows with a time, of layers as a user calls them, by everything that tells one cell from another."""
+    return {
+        (r["gpu"], r["shape_class"], r["dtype"], r["graph"], r["model"], r["layer"], r["batch"], r["provider"],
+         f"{float(r['density']):g}"): r
+        for r in latest(rows)
+        if r["kind"] == "layer" and r["mode"] == "module" and r["us"] and not r["gate"].startswith("fail")
+    }  # fmt: skip
+
+
+def make(rows: Iterable[dict[str, str]]) -> list[Table]:
+    """One table per device.
+
+    ``triton`` is chosen at a density where, on every layer of the class, the 80th percentile of the packed kernels is
+    below the 20th of masked dense, there and at every lower density that was measured: what the host knows of a density
+    is an upper bound. Masked dense, which computes the same function, does not depend on the density.
+
+    Raises:
+        ValueError: no row has what a table needs.
+    """
+    times = _times(rows)
+    verdicts: dict[tuple[str, str, str, Way, float], list[bool]] = collections.defaultdict(list)
+    made: dict[str, dict[str, str]] = {}
+    for (gpu, shape, dtype, graph, model, layer, batch, provider, density), row in times.items():
+        dense = times.get((gpu, shape, dtype, graph, model, layer, batch, "masked", "1"))
+        if provider != "ours" or dense is None:
+            continue
+        way: Way = "graph" if graph == "1" else "eager"
+        faster = float(row["us_p80"]) < float(dense["us_p20"])
+        verdicts[gpu, shape, dtype, way, float(density)].append(faster)
+        made[gpu] = {k: row[k] for k in ("commit", "torch", "triton", "cuda", "time")}
+    if not verdicts:
+        raise ValueError("no layer has the times of both the packed kernels and masked dense in mode module")
+    tables: dict[str, dict[str, dict[str, dict[str, dict[float, Choice]]]]] = {}
+    holds: dict[tuple[str, str, str, Way], bool] = {}
+    for (gpu, shape, dtype, way, density), faster_on in sorted(verdicts.items()):
+        below = holds.get((gpu, shape, dtype, way), True)
+        holds[gpu, shape, dtype, way] = below and all(faster_on)
+        choice: Choice = "triton" if below and all(faster_on) else "reference"
+        ways = tables.setdefault(gpu, {}).setdefault(shape, {}).setdefault(dtype, {})
+        ways.setdefault(way, {})[density] = choice
+    return [Table(gpu, made[gpu], entries) for gpu, entries in tables.items()]
+
+
+def misses(rows: Iterable[dict[str, str]], table: Table) -> list[str]:
+    """Measured layers on which the table's choice is more than 3 % slower than the plain dense operator, in words."""
+    times, found = _times(rows), []
+    for (gpu, shape, dtype, graph, model, layer, batch, provider, density), row in times.items():
+        if provider != "ours" or gpu != table.device:
+            continue
+        way: Way = "graph" if graph == "1" else "eager"
+        key = (gpu, shape, dtype, graph, model, layer, batch)
+        chosen = table.look_up(shape, dtype, way, float(density))[0]
+        taken = row if chosen == "triton" else times.get((*key, "masked", "1"))
+        dense = times.get((*key, "dense", "1"))
+        if taken is None or dense is None:
+            continue
+        ratio = float(taken["us"]) / float(dense["us"])
+        if ratio > ALLOWED:
+            found.append(
+                f"{model}.{layer} batch {batch} {dtype} {way} at density {density}: {chosen} takes {ratio:.2f} times "
+                "as long as plain dense"
+            )
+    return found
+
+
+def write(rows: list[dict[str, str]], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Write the table of every device in ``rows``; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for table in make(rows):
+        path = folder / file_name(table.device)
+        path.write_text(json.dumps(table.to_json(), indent=1) + "\n")
+        paths.append(path)
+    return paths

@@ -1,0 +1,102 @@
+"""Pictures of measured rows, from the CSV alone."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from matplotlib.figure import Figure
+
+from .results import latest
+
+Rows = list[dict[str, str]]
+COLUMNS = 4
+# Okabe and Ito's colours, told apart with every common colour vision.
+OURS, COMPACT, IDEAL, CEILING = "#0072B2", "#009E73", "#999999", "#D55E00"
+
+
+def curve(rows: Iterable[dict[str, str]], provider: str, y: str) -> list[tuple[float, float]]:
+    """``(density, y)`` of a provider where it was measured, by rising density."""
+    return sorted((float(r["density"]), float(r[y])) for r in rows if r["provider"] == provider and r[y])
+
+
+def layers(rows: Rows, dtype: str, batch: str, graph: str, mode: str) -> Figure | None:
+    """Speed-up over dense by density, one panel per layer, beside 1/density and the ceiling; None without a time.
+
+    A red panel title marks a layer where ours is slower than dense somewhere: a loss.
+    """
+    wanted = {"kind": "layer", "dtype": dtype, "batch": batch, "graph": graph, "mode": mode}
+    chosen = [r for r in latest(rows) if all(r[k] == v for k, v in wanted.items())]
+    panels: dict[tuple[str, str], Rows] = {}
+    for row in chosen:
+        panels.setdefault((row["model"], row["layer"]), []).append(row)
+    panels = {k: found for k, found in panels.items() if curve(found, "ours", "speedup_vs_dense")}
+    if not panels:
+        return None
+    lines = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(3.2 * COLUMNS, 2.6 * lines + 0.8), layout="constrained")
+    axes = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, ((model, name), found) in zip(axes, panels.items(), strict=False):
+        ideal = curve(found, "ours", "one_over_density")
+        axis.plot(*zip(*ideal, strict=True), "--", color=IDEAL, label="1 / density")
+        if ceiling := curve(found, "ours", "ceiling"):
+            axis.plot(*zip(*ceiling, strict=True), ":", color=CEILING, label="roofline ceiling")
+        if narrow := curve(found, "compact", "speedup_vs_dense"):
+            axis.plot(*zip(*narrow, strict=True), "s-", color=COMPACT, ms=4, label="compact + cuDNN (oracle)")
+        ours = curve(found, "ours", "speedup_vs_dense")
+        axis.plot(*zip(*ours, strict=True), "o-", color=OURS, ms=4, label="ours")
+        axis.axhline(1.0, color="black", lw=0.6)
+        axis.set(xscale="log", yscale="log", xlabel="density", ylabel="times faster than dense")
+        ticks = [d for d, _ in ideal]
+        axis.set_xticks(ticks, [f"{d:g}" for d in ticks])
+        axis.minorticks_off()
+        loss = min(speed for _, speed in ours) < 1.0
+        axis.set_title(f"{model} {name}\n{found[0]['shape']}", fontsize=8, color="#CC0000" if loss else "black")
+    axes[0].legend(fontsize=7)
+    way = "CUDA graph" if graph == "1" else "eager"
+    figure.suptitle(f"{mode}, {dtype}, batch {batch}, {way}, {'; '.join(sorted({r['gpu'] for r in chosen}))}")
+    return figure
+
+
+def steps(rows: Rows, kind: str) -> Figure | None:
+    """Milliseconds of whole training steps (``step``) or of a cohort (``cohort``); None without a time."""
+    chosen = [r for r in latest(rows) if r["kind"] == kind and r["us"]]
+    panels: dict[tuple[str, str, str], Rows] = {}
+    for row in chosen:
+        panels.setdefault((row["model"], row["batch"], row["graph"]), []).append(row)
+    if not panels:
+        return None
+    lines = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(3.2 * COLUMNS, 2.6 * lines + 0.8), layout="constrained")
+    axes = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, ((model, batch, graph), found) in zip(axes, sorted(panels.items()), strict=False):
+        for provider in dict.fromkeys(r["provider"] for r in found):
+            points = curve(found, provider, "us")
+            axis.plot([d for d, _ in points], [us / 1e3 for _, us in points], "o-", ms=4, label=provider)
+        axis.set(yscale="log", xlabel="density", ylabel="ms per step")
+        axis.set_title(f"{model}, batch {batch}, {'CUDA graph' if graph == '1' else 'eager'}", fontsize=9)
+        axis.legend(fontsize=7)
+    clients = sorted({r["clients"] for r in chosen})
+    what = "training step" if kind == "step" else f"step of a cohort of {', '.join(clients)} clients"
+    figure.suptitle(f"{what}, {'; '.join(sorted({r['gpu'] for r in chosen}))}")
+    return figure
+
+
+def draw(rows: Rows, folder: pathlib.Path) -> Sequence[pathlib.Path]:
+    """Every picture that the rows have times for, as PNG files; returns them."""
+    pictures: dict[str, Figure | None] = {kind: steps(rows, kind) for kind in ("step", "cohort")}
+    cells = {(r["dtype"], r["batch"], r["graph"], r["mode"]) for r in rows if r["kind"] == "layer"}
+    for dtype, batch, graph, mode in sorted(cells):
+        name = f"layers-{mode}-{dtype}-batch{batch}-{'graph' if graph == '1' else 'eager'}"
+        pictures[name] = layers(rows, dtype, batch, graph, mode)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            drawn.append(folder / f"{name}.png")
+            figure.savefig(drawn[-1], dpi=110)
+    return drawn

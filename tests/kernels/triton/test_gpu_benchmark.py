@@ -1,0 +1,456 @@
+"""What of ``benchmarks.gpu`` needs no GPU: everything but the times."""
+
+import csv
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import choices, layers, plots, results, roofline, schedule, shapes, steps
+from spafl_kernels.ops import closed_form, cuda_ops, tables
+from spafl_kernels.triton.geometry import Geometry
+from spafl_kernels.triton.plan import Plan
+
+H200 = roofline.MACHINES["H200"]
+
+
+class Cpu:
+    """A device whose calls run once and take as long as it is told."""
+
+    where, name = "cpu", "made-up GPU"
+
+    def __init__(self, *us):
+        self.us, self.ran = itertools.cycle(us or (100.0,)), 0
+
+    def settle(self):
+        pass
+
+    def times(self, call, graph):
+        call()
+        self.ran += 1
+        us = next(self.us)
+        return [us - 2, us - 1, us, us + 1, us + 2]
+
+
+class Closed:
+    """The launchers in plain PyTorch."""
+
+    def plan_layer(self, weight, threshold, estimator):
+        self.weight, self.threshold = weight, threshold
+        data, packed = closed_form.plan_and_packed(weight, threshold, estimator, weight.dtype)
+        return Plan(data, weight.shape[1]), packed, None
+
+    def layer_forward(self, x, packed, plan, bias, g, tf32):
+        return closed_form.forward(x, self.weight, self.threshold, bias, "identity", False, g)
+
+    def layer_backward(self, grad, x, weight, packed, plan, bias, g, tf32, need_input, need_weight):
+        dx, dw, dtau, _ = closed_form.backward(grad, x, weight, plan, bias, False, g)
+        return dx if need_input else None, *((dw, dtau) if need_weight else (None, None)), None
+
+
+CONV = shapes.Layer("model", "conv", 8, Geometry(4, 6, 5, (3, 3), (1, 1), (1, 1)), 1, False)
+LINEAR = shapes.Layer("model", "fc", 10, Geometry(12), 1, True)
+
+
+# ------------------------------------------------------------------------------------------------ shapes, arithmetic
+# Ceilings of output skipping at densities .5, .25, .1 and batch 128, worked out by hand from 790 TFLOP/s and 4.3 TB/s.
+@pytest.mark.parametrize(
+    ("out", "geometry", "ceilings"),
+    [
+        (64, Geometry(64, 28, 28, (5, 5)), (2.0, 3.7, 3.7)),
+        (64, Geometry(64, 32, 32, (3, 3), (1, 1), (1, 1)), (1.57, 1.57, 1.57)),
+        (512, Geometry(512, 4, 4, (3, 3), (1, 1), (1, 1)), (2.0, 4.0, 10.0)),
+    ],
+)
+def test_ceilings(out, geometry, ceilings):
+    layer = shapes.Layer("model", "layer", out, geometry, 1, False)
+    for density, ceiling in zip((0.5, 0.25, 0.1), ceilings, strict=True):
+        for mode in ("forward", "whole"):
+            assert roofline.ceiling(H200, layer, 128, "bf16", mode, density) == pytest.approx(ceiling, rel=0.02)
+
+
+def test_a_floor_by_hand():
+    """1024 rows, 256 -> 512: 268 MFLOP, 1.8 MB in bf16; a slow machine is bound by either, as its constants say."""
+    layer = shapes.Layer("model", "fc", 512, Geometry(256), 1, True)
+    flop, moved = 2 * 1024 * 256 * 512, 2 * (1024 * 256 + 1024 * 512 + 256 * 512)
+    computes = roofline.Machine({"bf16": 1e9}, 1e15, "slow to compute")
+    assert roofline.floor_us(computes, layer, 1024, "bf16", "forward", 1.0) == pytest.approx(flop / 1e9 * 1e6)
+    moves = roofline.Machine({"bf16": 1e18}, 1e9, "slow to move")
+    assert roofline.floor_us(moves, layer, 1024, "bf16", "whole", 1.0) == pytest.approx(3 * moved / 1e9 * 1e6)
+    narrow = 2 * (1024 * 256 + 1024 * 256 + 128 * 512)
+    assert roofline.floor_us(moves, layer, 1024, "bf16", "dgrad", 0.5, compact=True) == pytest.approx(narrow / 1e3)
+
+
+def test_constants_follow_the_name_of_the_device():
+    assert roofline.machine("NVIDIA H200") is H200
+    assert roofline.machine("NVIDIA H100 80GB HBM3").bandwidth == 3.0e12
+    assert roofline.machine("Some other GPU") is None
+
+
+def test_every_layer_of_the_models_is_listed():
+    found = {name: shapes.layers_of(name) for name in shapes.MODEL_NAMES}
+    assert {name: len(listed) for name, listed in found.items()} == {
+        "conv4": 7, "resnet18-full": 11, "lenet5": 4, "vit": 4,
+    }  # fmt: skip
+    assert found["lenet5"][1].shape == "5x5 20->50 @12x12 s1"
+    assert found["vit"][0].rows == 65 and found["vit"][0].shape == "128->1536"
+
+
+def test_resnet50_is_resnet50():
+    """Its published size: 25,557,032 parameters, 53,120 of them BatchNorm's and 1000 biases; 4.09 billion MACs."""
+    found = shapes.layers_of("resnet50")
+    assert len(found) == len({(l.out, l.geometry) for l in found}) == 24
+    assert sum(l.repeats for l in found) == 54
+    assert sum(l.repeats * l.out * l.geometry.n_in for l in found) == 25_557_032 - 53_120 - 1000
+    macs = sum(l.repeats * l.out * l.geometry.n_in * l.geometry.output[0] * l.geometry.output[1] for l in found)
+    assert macs == pytest.approx(4.09e9, rel=1e-3)
+    for layer in found:  # every output is some other layer's input
+        assert layer.name == "fc" or layer.geometry.output[0] in (112, 56, 28, 14, 7)
+
+
+def test_tile_density_is_what_the_tiles_multiply():
+    assert [roofline.tile_density(c, 64) for c in (0, 1, 16, 17, 33, 64)] == [0, 0.25, 0.25, 0.5, 1, 1]
+    assert roofline.tile_density(70, 128) == (64 + 16) / 128
+
+
+# ------------------------------------------------------------------------------------------------ one layer
+@pytest.mark.parametrize("layer", [CONV, LINEAR], ids=lambda l: l.name)
+def test_rows_of_a_layer(layer):
+    device = Cpu()
+    rows = list(layers.layer_rows(device, H200, layer, 2, "fp32", (0.5,), layers.MODES, (False, True), Closed()))
+    # Density 1: five providers (four in mode module); density .5: ours and the oracle (ours alone).
+    assert len(rows) == 2 * (4 * 5 + 4) + 2 * (4 * 2 + 1) == device.ran
+    assert all(row.keys() <= set(results.COLUMNS) for row in rows)
+    assert all(row["us"] == 100.0 and row["speedup_vs_dense"] == 1.0 for row in rows)
+    assert {row["gate"] for row in rows if row["provider"] == "ours"} == {"pass"}
+    for row in rows:
+        n = 2 * layer.geometry.output[0] * layer.geometry.output[1]
+        assert row["shape_class"].endswith(f"positions{tables.power_down(n)}")
+        floor = roofline.floor_us(
+            H200, layer, 2, "fp32", row["mode"], row["count"] / layer.out, row["provider"] == "compact"
+        )
+        assert row["floor_us"] == pytest.approx(floor, abs=1e-3)
+        assert row["share_of_floor"] == pytest.approx(row["floor_us"] / 100.0, abs=1e-4)
+
+
+def test_speed_up_is_over_dense_in_the_same_way():
+    device = Cpu(80.0, 40.0, 20.0, 160.0, 80.0, 10.0)  # dense, ours, compact, masked, again; then ours at .5, ...
+    rows = list(layers.layer_rows(device, None, CONV, 2, "fp32", (0.5,), ("whole",), (True,), Closed()))
+    found = {(row["provider"], row["density"]): row["speedup_vs_dense"] for row in rows}
+    assert found == {
+        ("dense", 1.0): 1.0, ("ours", 1.0): 2.0, ("compact", 1.0): 4.0, ("masked", 1.0): 0.5, ("dense-again", 1.0): 1.0,
+        ("ours", 0.5): 8.0, ("compact", 0.5): 1.0,
+    }  # fmt: skip
+    assert not any(row.keys() & {"floor_us", "ceiling", "share_of_floor"} for row in rows)  # an unknown machine
+
+
+@pytest.mark.parametrize("wrong", ["layer_forward", "layer_backward"])
+def test_no_time_for_a_wrong_result(monkeypatch, wrong):
+    kernels = Closed()
+    stock = getattr(kernels, wrong)
+
+    def off(*a, **k):
+        result = stock(*a, **k)
+        return result + 1e-3 if wrong == "layer_forward" else tuple(r if r is None else r + 1e-3 for r in result)
+
+    monkeypatch.setattr(kernels, wrong, off)
+    rows = list(layers.layer_rows(Cpu(), H200, CONV, 2, "fp32", (0.5,), ("whole",), (False,), kernels))
+    for row in rows:
+        assert ("us" in row) == (row["provider"] != "ours")
+        assert row["gate"].startswith("fail") == (row["provider"] == "ours")
+
+
+def test_a_pruned_output_that_is_not_zero_fails(monkeypatch):
+    kernels = Closed()
+    stock = kernels.layer_forward
+    monkeypatch.setattr(kernels, "layer_forward", lambda *a, **k: stock(*a, **k) + 1e-9)
+    case = layers.Case(CONV, 2, "fp32", 0.5, "cpu", kernels)
+    assert case.gate() == float("inf")
+
+
+def test_a_provider_that_raises_costs_only_its_own_row(monkeypatch):
+    device, stock = Cpu(), Cpu.times
+
+    def times(self, call, graph):
+        if self.ran == 0:
+            self.ran += 1
+            raise RuntimeError("CUDA error: out of patience\nmore")
+        return stock(self, call, graph)
+
+    monkeypatch.setattr(Cpu, "times", times)
+    rows = list(layers.layer_rows(device, H200, CONV, 2, "fp32", (1.0,), ("whole",), (False,), Closed()))
+    assert rows[0]["provider"] == "dense" and rows[0]["error"] == "RuntimeError: CUDA error: out of patience"
+    assert len(rows) == 5 and all("us" in row and "speedup_vs_dense" not in row for row in rows[1:])
+
+
+# ------------------------------------------------------------------------------------------------ whole steps
+@pytest.mark.parametrize("name", ["lenet5", "conv4"])
+def test_a_cohort_trains_as_its_clients_one_by_one(name):
+    """Three steps in float64: every parameter, momentum included, and the statistics of BatchNorm."""
+    options = steps.SETTINGS[name].options
+    models = [steps.pruned_model(name, 0.5, seed, "cpu", torch.float64) for seed in range(3)]
+    x, y = steps.batches(name, 3, 2, "cpu", torch.float64)
+    loop, cohort = steps.Loop(models, options), steps.Cohort(models, options, fused=False)
+    for _ in range(3):
+        torch.testing.assert_close(cohort.step(x, y), loop.step(x, y), rtol=1e-10, atol=1e-10)
+    for i, model in enumerate(loop.models):
+        for n, p in model.named_parameters():
+            torch.testing.assert_close(cohort.params[n][i], p.detach(), rtol=1e-9, atol=1e-11)
+        for n, b in model.named_buffers():
+            torch.testing.assert_close(cohort.buffers[n][i], b, rtol=1e-9, atol=1e-11)
+
+
+def test_the_collapse_guard_of_a_cohort():
+    models = [steps.pruned_model("lenet5", 0.5, seed, "cpu", torch.float64) for seed in range(2)]
+    with torch.no_grad():
+        models[1].fc3.threshold.fill_(5.0)  # one layer of one client is pruned whole
+    x, y = steps.batches("lenet5", 2, 2, "cpu", torch.float64)
+    options = steps.SETTINGS["lenet5"].options
+    loop, cohort = steps.Loop(models, options), steps.Cohort(models, options, fused=False)
+    for _ in range(3):
+        loop.step(x, y), cohort.step(x, y)
+    assert cohort.params["fc3.threshold"][1].abs().max() < 0.1
+    assert cohort.params["fc3.threshold"][0].abs().max() > 0
+    for i, model in enumerate(loop.models):
+        torch.testing.assert_close(cohort.params["fc3.threshold"][i], model.fc3.threshold.detach())
+
+
+def test_rows_of_a_cohort(monkeypatch):
+    monkeypatch.setattr(cuda_ops, "available", lambda: False)
+    rows = list(steps.cohort_rows(Cpu(400.0, 100.0), "lenet5", 2, 2, "fp64", (1.0, 0.5), (False,)))
+    assert [(r["provider"], r["density"], r["gate"], r["speedup_vs_dense"]) for r in rows] == [
+        ("loop", 1.0, "pass", 1.0), ("cohort-torch", 1.0, "pass", 4.0),
+        ("loop", 0.5, "pass", 1.0), ("cohort-torch", 0.5, "pass", 4.0),
+    ]  # fmt: skip
+    assert all(r["clients"] == 2 and r.keys() <= set(results.COLUMNS) for r in rows)
+
+
+def test_a_cohort_that_trains_wrongly_has_no_time(monkeypatch):
+    stock = steps.Cohort._update
+    monkeypatch.setattr(steps.Cohort, "_update", lambda self, g: stock(self, {n: 1.001 * v for n, v in g.items()}))
+    rows = list(steps.cohort_rows(Cpu(), "lenet5", 2, 2, "fp64", (0.5,), (False,)))
+    assert rows[0]["us"] == 100.0 and "us" not in rows[1] and rows[1]["gate"].startswith("fail")
+
+
+def test_rows_of_a_model():
+    rows = list(steps.model_rows(Cpu(), "lenet5", 2, "fp64", (0.5,), (False, True)))
+    assert [(r["provider"], r["density"], r["graph"]) for r in rows] == [
+        *((p, 1.0, g) for p in ("dense", "masked", "ours") for g in (0, 1)), ("compact", 1.0, 0),
+        *((p, 0.5, g) for p in ("masked", "ours") for g in (0, 1)), ("compact", 0.5, 0),
+    ]  # fmt: skip
+    assert all(r["gate"] == ("-" if r["provider"] == "dense" else "pass") and "us" in r for r in rows)
+
+
+def test_a_difference_is_seen_in_every_parameter():
+    want = {"a": torch.ones(4), "tiny": torch.full((2,), 1e-9)}
+    assert steps.difference(want, want) == 0.0
+    assert steps.difference({**want, "a": want["a"] * 1.1}, want) == pytest.approx(0.1, rel=1e-3)
+    # A parameter that hardly moves is measured against the typical change, a NaN against nothing.
+    assert steps.difference({**want, "tiny": want["tiny"] * 2}, want) < 1e-8
+    assert steps.difference({**want, "tiny": want["tiny"] * float("nan")}, want) == float("inf")
+
+
+# ------------------------------------------------------------------------------------------------ schedule and rows
+SMALL = (
+    schedule.Pass("layer", ("lenet5",), 2, "fp32", (0.5,), ("whole",), (False,), seconds=20),
+    schedule.Pass("layer", ("lenet5",), 3, "fp32", (0.5,), ("whole",), (False,), seconds=1000),
+)
+
+
+class Watch:
+    """A clock that a job moves on."""
+
+    def __init__(self):
+        self.time = 0.0
+
+    def __call__(self):
+        return self.time
+
+
+@pytest.fixture
+def ten_seconds_each(monkeypatch):
+    """Every job writes two rows and takes ten seconds."""
+    watch = Watch()
+
+    def rows(job, device, machine, kernels=None):
+        for provider in ("dense", "ours"):
+            watch.time += 5
+            yield {"kind": "layer", "layer": job.layer.name, "batch": job.batch, "provider": provider, "gate": "-",
+                   "mode": "whole", "density": 0.5, "graph": 0}  # fmt: skip
+
+    monkeypatch.setattr(schedule.Job, "rows", rows)
+    return watch
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_keeps_to_its_time_and_to_that_of_each_pass(tmp_path, ten_seconds_each):
+    work, said = schedule.jobs(SMALL), []
+    assert [(j.batch, j.layer.name) for j in work[::4]] == [(2, "conv1"), (3, "conv1")] and len(work) == 8
+    with results.Recorder(tmp_path / "gpu.csv", {"gpu": "made-up"}) as recorder:
+        outcome = schedule.run(work, Cpu(), None, recorder, 46, now=ten_seconds_each, say=said.append)
+    # Two jobs of the first pass (20 s), three of the second (until 46 s have gone).
+    done = [(r["batch"], r["layer"]) for r in rows_of(tmp_path / "gpu.csv")][::2]
+    assert done == [("2", "conv1"), ("2", "conv2"), ("3", "conv1"), ("3", "conv2"), ("3", "fc3")]
+    assert outcome.rows == 10 and not outcome.red and len(outcome.left_out) == 3 and len(said) == 5
+
+
+def test_a_job_without_end_is_given_up(tmp_path, ten_seconds_each):
+    with results.Recorder(tmp_path / "gpu.csv", {}) as recorder:
+        outcome = schedule.run(schedule.jobs(SMALL), Cpu(), None, recorder, 4, now=ten_seconds_each, say=len)
+    assert outcome.rows == 1 and outcome.left_out[0].endswith("(the rest of it)") and len(outcome.left_out) == 8
+
+
+def test_a_run_stopped_by_hand_keeps_its_rows(tmp_path, monkeypatch, ten_seconds_each):
+    stock, path = schedule.Job.rows, tmp_path / "gpu.csv"
+
+    def rows(job, *a):
+        yield from itertools.islice(stock(job, *a), 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(schedule.Job, "rows", rows)
+    with pytest.raises(KeyboardInterrupt), results.Recorder(path, {"gpu": "made-up"}) as recorder:
+        schedule.run(schedule.jobs(SMALL), Cpu(), None, recorder, 100, now=ten_seconds_each, say=len)
+    assert [(r["provider"], r["gpu"]) for r in rows_of(path)] == [("dense", "made-up")]
+
+
+def test_a_broken_job_is_red_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    real = schedule.Job.rows
+
+    def rows(job, *a):
+        if job.layer.name == "conv1":
+            raise RuntimeError("no such kernel")
+        return real(job, *a)
+
+    monkeypatch.setattr(schedule.Job, "rows", rows)
+    with results.Recorder(tmp_path / "gpu.csv", {}) as recorder:
+        outcome = schedule.run(schedule.jobs(SMALL[:1]), Cpu(), H200, recorder, 100, Closed(), say=len)
+    assert [label.split()[1] for label in outcome.red] == ["conv1"] and outcome.rows == 3 * 7
+    assert "RuntimeError: no such kernel" in capsys.readouterr().err
+
+
+def test_the_schedule_covers_what_is_asked():
+    cells = {
+        (p.kind, model, p.batch, mode, graph, density)
+        for p in schedule.SCHEDULE if p.dtype == "bf16" or p.kind != "layer"
+        for model, mode, graph, density in itertools.product(p.models, p.modes, p.graphs, p.densities)
+    }  # fmt: skip
+    for batch, models in ((128, shapes.MODEL_NAMES), (16, shapes.MODEL_NAMES), (64, ("resnet50",))):
+        for model, mode, graph, density in itertools.product(models, layers.MODES, (False, True), schedule.ALL):
+            assert ("layer", model, batch, mode, graph, density) in cells
+    assert {m for kind, m, *_ in cells if kind == "cohort"} == {"lenet5", "conv4"}
+    assert {m for kind, m, *_ in cells if kind == "step"} == set(shapes.MODEL_NAMES)
+    assert [j.batch for j in schedule.jobs(schedule.SCHEDULE) if j.part.kind == "cohort"] == [64, 16]
+    assert {j.model for j in schedule.jobs(schedule.SCHEDULE, ["vit"])} == {"vit"}
+
+
+def test_a_file_of_another_version_is_not_touched(tmp_path):
+    path = tmp_path / "gpu.csv"
+    path.write_text("model,us\nconv4,1\n")
+    with pytest.raises(ValueError, match="has the columns of another version"):
+        results.Recorder(path, {})
+    with pytest.raises(ValueError, match="is not a result of this benchmark"):
+        results.read([path])
+    assert path.read_text() == "model,us\nconv4,1\n"
+
+
+def test_a_second_run_appends(tmp_path):
+    path = tmp_path / "gpu.csv"
+    for us in (1, 2):
+        with results.Recorder(path, {"gpu": "made-up"}) as recorder:
+            recorder.add([{"kind": "layer", "us": us}])
+    rows = results.read([path])
+    assert [r["us"] for r in rows] == ["1", "2"] and [r["us"] for r in results.latest(rows)] == ["2"]
+
+
+# ------------------------------------------------------------------------------------------------ tables, pictures
+def sample(us, layer="conv1", provider="ours", density=1.0, gate="-", mode="module", shape="class a", graph=1):
+    """A made-up row, as it comes out of the CSV."""
+    row = dict.fromkeys(results.COLUMNS, "")
+    row |= {
+        "kind": "layer", "model": "conv4", "layer": layer, "shape": "5x5", "shape_class": shape, "clients": "1",
+        "batch": "128", "dtype": "bf16", "density": str(density), "mode": mode, "provider": provider,
+        "graph": str(graph), "us": str(us), "us_p20": str(us - 1), "us_p80": str(us + 1), "gate": gate,
+        "speedup_vs_dense": str(100 / us), "ceiling": "3", "one_over_density": str(1 / density),
+        "gpu": "made-up GPU", "commit": "abc", "torch": "2", "triton": "3", "time": "now",
+    }  # fmt: skip
+    return row
+
+
+def measured(layer, dense, masked, ours, **rest):
+    """Rows of one layer: ``ours`` by density."""
+    return [
+        sample(dense, layer, "dense", **rest),
+        sample(masked, layer, "masked", **rest),
+        *(sample(us, layer, density=d, gate="pass", **rest) for d, us in ours.items()),
+    ]
+
+
+def test_a_table_takes_the_kernels_only_where_they_win_on_every_layer():
+    rows = [
+        *measured("conv1", 100, 105, {1.0: 120, 0.5: 80, 0.25: 40}),
+        *measured("conv2", 100, 105, {1.0: 120, 0.5: 104, 0.25: 50}),  # within the spread of masked dense at .5
+        *measured("conv3", 100, 105, {1.0: 50, 0.5: 40, 0.25: 200}, shape="class b"),  # loses at the lowest density
+    ]
+    (table,) = choices.make(rows)
+    assert table.device == "made-up GPU" and table.made["commit"] == "abc"
+    assert table.entries["class a"]["bf16"]["graph"] == {1.0: "reference", 0.5: "reference", 0.25: "triton"}
+    assert table.entries["class b"]["bf16"]["graph"] == dict.fromkeys((1.0, 0.5, 0.25), "reference")
+    assert table.look_up("class a", "bf16", "graph", 0.2)[0] == "triton"
+    # Masked dense is the best there is on these layers, yet 5 % slower than a plain dense layer: said, not hidden.
+    missed = choices.misses(rows, table)
+    assert len(missed) == 7 and all("1.05 times as long as plain dense" in m for m in missed)
+    assert not choices.misses(measured("conv1", 100, 102, {1.0: 120}), table)
+
+
+def test_a_red_gate_or_another_mode_gives_no_table():
+    rows = [*measured("conv1", 100, 105, {0.5: 10}, mode="whole"), sample(10, gate="fail 1e-1", density=0.5)]
+    with pytest.raises(ValueError, match="no layer has the times of both"):
+        choices.make(rows)
+
+
+def test_tables_and_pictures_from_the_command(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "gpu.csv"
+    monkeypatch.setattr(tables, "FOLDER", tmp_path / "tables")
+    for flag in ("--tables", "--plots"):
+        with pytest.raises(SystemExit):
+            command.main([flag, "--out", str(path)])
+        assert "nothing was measured yet" in capsys.readouterr().err
+    with results.Recorder(path, {}) as recorder:
+        recorder.add(measured("conv1", 100, 105, {1.0: 120, 0.5: 50}))
+        recorder.add({**sample(5e4, provider=p), "kind": "cohort", "clients": "10"} for p in ("loop", "cohort"))
+    assert command.main(["--tables", "--plots", "--out", str(path)]) == 0
+    assert tables.load(tmp_path / "tables" / "made-up-gpu.json").look_up("class a", "bf16", "graph", 0.5)[0] == "triton"
+    drawn = {p.name for p in (tmp_path / "gpu").iterdir()}
+    assert drawn == {"cohort.png", "layers-module-bf16-batch128-graph.png"}
+    assert "above 3 %: conv4.conv1 batch 128 bf16 graph at density 1: reference takes 1.05" in capsys.readouterr().out
+
+
+def test_a_picture_shows_both_bounds_and_marks_a_loss():
+    rows = [
+        *measured("conv1", 100, 105, {1.0: 90, 0.5: 50, 0.1: 20}),
+        *measured("conv2", 100, 105, {1.0: 120, 0.5: 80}),
+    ]
+    figure = plots.layers(rows, "bf16", "128", "1", "module")
+    win, loss = figure.axes[:2]
+    assert win.get_title().startswith("conv4 conv1") and win.title.get_color() == "black"
+    assert loss.title.get_color() == "#CC0000"
+    lines = {line.get_label(): line for line in win.get_lines()}
+    assert list(lines["1 / density"].get_ydata()) == [10, 2, 1]
+    assert list(lines["ours"].get_xdata()) == [0.1, 0.5, 1.0]
+    assert list(lines["ours"].get_ydata()) == pytest.approx([5, 2, 100 / 90])
+    assert list(lines["roofline ceiling"].get_ydata()) == [3, 3, 3]
+    assert plots.layers(rows, "bf16", "128", "0", "module") is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_refuses_without_a_gpu():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "measures a CUDA GPU" in done.stderr
