@@ -32,10 +32,13 @@ test: $(STAMP)
 GPU_PYTHON ?= $(PYTHON)
 GPU_PATH := PYTHONPATH="$(CURDIR):$(CURDIR)/python"
 
+# Most of the time compiles kernels; pytest-xdist, where it is there, does that on several cores.
+GPU_PARALLEL = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8)
+
 test-gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	$(GPU_PATH) $(GPU_PYTHON) -m spafl_kernels.env
-	$(GPU_PATH) $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels
+	$(GPU_PATH) $(GPU_PYTHON) -m pytest -q -rs -m gpu $(GPU_PARALLEL) tests/kernels
 
 bench-gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
