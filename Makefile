@@ -33,7 +33,7 @@ GPU_PYTHON ?= $(PYTHON)
 GPU_PATH := PYTHONPATH="$(CURDIR):$(CURDIR)/python"
 
 # Most of the time compiles kernels; pytest-xdist, where it is there, does that on several cores.
-GPU_PARALLEL = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8)
+GPU_PARALLEL = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo '-n 8')
 
 test-gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
