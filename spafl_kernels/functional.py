@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Estimator",
     "active_filters",
+    "check_thresholds",
     "density",
     "filter_scores",
     "importance_update_",
@@ -149,6 +150,25 @@ def density(model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
+def check_thresholds(model: nn.Module) -> None:
+    """Refuse thresholds that are not finite: every comparison with NaN is false, so they would prune without a word.
+
+    It waits for the device once, which is why layers themselves do not ask; loading a state dict,
+    :func:`observe` and the beginning of a training do.
+
+    Raises:
+        ValueError: names the layers and how many of their thresholds are NaN or infinite.
+    """
+    layers = dict(threshold_layers(model))
+    if not layers:
+        return
+    counts = torch.stack([(~layer.threshold.isfinite()).sum() for layer in layers.values()]).tolist()
+    wrong = [f"{name} ({n} of {len(layers[name].threshold)})" for name, n in zip(layers, counts, strict=True) if n]
+    if wrong:
+        raise ValueError(f"thresholds must be finite; NaN or infinite in {', '.join(wrong)}")
+
+
+@torch.no_grad()
 def observe(model: nn.Module) -> dict[str, float]:
     """Let every threshold layer know its density, which on a GPU decides between backends where times were measured.
 
@@ -158,7 +178,11 @@ def observe(model: nn.Module) -> dict[str, float]:
 
     Returns:
         Share of active filters by layer name, in [0, 1].
+
+    Raises:
+        ValueError: a threshold is not finite.
     """
+    check_thresholds(model)
     layers = dict(threshold_layers(model))
     if not layers:
         return {}

@@ -40,6 +40,13 @@ class ThresholdLayer:
         if "threshold" in self._parameters:  # type: ignore[attr-defined]
             nn.init.zeros_(self.threshold)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        given, errors = state_dict.get(f"{prefix}threshold"), rest[-1]
+        if isinstance(given, Tensor) and not given.is_meta and not given.isfinite().all():
+            wrong = (~given.isfinite()).nonzero().flatten().tolist()
+            errors.append(f"{prefix}threshold must be finite; NaN or infinite at filters {wrong[:8]}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
+
     @torch.no_grad()
     def scores(self) -> Tensor:
         """``mean|w|`` of every filter: ``(out,)``, no gradient."""

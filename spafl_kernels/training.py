@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from .functional import threshold_layers, threshold_penalty
+from .functional import check_thresholds, threshold_layers, threshold_penalty
 
 __all__ = ["MaskedTrainer", "SGDOptions", "TrainResult", "Trainer", "Unsupported"]
 
@@ -136,7 +136,8 @@ class Trainer:
             densities: density of every threshold layer in its last forward, the collapse guard's state; 1.0 by default.
 
         Raises:
-            ValueError: a buffer or density that is missing, unknown or of the wrong shape, dtype or device.
+            ValueError: a buffer or density that is missing, unknown or of the wrong shape, dtype or device; a threshold
+                that is not finite.
             RuntimeError: the last training was not finished.
         """
         raise NotImplementedError
@@ -182,6 +183,7 @@ class Trainer:
         """Check the arguments of ``begin``; returns complete densities."""
         if self._open:
             raise RuntimeError("begin() was called before the last training was finished; call finish() first")
+        check_thresholds(self.model)
         layers = [name for name, _ in threshold_layers(self.model)]
         if momentum:
             trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -179,3 +179,27 @@ def test_bad_arguments():
         threshold_linear(torch.ones(1, 3), layer.weight, torch.zeros(4).double())
     with pytest.raises(ValueError, match="threshold is on meta but weight is on cpu"):
         threshold_linear(torch.ones(1, 3), layer.weight, torch.zeros(4, device="meta"))
+
+
+# ----------------------------------------------------------------------------------------------- bad thresholds
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_threshold_that_is_not_finite_is_refused_where_work_begins(value):
+    from spafl_kernels import observe
+    from spafl_kernels.functional import check_thresholds
+    from spafl_kernels.training import MaskedTrainer, SGDOptions
+
+    model = nn.Sequential(ThresholdLinear(3, 4), nn.ReLU(), ThresholdLinear(4, 2))
+    check_thresholds(model)
+    good = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        model[2].threshold[1] = value
+    message = r"thresholds must be finite; NaN or infinite in 2 \(1 of 2\)"
+    for begin in (check_thresholds, observe, lambda m: MaskedTrainer(m).begin(SGDOptions(0.1))):
+        with pytest.raises(ValueError, match=message):
+            begin(model)
+    bad = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(good)
+    trainer = MaskedTrainer(model)
+    trainer.begin(SGDOptions(0.1))  # a refused begin leaves nothing open, a good one works
+    with pytest.raises(RuntimeError, match=r"2.threshold must be finite; NaN or infinite at filters \[1\]"):
+        model.load_state_dict(bad)
