@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import pathlib
 from collections.abc import Iterable
@@ -25,37 +24,47 @@ def _times(rows: Iterable[dict[str, str]]) -> dict[tuple[str, ...], dict[str, st
     }  # fmt: skip
 
 
+# Which provider's times speak for a choice; masked dense speaks for "reference".
+SPEAKERS: dict[str, Choice] = {"ours": "triton", "narrow": "narrow"}
+
+
 def make(rows: Iterable[dict[str, str]]) -> list[Table]:
     """One table per device.
 
-    ``triton`` is chosen at a density where, on every layer of the class, the 80th percentile of the packed kernels is
-    below the 20th of masked dense, there and at every lower density that was measured: what the host knows of a density
-    is an upper bound. Masked dense, which computes the same function, does not depend on the density.
+    A choice is safe at a density where, on every layer of the class, its 80th percentile is below the 20th of masked
+    dense, there and at every lower density that was measured: what the host knows of a density is an upper bound.
+    Masked dense, which computes the same function, does not depend on the density. Of several safe ones the table
+    names the one whose worst ratio to masked dense is the smallest.
 
     Raises:
         ValueError: no row has what a table needs.
     """
     times = _times(rows)
-    verdicts: dict[tuple[str, str, str, Way, float], list[bool]] = collections.defaultdict(list)
+    # By cell and density, then by choice: ratio to masked dense, and whether it is faster beyond the spread, per layer.
+    verdicts: dict[tuple[str, str, str, Way, float], dict[Choice, list[tuple[float, bool]]]] = {}
     made: dict[str, dict[str, str]] = {}
     for (gpu, shape, dtype, graph, model, layer, batch, provider, density), row in times.items():
         dense = times.get((gpu, shape, dtype, graph, model, layer, batch, "masked", "1"))
-        if provider != "ours" or dense is None:
+        if provider not in SPEAKERS or dense is None:
             continue
         way: Way = "graph" if graph == "1" else "eager"
-        faster = float(row["us_p80"]) < float(dense["us_p20"])
-        verdicts[gpu, shape, dtype, way, float(density)].append(faster)
+        verdict = float(row["us"]) / float(dense["us"]), float(row["us_p80"]) < float(dense["us_p20"])
+        cell = verdicts.setdefault((gpu, shape, dtype, way, float(density)), {})
+        cell.setdefault(SPEAKERS[provider], []).append(verdict)
         made[gpu] = {k: row[k] for k in ("commit", "torch", "triton", "cuda", "time")}
     if not verdicts:
         raise ValueError("no layer has the times of both the packed kernels and masked dense in mode module")
     tables: dict[str, dict[str, dict[str, dict[str, dict[float, Choice]]]]] = {}
-    holds: dict[tuple[str, str, str, Way], bool] = {}
-    for (gpu, shape, dtype, way, density), faster_on in sorted(verdicts.items()):
-        below = holds.get((gpu, shape, dtype, way), True)
-        holds[gpu, shape, dtype, way] = below and all(faster_on)
-        choice: Choice = "triton" if below and all(faster_on) else "reference"
+    lost: set[tuple[str, str, str, Way, Choice]] = set()
+    for (gpu, shape, dtype, way, density), cell in sorted(verdicts.items()):
+        safe: dict[Choice, float] = {}
+        for choice, found in cell.items():
+            if not all(faster for _, faster in found):
+                lost.add((gpu, shape, dtype, way, choice))
+            if (gpu, shape, dtype, way, choice) not in lost:
+                safe[choice] = max(ratio for ratio, _ in found)
         ways = tables.setdefault(gpu, {}).setdefault(shape, {}).setdefault(dtype, {})
-        ways.setdefault(way, {})[density] = choice
+        ways.setdefault(way, {})[density] = min(safe, key=safe.__getitem__) if safe else "reference"
     return [Table(gpu, made[gpu], entries) for gpu, entries in tables.items()]
 
 
@@ -68,7 +77,8 @@ def misses(rows: Iterable[dict[str, str]], table: Table) -> list[str]:
         way: Way = "graph" if graph == "1" else "eager"
         key = (gpu, shape, dtype, graph, model, layer, batch)
         chosen = table.look_up(shape, dtype, way, float(density))[0]
-        taken = row if chosen == "triton" else times.get((*key, "masked", "1"))
+        speaker = {"triton": row, "narrow": times.get((*key, "narrow", density))}
+        taken = speaker.get(chosen, times.get((*key, "masked", "1")))
         dense = times.get((*key, "dense", "1"))
         if taken is None or dense is None:
             continue

@@ -6,6 +6,7 @@ dense     cuDNN or cuBLAS on the full weight; the rival. ``dense-again`` is the 
 masked    what the published code does: mask times weight, dense operator, dense gradients, gradients of the mask.
 compact   cuDNN or cuBLAS on the active filters only (count rounded up to 8), output left compact: an oracle, not a
           drop-in layer.
+narrow    mode ``module`` only, eager only: the drop-in layer on cuDNN or cuBLAS, the host reading the counts.
 ours      threshold pass, packed forward and backward. ``whole`` includes the pass.
 
 Modes: forward, dgrad, wgrad (with all mask gradients), whole = forward and both gradients, and module = whole as a user
@@ -35,6 +36,11 @@ from .roofline import DTYPES, Machine, ceiling, floor_us, tile_density
 from .shapes import Layer
 
 MODES = ("forward", "dgrad", "wgrad", "whole", "module")
+GATED = ("ours", "narrow")
+# What layers of a provider ask for.
+REQUESTS: dict[str, backend.Request] = {
+    "dense": "reference", "masked": "reference", "ours": "triton", "narrow": "narrow",
+}  # fmt: skip
 # Root mean square error of a result against float32, relative; above it the row has no time.
 GATE = {"bf16": 2e-2, "fp16": 4e-3, "tf32": 4e-3, "fp32": 1e-4}
 
@@ -153,19 +159,22 @@ class Case:
         return layer
 
     def module(self, provider: str) -> tuple[torch.Tensor, ...]:
-        """``(y, dx, dw[, dtau])`` of the layer as a user calls it; ``provider``: dense, masked or ours."""
+        """``(y, dx, dw[, dtau])`` of the layer as a user calls it; ``provider``: of :data:`REQUESTS`."""
         if provider not in self.modules:
             self.modules[provider] = self._layer(provider)
         layer = self.modules[provider]
         x = (self.x.flatten(1) if self.layer.linear else self.x).detach().requires_grad_()
-        with backend.requesting("triton" if provider == "ours" else "reference"):
+        with backend.requesting(REQUESTS[provider]):
             y = layer(x)
         gradients = torch.autograd.grad(y, (x, *layer.parameters()), self.grad.view_as(y))
         return y.detach(), *gradients
 
     def gate(self) -> float:
-        """Largest relative error of ``whole`` and ``module`` against the masked reference in float32 without tf32."""
-        got, module = self.ours("whole"), self.module("ours")
+        """Largest relative error of ``whole`` and ``module`` against the masked reference in float32 without tf32.
+
+        ``module`` of ours and of narrow both, so that the times of neither are reported if one is wrong.
+        """
+        got, module, narrow = self.ours("whole"), self.module("ours"), self.module("narrow")
         exact = Case.__new__(Case)
         exact.__dict__ = {
             k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in vars(self).items()
@@ -177,7 +186,7 @@ class Case:
         finally:
             torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
         worst = 0.0
-        for a, b in zip((*got, *module), (*want, *want), strict=True):
+        for a, b in zip((*got, *module, *narrow), want * 3, strict=True):
             assert a is not None and b is not None
             b = b.reshape(a.shape)
             error = float((a.float() - b).square().mean().sqrt() / b.square().mean().sqrt().clamp_min(1e-20))
@@ -196,8 +205,21 @@ def class_of(layer: Layer, n: int) -> str:
     return shape_class(g.kernel, g.stride, g.channels, layer.out, n * g.output[0] * g.output[1])
 
 
-def _module(case: Case, provider: str, _: str) -> object:
-    return case.module(provider)
+def _providers(case: Case, mode: str, graph: bool, all_of_them: bool) -> dict[str, Callable[[], object]]:
+    """What is timed in a mode; ``all_of_them`` with those whose time does not depend on the mask, dense first."""
+    calls: dict[str, Callable[..., object]]
+    if mode == "module":
+        names = ("dense", "ours", "narrow", "masked", "dense-again")
+        calls = {name: functools.partial(case.module, name.removesuffix("-again")) for name in names}
+        if graph:  # the host cannot read a count while a graph is replayed
+            del calls["narrow"]
+    else:
+        calls = {
+            "dense": case.dense, "ours": case.ours, "compact": case.compact, "masked": case.masked,
+            "dense-again": case.dense,
+        }  # fmt: skip
+        calls = {name: functools.partial(call, mode) for name, call in calls.items()}
+    return {name: call for name, call in calls.items() if all_of_them or name in ("ours", "narrow", "compact")}
 
 
 def layer_rows(
@@ -217,30 +239,23 @@ def layer_rows(
         case = Case(layer, batch, dtype, density, device.where, kernels)
         error = case.gate()
         passed = error < GATE[dtype]
-        providers: dict[str, Callable[[str], object]] = {"ours": case.ours, "compact": case.compact}
-        if density == 1.0:  # the time of the others does not depend on the mask
-            providers = {"dense": case.dense, **providers, "masked": case.masked, "dense-again": case.dense}
         for mode in modes:
             for graph in graphs:
-                for provider, call in providers.items():
-                    if mode == "module":
-                        if provider == "compact":  # an oracle, not a layer
-                            continue
-                        call = functools.partial(_module, case, provider.removesuffix("-again"))
-                    share, narrow = case.count / layer.out, provider == "compact"
+                for provider, call in _providers(case, mode, graph, density == 1.0).items():
+                    share, short = case.count / layer.out, provider == "compact"
                     row: Row = {
                         "kind": "layer", "model": layer.model, "layer": layer.name, "shape": layer.shape,
                         "shape_class": class_of(layer, case.n), "clients": 1, "batch": batch, "dtype": dtype,
                         "density": density, "count": case.count, "mode": mode, "provider": provider,
                         "tile_density": round(tile_density(case.count, layer.out), 4), "graph": int(graph),
                         "one_over_density": round(1 / share, 3),
-                        "gate": "-" if provider != "ours" else "pass" if passed else f"fail {error:.1e}",
+                        "gate": "-" if provider not in GATED else "pass" if passed else f"fail {error:.1e}",
                     }  # fmt: skip
                     if machine is not None:
-                        row["floor_us"] = round(floor_us(machine, layer, case.n, dtype, mode, share, narrow), 3)
-                        row["ceiling"] = round(ceiling(machine, layer, case.n, dtype, mode, share, narrow), 3)
-                    if provider != "ours" or passed:
-                        row.update(measure(device, lambda call=call, mode=mode: call(mode), graph))  # type: ignore[misc]
+                        row["floor_us"] = round(floor_us(machine, layer, case.n, dtype, mode, share, short), 3)
+                        row["ceiling"] = round(ceiling(machine, layer, case.n, dtype, mode, share, short), 3)
+                    if provider not in GATED or passed:
+                        row.update(measure(device, call, graph))
                     us = row.get("us")
                     if provider == "dense" and isinstance(us, float):
                         dense_us[mode, graph] = us

@@ -1,10 +1,15 @@
 """Which implementation a layer uses, and why: nothing falls back without saying so.
 
 ``SPAFL_STRICT=1`` in the environment turns every fallback on a GPU into an error. ``SPAFL_BACKEND``, read at import,
-asks for ``reference``, the masked dense operator, or ``triton``, the packed kernels, whatever the tables say; that is
-then no fallback. ``auto``, the default, chooses by the tables of :mod:`spafl_kernels.ops.tables`; a choice of the dense
-operator by measurement is no fallback either. Where no table was measured the packed kernels run. On a CPU the masked
-reference is the implementation, not a fallback.
+asks for one implementation whatever the tables say; that is then no fallback:
+
+reference  the masked dense operator
+triton     the packed kernels
+narrow     dense operators on the active filters (:mod:`spafl_kernels.ops.narrow`)
+
+``auto``, the default, chooses by the tables of :mod:`spafl_kernels.ops.tables`; a choice of the dense operator by
+measurement is no fallback either. Where no table was measured the packed kernels run. On a CPU the masked reference is
+the implementation, not a fallback.
 """
 
 from __future__ import annotations
@@ -23,14 +28,14 @@ from torch import Tensor, nn
 
 from . import tables
 
-Backend = Literal["reference", "triton"]
+Backend = Literal["reference", "triton", "narrow"]
 # Present does not mean imported: importing triton is left to the first kernel launch.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 LOWEST_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-Request = Literal["auto", "reference", "triton"]
+Request = Literal["auto", "reference", "triton", "narrow"]
 
 
 def _requested() -> str:
@@ -119,7 +124,7 @@ def _measured(index: int) -> bool:
     return (tables.given() or _table_of(index)) is not None
 
 
-def _look_up(index: int, way: tables.Way, *work: Any) -> tuple[str, str]:
+def _look_up(index: int, way: tables.Way, *work: Any) -> tuple[Backend, str]:
     """Choice and reason for the fields of a :class:`Work`; integers and words only, for ``torch.compile``."""
     table = tables.given() or _table_of(index)
     assert table is not None
@@ -133,13 +138,30 @@ _measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _host_unknowing() -> str | None:
+    """Why the host cannot look at a count now, or None if it can."""
+    if torch._C._are_functorch_transforms_active():
+        return "under torch.func transforms"
+    if torch.compiler.is_compiling():
+        return "in compiled code"
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return "while a CUDA graph is captured"
+    return None
+
+
 def choose(input: Tensor, weight: Tensor, groups: int, work: Work) -> Explanation:
     """The choice for GPU tensors; raises nothing and warns about nothing."""
     if REQUESTED == "reference":
         return Explanation("reference", "SPAFL_BACKEND=reference asks for it")
-    reason = unsupported(input, weight, groups)
-    if reason is not None:
+    blind = _host_unknowing()
+    if REQUESTED == "narrow" and groups == 1 and blind is None:
+        return Explanation("narrow", "SPAFL_BACKEND=narrow asks for it")
+    if REQUESTED == "narrow":
+        reason = f"groups must be 1; got groups={groups}" if groups != 1 else f"the host cannot see counts {blind}"
         return Explanation("reference", reason, fallback=True)
+    missing = unsupported(input, weight, groups)
+    if missing is not None:
+        return Explanation("reference", missing, fallback=True)
     if REQUESTED == "triton":
         return Explanation("triton", "SPAFL_BACKEND=triton asks for it")
     if torch._C._are_functorch_transforms_active():
@@ -149,16 +171,16 @@ def choose(input: Tensor, weight: Tensor, groups: int, work: Work) -> Explanatio
         return Explanation(
             "triton", "the packed kernels run, which skip pruned filters; no times were measured on this device"
         )
-    compiling = torch.compiler.is_compiling()
-    captured = not compiling and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     # By comparisons, so that a symbolic size of torch.compile becomes a number that holds for the whole class.
     sizes = (
         *(tables.exact(n) for n in (*work.kernel, *work.stride)),
         *(tables.power_up(work.channels), tables.power_up(work.out), tables.power_down(work.positions)),
     )
-    step = tables.density_step(work.density)
-    found = _look_up(index, "graph" if captured else "eager", *sizes, work.dtype, step)
-    return Explanation("triton" if found[0] == "triton" else "reference", found[1])
+    way: tables.Way = (
+        "eager" if blind is None else "graph"
+    )  # compiled code waits for launches no more than a graph does
+    found, why = _look_up(index, way, *sizes, work.dtype, tables.density_step(work.density))
+    return Explanation(found, why)
 
 
 _warned: set[str] = set()

@@ -14,6 +14,7 @@ from ..reference import Estimator
 from ..triton.geometry import Geometry, empty_channels_last, like_rows
 from ..triton.plan import Plan, capacity, plan_size, row_stride
 from . import backend, closed_form
+from .narrow import narrow
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -417,12 +418,12 @@ def _check_dtype(input: Tensor, weight: Tensor) -> None:
         raise ValueError(f"input must have the dtype of weight outside autocast; got {input.dtype} and {weight.dtype}")
 
 
-def _use_reference(input: Tensor, weight: Tensor, groups: int, work: backend.Work) -> bool:
-    """Whether the masked reference runs: by request, by measurement, or as a fallback (which is said, or an error)."""
+def _choose(input: Tensor, weight: Tensor, groups: int, work: backend.Work) -> backend.Backend:
+    """The implementation that runs; a fallback is said, or an error."""
     choice = backend.choose(input, weight, groups, work)
     if choice.fallback:
         backend.fall_back(choice.reason)
-    return choice.backend == "reference"
+    return choice.backend
 
 
 def _client(tensor: Tensor | None) -> Tensor | None:
@@ -435,15 +436,19 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """One linear layer through the operator, or the reference with a stated reason. Shapes as ``F.linear`` has them."""
     _check_dtype(input, weight)
-    if _use_reference(input, weight, 1, backend.linear_work(input, weight, density)):
+    chosen = _choose(input, weight, 1, backend.linear_work(input, weight, density))
+    if chosen == "reference":
         return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input must have {weight.shape[1]} features, as weight has; got shape {tuple(input.shape)}")
     rows = input.reshape(1, -1, input.shape[-1])
-    y = _call(
-        torch.ops.spafl.threshold_linear, _LinearForTransforms,
-        rows, weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), estimator, mask_bias,
-    )  # fmt: skip
+    if chosen == "narrow":
+        y = narrow(rows[0], weight, threshold, bias, estimator, mask_bias, None)
+    else:
+        y = _call(
+            torch.ops.spafl.threshold_linear, _LinearForTransforms,
+            rows, weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), estimator, mask_bias,
+        )  # fmt: skip
     return y.reshape(*input.shape[:-1], weight.shape[0])
 
 
@@ -481,17 +486,22 @@ def conv2d(
     _check_dtype(input, weight)
     if input.dim() not in (3, 4):
         raise ValueError(f"input must be (N, in, H, W) or (in, H, W); got shape {tuple(input.shape)}")
-    if _use_reference(input, weight, groups, backend.conv_work(input, weight, stride, padding, dilation, density)):
+    chosen = _choose(input, weight, groups, backend.conv_work(input, weight, stride, padding, dilation, density))
+    if chosen == "reference":
         return reference.threshold_conv2d(
             input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
         )
     strides, dilations = backend._pair(stride), backend._pair(dilation)
     image, pads = _pad(input, weight.shape[2:], padding, strides, dilations)
     batch = image if image.dim() == 4 else image.unsqueeze(0)
-    y = _call(
-        torch.ops.spafl.threshold_conv2d, _Conv2dForTransforms,
-        batch.unsqueeze(0), weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), strides, pads, dilations,
-        estimator, mask_bias,
-    )  # fmt: skip
-    y = y.squeeze(0)
+    if chosen == "narrow":
+        geometry = _geometry(batch.unsqueeze(0), weight.unsqueeze(0), strides, pads, dilations)
+        y = narrow(batch, weight, threshold, bias, estimator, mask_bias, geometry)
+    else:
+        y = _call(
+            torch.ops.spafl.threshold_conv2d, _Conv2dForTransforms,
+            batch.unsqueeze(0), weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), strides, pads, dilations,
+            estimator, mask_bias,
+        )  # fmt: skip
+        y = y.squeeze(0)
     return y if input.dim() == 4 else y.squeeze(0)

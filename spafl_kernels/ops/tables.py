@@ -8,9 +8,11 @@ variable ``SPAFL_TABLES`` names), written by ``python -m benchmarks.gpu --tables
     {"format": 1, "device": "NVIDIA H200", "made": {"commit": "...", "torch": "...", "triton": "...", "time": "..."},
      "entries": {"conv3x3/1 in64 out64 positions131072": {"bf16": {"graph": {"0.5": "triton", "1": "reference"}}}}}
 
-``entries`` maps a shape class, a dtype (``bf16``, ``fp16``, ``tf32``, ``fp32``) and a way to run (``eager``, ``graph``)
-to the choice at densities up to the one named. A choice other than ``reference`` is written only where it was measured
-to be faster than the masked dense operator beyond the spread of both, on every layer of the class.
+``entries`` maps a shape class, a dtype (``bf16``, ``fp16``, ``tf32``, ``fp32``) and a way to run (``eager``; ``graph``,
+which compiled code counts as) to the choice at densities up to the one named: ``triton``, the packed kernels;
+``narrow``, dense operators on the active filters, eager only; or ``reference``, the masked dense operator. A choice
+other than ``reference`` is written only where it was measured to be faster than the masked dense operator beyond the
+spread of both, on every layer of the class.
 
 The rule of a look-up, and the reason it gives:
 
@@ -32,7 +34,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 FORMAT = 1
-Choice = Literal["triton", "reference"]
+Choice = Literal["triton", "narrow", "reference"]
+# How a choice is called in a reason.
+WORDS = {"triton": "the packed kernels", "narrow": "dense operators on the active filters"}
 Way = Literal["eager", "graph"]
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
 FOLDER = pathlib.Path(__file__).with_name("tables")
@@ -100,11 +104,10 @@ class Table:
         at = min((d for d in row if d >= density - 1e-9), default=None)
         if at is None:
             return "reference", f"{shape} was measured up to density {max(row):g}, this layer has {density:.3g}"
-        verb = "faster" if row[at] != "reference" else "not faster"
-        return row[at], (
-            f"the packed kernels were measured {verb} than masked dense at density {at:g} for {shape} in {dtype}, "
-            f"{way}, on {self.device} (commit {self.made.get('commit', 'unknown')})"
-        )
+        where = f"at density {at:g} for {shape} in {dtype}, {way}, on {self.device}"
+        said = f"{WORDS[row[at]]} were" if row[at] in WORDS else "nothing was"
+        commit = self.made.get("commit", "unknown")
+        return row[at], f"{said} measured to be faster than masked dense {where} (commit {commit})"
 
     def to_json(self) -> dict[str, Any]:
         """What a file holds."""
@@ -116,6 +119,11 @@ class Table:
             for shape, dtypes in sorted(self.entries.items())
         }
         return {"format": FORMAT, "device": self.device, "made": dict(self.made), "entries": entries}
+
+
+def _allowed(way: str) -> tuple[str, ...]:
+    """Choices that a way to run may have: a graph cannot wait for a count."""
+    return tuple(choice for choice in get_args(Choice) if way == "eager" or choice != "narrow")
 
 
 def parse(data: Any, source: str) -> Table:
@@ -141,8 +149,8 @@ def parse(data: Any, source: str) -> Table:
                 if way not in get_args(Way):
                     raise refuse(f"a way to run must be one of {', '.join(get_args(Way))}; got {way!r}")
                 for density, choice in row.items():
-                    if choice not in get_args(Choice):
-                        raise refuse(f"a choice must be one of {', '.join(get_args(Choice))}; got {choice!r}")
+                    if choice not in _allowed(way):
+                        raise refuse(f"a choice must be one of {', '.join(_allowed(way))}; got {choice!r}")
                     if not 0 < float(density) <= 1:
                         raise refuse(f"a density must be in (0, 1]; got {density}")
                     places = entries.setdefault(shape, {}).setdefault(dtype, {}).setdefault(way, {})

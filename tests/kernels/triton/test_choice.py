@@ -36,6 +36,8 @@ def calls(monkeypatch):
         monkeypatch.setattr(
             reference, name, lambda *a, stock=stock, **k: (taken.append("reference"), stock(*a, **k))[1]
         )
+    stock_narrow = library.narrow
+    monkeypatch.setattr(library, "narrow", lambda *a: (taken.append("narrow"), stock_narrow(*a))[1])
     stock_call = library._call
     monkeypatch.setattr(library, "_call", lambda *a: (taken.append("triton"), stock_call(*a))[1])
     return taken
@@ -110,7 +112,11 @@ def test_a_file_comes_back_as_it_was(tmp_path, monkeypatch):
         ),
         (
             {"entries": {CLASS: {"bf16": {"eager": {"1": "cudnn"}}}}},
-            "a choice must be one of triton, reference; got 'cudnn'",
+            "a choice must be one of triton, narrow, reference; got 'cudnn'",
+        ),
+        (
+            {"entries": {CLASS: {"bf16": {"graph": {"1": "narrow"}}}}},
+            "a choice must be one of triton, reference; got 'narrow'",
         ),
         ({"entries": {CLASS: {"bf16": {"eager": {"1.5": "triton"}}}}}, r"a density must be in \(0, 1\]; got 1.5"),
     ],
@@ -131,7 +137,9 @@ def test_a_linear_layer_runs_what_the_table_says_and_gives_the_same(calls):
     with tables.using(made_up()):
         for layer.known_density in (1.0, 0.5, 0.25, 0.75):
             results.append(run(layer, x))
-    assert calls == ["reference", "triton", "triton", "reference"]
+    with tables.using(made_up({1.0: "narrow"})):
+        results.append(run(layer, x))
+    assert calls == ["reference", "triton", "triton", "reference", "narrow"]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
     run(layer, x)  # no table of this device: the kernels
@@ -179,6 +187,22 @@ def test_a_request_is_stronger_than_a_table(calls):
     assert backend.REQUESTED == "auto"
 
 
+def test_narrow_needs_a_host_that_can_look(calls, monkeypatch):
+    layer, x = ThresholdLinear(7, 6), torch.randn(5, 7)
+    monkeypatch.setenv("SPAFL_STRICT", "1")
+    with backend.requesting("narrow"):
+        run(layer, x)
+        with pytest.raises(
+            RuntimeError, match=r"SPAFL_STRICT is set, and .* cannot see counts under torch.func transforms"
+        ):
+            torch.func.vmap(lambda x: run(layer, x))(x)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="the host cannot see counts while a CUDA graph is captured"):
+            run(layer, x)
+    assert calls == ["narrow"]
+
+
 def test_a_dense_choice_is_no_fallback(calls, monkeypatch, recwarn):
     monkeypatch.setenv("SPAFL_STRICT", "1")
     with tables.using(made_up({1.0: "reference"})):
@@ -203,7 +227,7 @@ def test_a_compiled_layer_keeps_the_choice():
             return graph.forward
 
         torch._dynamo.reset()
-        with tables.using(made_up({1.0: choice})):
+        with tables.using(made_up({1.0: choice}, way="graph")):
             got = torch.compile(lambda x: run(layer, x), fullgraph=True, backend=keep, dynamic=True)(x)
         assert ("spafl" in graphs[0]) == (choice == "triton")
         torch.testing.assert_close(got, layer(x))
@@ -236,7 +260,7 @@ def test_explain_tells_the_choice_and_the_measurement(monkeypatch):
         with tables.using(made_up({0.5: "triton", 1.0: "reference"}, shape=CONV)):
             said = spafl_kernels.explain(conv, x)
             assert said.backend == "reference" and not said.fallback
-            assert "measured not faster than masked dense at density 1" in said.reason
+            assert "nothing was measured to be faster than masked dense at density 1" in said.reason
             conv.known_density = 0.25
             said = spafl_kernels.explain(conv, x)
             assert (

@@ -121,11 +121,12 @@ def test_tile_density_is_what_the_tiles_multiply():
 def test_rows_of_a_layer(layer):
     device = Cpu()
     rows = list(layers.layer_rows(device, H200, layer, 2, "fp32", (0.5,), layers.MODES, (False, True), Closed()))
-    # Density 1: five providers (four in mode module); density .5: ours and the oracle (ours alone).
-    assert len(rows) == 2 * (4 * 5 + 4) + 2 * (4 * 2 + 1) == device.ran
+    # Density 1: five providers, in mode module four and eagerly five; density .5: two, in mode module one and two.
+    assert len(rows) == (2 * 4 * 5 + 4 + 5) + (2 * 4 * 2 + 1 + 2) == device.ran
+    assert {(row["mode"], row["graph"]) for row in rows if row["provider"] == "narrow"} == {("module", 0)}
     assert all(row.keys() <= set(results.COLUMNS) for row in rows)
     assert all(row["us"] == 100.0 and row["speedup_vs_dense"] == 1.0 for row in rows)
-    assert {row["gate"] for row in rows if row["provider"] == "ours"} == {"pass"}
+    assert {row["gate"] for row in rows if row["provider"] in layers.GATED} == {"pass"}
     for row in rows:
         n = 2 * layer.geometry.output[0] * layer.geometry.output[1]
         assert row["shape_class"].endswith(f"positions{tables.power_down(n)}")
@@ -145,6 +146,15 @@ def test_speed_up_is_over_dense_in_the_same_way():
         ("ours", 0.5): 8.0, ("compact", 0.5): 1.0,
     }  # fmt: skip
     assert not any(row.keys() & {"floor_us", "ceiling", "share_of_floor"} for row in rows)  # an unknown machine
+
+
+def test_a_wrong_narrow_layer_has_no_time(monkeypatch):
+    stock = layers.Case.module
+    monkeypatch.setattr(
+        layers.Case, "module", lambda self, p: tuple(t + (p == "narrow") * 1e-2 for t in stock(self, p))
+    )
+    rows = list(layers.layer_rows(Cpu(), H200, CONV, 2, "fp32", (0.5,), ("module",), (False,), Closed()))
+    assert all(("us" in row) == (row["provider"] not in layers.GATED) for row in rows)
 
 
 @pytest.mark.parametrize("wrong", ["layer_forward", "layer_backward"])
@@ -407,6 +417,22 @@ def test_a_table_takes_the_kernels_only_where_they_win_on_every_layer():
     missed = choices.misses(rows, table)
     assert len(missed) == 7 and all("1.05 times as long as plain dense" in m for m in missed)
     assert not choices.misses(measured("conv1", 100, 102, {1.0: 120}), table)
+
+
+def test_of_two_safe_choices_a_table_takes_the_faster_one():
+    rows = [
+        *measured("conv1", 100, 105, {0.5: 80, 0.25: 60}),
+        *(sample(us, "conv1", "narrow", d, "pass") for d, us in ((0.5, 90), (0.25, 50))),
+        *measured("conv2", 100, 105, {0.5: 80, 0.25: 60}, shape="class b"),
+        *(sample(us, "conv2", "narrow", d, "pass", shape="class b") for d, us in ((0.5, 50), (0.25, 110))),
+    ]
+    for row in rows:
+        row["graph"] = "0"
+    (table,) = choices.make(rows)
+    assert table.entries["class a"]["bf16"]["eager"] == {0.5: "triton", 0.25: "narrow"}
+    # Slower at the lower density: what is below .5 could be there.
+    assert table.entries["class b"]["bf16"]["eager"] == {0.5: "triton", 0.25: "triton"}
+    assert not choices.misses(rows, table)
 
 
 def test_a_red_gate_or_another_mode_gives_no_table():

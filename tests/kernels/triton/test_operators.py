@@ -304,7 +304,7 @@ def test_the_reference_can_be_asked_for(monkeypatch):
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "SPAFL_BACKEND": "cuda"}, capture_output=True, text=True
     )
-    want = "ValueError: SPAFL_BACKEND must be one of auto, reference, triton; got 'cuda'"
+    want = "ValueError: SPAFL_BACKEND must be one of auto, reference, triton, narrow; got 'cuda'"
     assert done.stderr.splitlines()[-1] == want
 
 
