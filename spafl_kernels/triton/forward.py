@@ -17,6 +17,7 @@ from torch import Tensor
 from .collect import collect_channels
 from .geometry import Geometry, channels_last, empty_channels_last, row_step
 from .kinds import is_wide
+from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
@@ -52,8 +53,8 @@ def spread(
 @triton.jit
 def _forward_tile(
     x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride, x_n, x_h, x_w,
-    SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, SHAPE: tl.constexpr, MODE: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """TILE packed filters from ``first`` on, for ROWS output positions."""
     C: tl.constexpr = SHAPE[0]
@@ -151,28 +152,8 @@ def threshold_forward(
     start = tl.where(first > 0, tl.load(index + first), 0)
     more = first + TILE < count
     end = tl.where(more, tl.load(index + tl.where(more, first + TILE, 0)), out)
-    left = count - first
-    # The last tile shrinks to what is left, so that work follows the count in steps of 16, not of a whole tile.
-    if TILE == 64:
-        if left <= 16:
-            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
-                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
-        elif left <= 32:
-            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
-                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
-        else:
-            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
-                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 64, DEPTH, GROUP)  # fmt: skip
-    elif TILE == 32:
-        if left <= 16:
-            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
-                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 16, DEPTH, GROUP)  # fmt: skip
-        else:
-            _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
-                          x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, 32, DEPTH, GROUP)  # fmt: skip
-    else:
-        _forward_tile(x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride,
-                      x_n, x_h, x_w, SHAPE, MODE, PRECISION, ROWS, TILE, DEPTH, GROUP)  # fmt: skip
+    args = x, packed, bias, y, inverse, first, count, channels, start, end, rows, total, out, stride, x_n, x_h, x_w
+    narrowest(_forward_tile, args, count - first, ROWS, DEPTH, GROUP, SHAPE, MODE, PRECISION, TILE)
 
 
 @triton.jit

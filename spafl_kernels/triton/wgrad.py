@@ -10,6 +10,7 @@ from torch import Tensor
 from .collect import COLLECT_ROWS, collect_channels
 from .geometry import Geometry, like_rows, row_order, row_step
 from .kinds import is_wide
+from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
@@ -60,8 +61,8 @@ def threshold_extend(
 @triton.jit
 def _wgrad_tile(
     x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-    SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
-    CAP: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    CAP: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SHAPE: tl.constexpr, MODE: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS weights of TILE listed filters, summed over output positions [lo, hi)."""
     C: tl.constexpr = SHAPE[0]
@@ -136,27 +137,8 @@ def threshold_wgrad(
     slab = slabs + client * slabs_client + tl.program_id(1).to(tl.int64) * CAP * stride
     lo = tl.program_id(1) * chunk
     hi = tl.minimum(lo + chunk, total)
-    left = count - first
-    if TILE == 64:
-        if left <= 16:
-            _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 16, DEPTH)  # fmt: skip
-        elif left <= 32:
-            _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 32, DEPTH)  # fmt: skip
-        else:
-            _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 64, DEPTH)  # fmt: skip
-    elif TILE == 32:
-        if left <= 16:
-            _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 16, DEPTH)  # fmt: skip
-        else:
-            _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                        SHAPE, MODE, PRECISION, CAP, COLUMNS, 32, DEPTH)  # fmt: skip
-    else:
-        _wgrad_tile(x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w,
-                    SHAPE, MODE, PRECISION, CAP, COLUMNS, TILE, DEPTH)  # fmt: skip
+    args = x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w
+    narrowest(_wgrad_tile, args, count - first, CAP, COLUMNS, DEPTH, SHAPE, MODE, PRECISION, TILE)
 
 
 @triton.jit
