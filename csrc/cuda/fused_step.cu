@@ -175,11 +175,7 @@ __global__ void __launch_bounds__(THREADS)
                           (T)rates.penalty[client * rates.penalty_stride]);
     step(tau, g, p.threshold_momentum ? (T*)p.threshold_momentum + client * p.threshold_momentum_stride + row : nullptr);
     const int64_t column = client * columns + p.offset + row;
-    const T score = total / (T)length;
-    const uint8_t active = score > tau;
-    scores[column] = score;
-    flipped[column] = active != mask[column];
-    mask[column] = active;
+    decide(total, length, tau, true, scores[column], mask[column], flipped[column]);
   }
 }
 

@@ -92,6 +92,18 @@ struct RowSum {
   }
 };
 
+// What a filter's sum of |w| decides; for one thread. The comparison is made in the dtype of the weights, as the definition makes
+// it, is strict, and false for NaN. Without `compare` the former mask is not read, and every filter counts as flipped.
+template <typename T>
+__device__ __forceinline__ void decide(acc_t<T> sum, int64_t fan_in, T tau, bool compare, T& score, uint8_t& mask, uint8_t& flipped) {
+  T mean;
+  narrow(sum / (acc_t<T>)fan_in, mean);
+  const uint8_t active = widen(mean) > widen(tau);
+  score = mean;
+  flipped = compare ? active != mask : 1;
+  mask = active;
+}
+
 // Sum over a block of THREADS threads in a fixed order; every thread gets it. `scratch` has WARPS entries.
 template <typename A>
 __device__ __forceinline__ A block_sum(A x, A* scratch) {

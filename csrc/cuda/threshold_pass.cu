@@ -51,13 +51,8 @@ __global__ void __launch_bounds__(THREADS)
   const acc_t<T> sum = aligned16(row) ? row_abs_sum<true>(row, layer.fan_in, lane) : row_abs_sum<false>(row, layer.fan_in, lane);
   if (lane == 0) {
     const int64_t column = client * columns + layer.offset + filter;
-    T score;                                                  // the comparison is made in the dtype of the weights, as the definition does
-    narrow(sum / (acc_t<T>)layer.fan_in, score);
     const T tau = ((const T*)layer.threshold)[client * layer.threshold_stride + filter];
-    const uint8_t active = widen(score) > widen(tau);
-    scores[column] = score;
-    flipped[column] = compare ? active != mask[column] : 1;
-    mask[column] = active;
+    decide(sum, layer.fan_in, tau, compare, scores[column], mask[column], flipped[column]);
   }
 }
 
