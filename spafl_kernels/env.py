@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import native
+from .ops import backend, tables
 
 _PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime")
 
@@ -48,7 +49,21 @@ def _triton_backend() -> tuple[bool, str | None]:
         return False, "the triton package is not installed"
     if not torch.cuda.is_available():
         return False, "torch sees no GPU"
+    if torch.version.hip is not None:
+        return False, "the kernels are written for CUDA, this is a ROCm build of PyTorch"
+    found = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if found < backend.LOWEST_CAPABILITY:
+        return False, f"the kernels need compute capability 8.0 or newer; the best GPU here has {found[0]}.{found[1]}"
     return True, None
+
+
+def _measured(gpu: str) -> str | None:
+    """Where the table of choices of a GPU comes from, None without one, or what is wrong with it."""
+    try:
+        table = tables.for_device(gpu)
+    except ValueError as error:
+        return f"not usable: {error}"
+    return None if table is None else f"commit {table.made.get('commit', 'unknown')}, {table.made.get('time', '?')}"
 
 
 def report() -> dict[str, Any]:
@@ -56,8 +71,9 @@ def report() -> dict[str, Any]:
 
     Returns:
         ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu`` (cores, threads, torch's capability,
-        the instruction set of the compiled kernels and those it can run), ``gpus`` (names), ``extension`` (how it was
-        built) and ``backends`` (name -> ``available``, ``reason``).
+        the instruction set of the compiled kernels and those it can run), ``gpus`` (names), ``measured`` (by GPU, the
+        origin of the table that ``auto`` chooses by, or None), ``request`` (``SPAFL_BACKEND``), ``strict``
+        (``SPAFL_STRICT``), ``extension`` (how it was built) and ``backends`` (name -> ``available``, ``reason``).
     """
     cpp, cpp_reason = _cpu_backend()
     backends = {
@@ -66,6 +82,7 @@ def report() -> dict[str, Any]:
         "cuda": _cuda_backend(cpp),
         "triton": _triton_backend(),
     }
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -77,7 +94,10 @@ def report() -> dict[str, Any]:
             "kernels": native.cpu_isa() if cpp else None,
             "kernels_possible": list(native.cpu_isas()) if cpp else [],
         },
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": gpus,
+        "measured": {gpu: _measured(gpu) for gpu in gpus},
+        "request": backend.REQUESTED,
+        "strict": backend.strict(),
         "extension": native.build_info(),
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends.items()},
     }
@@ -92,6 +112,9 @@ def _text(data: dict[str, Any]) -> str:
         + (f", kernels use {cpu['kernels']} (of {', '.join(cpu['kernels_possible'])})" if cpu["kernels"] else "")
     )
     lines.append(f"gpus        {', '.join(data['gpus']) or 'none'}")
+    for gpu, origin in data["measured"].items():
+        lines.append(f"choice      {gpu}: {origin or 'no times were measured; layers take the Triton kernels'}")
+    lines.append(f"layers      SPAFL_BACKEND={data['request']}, SPAFL_STRICT={'1' if data['strict'] else '0'}")
     build = data["extension"]
     if build:
         archs = build.get("cuda") or "none"

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
+
 NAMES = (
     "threshold_pass_cuda",
     "active_lists_cuda",
@@ -40,24 +42,22 @@ def load(path: str | Path | None = None, namespace: str = "spafl") -> None:
         namespace: the ``torch.ops`` namespace that the library was built for.
 
     Raises:
-        FileNotFoundError: there is no such library.
-        OSError: the library does not fit this torch.
-        RuntimeError: the library was built without CUDA.
+        FileNotFoundError: there is no library at ``path``.
+        OSError: the library at ``path`` does not fit this torch.
+        RuntimeError: the library was built without CUDA; or the package's extension is missing or does not fit, which
+            the message explains.
     """
     global _namespace, _reason
     if path is None:
-        folder = Path(__file__).resolve().parents[1]
-        found = sorted(folder.glob("_C*.so"))
-        if not found:
-            raise FileNotFoundError(f"no extension _C*.so in {folder}: it was not built")
-        path = found[0]
-    path = Path(path)
-    if not path.is_file():
+        # Checks that the library fits this torch and this package before it is loaded.
+        if not native.available():
+            raise RuntimeError(native.why_not())
+    elif not Path(path).is_file():
         raise FileNotFoundError(f"no library at {path}")
-    if not _defined(namespace):
+    elif not _defined(namespace):
         torch.ops.load_library(str(path))
     if not _defined(namespace):
-        raise RuntimeError(f"{path} holds no CUDA kernels: it was built without them")
+        raise RuntimeError(f"{path or 'the C++ extension'} holds no CUDA kernels: it was built without them")
     _register_fakes(namespace)
     _namespace, _reason = namespace, None
 

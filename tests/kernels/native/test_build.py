@@ -46,6 +46,7 @@ def python(folder, code, **variables):
 
 
 WHY = "from spafl_kernels import native; print(native.available(), native.why_not())"
+WHY_CUDA = "from spafl_kernels.ops import cuda_ops; print(cuda_ops.available(), cuda_ops.why_not())"
 
 
 def test_without_a_compiler_the_python_package_is_built_and_knows_why(copy):
@@ -127,8 +128,9 @@ def test_a_library_of_another_version_is_refused_with_the_reason(library):
     schema = f'"schema": {native.SCHEMA}'.encode()
     assert data.count(schema) == 1
     library.write_bytes(data.replace(schema, schema[:-1] + b"9"))
-    out, _ = python(library.parent.parent, WHY)
-    assert out.startswith("False _C.abi3.so has operator interface 9 and this package needs")
+    for why in (WHY, WHY_CUDA):
+        out, _ = python(library.parent.parent, why)
+        assert out.startswith("False _C.abi3.so has operator interface 9 and this package needs")
 
 
 def test_a_library_that_cannot_be_loaded_is_no_crash(library):
@@ -137,8 +139,9 @@ def test_a_library_that_cannot_be_loaded_is_no_crash(library):
     symbol = b"aoti_torch_get_dtype"
     assert symbol in data
     library.write_bytes(data.replace(symbol, b"aoti_torch_GONE_type"))
-    out, error = python(library.parent.parent, WHY)
-    assert out.startswith("False _C.abi3.so was built with torch") and "cannot load it" in out, out + error
+    for why in (WHY, WHY_CUDA):
+        out, error = python(library.parent.parent, why)
+        assert out.startswith("False _C.abi3.so was built with torch") and "cannot load it" in out, out + error
     _, error = python(library.parent.parent, WHY, SPAFL_NATIVE="1")
     assert "RuntimeError: SPAFL_NATIVE=1, but _C.abi3.so was built with torch" in error
 

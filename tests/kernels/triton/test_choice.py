@@ -275,3 +275,25 @@ def test_nothing_ships_that_nobody_measured():
         table = tables.load(path)
         assert path.name == tables.file_name(table.device)
         assert {"commit", "torch", "triton", "time"} <= table.made.keys()
+
+
+def test_the_environment_report_says_what_was_measured(monkeypatch, tmp_path, capsys):
+    from spafl_kernels import env
+
+    for name, value in {"device_count": 2, "is_available": True, "get_device_capability": (7, 5)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("made-up GPU", "another GPU")[i])
+    (tmp_path / "made-up-gpu.json").write_text(json.dumps(made_up().to_json()))
+    monkeypatch.setenv("SPAFL_TABLES", str(tmp_path))
+    tables.for_device.cache_clear()
+    try:
+        assert env.main([]) == 0
+        text = capsys.readouterr().out
+        assert "choice      made-up GPU: commit abc, ?" in text
+        assert "choice      another GPU: no times were measured; layers take the Triton kernels" in text
+        assert "the best GPU here has 7.5" in text and "SPAFL_BACKEND=auto, SPAFL_STRICT=0" in text
+        tables.for_device.cache_clear()
+        (tmp_path / "another-gpu.json").write_text("{}")
+        assert "not usable" in env.report()["measured"]["another GPU"]
+    finally:
+        tables.for_device.cache_clear()

@@ -1,5 +1,6 @@
 """What of ``benchmarks.gpu`` needs no GPU: everything but the times."""
 
+import contextlib
 import csv
 import itertools
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import choices, layers, plots, results, roofline, schedule, shapes, steps
+from benchmarks.gpu import choices, clock, layers, plots, results, roofline, schedule, shapes, steps
 from spafl_kernels.ops import closed_form, cuda_ops, tables
 from spafl_kernels.triton.geometry import Geometry
 from spafl_kernels.triton.plan import Plan
@@ -473,6 +474,112 @@ def test_a_picture_shows_both_bounds_and_marks_a_loss():
     assert list(lines["ours"].get_ydata()) == pytest.approx([5, 2, 100 / 90])
     assert list(lines["roofline ceiling"].get_ydata()) == [3, 3, 3]
     assert plots.layers(rows, "bf16", "128", "0", "module") is None
+
+
+# ------------------------------------------------------------------------------------------------ the clock
+class Events:
+    """``torch.cuda`` as far as the clock uses it; every call takes the time it is told, on a clock of its own."""
+
+    def __init__(self, monkeypatch):
+        outer = self
+        self.now, self.captured, self.capturing = 0.0, [], False
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = outer.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        class Graph:
+            def replay(self):
+                outer.now += 0.5 + sum(outer.captured)  # milliseconds: a launch, and the work
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        @contextlib.contextmanager
+        def graph(captured):
+            outer.capturing, outer.captured = True, []
+            yield
+            outer.capturing = False
+
+        for name, value in {
+            "Event": Event, "CUDAGraph": Graph, "Stream": Stream, "graph": graph, "synchronize": lambda: None,
+            "current_stream": Stream, "stream": lambda _: contextlib.nullcontext(), "get_device_name": lambda: "x",
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def call(self, ms):
+        def work():
+            if self.capturing:
+                self.captured.append(ms)
+            else:
+                self.now += ms
+
+        return work
+
+
+def test_an_eager_call_is_timed_per_call(monkeypatch):
+    events = Events(monkeypatch)
+    assert clock.Cuda(repeats=3).times(events.call(0.02), graph=False) == pytest.approx([20.0] * 3)
+
+
+def test_a_graph_holds_several_calls_and_is_timed_per_call(monkeypatch):
+    events = Events(monkeypatch)
+    times = clock.Cuda(repeats=3).times(events.call(0.02), graph=True)
+    # 15 calls of 0.02 ms are the 0.3 ms that a graph is to hold; the launch is shared by them.
+    assert len(events.captured) == 15 and times == pytest.approx([20.0 + 500.0 / 15] * 3)
+    clock.Cuda(repeats=1).times(events.call(5.0), graph=True)
+    assert len(events.captured) == 1
+
+
+def test_percentiles_and_errors_of_a_measurement():
+    class Scripted(Cpu):
+        def times(self, call, graph):
+            call()
+            return [10.0, 11.0, 12.0, 13.0, 100.0]
+
+    row = clock.measure(Scripted(), lambda: None, graph=False)
+    assert row["us"] == 12.0 and row["us_p20"] == pytest.approx(10.8) and row["us_p80"] == pytest.approx(30.4)
+
+    def broken():
+        raise ValueError("x" * 500)
+
+    assert clock.measure(Scripted(), broken, graph=False)["error"] == ("ValueError: " + "x" * 500)[:160]
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_benchmark_itself_on_a_gpu(tmp_path):
+    """Every kind of job, every mode, eager and in a graph, on small batches: nothing red, every row with a time."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    parts = (
+        schedule.Pass("cohort", ("lenet5", "conv4"), 2, "tf32", (0.5,), graphs=schedule.BOTH),
+        schedule.Pass("step", shapes.MODEL_NAMES, 2, "tf32", (0.5,), graphs=schedule.BOTH),
+        schedule.Pass("layer", ("lenet5",), 4, "bf16", (0.5,), layers.MODES, schedule.BOTH),
+        schedule.Pass("layer", ("lenet5",), 4, "tf32", (0.5,), layers.MODES, schedule.BOTH),
+    )
+    path = tmp_path / "gpu.csv"
+    try:
+        device = clock.Cuda(repeats=2, slice_ms=0.1)
+        with results.Recorder(path, {"gpu": device.name}) as recorder:
+            outcome = schedule.run(schedule.jobs(parts), device, H200, recorder, 200)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    rows = rows_of(path)
+    assert not outcome.red and not outcome.left_out, [r for r in rows if r["error"] or r["gate"].startswith("fail")]
+    assert all(float(r["us"]) > 0 for r in rows)
+    assert choices.make(rows)[0].device == device.name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

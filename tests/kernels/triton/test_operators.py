@@ -121,6 +121,23 @@ def test_compiled_equals_eager(linear):
 
 
 @pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_exported_equals_eager(linear, dynamic):
+    class Layer(torch.nn.Module):
+        def forward(self, x, w, t, b):
+            return by_operator(linear, "identity", True, x, w, t, b) + 1
+
+    arguments = inputs(linear, requires_grad=False)
+    batch = torch.export.Dim("batch", min=2)
+    shapes = ({1: batch}, None, None, None) if dynamic else None
+    program = torch.export.export(Layer(), tuple(arguments), dynamic_shapes=shapes)
+    assert any("spafl.threshold_" in str(node.target) for node in program.graph.nodes)
+    if dynamic:
+        arguments[0] = torch.cat([arguments[0], arguments[0][:, :2]], 1)
+    assert torch.equal(program.module()(*arguments), Layer()(*arguments))
+
+
+@pytest.mark.parametrize("linear", [True, False])
 def test_vmap_over_clients_equals_the_definition(linear):
     x, w, t, b = inputs(linear, torch.float32, clients=3, requires_grad=False)
 
