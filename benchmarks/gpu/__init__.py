@@ -9,6 +9,7 @@
 ``clock``      CUDA events and graphs
 ``results``    the rows: columns, environment, appending to the CSV
 ``plots``      pictures, from the CSV alone
+``targets``    what was aimed at, against the CSV
 ``choices``    the tables by which ``auto`` picks a backend, from the CSV alone
 =============  =======================================================================================
 """

@@ -3,6 +3,7 @@
     python -m benchmarks.gpu                 measure, the most telling cells first; under 8 minutes
     python -m benchmarks.gpu --list          what would be measured, in order; needs no GPU
     python -m benchmarks.gpu --plots         pictures of what was measured, next to the CSV; needs no GPU
+    python -m benchmarks.gpu --targets       what was aimed at, and whether it was reached; needs no GPU
     python -m benchmarks.gpu --tables        the tables by which ``auto`` chooses, from what was measured; needs no GPU
 
 Rows are appended to benchmarks/results/gpu.csv as they come, with device, versions and commit; losses are rows like any
@@ -22,7 +23,7 @@ import torch
 
 from spafl_kernels.ops import tables
 
-from . import choices, results, roofline, schedule
+from . import choices, results, roofline, schedule, targets
 from .clock import Cuda
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "gpu.csv", help="CSV to append to")
     parser.add_argument("--list", action="store_true", help="print what would be measured")
     parser.add_argument("--plots", action="store_true", help="draw what was measured")
+    parser.add_argument("--targets", action="store_true", help="compare what was measured with what was aimed at")
     parser.add_argument("--tables", action="store_true", help="write the tables of choices from what was measured")
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -103,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
             print(path)
             for miss in choices.misses(rows, tables.load(path)):
                 print(f"  above 3 %: {miss}")
-    if options.plots or options.tables:
+    if options.targets:
+        print(*targets.judge(measured(options.out, parser)), sep="\n")
+    if options.plots or options.tables or options.targets:
         return 0
     if not torch.cuda.is_available():
         print("error: benchmarks.gpu measures a CUDA GPU and this machine has none (--list works)", file=sys.stderr)
@@ -124,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     with results.Recorder(options.out, facts) as recorder:
         left = options.seconds - (time.monotonic() - began)
         outcome = schedule.run(work, device, machine, recorder, left, say=lambda line: print(line, flush=True))
+    print(*targets.judge(results.read([options.out])), sep="\n")
     if outcome.left_out:
         print(f"no time for: {'; '.join(outcome.left_out)}")
     print(f"{outcome.rows} rows in {options.out}; {time.monotonic() - began:.0f} s; red: {len(outcome.red)}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import choices, clock, layers, plots, results, roofline, schedule, shapes, steps
+from benchmarks.gpu import choices, clock, layers, plots, results, roofline, schedule, shapes, steps, targets
 from spafl_kernels.ops import closed_form, cuda_ops, tables
 from spafl_kernels.triton.geometry import Geometry
 from spafl_kernels.triton.plan import Plan
@@ -456,7 +456,38 @@ def test_tables_and_pictures_from_the_command(tmp_path, monkeypatch, capsys):
     assert tables.load(tmp_path / "tables" / "made-up-gpu.json").look_up("class a", "bf16", "graph", 0.5)[0] == "triton"
     drawn = {p.name for p in (tmp_path / "gpu").iterdir()}
     assert drawn == {"cohort.png", "layers-module-bf16-batch128-graph.png"}
+    assert command.main(["--targets", "--out", str(path)]) == 0
     assert "above 3 %: conv4.conv1 batch 128 bf16 graph at density 1: reference takes 1.05" in capsys.readouterr().out
+
+
+def test_targets_are_met_missed_or_not_measured():
+    assert {str(v).split()[0] for v in targets.judge([])} == {"not"}
+
+    def whole(layer, us, density, ceiling):
+        return {**sample(us, layer, density=density, mode="whole"), "ceiling": str(ceiling)}
+
+    def cohort(us, provider, graph):
+        return {**sample(us, "all", provider, 0.5, graph=graph), "kind": "cohort", "clients": "10", "batch": "64"}
+
+    rows = [
+        whole("a", 40, 0.5, 2.0),  # 2.5 times as fast as dense; asked for: 1.8, and .75 * 2
+        whole("b", 100 / 1.7, 0.5, 2.0),  # 1.7: 1.5 is reached, 1.8 is not
+        whole("c", 100 / 1.2, 0.25, 1.57),  # the ceiling forbids 3; 1.18 is reached
+        whole("d", 50, 0.25, 4.0),  # 2 where 3 is asked for, by the ceiling too
+        whole("e", 500, 1.0, 1.0),  # density 1 is no target
+        cohort(3100, "loop", 0),
+        cohort(290, "loop", 1),
+        cohort(100, "cohort", 1),
+        cohort(120, "cohort-torch", 1),
+    ]  # fmt: skip
+    found = [str(v) for v in targets.judge(rows)]
+    assert found[0] == (
+        "missed        layers reach 75% of the roofline ceiling, bf16, batch 128 (3 of 4): conv4.d at 0.25 2.00 < 3.00"
+    )
+    assert found[1].endswith("at density 0.5, bf16, batch 128 (1 of 2): conv4.b at 0.5 1.70 < 1.80")
+    assert found[2].endswith("at density 0.25, bf16, batch 128 (0 of 1): conv4.d at 0.25 2.00 < 3.00")
+    assert [v.split()[0] for v in found] == ["missed"] * 3 + ["not"] * 3 + ["met", "missed"]
+    assert found[-1].endswith("the masked loop, in a graph (0 of 1): conv4 at 0.5 2.90 < 3.00")
 
 
 def test_a_picture_shows_both_bounds_and_marks_a_loss():
@@ -474,6 +505,75 @@ def test_a_picture_shows_both_bounds_and_marks_a_loss():
     assert list(lines["ours"].get_ydata()) == pytest.approx([5, 2, 100 / 90])
     assert list(lines["roofline ceiling"].get_ydata()) == [3, 3, 3]
     assert plots.layers(rows, "bf16", "128", "0", "module") is None
+
+
+# ------------------------------------------------------------------------------------------------ the command
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """The command believes in a GPU, which is the CPU; it measures steps of one small model."""
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "Cuda", Cpu)
+    monkeypatch.setattr(schedule, "SCHEDULE", (schedule.Pass("step", ("lenet5",), 2, "tf32", (0.5,)),))
+    yield
+    torch.backends.cudnn.benchmark = before[0]
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before[1:]
+
+
+def test_the_whole_command(tmp_path, pretended_gpu, capsys):
+    path = tmp_path / "gpu.csv"
+    assert command.main(["--workers", "1", "--out", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "5 rows in" in said and "red: 0" in said and said.count("not measured") == 8
+    rows = rows_of(path)
+    assert len(rows) == 5 and {r["gpu"] for r in rows} == {"made-up GPU"}
+    assert all(r["commit"] and r["torch"] == torch.__version__ and r["time"] for r in rows)
+    assert {r["roofline"] for r in rows} == {"unknown device: no floors"}
+
+
+def test_a_red_run_says_so_and_fails(tmp_path, pretended_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "difference", lambda got, want: 1.0)
+    assert command.main(["--workers", "1", "--out", str(tmp_path / "gpu.csv")]) == 1
+    said = capsys.readouterr().out
+    assert "RED" in said and "red: 1" in said
+    assert [r["provider"] for r in rows_of(tmp_path / "gpu.csv") if r["us"]] == ["dense"]
+
+
+def test_workers_compile_their_share_and_survive_a_failure(pretended_gpu, monkeypatch, capsys):
+    parts = (
+        schedule.Pass("step", ("lenet5",), 2, "tf32"),
+        schedule.Pass("cohort", ("lenet5",), 2, "tf32"),
+        schedule.Pass("cohort", ("lenet5",), 2, "tf32", (0.1,)),  # the same kernels once more
+        schedule.Pass("step", ("vit",), 2, "tf32"),
+    )
+    warmed, stock = [], steps.warm
+
+    def warm(kind, name, batch, device):
+        warmed.append((kind, name))
+        if name == "vit":
+            raise RuntimeError("too large a tile")
+        stock(kind, name, batch, device)
+
+    monkeypatch.setattr(steps, "warm", warm)
+    work = schedule.jobs(parts)
+    command.warm(work, "0/2")
+    assert warmed == [("step", "lenet5"), ("step", "vit")]
+    assert "RuntimeError: too large a tile" in capsys.readouterr().err
+    command.warm(work, "1/2")
+    assert warmed[2:] == [("cohort", "lenet5")]
+
+
+def test_workers_that_take_too_long_are_stopped(monkeypatch):
+    started = []
+
+    def start(arguments, stock=subprocess.Popen):
+        assert arguments[1:] == ["-m", "benchmarks.gpu", "--models", "vit", "--warm", f"{len(started)}/2"]
+        started.append(stock([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return started[-1]
+
+    monkeypatch.setattr(command.subprocess, "Popen", start)
+    command.warm_in_parallel(["--models", "vit"], 2, 0.2)
+    assert [process.returncode for process in started] == [-9, -9]
 
 
 # ------------------------------------------------------------------------------------------------ the clock
