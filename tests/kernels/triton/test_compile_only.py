@@ -5,7 +5,9 @@ machine code of chosen layers looks like; ``SPAFL_UPDATE_SASS=1`` rewrites it. `
 layer of the published models, and every tile of the tables, for every architecture.
 """
 
+import itertools
 import json
+import math
 import os
 import pathlib
 
@@ -26,8 +28,7 @@ else:
     from support import compile_only
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from spafl.models import MODELS
-    from spafl_kernels import ThresholdConv2d, ThresholdLinear
+    from benchmarks.gpu.shapes import layers_of
     from spafl_kernels.triton import Geometry, ModelPass, Plan, layer_backward, layer_forward, plan_layer, plan_size
     from spafl_kernels.triton.tiles import TILES
 
@@ -185,26 +186,16 @@ else:
     @pytest.mark.slow
     @pytest.mark.skipif(not SLOW, reason="minutes; SPAFL_SLOW_TESTS=1 runs it")
     @pytest.mark.parametrize("target", TARGETS)
-    @pytest.mark.parametrize("name", ["lenet5", "conv4", "resnet18-full", "vit"])
-    def test_every_layer_of_the_models(target, name):
-        info = MODELS[name]
-        model = info.build(classes=10, in_channels=1 if name == "lenet5" else 3)
-        seen = {}
-
-        def note(layer, args, _):
-            x = args[0]
-            if isinstance(layer, ThresholdConv2d):
-                g = Geometry(x.shape[1], *x.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-                seen[layer.weight.shape[0], g] = 128
-            else:
-                seen[layer.weight.shape[0], Geometry(x.shape[-1])] = x[..., 0].numel() * 64
-
-        for layer in model.modules():
-            if isinstance(layer, ThresholdConv2d | ThresholdLinear):
-                layer.register_forward_hook(note)
-        model(torch.zeros(2, 1 if name == "lenet5" else 3, info.image, info.image))
-        assert seen
-        for (out, geometry), n in seen.items():
-            for dtype, tf32 in ((BRAIN, True), (SINGLE, True), (SINGLE, False)):
-                kind = "MMA" if geometry.n_in < 64 else None  # small tiles: the instruction of one warp
-                check(launches(TARGETS[target], out, geometry, n, 1, dtype, tf32), target, dtype, tf32, kind)
+    @pytest.mark.parametrize("name", ["lenet5", "conv4", "resnet18-full", "vit", "resnet50"])
+    def test_every_layer_of_the_benchmark(target, name):
+        """As the benchmark launches them, and in strict float32."""
+        others = [] if name == "resnet50" else [(16, BRAIN, True), (128, SINGLE, True), (128, SINGLE, False)]
+        for layer, (batch, dtype, tf32) in itertools.product(
+            layers_of(name), [(64 if name == "resnet50" else 128, BRAIN, True), *others]
+        ):
+            n = batch * layer.rows
+            # Small tiles, for few columns or few rows: the instruction of one warp.
+            small = layer.geometry.n_in < 64 or n * math.prod(layer.geometry.output) <= 32
+            kind = "MMA" if small else None
+            log = launches(TARGETS[target], layer.out, layer.geometry, n, 1, dtype, tf32)
+            check(log, target, dtype, tf32, kind)
