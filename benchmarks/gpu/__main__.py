@@ -24,7 +24,7 @@ import torch
 from spafl_kernels.ops import tables
 
 from . import choices, results, roofline, schedule, targets
-from .clock import Cuda
+from .clock import Cuda, tf32
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
 NAMES = tuple(dict.fromkeys(model for part in schedule.SCHEDULE for model in part.models))
@@ -56,6 +56,25 @@ def warm(work: list[schedule.Job], part: str) -> None:
             job.warm(device)
         except Exception as error:
             print(f"{job.label}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def measure(options: argparse.Namespace, work: list[schedule.Job]) -> int:
+    """Compile, measure, and say how it went; the exit code."""
+    began = time.monotonic()
+    if options.workers > 1:
+        warm_in_parallel(["--models", *options.models] if options.models else [], options.workers, options.seconds / 3)
+        print(f"kernels compiled in {time.monotonic() - began:.0f} s", flush=True)
+    device = Cuda()
+    machine = roofline.machine(device.name)
+    facts = results.environment(device.name, machine.source if machine else "unknown device: no floors")
+    with results.Recorder(options.out, facts) as recorder:
+        left = options.seconds - (time.monotonic() - began)
+        outcome = schedule.run(work, device, machine, recorder, left, say=lambda line: print(line, flush=True))
+    print(*targets.judge(results.read([options.out])), sep="\n")
+    if outcome.left_out:
+        print(f"no time for: {'; '.join(outcome.left_out)}")
+    print(f"{outcome.rows} rows in {options.out}; {time.monotonic() - began:.0f} s; red: {len(outcome.red)}")
+    return 1 if outcome.red else 0
 
 
 def measured(path: pathlib.Path, parser: argparse.ArgumentParser) -> list[dict[str, str]]:
@@ -112,27 +131,12 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: benchmarks.gpu measures a CUDA GPU and this machine has none (--list works)", file=sys.stderr)
         return 2
-    began = time.monotonic()
-    torch.backends.cudnn.benchmark = True
     # The arithmetic of the rows called tf32; products of 16-bit numbers do not change.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    if options.warm:
-        warm(work, options.warm)
-        return 0
-    if options.workers > 1:
-        warm_in_parallel(["--models", *options.models] if options.models else [], options.workers, options.seconds / 3)
-        print(f"kernels compiled in {time.monotonic() - began:.0f} s", flush=True)
-    device = Cuda()
-    machine = roofline.machine(device.name)
-    facts = results.environment(device.name, machine.source if machine else "unknown device: no floors")
-    with results.Recorder(options.out, facts) as recorder:
-        left = options.seconds - (time.monotonic() - began)
-        outcome = schedule.run(work, device, machine, recorder, left, say=lambda line: print(line, flush=True))
-    print(*targets.judge(results.read([options.out])), sep="\n")
-    if outcome.left_out:
-        print(f"no time for: {'; '.join(outcome.left_out)}")
-    print(f"{outcome.rows} rows in {options.out}; {time.monotonic() - began:.0f} s; red: {len(outcome.red)}")
-    return 1 if outcome.red else 0
+    with tf32(True, benchmark=True):
+        if options.warm:
+            warm(work, options.warm)
+            return 0
+        return measure(options, work)
 
 
 if __name__ == "__main__":

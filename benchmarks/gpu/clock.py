@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -76,6 +77,24 @@ class Cuda:
         found = [t / inner for t in self._eager(captured.replay)]
         del captured, kept
         return found
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool, benchmark: bool | None = None) -> Iterator[None]:
+    """float32 products with or without tf32; ``benchmark``: let cuDNN choose by trial, None: as it is.
+
+    By cuDNN's own context manager: plain assignment is an error once anything called ``disable_global_flags``, as
+    PyTorch's testing modules do when imported.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32
+    trial = cudnn.benchmark if benchmark is None else benchmark
+    with cudnn.flags(enabled=True, benchmark=trial, allow_tf32=allowed):
+        matmul.allow_tf32 = allowed
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
 
 
 def measure(device: Device, call: Call, graph: bool) -> dict[str, object]:

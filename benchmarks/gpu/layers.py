@@ -30,7 +30,7 @@ from spafl_kernels import ThresholdConv2d, ThresholdLinear, reference
 from spafl_kernels.ops import backend
 from spafl_kernels.ops.tables import shape_class
 
-from .clock import Device, measure
+from .clock import Device, measure, tf32
 from .results import Row, finish
 from .roofline import DTYPES, Machine, ceiling, floor_us, tile_density
 from .shapes import Layer
@@ -179,12 +179,8 @@ class Case:
         exact.__dict__ = {
             k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in vars(self).items()
         }
-        before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        try:
+        with tf32(False):
             want = exact.masked("whole")
-        finally:
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
         worst = 0.0
         for a, b in zip((*got, *module, *narrow), want * 3, strict=True):
             assert a is not None and b is not None

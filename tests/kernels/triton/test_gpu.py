@@ -38,12 +38,15 @@ SHAPES = {
 
 @contextlib.contextmanager
 def tf32(allowed):
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    # By cuDNN's context manager: PyTorch's testing modules, which other tests import, forbid plain assignment.
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+        matmul.allow_tf32 = allowed
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
 
 
 @contextlib.contextmanager

@@ -511,13 +511,9 @@ def test_a_picture_shows_both_bounds_and_marks_a_loss():
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """The command believes in a GPU, which is the CPU; it measures steps of one small model."""
-    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "Cuda", Cpu)
     monkeypatch.setattr(schedule, "SCHEDULE", (schedule.Pass("step", ("lenet5",), 2, "tf32", (0.5,)),))
-    yield
-    torch.backends.cudnn.benchmark = before[0]
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before[1:]
 
 
 def test_the_whole_command(tmp_path, pretended_gpu, capsys):
@@ -641,6 +637,23 @@ def test_a_graph_holds_several_calls_and_is_timed_per_call(monkeypatch):
     assert len(events.captured) == 1
 
 
+def test_arithmetic_can_be_set_where_plain_assignment_is_forbidden():
+    code = (
+        "import torch, torch.testing._internal.common_utils\n"
+        "from benchmarks.gpu.clock import tf32\n"
+        "from spafl_kernels.ops import backend\n"
+        "for allowed in (True, False):\n"
+        "    with tf32(allowed, benchmark=True):\n"
+        "        assert backend.tf32(False) is allowed and backend.tf32(True) is allowed\n"
+        "        assert torch.backends.cudnn.benchmark\n"
+        "        with tf32(not allowed):\n"
+        "            assert backend.tf32(True) is not allowed and torch.backends.cudnn.benchmark\n"
+        "        assert backend.tf32(False) is allowed and backend.tf32(True) is allowed\n"
+        "assert not torch.backends.cudnn.benchmark and not torch.backends.cuda.matmul.allow_tf32\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_percentiles_and_errors_of_a_measurement():
     class Scripted(Cpu):
         def times(self, call, graph):
@@ -661,8 +674,6 @@ def test_percentiles_and_errors_of_a_measurement():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_benchmark_itself_on_a_gpu(tmp_path):
     """Every kind of job, every mode, eager and in a graph, on small batches: nothing red, every row with a time."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     parts = (
         schedule.Pass("cohort", ("lenet5", "conv4"), 2, "tf32", (0.5,), graphs=schedule.BOTH),
         schedule.Pass("step", shapes.MODEL_NAMES, 2, "tf32", (0.5,), graphs=schedule.BOTH),
@@ -670,12 +681,10 @@ def test_the_benchmark_itself_on_a_gpu(tmp_path):
         schedule.Pass("layer", ("lenet5",), 4, "tf32", (0.5,), layers.MODES, schedule.BOTH),
     )
     path = tmp_path / "gpu.csv"
-    try:
+    with clock.tf32(True):
         device = clock.Cuda(repeats=2, slice_ms=0.1)
         with results.Recorder(path, {"gpu": device.name}) as recorder:
             outcome = schedule.run(schedule.jobs(parts), device, H200, recorder, 200)
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
     rows = rows_of(path)
     assert not outcome.red and not outcome.left_out, [r for r in rows if r["error"] or r["gate"].startswith("fail")]
     assert all(float(r["us"]) > 0 for r in rows)
