@@ -11,32 +11,19 @@ allocates its row on disk; that is listed apart as well. The memory is the peak 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
 from spafl.config import resolve_config
 from spafl.simulation import loop
 from spafl.simulation.runfolder import RunFolder
 from spafl_kernels import training
 
-COLUMNS = (
-    "clients",
-    "sampled",
-    "engine",
-    "turns",
-    "overhead_ms",
-    "first_write_ms",
-    "trainer_ms",
-    "step_ms",
-    "peak_memory_mb",
-    "row_mb",
-)
+KEY = ("clients", "sampled", "engine")
 
 
 class StepClock:
@@ -59,7 +46,7 @@ class StepClock:
 
 
 def measure(clients: int, sampled: int, rounds: int, engine: str) -> dict[str, Any]:
-    """Run the rounds and return one row of :data:`COLUMNS`."""
+    """Run the rounds and return one row."""
     config = resolve_config(
         {
             "name": "overhead", "rounds": rounds + 1,
@@ -112,26 +99,22 @@ def measure(clients: int, sampled: int, rounds: int, engine: str) -> dict[str, A
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulator", description=(__doc__ or "").split("\n")[0])
+def main(argv: list[str] | None = None) -> int:
+    parser = common.options("benchmarks.simulator", __doc__)
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--sampled", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engine", default="auto", choices=["auto", "masked", "compact"])
-    parser.add_argument("--out", type=Path, help="CSV file to append to")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.clients, args.sampled, args.rounds = 20, 5, 2
+    rows = common.start(args, KEY)
     row = measure(args.clients, args.sampled, args.rounds, args.engine)
-    for name in COLUMNS:
-        print(f"{name:>16}: {row[name]}")
-    if args.out:
-        new = not args.out.exists()
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    rows.add(row)
+    for name, value in row.items():
+        print(f"{name:>16}: {value}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.alone(main)
