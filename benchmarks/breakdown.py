@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -49,8 +49,8 @@ def excess(rival: dict[str, float], ours: dict[str, float], ideal: float) -> dic
 def report(
     model: nn.Module,
     x: Tensor,
-    steps: dict[str, Callable[[], object]],
-    seconds: dict[str, float],
+    steps: Mapping[str, Callable[[], object]],
+    seconds: Mapping[str, float],
     ideal: float,
     top: int = 4,
 ) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Case:
     image: tuple[int, int, int]
     batch: int
     options: SGDOptions
-    estimator: str
+    estimator: Literal["identity", "window"]
 
     def pruned(self, density: float, seed: int = 0) -> nn.Module:
         """The model with this density in every layer, and margins so wide that no mask changes while it is timed."""
@@ -80,7 +80,7 @@ CASES = {
 }
 
 
-def _materialised_forward(layer: nn.Module, x: Tensor) -> Tensor:
+def _materialised_forward(layer: Any, x: Tensor) -> Tensor:
     """A masked layer as the published code writes it: the mask is repeated to the size of the weight."""
     weight, rows = layer.weight, layer.weight.shape[0]
     score = weight.abs().reshape(rows, -1).sum(1) / weight[0].numel()

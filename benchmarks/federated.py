@@ -5,8 +5,8 @@
 The published settings (LeNet-5, batch 64, identity estimator; Conv4, batch 16, window, clip 3; 100 clients, 10 a round,
 5 local epochs, Dirichlet .2 and .1) on synthetic data of that shape, with fewer samples than the real sets (a half and
 an eighth) so that a round is short: what a round costs per client weighs more here than in a full run. Thresholds are
-raised between rounds so that the density falls to the wanted one; training moves masks from there, and the density
-shown was measured.
+raised between rounds so that the density of all layers but the last falls to the wanted one; training moves masks from
+there, and the mean density shown was measured.
 
 Rivals run the same rounds in turn, round by round, and begin them in another order each time: ``compact`` and
 ``masked`` with two workers of one thread, ``published`` in one process with two threads, the published training loop
@@ -60,7 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 TOLERANCE = 1e-3  # of thresholds, relative, after a round in float32
-LOSS_TOLERANCE = 1e-2  # of the mean training loss: rounding grows over a round's steps
+LOSS_TOLERANCE = 5e-3  # of the mean training loss, which gathers the rounding of all steps (2e-4 was seen)
 # Two threads do the work of the two workers and materialise masks: at most a few ten per cent more is to be expected.
 DISTURBED = 3.0
 
@@ -250,12 +250,13 @@ def _median(rows: Sequence[Row], column: str) -> float:
 def table(rows: Sequence[Row]) -> str:
     """Seconds per round and speed-ups, medians over rounds."""
     lines = []
-    for (setting, _), mine in _cells(rows).items():
+    for (setting, target), mine in _cells(rows).items():
         seconds = (f"{_median(mine, f'{name}_s'):.2f}" for name in ("published", "masked", "compact"))
         speed = (f"{_median(mine, name):.3g}x".replace("nanx", "-") for name in ("vs_published", "vs_masked"))
-        lines.append([setting, f"{_median(mine, 'density'):.2f}", *seconds, *speed])
-    header = ["setting", "density", "as published, s", "masked, s", "compact, s", "over published", "over masked"]
-    return common.markdown(header, lines)
+        lines.append([setting, f"{target:g}", f"{_median(mine, 'density'):.2f}", *seconds, *speed])
+    densities = ("density set", "mean over layers and clients")
+    times = ("as published, s a round", "masked", "compact")
+    return common.markdown(["setting", *densities, *times, "over published", "over masked"], lines)
 
 
 @common.in_style
