@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.cases import CASES, GATES, RIVALS, Case, differs
+from benchmarks.cases import CASES, RIVALS, Case, Outcome, outcome, same_training
 from benchmarks.common import Row
 from spafl_kernels import threshold_layers
 from spafl_kernels.training import Trainer, TrainResult
@@ -102,23 +102,29 @@ def schedule(case: Case, density: float, pattern: Pattern) -> Schedule:
 class Training:
     """A trainer that runs a schedule from its start, again and again."""
 
-    def __init__(self, plan: Schedule, case: Case, rival: str, dtype: torch.dtype = torch.float32) -> None:
-        self.model = copy.deepcopy(plan.model).to(dtype)
+    def __init__(
+        self,
+        plan: Schedule,
+        case: Case,
+        rival: str,
+        dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.model = copy.deepcopy(plan.model).to(dtype).to(memory_format=layout)
         self.trainer: Trainer = RIVALS[rival](self.model)
         # Without the penalty and the guard no threshold moves but those that are meant to.
         self.options = dataclasses.replace(case.options, lr=RATE, penalty=0.0, collapse_floor=None)
         self.start = copy.deepcopy(self.model.state_dict())
         self.momentum = {name: v.to(dtype) for name, v in plan.momentum.items()}
-        self.batch = next(case.batches(1, dtype))
+        x, y = next(case.batches(1, dtype))
+        self.batch = x.contiguous(memory_format=layout), y
         self.steps = len(plan.flips) - 1
-        self.result: TrainResult | None = None
 
-    def run(self) -> list[Tensor]:
-        """One training; losses."""
+    def run(self) -> tuple[list[Tensor], TrainResult]:
+        """One training; losses and result."""
         self._begin()
         losses = [self.trainer.step(*self.batch) for _ in range(self.steps + 1)]
-        self.result = self.trainer.finish()
-        return losses
+        return losses, self.trainer.finish()
 
     def _begin(self) -> None:
         self.model.load_state_dict(self.start)
@@ -132,39 +138,30 @@ class Training:
         for _ in range(self.steps):
             self.trainer.step(*self.batch)
         seconds = (time.perf_counter() - begin) / self.steps
-        self.result = self.trainer.finish()
+        self.trainer.finish()
         return seconds
 
 
 def gate(case: Case, plan: Schedule) -> str:
-    """Empty if the compact trainer equals the masked one over the schedule and both flip when they should."""
-    before = {name: layer.mask() for name, layer in threshold_layers(plan.model)}
-    wanted = {name: mask.clone() for name, mask in before.items()}
+    """Empty if the compact trainer trains as the masked one does and both flip when they should, else what differs."""
+    wanted = {name: layer.mask() for name, layer in threshold_layers(plan.model)}
     for flips in plan.flips:
         for name, i in flips:
             wanted[name][i] ^= True
     events = sum(bool(flips) for flips in plan.flips)
-    for dtype, tolerance in GATES:
-        masked, compact = (Training(plan, case, rival, dtype) for rival in ("masked", "compact"))
-        expected, found = (torch.stack(training.run()) for training in (masked, compact))
-        if wrong := differs(expected, found, tolerance):
-            return f"compact: losses {wrong}"
-        if wrong := differs(masked.model.state_dict(), compact.model.state_dict(), tolerance):
-            return f"compact: {wrong}"
-        a, b = masked.result, compact.result
-        assert a is not None and b is not None
-        scale = {name: tolerance * max(1.0, v.abs().max().item()) for name, v in a.momentum.items()}
-        for name, v in a.momentum.items():
-            if not torch.allclose(v, b.momentum[name], rtol=tolerance, atol=scale[name]):
-                return f"compact: momentum of {name} differs in {dtype}"
-        if a.densities != b.densities:
-            return f"compact: densities {b.densities} instead of {a.densities} in {dtype}"
-        if b.rebuilds != events:
-            return f"compact: {b.rebuilds} rebuilds instead of {events} in {dtype}"
-        for name, layer in threshold_layers(compact.model):
+    wrong = []
+
+    def run(rival: str, dtype: torch.dtype, layout: torch.memory_format) -> Outcome:
+        training = Training(plan, case, rival, dtype, layout)
+        losses, result = training.run()
+        if rival == "compact" and result.rebuilds != events:
+            wrong.append(f"{rival}: {result.rebuilds} rebuilds instead of {events} in {dtype}")
+        for name, layer in threshold_layers(training.model):
             if not torch.equal(layer.mask(), wanted[name]):
-                return f"{name}: other filters flipped than should"
-    return ""
+                wrong.append(f"{rival}: other filters of {name} flipped than should in {dtype}")
+        return outcome(losses, training.model, result)
+
+    return same_training(run, "compact") or "; ".join(wrong)
 
 
 def measure(case: Case, density: float, turns: int, seconds: float) -> dict[str, object]:

@@ -46,6 +46,15 @@ class Faster(CompactTrainer):
         super().begin(dataclasses.replace(options, lr=1.5 * options.lr), momentum, densities)
 
 
+class Rough(CompactTrainer):
+    """Right in float64, and with less momentum than it was told to have in float32."""
+
+    def begin(self, options, momentum=None, densities=None):
+        if next(self.model.parameters()).dtype == torch.float32:
+            options = dataclasses.replace(options, momentum=0.9 * options.momentum)
+        super().begin(options, momentum, densities)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
@@ -97,12 +106,14 @@ def test_a_quick_run_leaves_the_results_alone(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["training_step", "rebuild", "estimators", "federated"])
-def test_a_wrong_trainer_is_not_timed(name, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(cases.RIVALS, "compact", lambda model: Faster(model, strict=True))
+@pytest.mark.parametrize("trainer", [Faster, Rough])
+def test_a_wrong_trainer_is_not_timed(name, trainer, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(cases.RIVALS, "compact", lambda model: trainer(model, strict=True))
     status, rows = run(name, tmp_path / "rows.csv")
     assert status == 1
     for row in rows:
         assert "compact" in row["wrong"] and not row.get(FIGURE[name])
+        assert ("float32" in row["wrong"]) == (trainer is Rough)
     assert "WRONG" in capsys.readouterr().out
     table = importlib.import_module(f"benchmarks.{name}").table(rows)
     assert "wrong" in table or len(table.splitlines()) == 2
