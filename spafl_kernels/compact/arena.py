@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .flow import Flow
 from .plan import Channels
-from .state import LayerState, NormState, put_rows
+from .state import LayerState, NormState, put_rows, take_rows
 
 __all__ = ["Arena", "Piece", "Region", "Share", "VectorShare", "WeightShare", "attach", "shares_of"]
 
@@ -95,21 +95,28 @@ class WeightShare(Share):
     def load(self, full: Tensor, flat: Tensor) -> None:
         rows, columns = self.rows, self.columns
         part = full.index_select(0, rows.kept) if len(rows.dropped) else full
-        kept = part.index_select(1, columns.kept) if len(columns.dropped) else part
-        _fill(self._matrix(self.kept, flat, columns.stored), kept)
-        if self.dropped is not None:
-            lost = part.index_select(1, columns.dropped)
-            _fill(self._matrix(self.dropped, flat, len(columns.dropped)), lost)
+        kept = self._matrix(self.kept, flat, columns.stored)
+        live = len(rows.kept)
+        if columns.pads or rows.pads:
+            kept.zero_()
+            kept = kept[:live, : len(columns.kept)]
+        if self.dropped is None:
+            kept.copy_(part)
+            return
+        torch.index_select(part, 1, columns.kept, out=kept)
+        lost = self._matrix(self.dropped, flat, len(columns.dropped))
+        if rows.pads:
+            lost[live:].zero_()
+        torch.index_select(part, 1, columns.dropped, out=lost[:live])
 
     def store(self, full: Tensor, flat: Tensor) -> None:
         rows, columns = self.rows, self.columns
         live = len(rows.kept)
         part = self._matrix(self.kept, flat, columns.stored)[:live, : len(columns.kept)]
         if self.dropped is not None:
-            whole = part.new_empty(live, columns.width, full.shape[2])
-            whole.index_copy_(1, columns.kept, part)
-            whole.index_copy_(1, columns.dropped, self._matrix(self.dropped, flat, len(columns.dropped))[:live])
-            part = whole
+            lost = self._matrix(self.dropped, flat, len(columns.dropped))[:live]
+            # One gather of the two side by side takes half the time of two scatters.
+            part = torch.cat([part, lost], 1).index_select(1, columns.order)
         put_rows(full, rows, part)
 
     def _matrix(self, piece: Piece, flat: Tensor, columns: int) -> Tensor:
@@ -123,23 +130,14 @@ class VectorShare(Share):
     channels: Channels
 
     def load(self, full: Tensor, flat: Tensor) -> None:
-        _fill(self.kept.span(flat), full[self.channels.kept])
+        take_rows(full, self.channels, self.kept.span(flat))
         if self.dropped is not None:
-            self.dropped.span(flat).copy_(full[self.channels.dropped])
+            torch.index_select(full, 0, self.channels.dropped, out=self.dropped.span(flat))
 
     def store(self, full: Tensor, flat: Tensor) -> None:
         put_rows(full, self.channels, self.kept.span(flat)[: len(self.channels.kept)])
         if self.dropped is not None:
             full[self.channels.dropped] = self.dropped.span(flat)
-
-
-def _fill(place: Tensor, values: Tensor) -> None:
-    """Copy ``values`` to the front of ``place`` in every dimension; the rest becomes 0."""
-    if place.shape != values.shape:
-        place.zero_()
-        for dim, size in enumerate(values.shape):
-            place = place.narrow(dim, 0, size)
-    place.copy_(values)
 
 
 def shares_of(flow: Flow, layers: Iterable[LayerState], norms: Iterable[NormState]) -> dict[Key, Share]:

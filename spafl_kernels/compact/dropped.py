@@ -23,6 +23,7 @@ class Powers:
     """``M^k`` of the map that SGD without a gradient applies to ``(w, v)``: ``v <- mu v + wd w; w <- w - lr v``."""
 
     def __init__(self, options: SGDOptions, dtype: torch.dtype, device: torch.device) -> None:
+        self.options = options
         lr, mu, wd = options.lr, options.momentum, options.weight_decay
         self._step = torch.tensor([[1 - lr * wd, -lr * mu], [wd, mu]], dtype=torch.float64)
         self._rows = [torch.eye(2, dtype=torch.float64)]
@@ -55,24 +56,32 @@ class DroppedRows:
         moving: some dropped row has missed steps that matter.
     """
 
-    def __init__(self, layers: Sequence[LayerState], scores: Tensor, options: SGDOptions) -> None:
+    def __init__(self, layers: Sequence[LayerState], scores: Tensor) -> None:
         self.layers, self.scores = layers, scores
-        self.clock, self.moving = 0, False
         self.base = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
         self.moving_mean = torch.zeros_like(scores)
+        self._powers = Powers(SGDOptions(lr=0.0), scores.dtype, scores.device)
+
+    def begin(self, options: SGDOptions) -> None:
+        """A new training; all rows are complete."""
+        self.clock, self.moving = 0, False
+        self.base.zero_()
+        self.moving_mean.zero_()
         self._decays = options.weight_decay > 0
-        self._powers = Powers(options, scores.dtype, scores.device)
+        if self._powers.options != options:
+            self._powers = Powers(options, self.scores.dtype, self.scores.device)
 
     def leave(self, gone: Tensor) -> None:
         """Rows ``gone`` (bool over all filters) are from now on the model's."""
         self.base[gone] = self.clock
 
-    def measure(self, layer: LayerState, gone: Tensor) -> None:
-        """Note the momentum with which rows of a layer leave."""
-        assert layer.momentum is not None
-        index = gone[layer.part].nonzero().flatten()
-        if len(index):
-            self.moving_mean[index + layer.begin] = layer.momentum[index].abs().mean((1, 2))
+    def measure(self, gone: Tensor) -> None:
+        """Note the momentum with which rows leave."""
+        for layer in self.layers:
+            index = gone[layer.part].nonzero().flatten()
+            if len(index):
+                assert layer.momentum is not None
+                self.moving_mean[index + layer.begin] = layer.momentum[index].abs().mean((1, 2))
 
     def settle(self, dropped: Tensor) -> None:
         """Find out whether the rows ``dropped`` (bool over all filters) move."""

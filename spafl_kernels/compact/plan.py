@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class Channels:
     @property
     def stored(self) -> int:
         return len(self.kept) + self.pads
+
+    @cached_property
+    def order(self) -> Tensor:
+        """int64 ``(width,)``: where every channel is in ``cat(kept, dropped)``."""
+        return torch.cat([self.kept, self.dropped]).argsort()
 
     @property
     def full(self) -> bool:

@@ -15,6 +15,7 @@ from .program import LayerSlot, NormSlot
 
 __all__ = [
     "LayerState", "NormState", "Tensors", "all_channels", "full_name", "per_filter", "put_rows", "same_channels",
+    "take_rows",
 ]  # fmt: skip
 
 # Key of a tensor, the tensor at full size, and its momentum.
@@ -23,6 +24,8 @@ Tensors = Iterator[tuple[tuple[str, str], Tensor, Tensor | None]]
 
 class LayerState:
     """One convolution or linear. ``begin`` is the place of its first threshold among all thresholds."""
+
+    threshold: Tensor  # of threshold layers
 
     def __init__(self, name: str, module: Any, begin: int) -> None:
         self.name, self.module = name, module
@@ -50,7 +53,8 @@ class LayerState:
         m = self.module
         self.weight = m.weight.data.view(self.rows, self.inputs, -1)
         self.bias = None if m.bias is None else m.bias.data
-        self.threshold = m.threshold.data if self.is_threshold else None
+        if self.is_threshold:
+            self.threshold = m.threshold.data
         self.momentum: Tensor | None = None
         self.bias_momentum: Tensor | None = None
         self.threshold_momentum: Tensor | None = None
@@ -86,15 +90,24 @@ class NormState:
     def tensors(self) -> Tensors:
         yield from self._tensors
 
+    def set_channels(self, channels: Channels) -> None:
+        """Make room for the statistics under a new plan."""
+        self.channels, slot, full = channels, self.slot, self.module.running_mean
+        slot.running_mean, slot.running_var = full.new_zeros(channels.stored), full.new_zeros(channels.stored)
+        slot.mean_dropped = slot.var_dropped = None
+        if lost := len(channels.dropped):
+            slot.mean_dropped, slot.var_dropped = full.new_empty(lost), full.new_empty(lost)
+
     def load_statistics(self) -> None:
         m, slot, channels = self.module, self.slot, self.channels
         assert channels is not None
-        slot.running_mean = _with_pads(m.running_mean, channels)
-        slot.running_var = _with_pads(m.running_var, channels)
-        slot.mean_dropped = slot.var_dropped = None
-        if len(channels.dropped):
-            slot.mean_dropped = m.running_mean[channels.dropped]
-            slot.var_dropped = m.running_var[channels.dropped]
+        for full, kept, dropped in (
+            (m.running_mean, slot.running_mean, slot.mean_dropped),
+            (m.running_var, slot.running_var, slot.var_dropped),
+        ):
+            take_rows(full, channels, kept)
+            if dropped is not None:
+                torch.index_select(full, 0, channels.dropped, out=dropped)
 
     def store_statistics(self) -> None:
         m, slot, channels = self.module, self.slot, self.channels
@@ -105,12 +118,6 @@ class NormState:
         if len(channels.dropped):
             m.running_mean[channels.dropped] = slot.mean_dropped
             m.running_var[channels.dropped] = slot.var_dropped
-
-
-def _with_pads(full: Tensor, channels: Channels) -> Tensor:
-    out = full.new_zeros(channels.stored)
-    out[: len(channels.kept)] = full[channels.kept]
-    return out
 
 
 def per_filter(value: Tensor, layout: Layout, name: str, rows: int) -> Tensor:
@@ -141,3 +148,14 @@ def put_rows(full: Tensor, rows: Channels, values: Tensor) -> None:
         full.index_copy_(0, rows.kept, values)
     else:
         full.copy_(values)
+
+
+def take_rows(full: Tensor, rows: Channels, out: Tensor) -> None:
+    """The kept rows of ``full``, then zeros, into ``out``."""
+    live = len(rows.kept)
+    if rows.pads:
+        out[live:].zero_()
+    if len(rows.dropped):
+        torch.index_select(full, 0, rows.kept, out=out[:live])
+    else:
+        out[:live].copy_(full)

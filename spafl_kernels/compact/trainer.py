@@ -7,6 +7,7 @@ compact copy itself is in :mod:`.session`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from torch.nn import functional as F
 from ..layers import ThresholdLayer
 from ..training import Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
 from .flow import Flow, check_traceable, trace_flow
-from .session import Session
+from .momentum import OwnMomentum
+from .session import Session, settings_of
 
 __all__ = ["CompactTrainer"]
 
@@ -53,9 +55,11 @@ class CompactTrainer(Trainer):
         self.strict, self.multiple, self.compiled = strict, multiple, compiled
         self.reason = "all channels can be traced"
         self._flows: dict[tuple[int, ...], Flow] = {}
+        self._sessions: dict[tuple[int, ...], Session] = {}
         self._scratch: dict[str, Tensor] = {}
+        self._lent: OwnMomentum | None = None
         self._fallback: MaskedTrainer | None = None
-        self._parameters = dict(model.named_parameters())
+        self._parameters = self._inventory.parameters
 
     # -- interface -------------------------------------------------------------------------------------------------
 
@@ -71,11 +75,14 @@ class CompactTrainer(Trainer):
         except RuntimeError:
             self._open = False
             raise
-        self._options, self._given, self._density = options, momentum, start
+        # Buffers may be those that the last training has lent: read before they expire.
+        self._options, self._given, self._density = options, dict(momentum or {}), start
+        if self._lent is not None:
+            self._lent.expire()
         self._session: Session | None = None
         self._steps = self._macs = 0
         if self._fallback is not None:
-            self._fallback.begin(options, momentum, densities)
+            self._fallback.begin(options, self._given, densities)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         self._check_open()
@@ -123,15 +130,12 @@ class CompactTrainer(Trainer):
                 self._open = False
                 self._check_parameters(self._versions)
                 session.store()
-            momentum = {}
-            if self._options.momentum:
-                momentum = dict(self._given) if self._given else self._own_momentum(session is None)
             self._result = TrainResult(
                 densities=dict(self._density),
                 macs=self._macs,
                 steps=self._steps,
                 rebuilds=0 if session is None else session.rebuilds,
-                momentum=momentum,
+                momentum=self._finished_momentum(session),
             )
         self._open = False
         return self._result
@@ -143,9 +147,15 @@ class CompactTrainer(Trainer):
     # -- start -----------------------------------------------------------------------------------------------------
 
     def _check_parameters(self, versions: dict[str, tuple[int, int]] | None = None) -> None:
-        now = dict(self.model.named_parameters())
-        if now.keys() != self._parameters.keys() or any(now[k] is not p for k, p in self._parameters.items()):
-            raise RuntimeError("parameters of the model were replaced; make a new trainer (p.data may be swapped)")
+        self._inventory.refresh()
+        now = self._inventory.parameters
+        if now is not self._parameters:  # modules or parameters were exchanged
+            if now.keys() != self._parameters.keys() or any(now[k] is not p for k, p in self._parameters.items()):
+                raise RuntimeError("parameters of the model were replaced; make a new trainer (p.data may be swapped)")
+            self._parameters = now
+            # Another module may do something else; the next first batch shows it.
+            self._flows.clear()
+            self._sessions.clear()
         for name, p in now.items():
             if not p.requires_grad:
                 raise RuntimeError(f"requires_grad of {name!r} was switched off; make a new trainer")
@@ -182,22 +192,33 @@ class CompactTrainer(Trainer):
         self._versions = {name: (p.data_ptr(), p._version) for name, p in self._parameters.items()}
         momentum: Mapping[str, Tensor] = {}
         if self._options.momentum:
-            momentum = self._given or self._own_momentum(True)
-        return Session(
-            flow,
-            self._parameters,
-            self._options,
-            momentum,
-            not self._given,
-            self._density,
-            self.multiple,
-            self.compiled,
-        )
+            momentum = self._given or self._buffers()
+        session = self._sessions.get(flow.image)
+        if session is None or session.settings != settings_of(flow):
+            self._sessions[flow.image] = session = Session(flow, self.multiple, self.compiled)
+        session.load(self._parameters, self._options, momentum, not self._given, self._density)
+        return session
 
-    def _own_momentum(self, clear: bool) -> dict[str, Tensor]:
+    def _buffers(self) -> dict[str, Tensor]:
+        """Full-size buffers of the trainer's own. Nothing is in memory until somebody writes to them."""
         if not self._scratch:
             self._scratch = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
-        elif clear:
-            for v in self._scratch.values():
-                v.zero_()
         return self._scratch
+
+    def _finished_momentum(self, session: Session | None) -> Mapping[str, Tensor]:
+        if not self._options.momentum:
+            return {}
+        if self._given:
+            if session is not None:
+                session.store_momentum()
+            return self._given
+        self._lent = OwnMomentum(self._buffers(), partial(_complete, session, self._buffers()))
+        return self._lent
+
+
+def _complete(session: Session | None, buffers: Mapping[str, Tensor]) -> None:
+    if session is not None:
+        session.store_momentum()
+    else:
+        for buffer in buffers.values():
+            buffer.zero_()

@@ -37,6 +37,10 @@ class Update(Protocol):
 
     flipped: bool
 
+    def begin(self, loose: Loose, options: SGDOptions) -> None:
+        """Another training on the same arena, with the same use of momentum."""
+        ...
+
     def __call__(
         self, leaves: Sequence[Tensor | None], loose: Sequence[Tensor | None], masks: dict[str, Tensor | None]
     ) -> None: ...
@@ -102,10 +106,8 @@ class PlainUpdate:
 
     flipped = True
 
-    def __init__(
-        self, arena: Arena, layers: Sequence[LayerState], loose: Loose, scores: Tensor, options: SGDOptions
-    ) -> None:
-        self.arena, self.loose, self.scores, self.options = arena, loose, scores, options
+    def __init__(self, arena: Arena, layers: Sequence[LayerState], scores: Tensor, options: SGDOptions) -> None:
+        self.arena, self.scores = arena, scores
         self._filters = [_Filters(arena, layer) for layer in layers]
         start, stop = arena.scored
         self._absolute = arena.flat.new_empty(stop - start)
@@ -121,6 +123,10 @@ class PlainUpdate:
             self._parts.append(slice(at, at + f.channels.stored))
             at += f.channels.stored
         self._index, self._place, self._row_size = torch.cat(index), torch.cat(place), torch.cat(sizes)
+
+    def begin(self, loose: Loose, options: SGDOptions) -> None:
+        self.loose, self.options = loose, options
+        self.arena.grad[self.arena.leaf_end :].zero_()
 
     def rescore(self) -> None:
         start, stop = self.arena.scored
@@ -218,11 +224,8 @@ class CompiledUpdate:
         scores: of all filters; those of kept rows are written by every step.
     """
 
-    def __init__(
-        self, arena: Arena, layers: Sequence[LayerState], loose: Loose, scores: Tensor, options: SGDOptions
-    ) -> None:
-        self.arena, self.loose, self.options = arena, loose, options
-        self.flipped = False
+    def __init__(self, arena: Arena, layers: Sequence[LayerState], scores: Tensor, options: SGDOptions) -> None:
+        self.arena = arena
         self._filters = [_Filters(arena, layer) for layer in layers]
         self._masks = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
         with_momentum = bool(options.momentum)
@@ -250,10 +253,13 @@ class CompiledUpdate:
             threshold_momenta=filters(arena.tau_momentum) if with_momentum else [],
         )
         self._rows.check(options.momentum)
-        self._params = [arena.flat[a:b] for a, b in arena.others] + loose.params
-        self._grads = [arena.grad[a:b] for a, b in arena.others]
-        self._momenta = [arena.velocity[a:b] for a, b in arena.others] + loose.momenta if with_momentum else []
-        self._flags = [0] * len(self._params)
+        self._params, self._grads = ([t[a:b] for a, b in arena.others] for t in (arena.flat, arena.grad))
+        self._momenta = [arena.velocity[a:b] for a, b in arena.others] if with_momentum else []
+
+    def begin(self, loose: Loose, options: SGDOptions) -> None:
+        self.loose, self.options = loose, options
+        self.flipped = False
+        self.arena.grad[self.arena.scored[1] :].zero_()
 
     def rescore(self) -> None:
         pass
@@ -283,10 +289,10 @@ class CompiledUpdate:
         _, flips = threshold_step(
             rows,
             weight_grads,
-            self._params,
+            self._params + self.loose.params,
             self._grads + _or_zeros(loose, self.loose.params),
-            self._momenta,
-            self._flags,
+            self._momenta + self.loose.momenta,
+            [0] * (len(self._params) + len(self.loose.params)),
             lr=options.lr,
             momentum=options.momentum,
             weight_decay=options.weight_decay,
