@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .flow import Flow
+from .memory import Memory
 from .plan import Channels
 from .state import LayerState, NormState, put_rows, take_rows
 
@@ -73,11 +74,11 @@ class Share:
     def pieces(self) -> tuple[Piece, ...]:
         return (self.kept,) if self.dropped is None else (self.kept, self.dropped)
 
-    def load(self, full: Tensor, flat: Tensor) -> None:
+    def load(self, full: Tensor, flat: Tensor, memory: Memory) -> None:
         """Read the model's tensor."""
         raise NotImplementedError
 
-    def store(self, full: Tensor, flat: Tensor) -> None:
+    def store(self, full: Tensor, flat: Tensor, memory: Memory) -> None:
         """Write into the model's tensor what the arena holds of it."""
         raise NotImplementedError
 
@@ -92,11 +93,13 @@ class WeightShare(Share):
     rows: Channels
     columns: Channels
 
-    def load(self, full: Tensor, flat: Tensor) -> None:
+    def load(self, full: Tensor, flat: Tensor, memory: Memory) -> None:
         rows, columns = self.rows, self.columns
-        part = full.index_select(0, rows.kept) if len(rows.dropped) else full
-        kept = self._matrix(self.kept, flat, columns.stored)
         live = len(rows.kept)
+        part = full
+        if len(rows.dropped):
+            part = torch.index_select(full, 0, rows.kept, out=memory.take("rows", (live, *full.shape[1:])))
+        kept = self._matrix(self.kept, flat, columns.stored)
         if columns.pads or rows.pads:
             kept.zero_()
             kept = kept[:live, : len(columns.kept)]
@@ -109,14 +112,16 @@ class WeightShare(Share):
             lost[live:].zero_()
         torch.index_select(part, 1, columns.dropped, out=lost[:live])
 
-    def store(self, full: Tensor, flat: Tensor) -> None:
+    def store(self, full: Tensor, flat: Tensor, memory: Memory) -> None:
         rows, columns = self.rows, self.columns
         live = len(rows.kept)
         part = self._matrix(self.kept, flat, columns.stored)[:live, : len(columns.kept)]
         if self.dropped is not None:
             lost = self._matrix(self.dropped, flat, len(columns.dropped))[:live]
             # One gather of the two side by side takes half the time of two scatters.
-            part = torch.cat([part, lost], 1).index_select(1, columns.order)
+            shape = (live, columns.width, full.shape[2])
+            both = torch.cat([part, lost], 1, out=memory.take("rows", shape))
+            part = torch.index_select(both, 1, columns.order, out=memory.take("whole rows", shape))
         put_rows(full, rows, part)
 
     def _matrix(self, piece: Piece, flat: Tensor, columns: int) -> Tensor:
@@ -129,12 +134,12 @@ class VectorShare(Share):
 
     channels: Channels
 
-    def load(self, full: Tensor, flat: Tensor) -> None:
+    def load(self, full: Tensor, flat: Tensor, memory: Memory) -> None:
         take_rows(full, self.channels, self.kept.span(flat))
         if self.dropped is not None:
             torch.index_select(full, 0, self.channels.dropped, out=self.dropped.span(flat))
 
-    def store(self, full: Tensor, flat: Tensor) -> None:
+    def store(self, full: Tensor, flat: Tensor, memory: Memory) -> None:
         put_rows(full, self.channels, self.kept.span(flat)[: len(self.channels.kept)])
         if self.dropped is not None:
             full[self.channels.dropped] = self.dropped.span(flat)
@@ -173,7 +178,7 @@ class Arena:
     """Memory for ``shares`` and ``thresholds`` numbers behind them.
 
     Args:
-        like: a tensor whose dtype and device the arena has.
+        memory, name: whose buffers ``name + ...`` are used.
         with_momentum: False leaves ``velocity`` empty.
 
     Attributes:
@@ -184,17 +189,19 @@ class Arena:
         others: the ranges that are neither these nor thresholds.
     """
 
-    def __init__(self, shares: Mapping[Key, Share], thresholds: int, like: Tensor, with_momentum: bool) -> None:
-        self.shares = shares
+    def __init__(
+        self, shares: Mapping[Key, Share], thresholds: int, memory: Memory, name: str, with_momentum: bool
+    ) -> None:
+        self.shares, self.name = shares, name
         pieces = sorted((piece for share in shares.values() for piece in share.pieces), key=lambda p: p.region)
         end = 0
         for piece in pieces:
             piece.at = end
             end += piece.size
         total = end + thresholds
-        self.flat = like.new_empty(total)
-        self.velocity = like.new_empty(total if with_momentum else 0)
-        self.grad = like.new_zeros(total)
+        self.flat = memory.take(name + " parameters", (total,))
+        self.velocity = memory.take(name + " momentum", (total if with_momentum else 0,))
+        self.grad = memory.take(name + " gradient", (total,)).zero_()
         self.tau, self.tau_grad = self.flat[end:], self.grad[end:]
         self.tau_momentum = self.velocity[end:]
 

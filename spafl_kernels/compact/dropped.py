@@ -64,7 +64,7 @@ class DroppedRows:
 
     def begin(self, options: SGDOptions) -> None:
         """A new training; all rows are complete."""
-        self.clock, self.moving = 0, False
+        self.clock, self.moving, self._measured = 0, False, False
         self.base.zero_()
         self.moving_mean.zero_()
         self._decays = options.weight_decay > 0
@@ -81,11 +81,14 @@ class DroppedRows:
             index = gone[layer.part].nonzero().flatten()
             if len(index):
                 assert layer.momentum is not None
+                self._measured = True
                 self.moving_mean[index + layer.begin] = layer.momentum[index].abs().mean((1, 2))
 
     def settle(self, dropped: Tensor) -> None:
         """Find out whether the rows ``dropped`` (bool over all filters) move."""
-        self.moving = bool(dropped.any()) and (self._decays or bool((self.moving_mean[dropped] > 0).any()))
+        self.moving = False
+        if self._decays or self._measured:
+            self.moving = bool(dropped.any()) and (self._decays or bool((self.moving_mean[dropped] > 0).any()))
 
     def look(self, tau: Tensor, dropped: Tensor, window: Tensor | None) -> bool:
         """Bring scores up to date where the bounds do not suffice; True if a dropped row is active.

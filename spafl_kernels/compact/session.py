@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from .. import native
 from ..layers import ThresholdLayer
-from ..reference import WINDOW, filter_scores
+from ..reference import WINDOW
 from ..training import SGDOptions
 from .arena import Arena, attach, shares_of
 from .conditions import Condition
 from .dropped import DroppedRows
 from .flow import Flow, Layout
+from .memory import Memory
 from .plan import Channels, Plan
 from .program import Program, always_fused, prefers_channels_last
 from .state import LayerState, NormState, Tensors, all_channels, per_filter, same_channels
@@ -91,6 +92,7 @@ class Session:
         self._steady = all(condition.fixed for condition in self._conditions)
         self._exact = always_fused(flow) if self.compiled else set()
         self._channels_last = prefers_channels_last(flow)
+        self._memory = Memory(self._scores)
         self._arena: Arena | None = None
         self._loaded = False
 
@@ -123,12 +125,19 @@ class Session:
         self._loose_leaves: list[Tensor] = [parameters[name] for name in loose]
         if loose:
             self._clear_momentum()
-        torch.cat([filter_scores(layer.weight) for layer in self._pruned], out=self._scores)
+        for layer in self._pruned:
+            self._score(layer)
         self._tau = torch.cat([layer.threshold for layer in self._pruned])
         self._dropped.begin(options)
         self._loaded = False
         self._stale = True
         self._collapsed = self._find_collapsed()
+
+    def _score(self, layer: LayerState) -> None:
+        """:func:`~spafl_kernels.reference.filter_scores` of the model's weight, without its temporary tensor."""
+        weight = layer.weight.flatten(1)
+        size = torch.abs(weight, out=self._memory.take("rows", weight.shape))
+        torch.mean(size, 1, out=self._scores[layer.part])
 
     def _clear_momentum(self) -> None:
         """Fresh buffers are set to 0 before they are first looked at, which most trainings never do."""
@@ -206,7 +215,7 @@ class Session:
         if full is None or self._arena is None or not self._loaded:
             return full
         value = torch.empty_like(full)
-        self._arena.shares[key].store(value, self._arena.flat)
+        self._arena.shares[key].store(value, self._arena.flat, self._memory)
         return value
 
     def _set_masks(self) -> None:
@@ -278,7 +287,9 @@ class Session:
             norm.load_statistics()
         layers, norms = self._layers.values(), self._norms.values()
         shares = shares_of(flow, layers, norms)
-        self._arena = arena = Arena(shares, len(self._scores), self._scores, bool(self.options.momentum))
+        # The two arenas of a rebuild must not overlap.
+        name = "other arena" if old is not None and old.name == "arena" else "arena"
+        self._arena = arena = Arena(shares, len(self._scores), self._memory, name, bool(self.options.momentum))
         self._read(arena, old, [layer.name for layer in changed])
         self._tau = arena.tau
         attach(arena, layers, norms)
@@ -323,9 +334,9 @@ class Session:
             if old is not None and key[1] == "w" and key[0] not in changed:
                 arena.take_over(key, old)
                 continue
-            arena.shares[key].load(full, arena.flat)
+            arena.shares[key].load(full, arena.flat, self._memory)
             if momentum is not None and not blank:
-                arena.shares[key].load(momentum, arena.velocity)
+                arena.shares[key].load(momentum, arena.velocity, self._memory)
         arena.tau.copy_(self._tau)
         if old is not None:
             arena.tau_momentum.copy_(old.tau_momentum)
@@ -374,7 +385,7 @@ class Session:
             return
         for key, _, momentum in self._tensors():
             if momentum is not None:
-                arena.shares[key].store(momentum, arena.velocity)
+                arena.shares[key].store(momentum, arena.velocity, self._memory)
         for layer in self._pruned:
             if layer.threshold_momentum is not None:
                 layer.threshold_momentum.copy_(arena.tau_momentum[layer.part])
@@ -384,8 +395,8 @@ class Session:
         for key, full, buffer in self._tensors():
             if key[1] == "w" and key[0] not in layers:
                 continue
-            arena.shares[key].store(full, arena.flat)
+            arena.shares[key].store(full, arena.flat, self._memory)
             if buffer is not None and momentum:
-                arena.shares[key].store(buffer, arena.velocity)
+                arena.shares[key].store(buffer, arena.velocity, self._memory)
         for norm in self._norms.values():
             norm.store_statistics()

@@ -252,7 +252,6 @@ class CompiledUpdate:
             dropped_momenta=dropped(arena.velocity) if with_momentum else [],
             threshold_momenta=filters(arena.tau_momentum) if with_momentum else [],
         )
-        self._rows.check(options.momentum)
         self._params, self._grads = ([t[a:b] for a, b in arena.others] for t in (arena.flat, arena.grad))
         self._momenta = [arena.velocity[a:b] for a, b in arena.others] if with_momentum else []
 
