@@ -182,7 +182,7 @@ class Arena:
         with_momentum: False leaves ``velocity`` empty.
 
     Attributes:
-        flat, velocity, grad: the three tensors; ``velocity`` and ``flat`` are not initialised, ``grad`` is 0.
+        flat, velocity, grad: the three tensors, not initialised.
         tau, tau_momentum, tau_grad: views of their thresholds.
         leaves: views of the pieces that have a gradient, in order; autograd's leaves. They end at ``leaf_end``.
         scored: ``(start, stop)`` of the weights of threshold layers, all columns.
@@ -201,7 +201,7 @@ class Arena:
         total = end + thresholds
         self.flat = memory.take(name + " parameters", (total,))
         self.velocity = memory.take(name + " momentum", (total if with_momentum else 0,))
-        self.grad = memory.take(name + " gradient", (total,)).zero_()
+        self.grad = memory.take(name + " gradient", (total,))
         self.tau, self.tau_grad = self.flat[end:], self.grad[end:]
         self.tau_momentum = self.velocity[end:]
 

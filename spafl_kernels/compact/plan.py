@@ -36,7 +36,8 @@ class Channels:
     @cached_property
     def order(self) -> Tensor:
         """int64 ``(width,)``: where every channel is in ``cat(kept, dropped)``."""
-        return torch.cat([self.kept, self.dropped]).argsort()
+        places = torch.arange(self.width, device=self.kept.device)
+        return torch.empty_like(places).index_copy_(0, torch.cat([self.kept, self.dropped]), places)
 
     @property
     def full(self) -> bool:

@@ -89,9 +89,11 @@ class Session:
             self._window = torch.cat(window)
         self._dropped = DroppedRows(self._pruned, self._scores)
         self._conditions = [c for layer in self._pruned if (c := Condition.of(flow, layer)) is not None]
+        self._conditioned = {c.layer for c in self._conditions}
         self._steady = all(condition.fixed for condition in self._conditions)
         self._exact = always_fused(flow) if self.compiled else set()
         self._channels_last = prefers_channels_last(flow)
+        self._all_channels: dict[int, Channels] = {}
         self._memory = Memory(self._scores)
         self._arena: Arena | None = None
         self._loaded = False
@@ -219,24 +221,27 @@ class Session:
         return value
 
     def _set_masks(self) -> None:
-        """Masks of the kept rows where some are pruned; densities."""
+        """Masks of the kept rows where some are pruned, which only conditions bring about; densities."""
         self._masked: list[LayerState] = []
         self._set_densities: list[float] = []
         masks: list[Tensor] = []
         for layer in self._pruned:
-            active = self._active[layer.part]
-            self.densities[layer.name] = density = int(active.sum()) / layer.rows
-            self._set_densities.append(density)
             assert layer.row_channels is not None
-            kept = active[layer.row_channels.kept]
+            kept = layer.row_channels.kept
+            count = len(kept)
             layer.slot.mask = None
             layer.far = None if self._far is None else self._far[layer.part]
-            if not bool(kept.all()):
-                mask = self._scores.new_zeros(layer.row_channels.stored)
-                mask[: len(kept)] = kept
-                layer.slot.mask = mask.requires_grad_()
-                self._masked.append(layer)
-                masks.append(mask)
+            if layer in self._conditioned:
+                active = self._active[layer.part]
+                count = int(active.sum())
+                if count < len(kept):
+                    mask = self._scores.new_zeros(layer.row_channels.stored)
+                    mask[: len(kept)] = active[kept]
+                    layer.slot.mask = mask.requires_grad_()
+                    self._masked.append(layer)
+                    masks.append(mask)
+            self.densities[layer.name] = count / layer.rows
+            self._set_densities.append(count / layer.rows)
             layer.signed = not layer.window or (layer.far is not None and bool(layer.far.any()))
         assert self._arena is not None
         self.leaves = [*self._arena.leaves, *self._loose_leaves, *masks]
@@ -272,8 +277,9 @@ class Session:
     def _make(self, keep: Tensor, old: Arena | None) -> None:
         """A plan that keeps ``keep``, a new arena, and a program that runs on it; from the model and from ``old``."""
         flow = self.flow
+        self._arena = None  # until all is made: what is left half-way must not be used again
         plan = Plan(flow, {la.name: keep[la.part] for la in self._pruned}, self.multiple, self._exact)
-        changed = self._changed_layers(plan)
+        changed = self._changed_layers(plan, old)
         if old is not None:
             self._write(old, [layer.name for layer in changed])
         self._move_rows(keep)
@@ -283,13 +289,13 @@ class Session:
         for norm in self._norms.values():
             layout = flow.layout_in(norm.name)
             width = norm.module.num_features
-            norm.set_channels(all_channels(width, self._device) if layout is None else plan.channels(layout))
+            norm.set_channels(self._whole(width) if layout is None else plan.channels(layout))
             norm.load_statistics()
         layers, norms = self._layers.values(), self._norms.values()
         shares = shares_of(flow, layers, norms)
         # The two arenas of a rebuild must not overlap.
         name = "other arena" if old is not None and old.name == "arena" else "arena"
-        self._arena = arena = Arena(shares, len(self._scores), self._memory, name, bool(self.options.momentum))
+        arena = Arena(shares, len(self._scores), self._memory, name, bool(self.options.momentum))
         self._read(arena, old, [layer.name for layer in changed])
         self._tau = arena.tau
         attach(arena, layers, norms)
@@ -299,15 +305,23 @@ class Session:
         layer_slots = {name: layer.slot for name, layer in self._layers.items()}
         norm_slots = {name: norm.slot for name, norm in self._norms.items()}
         self.program = Program(flow, plan, layer_slots, norm_slots, self._channels_last, self.compiled)
+        self._arena = arena
 
-    def _changed_layers(self, plan: Plan) -> dict[LayerState, tuple[Channels, Channels]]:
-        """Layers whose kept rows or columns are others under ``plan``, with these."""
+    def _whole(self, width: int) -> Channels:
+        if width not in self._all_channels:
+            self._all_channels[width] = all_channels(width, self._device)
+        return self._all_channels[width]
+
+    def _changed_layers(self, plan: Plan, old: Arena | None) -> dict[LayerState, tuple[Channels, Channels]]:
+        """Layers whose kept rows or columns are others under ``plan`` than in ``old``, with these."""
         changed = {}
         for name, layer in self._layers.items():
             layout = self.flow.layout_in(name) if self.flow.layers[name].kind == "layer" else None
-            rows = plan.rows.get(name) or all_channels(layer.rows, self._device)
-            columns = all_channels(layer.inputs, self._device) if layout is None else plan.channels(layout)
-            if not (same_channels(rows, layer.row_channels) and same_channels(columns, layer.column_channels)):
+            rows = plan.rows.get(name) or self._whole(layer.rows)
+            columns = self._whole(layer.inputs) if layout is None else plan.channels(layout)
+            if old is None or not (
+                same_channels(rows, layer.row_channels) and same_channels(columns, layer.column_channels)
+            ):
                 changed[layer] = rows, columns
         return changed
 

@@ -130,6 +130,7 @@ class CompactTrainer(Trainer):
                 self._open = False
                 self._check_parameters(self._versions)
                 session.store()
+                self._sessions[session.flow.image] = session
             self._result = TrainResult(
                 densities=dict(self._density),
                 macs=self._macs,
@@ -193,9 +194,10 @@ class CompactTrainer(Trainer):
         momentum: Mapping[str, Tensor] = {}
         if self._options.momentum:
             momentum = self._given or self._buffers()
-        session = self._sessions.get(flow.image)
-        if session is None or session.settings != settings_of(flow):
-            self._sessions[flow.image] = session = Session(flow, self.multiple, self.compiled)
+        # It comes back when the training is finished; one that broke off leaves nothing to the next.
+        session = self._sessions.pop(flow.image, None)
+        if session is None or session.flow is not flow or session.settings != settings_of(flow):
+            session = Session(flow, self.multiple, self.compiled)
         session.load(self._parameters, self._options, momentum, not self._given, self._density)
         return session
 

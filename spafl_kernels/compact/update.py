@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -55,7 +56,7 @@ class Update(Protocol):
 
 
 class _Filters:
-    """The stored rows of one threshold layer, as matrices that are views of the arena."""
+    """The stored rows of one threshold layer, as matrices that are views of the arena (made when first needed)."""
 
     def __init__(self, arena: Arena, layer: LayerState) -> None:
         self.arena, self.layer = arena, layer
@@ -63,14 +64,26 @@ class _Filters:
         assert layer.row_channels is not None
         self.channels = layer.row_channels
         self.piece, self.lost = share.kept, share.dropped
-        self.kept, self.kept_grad = self.rows(share.kept, arena.flat), self.rows(share.kept, arena.grad)
-        self.dead = self.dead_grad = None
-        if share.dropped is not None:
-            self.dead, self.dead_grad = self.rows(share.dropped, arena.flat), self.rows(share.dropped, arena.grad)
         # Dropped columns that read constants have a gradient from autograd.
         self.dead_const = share.dropped is not None and share.dropped.region == Region.CONSTANTS
 
-    def rows(self, piece: Piece, flat: Tensor) -> Tensor:
+    @cached_property
+    def kept(self) -> Tensor:
+        return self._rows(self.piece, self.arena.flat)
+
+    @cached_property
+    def kept_grad(self) -> Tensor:
+        return self._rows(self.piece, self.arena.grad)
+
+    @cached_property
+    def dead(self) -> Tensor | None:
+        return None if self.lost is None else self._rows(self.lost, self.arena.flat)
+
+    @cached_property
+    def dead_grad(self) -> Tensor | None:
+        return None if self.lost is None else self._rows(self.lost, self.arena.grad)
+
+    def _rows(self, piece: Piece, flat: Tensor) -> Tensor:
         return piece.span(flat).view(self.channels.stored, -1)
 
     def dots(self, kept_grad: Tensor, dead_grad: Tensor | None) -> Tensor:

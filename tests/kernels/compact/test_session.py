@@ -9,7 +9,7 @@ from torch import nn
 
 from spafl.models import LeNet5
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, threshold_layers
-from spafl_kernels.compact import CompactTrainer
+from spafl_kernels.compact import CompactTrainer, session
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
 IMAGE = (2, 8, 8)
@@ -107,6 +107,27 @@ def test_a_training_that_diverged_leaves_nothing_behind(options, compiled):
     twin = copy.deepcopy(model)
     train(trainer, options, data())
     train(MaskedTrainer(twin), options, data())
+    assert_same(model, twin)
+
+
+def test_a_plan_that_broke_off_is_not_used_again(monkeypatch):
+    model, other = make(), make(0.3, seed=1).state_dict()
+    trainer = CompactTrainer(model, strict=True)
+    train(trainer, MOMENTUM, data())
+
+    def broken(*args):
+        raise MemoryError("no room")
+
+    model.load_state_dict(other)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "Program", broken)
+        trainer.begin(MOMENTUM)
+        with pytest.raises(MemoryError):
+            trainer.step(*data()[0])
+        trainer.finish()
+    twin = copy.deepcopy(model)
+    train(trainer, MOMENTUM, data())
+    train(MaskedTrainer(twin), MOMENTUM, data())
     assert_same(model, twin)
 
 
