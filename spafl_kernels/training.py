@@ -181,7 +181,7 @@ class Trainer:
     def _start(
         self, options: SGDOptions, momentum: Mapping[str, Tensor] | None, densities: Mapping[str, float] | None
     ) -> dict[str, float]:
-        """Check the arguments of ``begin``; returns complete densities."""
+        """Check the arguments of ``begin`` and refresh the inventory; returns complete densities."""
         if self._open:
             raise RuntimeError("begin() was called before the last training was finished; call finish() first")
         self._inventory.refresh()

@@ -128,6 +128,7 @@ class CompactTrainer(Trainer):
             if session is not None:
                 # Whatever happens, this training is over: nothing compact may be written into a changed model.
                 self._open = False
+                self._inventory.refresh()
                 self._check_parameters(self._versions)
                 session.store()
                 self._sessions[session.flow.image] = session
@@ -148,7 +149,6 @@ class CompactTrainer(Trainer):
     # -- start -----------------------------------------------------------------------------------------------------
 
     def _check_parameters(self, versions: dict[str, tuple[int, int]] | None = None) -> None:
-        self._inventory.refresh()
         now = self._inventory.parameters
         if now is not self._parameters:  # modules or parameters were exchanged
             if now.keys() != self._parameters.keys() or any(now[k] is not p for k, p in self._parameters.items()):
