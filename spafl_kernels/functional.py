@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -150,22 +150,25 @@ def density(model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def check_thresholds(model: nn.Module) -> None:
+def check_thresholds(model: nn.Module | Mapping[str, ThresholdLayer]) -> None:
     """Refuse thresholds that are not finite: every comparison with NaN is false, so they would prune without a word.
 
     It waits for the device once, which is why layers themselves do not ask; loading a state dict,
     :func:`observe` and the beginning of a training do.
 
+    Args:
+        model: a model, or its threshold layers by name.
+
     Raises:
         ValueError: names the layers and how many of their thresholds are NaN or infinite.
     """
-    layers = dict(threshold_layers(model))
-    if not layers:
+    layers = dict(threshold_layers(model)) if isinstance(model, nn.Module) else model
+    values = [layer.threshold.detach() for layer in layers.values()]
+    if not values or torch.cat([v.to(values[0].device) for v in values]).isfinite().all():
         return
-    counts = torch.stack([(~layer.threshold.isfinite()).sum() for layer in layers.values()]).tolist()
-    wrong = [f"{name} ({n} of {len(layers[name].threshold)})" for name, n in zip(layers, counts, strict=True) if n]
-    if wrong:
-        raise ValueError(f"thresholds must be finite; NaN or infinite in {', '.join(wrong)}")
+    counts = {name: int((~layer.threshold.isfinite()).sum()) for name, layer in layers.items()}
+    wrong = [f"{name} ({n} of {len(layers[name].threshold)})" for name, n in counts.items() if n]
+    raise ValueError(f"thresholds must be finite; NaN or infinite in {', '.join(wrong)}")
 
 
 @torch.no_grad()
