@@ -21,12 +21,13 @@ HERE = Path(__file__).resolve().parent
 CPU = (
     "training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers", "simulator", "native_cpu",
 )  # fmt: skip
-GPU = ("gpu_layers",)
+GPU = ("gpu",)
 
 
 def summary(name: str) -> str:
     """The first line of a benchmark's docstring, read without importing it."""
-    doc = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())) or ""
+    path = HERE / name / "__main__.py" if (HERE / name).is_dir() else HERE / f"{name}.py"
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
     return doc.split("\n")[0]
 
 
