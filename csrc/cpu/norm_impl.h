@@ -3,8 +3,8 @@
 //   y = relu(scale (x - mean) + offset),  scale = weight / sqrt(var + eps)
 //
 // An array is outer x channels x inner: NCHW has inner = H W; channels last is inner = 1, and a vector then holds
-// several pixels or a part of one. Two passes forward (moments, y) and two backward (sums, gx); backward asks the sign of y
-// again, by the same operations on the same numbers, because that is cheaper than reading y.
+// several pixels or a part of one. Two passes forward (moments, y) and two backward (sums, gx); backward asks the sign
+// of y again, by the same operations on the same numbers, because that is cheaper than reading y.
 
 // Steps after which sums in T are carried on in double.
 constexpr int64_t kCarry = 64;
@@ -264,7 +264,7 @@ void walk(const NormShape& s, const std::vector<T>& table, const NormArrays<T>& 
 // ---- BatchNorm + ReLU ---------------------------------------------------------------------------------------------
 
 // A number near the mean of each channel: moments about it lose nothing to cancellation. The mean of a few values
-// spread over the array, taken about the first, so that a constant channel gives that constant, and variance 0, exactly.
+// spread over the array, taken about the first: a constant channel gives that constant, and variance 0, exactly.
 template <typename T>
 std::vector<T> near_means(const NormShape& s, const T* x) {
   constexpr uint64_t golden = 0x9E3779B9;  // multiples of the golden ratio mod 1: even for any count, in step with none
@@ -353,7 +353,7 @@ void norm_relu_grad(const NormShape& s, const T* gy, const T* x, const T* weight
 // windows at a time. Backward finds the winners again from x, so that nothing is kept but the statistics.
 
 template <typename T>
-struct Blocks {
+struct PoolBlocks {
   using V = Vec<T>;
 #if defined(SPAFL_ISA_AVX512)
   static constexpr int parts = 2, size = V::size / parts;
@@ -384,7 +384,7 @@ struct Blocks {
   int64_t count, image, pooled;  // blocks; elements of an image and of a pooled image
   int32_t step[9];               // from a window's corner to its k-th element
 
-  Blocks(const PoolShape& s) {
+  PoolBlocks(const PoolShape& s) {
     const int64_t per_pixel = s.channels / size, width = s.width / s.pool;
     count = s.height / s.pool * width * per_pixel;
     image = s.height * s.width * s.channels, pooled = count * size;
@@ -413,15 +413,15 @@ struct Blocks {
 
 // The windows of one vector: the winners' y, and how to find them.
 template <typename T, int P>
-struct Windows {
+struct PoolWindows {
   using V = Vec<T>;
   V d[P * P], best, best_d;  // x - mean
   typename V::Mask better[P * P];
 
-  Windows(const Blocks<T>& b, const T* x, const int32_t* at, V minus_mean, V scale, V offset) {
+  PoolWindows(const PoolBlocks<T>& b, const T* x, const int32_t* at, V minus_mean, V scale, V offset) {
 #pragma GCC unroll 9
     for (int k = 0; k < P * P; k++) {
-      d[k] = V::add(Blocks<T>::load(x + b.step[k], at), minus_mean);
+      d[k] = V::add(PoolBlocks<T>::load(x + b.step[k], at), minus_mean);
       const V y = V::fma(d[k], scale, offset);
       if (k == 0) {
         best = y, best_d = d[0];
@@ -436,14 +436,14 @@ struct Windows {
 template <typename T, int P>
 void norm_relu_pool_forward(const PoolShape& s, const T* x, const std::vector<T>& table, T* y) {
   using V = Vec<T>;
-  using B = Blocks<T>;
+  using B = PoolBlocks<T>;
   const B b(s);
   const T *minus_mean = table.data(), *scale = minus_mean + s.channels, *offset = scale + s.channels;
   for (int64_t n = 0; n < s.batch; n++)
     for (int64_t i = 0; i < b.count; i += B::parts) {
       const int32_t* c = b.channel.data() + i;
-      const Windows<T, P> w(b, x + n * b.image, b.corner.data() + i, B::load(minus_mean, c), B::load(scale, c),
-                            B::load(offset, c));
+      const PoolWindows<T, P> w(b, x + n * b.image, b.corner.data() + i, B::load(minus_mean, c),
+                                B::load(scale, c), B::load(offset, c));
       b.store_pooled(V::zero_unless(V::positive(w.best), w.best), y + n * b.pooled, i);
     }
 }
@@ -451,7 +451,7 @@ void norm_relu_pool_forward(const PoolShape& s, const T* x, const std::vector<T>
 template <typename T, int P>
 void norm_relu_pool_sums(const PoolShape& s, const T* x, const T* gy, const std::vector<T>& table, double* sums) {
   using V = Vec<T>;
-  using B = Blocks<T>;
+  using B = PoolBlocks<T>;
   const B b(s);
   const T *minus_mean = table.data(), *scale = minus_mean + s.channels, *offset = scale + s.channels;
   // A row of lanes for every first channel: lane j of the row is channel (first + j) % channels.
@@ -470,8 +470,8 @@ void norm_relu_pool_sums(const PoolShape& s, const T* x, const T* gy, const std:
   for (int64_t n = 0; n < s.batch; n++)
     for (int64_t i = 0; i < b.count; i += B::parts) {
       const int32_t* c = b.channel.data() + i;
-      const Windows<T, P> w(b, x + n * b.image, b.corner.data() + i, B::load(minus_mean, c), B::load(scale, c),
-                            B::load(offset, c));
+      const PoolWindows<T, P> w(b, x + n * b.image, b.corner.data() + i, B::load(minus_mean, c),
+                                B::load(scale, c), B::load(offset, c));
       const V g = V::zero_unless(V::positive(w.best), b.load_pooled(gy + n * b.pooled, i));
       T *first = partial.data() + c[0] * B::parts, *second = first + lanes;
       if (i + B::parts <= b.count) {
@@ -490,7 +490,7 @@ void norm_relu_pool_sums(const PoolShape& s, const T* x, const T* gy, const std:
 template <typename T, int P, bool training>
 void norm_relu_pool_input(const PoolShape& s, const T* x, const T* gy, const std::vector<T>& table, T* gx) {
   using V = Vec<T>;
-  using B = Blocks<T>;
+  using B = PoolBlocks<T>;
   const B b(s);
   const T *minus_mean = table.data(), *scale = minus_mean + s.channels, *offset = scale + s.channels,
           *slope = offset + s.channels, *level = slope + s.channels;
@@ -498,7 +498,7 @@ void norm_relu_pool_input(const PoolShape& s, const T* x, const T* gy, const std
     for (int64_t i = 0; i < b.count; i += B::parts) {
       const int32_t *c = b.channel.data() + i, *at = b.corner.data() + i;
       const V factor = B::load(scale, c);
-      const Windows<T, P> w(b, x + n * b.image, at, B::load(minus_mean, c), factor, B::load(offset, c));
+      const PoolWindows<T, P> w(b, x + n * b.image, at, B::load(minus_mean, c), factor, B::load(offset, c));
       V g = V::zero_unless(V::positive(w.best), b.load_pooled(gy + n * b.pooled, i));
       g = V::mul(g, factor);
       // The last that was better than all before it is the winner.
