@@ -8,6 +8,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -168,6 +170,139 @@ Tensor relu_pool_grad(const Tensor& gy, const Tensor& argmax, int64_t height, in
     kernels<T>().relu_pool_grad(from[0] * from[1], height, width, pool, in<T>(gy), in<uint8_t>(argmax), out<T>(gx));
   });
   return gx;
+}
+
+// How a tensor of N x C x ... lies in memory: row-major, or channels last with four dimensions.
+NormShape norm_shape(const char* op, const char* name, const Tensor& t) {
+  CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
+  CHECK(t.dim() >= 2 && t.dim() <= 4, op, ": ", name, " must have 2 to 4 dimensions; got ", t.dim());
+  const std::vector<int64_t> size = shape_of(t);
+  const int64_t n = size[0], c = size[1], positions = t.dim() > 2 ? t.numel() / std::max<int64_t>(1, n * c) : 1;
+  CHECK(n >= 1 && c >= 1 && positions >= 1, op, ": ", name, " must not be empty");
+  if (t.is_contiguous()) return {n, c, positions};
+  const auto stride = t.strides();
+  const int64_t last[] = {c * positions, 1, t.dim() == 4 ? size[3] * c : 0, c};
+  for (int64_t d = 0; d < 4; d++)
+    CHECK(t.dim() == 4 && (size[d] == 1 || stride[d] == last[d]), op, ": ", name,
+          " must be contiguous, or channels last with 4 dimensions");
+  return {n * positions, c, 1};
+}
+
+template <typename T>
+const T* channel_data(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x,
+                      int64_t count) {
+  if (!t) return nullptr;
+  check_dense(op, name, *t), check_type(op, name, *t, x.scalar_type());
+  CHECK(t->numel() == count, op, ": ", name, " must have ", count, " values; got ", t->numel());
+  return in<T>(*t);
+}
+
+// Where pooling is part of the kernel; pool 1 is none.
+PoolShape norm_pool_shape(const char* op, const Tensor& x, const NormShape& s, int64_t pool) {
+  CHECK(pool >= 1 && pool <= 3, op, ": pool must be 1, 2 or 3; got ", pool);
+  if (pool == 1) return {};
+  const std::vector<int64_t> size = shape_of(x);
+  CHECK(x.dim() == 4 && s.inner == 1 && s.channels % 8 == 0 && size[2] % pool == 0 && size[3] % pool == 0, op,
+        ": pool needs a channels-last input of 8, 16, ... channels, its sides multiples of pool");
+  CHECK(size[1] * size[2] * size[3] < (int64_t)1 << 31, op, ": input images are too large");  // 32-bit offsets
+  return {size[0], size[1], size[2], size[3], pool};
+}
+
+// Channels last, like the input.
+Tensor new_pooled(const Tensor& x, const PoolShape& p) {
+  const Tensor y = new_like(x, {p.batch, p.height / p.pool, p.width / p.pool, p.channels});
+  return torch::stable::transpose(torch::stable::transpose(y, 2, 3), 1, 2);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_relu(const Tensor& x, const std::optional<Tensor>& weight,
+                                           const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
+                                           const std::optional<Tensor>& var, double eps, int64_t pool) {
+  const char* op = "batch_norm_relu";
+  check_float(op, "input", x);
+  const NormShape s = norm_shape(op, "input", x);
+  const PoolShape p = norm_pool_shape(op, x, s, pool);
+  CHECK(mean.has_value() == var.has_value(), op, ": mean and var must both be given, or both be left out");
+  CHECK(mean || s.outer * s.inner > 1, op, ": training needs more than 1 value per channel");
+  Tensor y = pool > 1 ? new_pooled(x, p) : torch::stable::empty_like(x), stats = new_like(x, {3, s.channels});
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t c = s.channels;
+    const T *w = channel_data<T>(op, "weight", weight, x, c), *b = channel_data<T>(op, "bias", bias, x, c);
+    T* to = out<T>(stats);
+    if (mean) {
+      const T *m = channel_data<T>(op, "mean", mean, x, c), *v = channel_data<T>(op, "var", var, x, c);
+      for (int64_t i = 0; i < c; i++) to[i] = m[i], to[c + i] = (T)(1 / std::sqrt(v[i] + eps)), to[2 * c + i] = v[i];
+    } else {
+      kernels<T>().norm_moments(s, in<T>(x), eps, to, to + c, to + 2 * c);
+    }
+    if (pool > 1)
+      kernels<T>().norm_relu_pool(p, in<T>(x), w, b, to, to + c, out<T>(y));
+    else
+      kernels<T>().norm_relu(s, in<T>(x), w, b, to, to + c, out<T>(y));
+  });
+  return {y, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_grad(const Tensor& gy, const Tensor& x,
+                                                        const std::optional<Tensor>& weight,
+                                                        const std::optional<Tensor>& bias, const Tensor& stats,
+                                                        bool training, int64_t pool) {
+  const char* op = "batch_norm_relu_grad";
+  check_float(op, "input", x), check_type(op, "grad", gy, x.scalar_type());
+  const NormShape s = norm_shape(op, "input", x), g = norm_shape(op, "grad", gy);
+  const PoolShape p = norm_pool_shape(op, x, s, pool);
+  if (pool > 1) {
+    const std::vector<int64_t> pooled{p.batch, p.channels, p.height / pool, p.width / pool};
+    CHECK(shape_of(gy) == pooled, op, ": grad must have the shape of the output");
+    // A map of one pixel is both row-major and channels last.
+    CHECK(g.inner == 1, op, ": grad must be channels last");
+  } else {
+    CHECK(shape_of(x) == shape_of(gy) && s.inner == g.inner, op,
+          ": grad must have the shape and the memory format of input");
+  }
+  Tensor gx = torch::stable::empty_like(x), gw = new_like(x, {s.channels}), gb = new_like(x, {s.channels});
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t c = s.channels;
+    const T *w = channel_data<T>(op, "weight", weight, x, c), *b = channel_data<T>(op, "bias", bias, x, c);
+    const T* from = channel_data<T>(op, "stats", stats, x, 3 * c);
+    if (pool > 1)
+      kernels<T>().norm_relu_pool_grad(p, in<T>(gy), in<T>(x), w, b, from, from + c, training, out<T>(gx), out<T>(gw),
+                                       out<T>(gb));
+    else
+      kernels<T>().norm_relu_grad(s, in<T>(gy), in<T>(x), w, b, from, from + c, training, out<T>(gx), out<T>(gw),
+                                  out<T>(gb));
+  });
+  return {gx, gw, gb};
+}
+
+// As torch: in double, rounded once.
+void batch_norm_running(const Tensor& mean, const Tensor& var, const Tensor& stats, double momentum) {
+  const char* op = "batch_norm_running";
+  check_float(op, "stats", stats);
+  const int64_t c = stats.numel() / 3;
+  with_type(stats, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = channel_data<T>(op, "stats", stats, stats, 3 * c);
+    channel_data<T>(op, "running_mean", mean, stats, c), channel_data<T>(op, "running_var", var, stats, c);
+    T *m = out<T>(mean), *v = out<T>(var);
+    for (int64_t i = 0; i < c; i++) {
+      m[i] = (T)(momentum * from[i] + (1 - momentum) * m[i]);
+      v[i] = (T)(momentum * from[2 * c + i] + (1 - momentum) * v[i]);
+    }
+  });
+}
+
+// Both in one call, in training. It has no derivative, so that no Python stands before it.
+std::tuple<Tensor, Tensor> batch_norm_relu_train(const Tensor& x, const std::optional<Tensor>& weight,
+                                                 const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
+                                                 const std::optional<Tensor>& var, double momentum, double eps,
+                                                 int64_t pool) {
+  CHECK(mean.has_value() == var.has_value(),
+        "batch_norm_relu_train: running_mean and running_var must both be given, or both be left out");
+  auto result = batch_norm_relu(x, weight, bias, std::nullopt, std::nullopt, eps, pool);
+  if (mean) batch_norm_running(*mean, *var, std::get<1>(result), momentum);
+  return result;
 }
 
 void check_count(const char* op, const char* name, size_t got, size_t want) {
@@ -364,6 +499,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spafl, m) {
   m.def("relu_pool(Tensor input, int pool) -> (Tensor, Tensor)");
   m.def("relu_pool_grad(Tensor grad, Tensor argmax, int height, int width, int pool) -> Tensor");
   m.def(
+      "batch_norm_relu(Tensor input, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, "
+      "int pool) -> (Tensor, Tensor)");
+  m.def(
+      "batch_norm_relu_grad(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor stats, bool training, "
+      "int pool) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_relu_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, float momentum, float eps, int pool) -> (Tensor, Tensor)");
+  m.def("batch_norm_running(Tensor(a!) mean, Tensor(b!) var, Tensor stats, float momentum) -> ()");
+  m.def(
       "threshold_pass(Tensor[] weights, Tensor[] thresholds, Tensor[] rests, int[] n_in, Tensor(a!)[] scores, "
       "Tensor(b!)[] masks) -> Tensor");
   m.def(
@@ -385,6 +530,10 @@ STABLE_TORCH_LIBRARY_IMPL(spafl, CPU, m) {
   m.impl("conv_relu_pool_grad_input", TORCH_BOX(&spafl::conv_relu_pool_grad_input));
   m.impl("relu_pool", TORCH_BOX(&spafl::relu_pool));
   m.impl("relu_pool_grad", TORCH_BOX(&spafl::relu_pool_grad));
+  m.impl("batch_norm_relu", TORCH_BOX(&spafl::batch_norm_relu));
+  m.impl("batch_norm_relu_grad", TORCH_BOX(&spafl::batch_norm_relu_grad));
+  m.impl("batch_norm_relu_train", TORCH_BOX(&spafl::batch_norm_relu_train));
+  m.impl("batch_norm_running", TORCH_BOX(&spafl::batch_norm_running));
   m.impl("threshold_pass", TORCH_BOX(&spafl::threshold_pass));
   m.impl("sgd_step", TORCH_BOX(&spafl::sgd_step));
   m.impl("threshold_step", TORCH_BOX(&spafl::threshold_step));

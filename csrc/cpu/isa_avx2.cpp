@@ -19,6 +19,7 @@ namespace spafl::avx2 {
 namespace {
 #include "simd.h"
 // clang-format keeps this order: simd.h first
+#include "norm_impl.h"
 #include "kernels_impl.h"
 }  // namespace
 extern const Kernels<float> f32 = table<float>;

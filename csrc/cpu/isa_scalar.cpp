@@ -12,6 +12,7 @@ namespace spafl::scalar {
 namespace {
 #include "simd.h"
 // clang-format keeps this order: simd.h first
+#include "norm_impl.h"
 #include "kernels_impl.h"
 }  // namespace
 extern const Kernels<float> f32 = table<float>;

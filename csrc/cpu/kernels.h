@@ -24,6 +24,18 @@ struct ConvShape {
   int64_t pooled_w() const { return conv_w() / pool; }
 };
 
+// x is outer x channels x inner: NCHW has inner = H W, channels last (and N x C) has inner = 1.
+struct NormShape {
+  int64_t outer, channels, inner;
+};
+
+// Channels last, then max-pool with kernel = stride = pool. channels is a multiple of 8, the sides are multiples of
+// pool.
+struct PoolShape {
+  int64_t batch, channels, height, width;
+  int64_t pool;  // 2 or 3
+};
+
 // What argmax holds where ReLU blocks the winner: no gradient passes. Otherwise it is dy * pool + dx.
 constexpr uint8_t kBlocked = 255;
 
@@ -81,6 +93,18 @@ struct Kernels {
   void (*relu_pool)(int64_t planes, int64_t height, int64_t width, int64_t pool, const T* x, T* y, uint8_t* argmax);
   void (*relu_pool_grad)(int64_t planes, int64_t height, int64_t width, int64_t pool, const T* gy,
                          const uint8_t* argmax, T* gx);
+  // Statistics of a batch of 2 or more values per channel: mean, 1 / sqrt(variance + eps), unbiased variance.
+  void (*norm_moments)(const NormShape&, const T* x, double eps, T* mean, T* rstd, T* var);
+  // y = relu((x - mean) * rstd * weight + bias); weight and bias may be null.
+  void (*norm_relu)(const NormShape&, const T* x, const T* weight, const T* bias, const T* mean, const T* rstd, T* y);
+  // training: mean and rstd depend on x.
+  void (*norm_relu_grad)(const NormShape&, const T* gy, const T* x, const T* weight, const T* bias, const T* mean,
+                         const T* rstd, bool training, T* gx, T* gweight, T* gbias);
+  // The same, then max-pool.
+  void (*norm_relu_pool)(const PoolShape&, const T* x, const T* weight, const T* bias, const T* mean, const T* rstd,
+                         T* y);
+  void (*norm_relu_pool_grad)(const PoolShape&, const T* gy, const T* x, const T* weight, const T* bias, const T* mean,
+                              const T* rstd, bool training, T* gx, T* gweight, T* gbias);
   // Number of rows whose mask changed.
   int64_t (*threshold_rows)(const ThresholdRows<T>&);
   // Everything in place; flips: by layer, the number of filters whose mask changed. Returns the gradient norm before

@@ -783,5 +783,6 @@ double step(const StepLayer<T>* layers, int64_t layer_count, const StepTensor<T>
 template <typename T>
 constexpr Kernels<T> table = {
     conv_relu_pool<T>,   conv_relu_pool_grad_weight<T>, conv_relu_pool_grad_input<T>, relu_pool<T>,
-    relu_pool_grad<T>,   threshold_rows<T>,             step<T>,
+    relu_pool_grad<T>,   norm_moments<T>,               norm_relu<T>,                 norm_relu_grad<T>,
+    norm_relu_pool<T>,   norm_relu_pool_grad<T>,        threshold_rows<T>,            step<T>,
 };

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from .. import native
 from ..layers import ThresholdLayer
 from ..ops.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, POOLS, DirectConvReluPool, DirectReluPool
+from ..ops.norm import DirectBatchNormRelu
+from ..ops.norm import pools as takes_pool
 from .flow import Flow, Op
 from .plan import Channels, Plan
 
@@ -77,6 +79,7 @@ class Program:
         floats = (torch.float32, torch.float64)
         self._native = compiled and weight.device.type == "cpu" and weight.dtype in floats and native.available()
         self._fused = fused_pools(flow) if self._native else {}
+        self._fused_norms = fused_norms(flow) if self._native else {}
         self.macs = self.macs_fixed = 0
         self._index = {name: i for i, name in enumerate(flow.ops)}
         self._count = len(self._index)
@@ -303,14 +306,21 @@ class Program:
         read = self._full(op.sources[0]) if channels is None else None
         drops = channels is not None and len(channels.dropped) > 0
         j = self._index[op.sources[0]]
+        relu, pool, window = self._fused_norms.get(op.name, ("", "", 1))
+        after_relu, after_pool = (3 * n + self._index[name] if name else 0 for name in (relu, pool))
         assert momentum is not None
 
         def run(env: list[Any], training: bool) -> None:
             x = env[j] if read is None else read(env)
             training = m.training
-            env[i] = F.batch_norm(
-                x, slot.running_mean, slot.running_var, slot.weight, slot.bias, training, momentum, eps
-            )
+            arguments = (x, slot.running_mean, slot.running_var, slot.weight, slot.bias, training, momentum, eps)
+            # Of one value per channel, or none, PyTorch knows what to say.
+            if relu and x.numel() > x.shape[1]:
+                pooled = window > 1 and takes_pool(x, window)
+                env[i] = DirectBatchNormRelu.apply(*arguments, window if pooled else 1)
+                env[after_pool if pooled else after_relu] = True
+            else:
+                env[i] = F.batch_norm(*arguments)
             if not drops:
                 return
             c, mean, var, bias = env[n + j], slot.mean_dropped, slot.var_dropped, slot.bias_dropped
@@ -353,7 +363,7 @@ class Program:
         outside: Any = op.apply
 
         def run(env: list[Any], training: bool) -> None:
-            env[i] = apply(env[j])
+            env[i] = env[j] if env[3 * n + i] else apply(env[j])
             c = env[n + j]
             if c is not None:
                 env[n + i] = outside(c)
@@ -368,6 +378,7 @@ class Program:
         source = self._op(op.sources[0])
         relu = source.apply if source.name in self._pooled_first else None
         inner: Any = torch.relu_ if relu is F.relu else relu
+        done = 3 * n + j  # ReLU is part of the norm before it
         window = _plain_window(op)
         direct = relu is F.relu and self._native and window is not None
 
@@ -378,7 +389,7 @@ class Program:
                     y = DirectReluPool.apply(y, window)
                 else:
                     y = apply(y)
-                    if relu is not None:
+                    if relu is not None and not env[done]:
                         y = inner(y)
             if relu is not None and c is not None:
                 c = relu(c)
@@ -578,9 +589,23 @@ def prefers_channels_last(flow: Flow) -> bool:
     the rounding is that of the masked model only in the same memory order.
     """
     norms = [op for op in flow.norms.values() if isinstance(op.module, nn.BatchNorm2d)]
-    layers = [op.module for op in flow.layers.values() if isinstance(op.module, ThresholdLayer)]
-    biased = any(m.bias is not None and not m.mask_bias for m in layers)
+    biased = any(_reads_kept_bias(flow, op) for op in flow.norms.values())
     return len(flow.image) == 3 and flow.image[0] > 1 and bool(norms) and not biased
+
+
+def _reads_kept_bias(flow: Flow, norm: Op) -> bool:
+    """Whether a pruned filter can reach ``norm`` as the constant of its bias."""
+    nodes, seen = list(norm.node.all_input_nodes), set()
+    while nodes:
+        op = flow.ops[nodes.pop().name]
+        if op.name in seen:
+            continue
+        seen.add(op.name)
+        if isinstance(op.module, ThresholdLayer) and op.module.bias is not None and not op.module.mask_bias:
+            return True
+        if op.kind != "layer":
+            nodes += op.node.all_input_nodes
+    return False
 
 
 def single_user(flow: Flow, op: Op) -> bool:
@@ -613,6 +638,28 @@ def fused_pools(flow: Flow) -> dict[str, tuple[str, int]]:
             if (window := _plain_window(chain)) is not None:
                 found[name] = (chain.name, window)
     return found
+
+
+def fused_norms(flow: Flow) -> dict[str, tuple[str, str, int]]:
+    """Norms whose only user is a ReLU, so that both can be one compiled call: ``{norm: (relu op, pool op, window)}``.
+
+    The pool is the ReLU's only user, if a kernel knows it; else it is ``""`` and the window 1. Not where a norm reads a
+    kept bias, for the reason in :func:`prefers_channels_last`.
+    """
+    found = {}
+    for op in flow.norms.values():
+        relu = _only_user(flow, op)
+        if relu is None or relu.kind != "relu" or relu.apply is not F.relu or _reads_kept_bias(flow, op):
+            continue
+        pool = _only_user(flow, relu)
+        window = _plain_window(pool) if pool is not None and pool.kind == "pool" else None
+        found[op.name] = (relu.name, "", 1) if pool is None or window is None else (relu.name, pool.name, window)
+    return found
+
+
+def _only_user(flow: Flow, op: Op) -> Op | None:
+    users = [flow.ops[u.name] for u in op.node.users]
+    return users[0] if len(users) == 1 else None
 
 
 def always_fused(flow: Flow) -> set[str]:

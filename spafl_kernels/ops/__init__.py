@@ -1,7 +1,7 @@
 """Operators of the threshold layers.
 
-On the CPU: operators with a compiled kernel and a plain-PyTorch twin that computes the same
-(:func:`conv_relu_pool`, :func:`relu_pool`, :func:`sgd_step`, :func:`threshold_pass`). They take ``backend``: ``"auto"``
+On the CPU: operators with a compiled kernel and a plain-PyTorch twin that computes the same (:func:`batch_norm_relu`,
+:func:`conv_relu_pool`, :func:`relu_pool`, :func:`sgd_step`, :func:`threshold_pass`). They take ``backend``: ``"auto"``
 uses the compiled kernel where it applies and the twin elsewhere, ``"native"`` raises where the kernel cannot be used,
 ``"torch"`` always takes the twin.
 
@@ -19,15 +19,18 @@ from ._backend import ready
 from .backend import Explanation, explain
 from .conv_pool import DirectConvReluPool, DirectReluPool, conv_relu_pool, relu_pool
 from .library import conv2d, linear
+from .norm import DirectBatchNormRelu, batch_norm_relu
 from .sgd import sgd_step
 from .step import FilterRows, threshold_step
 from .threshold import threshold_pass
 
 __all__ = [
+    "DirectBatchNormRelu",
     "DirectConvReluPool",
     "DirectReluPool",
     "Explanation",
     "FilterRows",
+    "batch_norm_relu",
     "conv2d",
     "conv_relu_pool",
     "explain",

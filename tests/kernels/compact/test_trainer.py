@@ -8,8 +8,9 @@ from helpers import batches, compare, compare_steps, prune
 from torch import nn
 
 from spafl.models import Conv4, LeNet5, ResNet18, ViT
-from spafl_kernels import ThresholdConv2d, ThresholdLinear, threshold_layers
-from spafl_kernels.compact import CompactTrainer
+from spafl_kernels import ThresholdConv2d, ThresholdLinear, native, threshold_layers
+from spafl_kernels.compact import CompactTrainer, program
+from spafl_kernels.compact.flow import trace_flow
 from spafl_kernels.engines import make_trainer
 from spafl_kernels.training import SGDOptions, Unsupported
 
@@ -155,6 +156,47 @@ def test_first_layer_with_relu_and_pool(window, padding, bias, mask_bias, compil
     trainer = CompactTrainer(model, strict=True, compiled=compiled)
     options = SGDOptions(lr=0.03, momentum=0.9, penalty=0.01, weight_decay=1e-3)
     compare(model, options, batches((2, 12, 12), 30, 3, classes=5), evaluate_every=6, trainer=trainer)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+@pytest.mark.parametrize("window", [nn.MaxPool2d(2), nn.MaxPool2d(3), nn.MaxPool2d(2, 1), nn.AvgPool2d(2)], ids=str)
+def test_norm_with_relu_and_pool(window, estimator, compiled, monkeypatch):
+    """The fused calls: with the pool (2), without one a kernel knows, and 1-dimensional."""
+    calls = []
+    apply = program.DirectBatchNormRelu.apply
+    monkeypatch.setattr(program.DirectBatchNormRelu, "apply", lambda *a: calls.append(a[-1]) or apply(*a))
+    torch.manual_seed(16)
+    model = nn.Sequential(
+        ThresholdConv2d(2, 17, 3, bias=False),
+        nn.BatchNorm2d(17),
+        nn.ReLU(),
+        window,
+        ThresholdConv2d(17, 9, 2, padding=1, bias=False),
+        nn.BatchNorm2d(9),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        ThresholdLinear(9, 20, bias=False),
+        nn.BatchNorm1d(20),
+        nn.ReLU(),
+        ThresholdLinear(20, 5),
+    ).double()
+    prune(warm_norms(with_estimator(model, estimator)), 0.5, spread=0.05)
+    trainer = CompactTrainer(model, strict=True, compiled=compiled)
+    options = SGDOptions(lr=0.003, momentum=0.9, penalty=0.01, weight_decay=1e-3, max_grad_norm=1.0)
+    compare(model, options, batches((2, 12, 12), 30, 4, classes=5), evaluate_every=6, trainer=trainer)
+    pool = 2 if isinstance(window, nn.MaxPool2d) and window.stride == 2 else 1
+    # The 10 x 10 map of the first norm is no multiple of 3.
+    assert calls[:3] == ([pool, 1, 1] if compiled and native.available() else [])
+
+
+def test_norms_behind_a_kept_bias_are_left_to_torch():
+    """There ReLU asks for the sign of a rounding error, which must be the masked model's."""
+    image = (2, 7, 8)
+    assert program.fused_norms(trace_flow(Padded(False, False).double(), image))
+    assert program.fused_norms(trace_flow(Padded(True, True).double(), image))
+    assert not program.fused_norms(trace_flow(Padded(True, False).double(), image))
 
 
 def test_norm_without_affine_part():

@@ -110,6 +110,67 @@ void check_pool(Isa isa, int64_t planes, int64_t height, int64_t width, int64_t 
   expect_close("relu_pool_grad", isa, gx, gx2, 0);
 }
 
+// pool 1: none. Channels last where inner is 1.
+template <typename T>
+void check_norm(Isa isa, const PoolShape& p, int64_t inner, bool affine, bool training) {
+  const Kernels<T>& k = kernels_for<T>(isa);
+  const int64_t c = p.channels, pixels = p.batch * p.height * p.width, size = pixels * c;
+  const NormShape s{pixels / inner, c, inner};
+  const int64_t height = p.height / p.pool, width = p.width / p.pool, outputs = p.batch * height * width * c;
+  const double eps = 1e-3;
+  const auto x = noise<T>(size), gy = noise<T>(outputs), weight = noise<T>(c), bias = noise<T>(c);
+  const T *w = affine ? weight.data() : nullptr, *b = affine ? bias.data() : nullptr;
+  std::vector<T> mean = noise<T>(c), rstd(c, T(0.7)), var(c, T(1)), y(outputs, (T)NAN), gx(size, (T)NAN), gw(c, (T)NAN),
+                 gb(c, (T)NAN);
+  if (training) k.norm_moments(s, x.data(), eps, mean.data(), rstd.data(), var.data());
+  if (p.pool > 1) {
+    k.norm_relu_pool(p, x.data(), w, b, mean.data(), rstd.data(), y.data());
+    k.norm_relu_pool_grad(p, gy.data(), x.data(), w, b, mean.data(), rstd.data(), training, gx.data(), gw.data(),
+                          gb.data());
+  } else {
+    k.norm_relu(s, x.data(), w, b, mean.data(), rstd.data(), y.data());
+    k.norm_relu_grad(s, gy.data(), x.data(), w, b, mean.data(), rstd.data(), training, gx.data(), gw.data(), gb.data());
+  }
+
+  const auto at = [&](int64_t pixel, int64_t channel) {
+    return (pixel / inner * c + channel) * inner + pixel % inner;
+  };
+  std::vector<double> mean2(c), rstd2(c), var2(c), y2(outputs), gx2(size), gw2(c), gb2(c);
+  for (int64_t i = 0; i < c; i++) {
+    double m = 0, squares = 0;
+    for (int64_t pixel = 0; pixel < pixels; pixel++) m += (double)x[at(pixel, i)] / (double)pixels;
+    for (int64_t pixel = 0; pixel < pixels; pixel++) squares += std::pow((double)x[at(pixel, i)] - m, 2);
+    mean2[i] = training ? m : (double)mean[i], var2[i] = training ? squares / (double)(pixels - 1) : 1;
+    rstd2[i] = training ? 1 / std::sqrt(squares / (double)pixels + eps) : (double)rstd[i];
+    const double scale = (affine ? (double)weight[i] : 1) * rstd2[i], offset = affine ? (double)bias[i] : 0;
+    for (int64_t o = 0; o < outputs / c; o++) {
+      // The pixel that wins the window of output pixel o.
+      const int64_t n = o / (height * width), top = o / width % height * p.pool, left = o % width * p.pool;
+      double best = -INFINITY;
+      int64_t winner = 0;
+      for (int64_t d = 0; d < p.pool * p.pool; d++) {
+        const int64_t pixel = p.pool == 1 ? o : (n * p.height + top + d / p.pool) * p.width + left + d % p.pool;
+        const double value = ((double)x[at(pixel, i)] - mean2[i]) * scale + offset;
+        if (value > best) best = value, winner = pixel;
+      }
+      const int64_t to = p.pool == 1 ? at(o, i) : o * c + i;
+      y2[to] = std::max(best, 0.0);
+      if (best <= 0) continue;
+      gb2[i] += (double)gy[to], gw2[i] += (double)gy[to] * ((double)x[at(winner, i)] - mean2[i]) * rstd2[i];
+      gx2[at(winner, i)] += (double)gy[to] * scale;
+    }
+    if (training)
+      for (int64_t pixel = 0; pixel < pixels; pixel++)
+        gx2[at(pixel, i)] -=
+            scale / (double)pixels * (gb2[i] + gw2[i] * rstd2[i] * ((double)x[at(pixel, i)] - mean2[i]));
+  }
+  const double bound = sizeof(T) == 4 ? 1e-4 : 1e-11;
+  expect_close("norm_moments mean", isa, mean, mean2, bound), expect_close("norm_moments var", isa, var, var2, bound);
+  expect_close("norm_moments rstd", isa, rstd, rstd2, bound), expect_close("norm_relu", isa, y, y2, bound);
+  expect_close("norm_relu_grad gx", isa, gx, gx2, bound), expect_close("norm_relu_grad gw", isa, gw, gw2, bound);
+  expect_close("norm_relu_grad gb", isa, gb, gb2, bound);
+}
+
 template <typename T>
 void check_rows(int64_t rows, int64_t columns, int64_t dropped, bool momentum, bool window) {
   struct State {
@@ -161,6 +222,17 @@ void check_all() {
     for (const ConvShape& shape : shapes) check_conv<T>(isa, shape, shape.pad_h != 1);
     for (int64_t pool : {2, 3})
       for (int64_t side : {3, 8, 9, 34}) check_pool<T>(isa, 2, side, side + 1, pool);
+    for (bool flag : {false, true}) {
+      for (int64_t channels : {1, 3, 7, 8, 9, 24, 65})
+        for (int64_t side : {1, 3, 7, 16}) {
+          check_norm<T>(isa, {2, channels, side, side + 1, 1}, 1, flag, true);
+          check_norm<T>(isa, {2, channels, side, side + 1, 1}, side * (side + 1), true, flag);
+        }
+      for (int64_t channels : {8, 24, 32})
+        for (int64_t pool : {2, 3})
+          for (int64_t side : {1, 3}) check_norm<T>(isa, {3, channels, side * pool, 5 * pool, pool}, 1, flag, true);
+      check_norm<T>(isa, {2, 8, 2, 2, 2}, 1, true, flag);
+    }
   }
   for (int64_t columns : {0, 1, 31, 32, 33, 100, 4999})
     for (bool flag : {false, true}) check_rows<T>(3, columns, columns / 2, flag, !flag);
