@@ -237,7 +237,7 @@ class Program:
                 else:
                     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
                 if shift is not None:
-                    y += shift.view(1, -1, *size)
+                    y = _AddMap.apply(y, shift) if is_channels_last(y) else y.add_(shift.view(1, -1, *size))
             else:
                 y = F.linear(x, weight, bias)
             if mask is not None:
@@ -665,6 +665,31 @@ def _is_max(op: Op) -> bool:
     if isinstance(op.module, nn.MaxPool2d):
         return True
     return op.node.op == "call_function" and op.node.target in (F.max_pool2d, torch.max_pool2d)
+
+
+class _AddMap(torch.autograd.Function):
+    """``_AddMap.apply(y, map)``: the same map on every image, in place; ``y`` in channels-last order.
+
+    Autograd's sum of the gradient over the batch, and a sum with a map in another order than ``y``, take several times
+    as long as a pass over the images.
+
+    Args:
+        y: ``(N, C, H, W)``.
+        map: ``(C, H * W)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, map: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        _pixels(y).view(len(y), -1).add_(map.t().reshape(1, -1))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,) = grad_outputs
+        channels = grad.shape[1]
+        rows = grad.permute(0, 2, 3, 1).reshape(len(grad), -1)
+        return grad, rows.sum(0).view(-1, channels).t() if ctx.needs_input_grad[1] else None
 
 
 class _Select:
