@@ -314,7 +314,7 @@ void image_conv_grad_input(const ImageConv& s, const T* w, const T* gy, T* gx) {
   }
 }
 
-// Pixels, about, and most rows whose weight gradient is added up before the sums leave the registers. More are fewer trips
+// Least pixels, and most rows, whose weight gradient is added up before the sums leave the registers. More are fewer trips
 // of the sums, until a block of channels of these pixels does not stay in the first-level cache.
 constexpr int64_t kStripPixels = 32, kStripRows = 8;
 
@@ -396,7 +396,7 @@ void image_conv_grad_weight(const ImageConv& s, const T* x, const T* gy, T* gw, 
   constexpr int64_t lanes = V::size;
   const int64_t out_h = s.out_h(), out_w = s.out_w(), taps = s.kernel_h * s.kernel_w;
   const int64_t ins = s.in_used, outs = s.out_used;
-  const int64_t strip = std::clamp<int64_t>(kStripPixels / out_w, 1, kStripRows);
+  const int64_t strip = std::min((kStripPixels + out_w - 1) / out_w, kStripRows);
   const Blocks in_blocks(ins, kBlock), out_blocks(outs, most_outputs(in_blocks.size(in_blocks.count - 1)));
   LaneRows<T> rows(s.height, s.width, s.in_channels, ins, s.pad_w, s.pad_w, (strip - 1) * s.stride_h + s.kernel_h, kBlock);
   LaneRows<T> grads(out_h, out_w, s.out_channels, outs, 0, 0, strip, out_blocks.size(out_blocks.count - 1));

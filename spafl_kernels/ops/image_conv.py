@@ -29,9 +29,9 @@ class Passes(NamedTuple):
 
 # By instruction set, the most (input, output) channels with which a pass takes less time than oneDNN's. Measured
 # with 3x3 and 5x5 kernels, batch 16 and maps of 4x4 to 32x32 (docs/decisions/native-cpu.md).
-_LIMITS = {
-    "avx512": ((32, 16), (16, 32), (32, 14)),
-    "avx2": ((16, 8), (8, 16), (7, 7)),
+_LIMITS: dict[str, tuple[tuple[tuple[int, int], ...], ...]] = {
+    "avx512": (((32, 16),), ((16, 32),), ((32, 8), (14, 14))),
+    "avx2": (((16, 8),), ((8, 16),), ((7, 7),)),
 }
 _LANES = {"avx512": 64, "avx2": 32}  # bytes
 _NONE = Passes(False, False, False)
@@ -51,7 +51,8 @@ def image_passes(batch: int, in_channels: int, out_channels: int, dtype: torch.d
     lanes = _LANES[isa] // dtype.itemsize
     if batch * 8 < -(-batch // lanes) * lanes * 7:
         return _NONE
-    return Passes(*(in_channels <= i and out_channels <= o for i, o in _LIMITS[isa]))
+    limits = _LIMITS[isa]
+    return Passes(*(any(in_channels <= i and out_channels <= o for i, o in boxes) for boxes in limits))
 
 
 def _check(
