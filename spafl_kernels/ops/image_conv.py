@@ -27,14 +27,42 @@ class Passes(NamedTuple):
     grad_weight: bool
 
 
-# By instruction set, the most (input, output) channels with which a pass takes less time than oneDNN's. Measured
-# with 3x3 and 5x5 kernels, batch 16 and maps of 4x4 to 32x32 (docs/decisions/native-cpu.md).
-_LIMITS: dict[str, tuple[tuple[tuple[int, int], ...], ...]] = {
-    "avx512": (((32, 16),), ((16, 32),), ((32, 8), (14, 14))),
-    "avx2": (((16, 8),), ((8, 16),), ((7, 7),)),
+class _Rule(NamedTuple):
+    """Where a pass takes less time than oneDNN's: where ``share`` of the channels that oneDNN computes, in blocks of
+    ``block`` (input, output) channels, is all that is used; and up to ``small`` channels, where oneDNN is slow."""
+
+    block: tuple[int, int]
+    share: float
+    small: tuple[int, int]
+
+
+# By instruction set, a rule per pass. Measured with 1x1, 3x3 and 5x5 kernels, batch 16, maps of 4x4 to 32x32 and up to
+# _MOST channels (docs/decisions/native-cpu.md).
+_RULES = {
+    "avx512": (
+        _Rule((8, 16), 0.9, (32, 16)),
+        _Rule((16, 8), 0.9, (16, 32)),
+        _Rule((8, 16), 0.65, (14, 14)),
+    ),
+    "avx2": (
+        _Rule((8, 8), 0.8, (16, 8)),
+        _Rule((8, 8), 0.8, (8, 16)),
+        _Rule((8, 8), 0.65, (7, 7)),
+    ),
 }
+_MOST = 256
 _LANES = {"avx512": 64, "avx2": 32}  # bytes
 _NONE = Passes(False, False, False)
+
+
+def _pays(rule: _Rule, channels: tuple[int, int]) -> bool:
+    if all(n <= most for n, most in zip(channels, rule.small)):
+        return True
+    share = 1.0
+    for n, block in zip(channels, rule.block):
+        if n > 4:  # the few channels of an image are not rounded up
+            share *= n / (-(-n // block) * block)
+    return share <= rule.share and max(channels) <= _MOST
 
 
 def image_passes(batch: int, in_channels: int, out_channels: int, dtype: torch.dtype) -> Passes:
@@ -46,13 +74,12 @@ def image_passes(batch: int, in_channels: int, out_channels: int, dtype: torch.d
         dtype: of the tensors; float32 or float64.
     """
     isa = native.cpu_isa()
-    if isa not in _LIMITS or dtype not in (torch.float32, torch.float64):
+    if isa not in _RULES or dtype not in (torch.float32, torch.float64):
         return _NONE
     lanes = _LANES[isa] // dtype.itemsize
     if batch * 8 < -(-batch // lanes) * lanes * 7:
         return _NONE
-    limits = _LIMITS[isa]
-    return Passes(*(any(in_channels <= i and out_channels <= o for i, o in boxes) for boxes in limits))
+    return Passes(*(_pays(rule, (in_channels, out_channels)) for rule in _RULES[isa]))
 
 
 def _check(
