@@ -62,10 +62,14 @@ struct LocalChunks {
   Chunk<T> chunk[N];
   template <typename Body>
   void each(Body body) const {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < N; i++) body(chunk[i]);
   }
 };
+template <typename T, int... I>
+LocalChunks<T, sizeof...(I)> local_chunks(const std::vector<Chunk<T>>& c, std::integer_sequence<int, I...>) {
+  return {{c[I]...}};
+}
 template <typename T>
 struct ChunkList {
   const std::vector<Chunk<T>>& chunks;
@@ -77,10 +81,11 @@ struct ChunkList {
 template <typename T, typename Body>
 void with_chunks(const std::vector<Chunk<T>>& c, Body body) {
   switch (c.size()) {
-    case 1: return body(LocalChunks<T, 1>{{c[0]}});
-    case 2: return body(LocalChunks<T, 2>{{c[0], c[1]}});
-    case 4: return body(LocalChunks<T, 4>{{c[0], c[1], c[2], c[3]}});
-    case 8: return body(LocalChunks<T, 8>{{c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]}});
+    case 1: return body(local_chunks(c, std::make_integer_sequence<int, 1>()));
+    case 2: return body(local_chunks(c, std::make_integer_sequence<int, 2>()));
+    case 4: return body(local_chunks(c, std::make_integer_sequence<int, 4>()));
+    case 8: return body(local_chunks(c, std::make_integer_sequence<int, 8>()));
+    case 16: return body(local_chunks(c, std::make_integer_sequence<int, 16>()));
     default: return body(ChunkList<T>{c});
   }
 }
