@@ -1,12 +1,13 @@
 # make demo   set up and run the main job on embedded real data
 # make test   set up and run the tests
+# make bench  measure everything that needs no GPU, on an idle machine; rewrites the tables and pictures
 # make test-gpu, make bench-gpu   on a machine with a GPU, with the PyTorch it has; nothing is downloaded
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu bench-gpu lint clean
+.PHONY: setup demo test bench test-gpu bench-gpu lint clean
 
 setup: $(STAMP)
 
@@ -27,6 +28,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks all
 
 # The interpreter that holds the CUDA build of PyTorch; the development environment pins a CPU one.
 GPU_PYTHON ?= $(PYTHON)

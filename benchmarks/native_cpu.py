@@ -1,4 +1,4 @@
-"""The compiled CPU operators against torch's operators: ``python -m benchmarks.native_cpu [--out FILE.csv]``.
+"""The compiled CPU operators against torch's operators.
 
 One thread, and its CPU time, which a busy machine disturbs less than the clock on the wall. Rivals run in turns in one
 process; a figure is the median over the rounds of (time of ours / time of torch in the same round), with its quartiles.
@@ -8,10 +8,7 @@ direct autograd functions; the registered operators take about 30 us more per fo
 
 from __future__ import annotations
 
-import argparse
-import csv
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,22 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import common
 from spafl_kernels import native, ops
 
 Call = Callable[[], Any]
-
-
-def interleaved(rivals: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds per call of every rival, ``rounds`` of each, in turns that start with another one each round."""
-    names, times = list(rivals), {name: [] for name in rivals}
-    for call in rivals.values():
-        call(), call()
-    for r in range(rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            start = time.thread_time()
-            rivals[name]()
-            times[name].append(time.thread_time() - start)
-    return times
 
 
 def agree(what: str, ours: Any, theirs: Any, rtol: float = 2e-4, atol: float = 1e-3) -> None:
@@ -297,30 +282,29 @@ def steps() -> Iterator[Case]:
         yield "threshold_step", name, {"ours": ours, "torch": plain}
 
 
-COLUMNS = ["operator", "case", "rival", "ratio", "ratio_q1", "ratio_q3", "ours_ms", "rival_ms", "isa", "torch"]
+KEY = ("operator", "case", "rival")
 SUITES = {
     "conv": convolutions, "pool": pools, "stream": streams, "image": image_convs,
     "pass": threshold_passes, "step": steps,
 }  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.native_cpu", description=__doc__)
-    parser.add_argument("--out", help="write the figures to this CSV file")
+def main(argv: list[str] | None = None) -> int:
+    parser = common.options("benchmarks.native_cpu", __doc__)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--only", choices=SUITES, help="one suite instead of all")
-    options = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     if not ops.ready():
         raise SystemExit(f"benchmarks: {native.why_not()}")
-    torch.set_num_threads(1)
-    rows = []
-    print(f"torch {torch.__version__}, kernels: {native.cpu_isa()}, one thread, {options.rounds} rounds")
-    for suite in [options.only] if options.only else SUITES:
+    if args.quick:
+        args.rounds, args.only = 2, "pass"
+    rows = common.start(args, KEY)
+    print(f"torch {torch.__version__}, kernels: {native.cpu_isa()}, one thread, {args.rounds} rounds")
+    for suite in [args.only] if args.only else SUITES:
         for operator, case, rivals in SUITES[suite]():
-            times = interleaved(rivals, options.rounds)
+            times = common.in_turns(common.evenly(rivals, time.thread_time), args.rounds)
             for rival in [name for name in rivals if name != "ours"]:
-                ratios = [a / b for a, b in zip(times["ours"], times[rival])]
-                low, middle, high = statistics.quantiles(ratios, n=4)
+                low, middle, high = common.over(times["ours"], times[rival])
                 ours, theirs = (statistics.median(times[name]) * 1e3 for name in ("ours", rival))
                 note = "" if middle < 1 else "   SLOWER"
                 print(
@@ -328,15 +312,11 @@ def main(arguments: list[str] | None = None) -> int:
                     f"{ours:.3f} ms against {theirs:.3f} ms{note}",
                     flush=True,
                 )
-                figures = [f"{figure:.4f}" for figure in (middle, low, high, ours, theirs)]
-                rows.append([operator, case, rival, *figures, native.cpu_isa(), torch.__version__])
-    if options.out:
-        with open(options.out, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(rows)
+                names = ("ratio", "ratio_q1", "ratio_q3", "ours_ms", "rival_ms")
+                figures = {n: f"{v:.4f}" for n, v in zip(names, (middle, low, high, ours, theirs))}
+                rows.add({"operator": operator, "case": case, "rival": rival, **figures})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.alone(main)

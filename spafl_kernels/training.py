@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from .functional import threshold_layers, threshold_penalty
+from .functional import threshold_penalty
+from .inventory import Inventory
 
 __all__ = ["MaskedTrainer", "SGDOptions", "TrainResult", "Trainer", "Unsupported"]
 
@@ -87,14 +88,14 @@ class TrainResult:
         steps: SGD steps done.
         rebuilds: times the compact plan was made anew because a mask changed (0 for the masked engine).
         momentum: full-size momentum buffers by parameter name: the tensors given to ``begin``, or the trainer's own,
-            which its next ``begin`` overwrites. Empty when the momentum is 0.
+            which are to be read before its next ``begin``. Empty when the momentum is 0.
     """
 
     densities: dict[str, float]
     macs: int
     steps: int
     rebuilds: int
-    momentum: dict[str, Tensor] = field(repr=False)
+    momentum: Mapping[str, Tensor] = field(repr=False)
 
 
 class Trainer:
@@ -116,6 +117,7 @@ class Trainer:
     def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy) -> None:
         self.model = model
         self.loss = loss
+        self._inventory = Inventory(model)
         self._open = False
         self._result: TrainResult | None = None
 
@@ -179,12 +181,13 @@ class Trainer:
     def _start(
         self, options: SGDOptions, momentum: Mapping[str, Tensor] | None, densities: Mapping[str, float] | None
     ) -> dict[str, float]:
-        """Check the arguments of ``begin``; returns complete densities."""
+        """Check the arguments of ``begin`` and refresh the inventory; returns complete densities."""
         if self._open:
             raise RuntimeError("begin() was called before the last training was finished; call finish() first")
-        layers = [name for name, _ in threshold_layers(self.model)]
+        self._inventory.refresh()
+        layers = [name for name, _ in self._inventory.thresholds]
         if momentum:
-            trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            trainable = {name: p for name, p in self._inventory.parameters.items() if p.requires_grad}
             if wrong := sorted(trainable.keys() ^ momentum.keys()):
                 raise ValueError(f"momentum must have one buffer for every trainable parameter; differs in {wrong}")
             for name, p in trainable.items():
@@ -228,10 +231,10 @@ class MaskedTrainer(Trainer):
     ) -> None:
         start = self._start(options, momentum, densities)
         self._options = options
-        self._layers: list[tuple[str, Any]] = list(threshold_layers(self.model))
+        self._layers: list[tuple[str, Any]] = self._inventory.thresholds
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self._density = {name: torch.tensor(start[name], dtype=torch.float64, device=device) for name in start}
-        self._params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._params = {name: p for name, p in self._inventory.parameters.items() if p.requires_grad}
         self._optimizer = torch.optim.SGD(
             self._params.values(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )

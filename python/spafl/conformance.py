@@ -162,7 +162,7 @@ class Replay:
         for name, tensor in self.buffers.items():
             tensor.copy_(self.tensors[client][name])
         samples = self.recording.samples
-        yield self.resident.lend(client, samples("train", client), samples("test", client))
+        yield self.resident.lend(client, self.buffers, samples("train", client), samples("test", client))
         self.resident.take_back()
         for name, tensor in self.buffers.items():
             self.tensors[client][name].copy_(tensor)

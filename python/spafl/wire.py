@@ -10,8 +10,8 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,60 +52,66 @@ def encode(message: Message) -> bytes:
         raw_name = name.encode()
         if len(raw_name) > 255:
             raise ValueError(f"tensor name of {len(raw_name)} bytes; at most 255 can be sent")
-        head.append(struct.pack("<B", len(raw_name)) + raw_name)
-        head.append(struct.pack(f"<BB{tensor.dim()}I", _CODE[tensor.dtype], tensor.dim(), *tensor.shape))
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        body.append(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        rank = tensor.dim()
+        layout = f"<B{len(raw_name)}sBB{rank}I"
+        head.append(struct.pack(layout, len(raw_name), raw_name, _CODE[tensor.dtype], rank, *tensor.shape))
+        flat = tensor.detach().cpu()
+        if flat.dtype is torch.bfloat16:  # NumPy does not know it
+            flat = flat.view(torch.int16)
+        body.append(flat.numpy().tobytes())
     payload = b"".join(body)
     return b"".join([*head, struct.pack("<I", zlib.crc32(payload)), payload])
 
 
 def decode(frame: bytes) -> dict[str, Tensor]:
-    """The message in a frame; the tensors own their memory.
+    """The message in a frame; the tensors share one copy of the payload.
 
     Raises:
         WireError: not a frame, another version, truncated, trailing bytes, or a checksum that does not match.
     """
-    view = memoryview(frame)
-    at = 0
-
-    def take(count: int) -> memoryview:
-        nonlocal at
-        if at + count > len(view):
-            raise WireError(f"message truncated: {at + count} bytes expected, {len(view)} received")
-        at += count
-        return view[at - count : at]
-
-    def unpack(layout: str) -> tuple[int, ...]:
-        return struct.unpack(layout, take(struct.calcsize(layout)))
-
-    if bytes(take(4)) != MAGIC:
+    if frame[:4] != MAGIC:
         raise WireError("not a SpaFL message")
+    at = 4
+
+    def unpack(layout: str) -> tuple[Any, ...]:
+        nonlocal at
+        start, at = at, at + struct.calcsize(layout)
+        if at > len(frame):
+            raise WireError(f"message truncated: {at} bytes expected, {len(frame)} received")
+        return struct.unpack_from(layout, frame, start)
+
     version, count = unpack("<BH")
     if version != VERSION:
         raise WireError(f"message format version {version}; this program speaks {VERSION}")
     table: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for _ in range(count):
         (length,) = unpack("<B")
-        name = bytes(take(length)).decode()
-        code, rank = unpack("<BB")
+        raw_name, code, rank = unpack(f"<{length}sBB")
+        try:
+            name = raw_name.decode()
+        except UnicodeDecodeError:
+            raise WireError("message corrupt: a tensor's name is not UTF-8") from None
         if code >= len(_DTYPES):
             raise WireError(f"tensor {name!r}: unknown dtype code {code}")
         table.append((name, _DTYPES[code], unpack(f"<{rank}I")))
     (checksum,) = unpack("<I")
-    raw = take(len(view) - at)
-    payload = np.frombuffer(raw, dtype=np.uint8)
-    if zlib.crc32(raw) != checksum:
+    payload = bytearray(memoryview(frame)[at:])
+    if zlib.crc32(payload) != checksum:
         raise WireError("message corrupt: its checksum does not match")
     message: dict[str, Tensor] = {}
     start = 0
     for name, dtype, shape in table:
-        size = math.prod(shape) * dtype.itemsize
+        elements = math.prod(shape)
+        size = elements * dtype.itemsize
         if start + size > len(payload):
             raise WireError(f"message truncated inside tensor {name!r}")
-        # A copy, because a payload offset need not be aligned for the dtype.
-        chunk = torch.from_numpy(payload[start : start + size].copy())
-        message[name] = (chunk.view(dtype) if size else torch.empty(0, dtype=dtype)).reshape(shape)
+        if not size:
+            tensor = torch.empty(0, dtype=dtype)
+        elif start % dtype.itemsize:
+            tensor = torch.frombuffer(payload[start : start + size], dtype=dtype)  # a copy: loads must be aligned
+        else:
+            tensor = torch.frombuffer(payload, dtype=dtype, count=elements, offset=start)
+        message[name] = tensor.reshape(shape)
         start += size
     if start != len(payload):
         raise WireError(f"message has {len(payload) - start} bytes too many")

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from ..layers import ThresholdLayer
 from ..reference import WINDOW, filter_scores
 from ..training import Unsupported
+from .conditions import Condition
 from .flow import Flow, Layout, check_traceable, trace_flow
 from .plan import Channels, Plan
 from .program import LayerSlot, NormSlot, Program, always_fused, prefers_channels_last
-from .state import Condition, LayerState, all_channels, per_filter, put_rows
+from .state import LayerState, all_channels, per_filter, put_rows
 
 __all__ = ["CompactModule"]
 
@@ -243,13 +244,12 @@ class _Constants:
 
     def __init__(self, flow: Flow, passes: dict[str, Tensor | None]) -> None:
         self.flow, self.passes = flow, passes
-        self._device = next(flow.model.parameters()).device
 
     def far(self, layer: LayerState) -> Tensor | None:
         passes = self.passes[layer.name]
         return passes.bool() if layer.window and passes is not None else None
 
-    def _constant_in_front(self, layer: LayerState, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
+    def in_front(self, layer: LayerState, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
         weight = layer.module.weight
         if not norm:
             bias = layer.module.bias

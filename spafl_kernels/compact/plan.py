@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,6 +32,12 @@ class Channels:
     @property
     def stored(self) -> int:
         return len(self.kept) + self.pads
+
+    @cached_property
+    def order(self) -> Tensor:
+        """int64 ``(width,)``: where every channel is in ``cat(kept, dropped)``."""
+        places = torch.arange(self.width, device=self.kept.device)
+        return torch.empty_like(places).index_copy_(0, torch.cat([self.kept, self.dropped]), places)
 
     @property
     def full(self) -> bool:

@@ -83,7 +83,7 @@ class Program:
         self.macs = self.macs_fixed = 0
         self._index = {name: i for i, name in enumerate(flow.ops)}
         self._count = len(self._index)
-        self._names = {id(m): name for name, m in flow.model.named_modules()}
+        self._names = {id(op.module): name for ops in (flow.layers, flow.norms) for name, op in ops.items()}
         self._pooled_first: set[str] = set()
         self._calls: list[tuple[Run, tuple[int, ...]]] = []
         last = {name: op.name for op in flow.ops.values() for name in op.sources}

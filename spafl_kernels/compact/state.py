@@ -1,31 +1,33 @@
-"""What the compact engines are made of: a layer's tensors, gathers, and what happens to rows that are pruned."""
+"""What the compact engines know of a model's layers and norms: full tensors, channels under the plan, and slots."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..layers import ThresholdLayer
-from ..training import SGDOptions
-from .flow import Flow, Layout
+from .flow import Layout
 from .plan import Channels
-from .program import LayerSlot
+from .program import LayerSlot, NormSlot
 
 __all__ = [
-    "Condition", "Gather", "LayerState", "Piece", "Powers", "VectorGather", "all_channels", "full_name", "per_filter",
-    "put_rows", "same_channels",
+    "LayerState", "NormState", "Tensors", "all_channels", "full_name", "per_filter", "put_rows", "same_channels",
+    "take_rows",
 ]  # fmt: skip
+
+# Key of a tensor, the tensor at full size, and its momentum.
+Tensors = Iterator[tuple[tuple[str, str], Tensor, Tensor | None]]
 
 
 class LayerState:
-    """One convolution or linear: its full tensors, and its place in the arena."""
+    """One convolution or linear. ``begin`` is the place of its first threshold among all thresholds."""
 
-    def __init__(self, name: str, module: Any, index: int) -> None:
+    threshold: Tensor  # of threshold layers
+
+    def __init__(self, name: str, module: Any, begin: int) -> None:
         self.name, self.module = name, module
         self.rows = module.weight.shape[0]
         self.inputs = module.weight.shape[1]
@@ -33,51 +35,89 @@ class LayerState:
         self.is_threshold = isinstance(module, ThresholdLayer)
         self.window = self.is_threshold and module.estimator == "window"
         self.mask_bias = self.is_threshold and module.mask_bias
-        self.begin = index  # of its first threshold among all thresholds
+        self.begin = begin
+        self.part = slice(begin, begin + self.rows)  # of its thresholds among all
         # A convolution in groups needs its rows where they are.
         self.all_rows = isinstance(module, nn.Conv2d) and module.groups > 1 and module.weight.shape[1] > 1
         self.all_rows |= isinstance(module, nn.Conv2d) and module.groups not in (1, module.out_channels)
         self.slot = LayerSlot(module.weight)
-        # Set by each plan: views of the arena as matrices, one row per kept filter.
-        self.kept_rows: Any = None
-        self.kept_grad: Any = None
-        self.dead_rows: Any = None
-        self.dead_grad: Any = None
-        self.dead_const = False  # dropped columns read constants, so autograd gives their gradient
-        self.dots: Any = None  # r_i of every row
-        # Set by each change of the masks.
-        self.far: Tensor | None = None
-        self.signed = False
-        self.mask_grad: Any = None
+        # Set by each plan.
         self.row_channels: Channels | None = None
         self.column_channels: Channels | None = None
+        # Set by each change of the masks: where the window lets gradients through, and whether any row has a sign term.
+        self.far: Tensor | None = None
+        self.signed = False
 
     def read(self, momentum: Mapping[str, Tensor]) -> None:
-        prefix = f"{self.name}." if self.name else ""
+        """Take hold of the model's tensors and of their momenta (none if ``momentum`` is empty)."""
         m = self.module
         self.weight = m.weight.data.view(self.rows, self.inputs, -1)
-        self.momentum = momentum[f"{prefix}weight"].view(self.rows, self.inputs, -1) if momentum else None
         self.bias = None if m.bias is None else m.bias.data
-        self.bias_momentum = momentum[f"{prefix}bias"] if momentum and m.bias is not None else None
+        if self.is_threshold:
+            self.threshold = m.threshold.data
+        self.momentum: Tensor | None = None
+        self.bias_momentum: Tensor | None = None
+        self.threshold_momentum: Tensor | None = None
+        if momentum:
+            self.momentum = momentum[full_name(self.name, "weight")].view(self.rows, self.inputs, -1)
+            if self.bias is not None:
+                self.bias_momentum = momentum[full_name(self.name, "bias")]
+            if self.is_threshold:
+                self.threshold_momentum = momentum[full_name(self.name, "threshold")]
+
+    def tensors(self) -> Tensors:
+        yield (self.name, "w"), self.weight, self.momentum
+        if self.bias is not None:
+            yield (self.name, "b"), self.bias, self.bias_momentum
 
 
-@dataclass
-class Piece:
-    """One tensor in the arena: where it belongs, and where it is."""
+class NormState:
+    """One BatchNorm: affine parameters have a share in the arena, statistics are kept in the slot."""
 
-    key: tuple[str, str]
-    shape: tuple[int, ...]
-    at: int = 0
+    def __init__(self, name: str, module: Any) -> None:
+        self.name, self.module = name, module
+        self.slot = NormSlot(None, None, module.running_mean, module.running_var)
+        self.channels: Channels | None = None  # set by each plan
 
-    @property
-    def size(self) -> int:
-        size = 1
-        for s in self.shape:
-            size *= s
-        return size
+    def read(self, momentum: Mapping[str, Tensor]) -> None:
+        """Take hold of the model's tensors and of their momenta (none if ``momentum`` is empty)."""
+        self._tensors = [
+            ((self.name, key), p.data, momentum[full_name(self.name, leaf)] if momentum else None)
+            for key, leaf, p in (("ng", "weight", self.module.weight), ("nb", "bias", self.module.bias))
+            if p is not None
+        ]
 
-    def of(self, flat: Tensor) -> Tensor:
-        return flat[self.at : self.at + self.size].view(self.shape)
+    def tensors(self) -> Tensors:
+        yield from self._tensors
+
+    def set_channels(self, channels: Channels) -> None:
+        """Make room for the statistics under a new plan."""
+        self.channels, slot, full = channels, self.slot, self.module.running_mean
+        slot.running_mean, slot.running_var = full.new_zeros(channels.stored), full.new_zeros(channels.stored)
+        slot.mean_dropped = slot.var_dropped = None
+        if lost := len(channels.dropped):
+            slot.mean_dropped, slot.var_dropped = full.new_empty(lost), full.new_empty(lost)
+
+    def load_statistics(self) -> None:
+        m, slot, channels = self.module, self.slot, self.channels
+        assert channels is not None
+        for full, kept, dropped in (
+            (m.running_mean, slot.running_mean, slot.mean_dropped),
+            (m.running_var, slot.running_var, slot.var_dropped),
+        ):
+            take_rows(full, channels, kept)
+            if dropped is not None:
+                torch.index_select(full, 0, channels.dropped, out=dropped)
+
+    def store_statistics(self) -> None:
+        m, slot, channels = self.module, self.slot, self.channels
+        assert channels is not None
+        real = len(channels.kept)
+        put_rows(m.running_mean, channels, slot.running_mean[:real])
+        put_rows(m.running_var, channels, slot.running_var[:real])
+        if len(channels.dropped):
+            m.running_mean[channels.dropped] = slot.mean_dropped
+            m.running_var[channels.dropped] = slot.var_dropped
 
 
 def per_filter(value: Tensor, layout: Layout, name: str, rows: int) -> Tensor:
@@ -110,114 +150,12 @@ def put_rows(full: Tensor, rows: Channels, values: Tensor) -> None:
         full.copy_(values)
 
 
-class Gather:
-    """Takes a layer's weight and momentum at its kept rows and its kept or dropped columns."""
-
-    def __init__(self, layer: LayerState, which: str) -> None:
-        self.layer, self.which = layer, which
-
-    def take(self) -> tuple[Tensor, Tensor | None]:
-        rows, cols = self.layer.row_channels, self.layer.column_channels
-        assert rows is not None and cols is not None
-
-        def part(full: Tensor) -> Tensor:
-            x = full.index_select(0, rows.kept) if len(rows.dropped) else full
-            pads = 0
-            if self.which == "dropped":
-                x = x.index_select(1, cols.dropped)
-            else:
-                pads = cols.pads
-                x = x.index_select(1, cols.kept) if len(cols.dropped) else x
-            return F.pad(x, (0, 0, 0, pads, 0, rows.pads)) if pads or rows.pads else x
-
-        momentum = self.layer.momentum
-        return part(self.layer.weight), None if momentum is None else part(momentum)
-
-
-class VectorGather:
-    """Takes a per-channel vector and its momentum at the kept (then zeros) or the dropped channels."""
-
-    def __init__(self, full: Tensor, momentum: Tensor | None, channels: Channels, dropped: bool = False) -> None:
-        self.full, self.momentum, self.channels, self.dropped = full, momentum, channels, dropped
-
-    def take(self) -> tuple[Tensor, Tensor | None]:
-        def part(full: Tensor) -> Tensor:
-            if self.dropped:
-                return full[self.channels.dropped]
-            return F.pad(full[self.channels.kept], (0, self.channels.pads))
-
-        return part(self.full), None if self.momentum is None else part(self.momentum)
-
-
-class Powers:
-    """``M^k`` of the map that SGD without a gradient applies to ``(w, v)``: ``v <- mu v + wd w; w <- w - lr v``."""
-
-    def __init__(self, options: SGDOptions, dtype: torch.dtype, device: torch.device) -> None:
-        lr, mu, wd = options.lr, options.momentum, options.weight_decay
-        self._step = torch.tensor([[1 - lr * wd, -lr * mu], [wd, mu]], dtype=torch.float64)
-        self._rows = [torch.eye(2, dtype=torch.float64)]
-        self._dtype, self._device = dtype, device
-        self._table: Tensor | None = None
-
-    def at(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``a, b, c, d`` of ``w <- a w + b v; v <- c w + d v`` after ``steps`` (int64) steps."""
-        need = int(steps.max()) + 1 if steps.numel() else 1
-        if self._table is None or need > len(self._table):
-            size = max(64, 2 * need)
-            while len(self._rows) < size:
-                self._rows.append(self._step @ self._rows[-1])
-            self._table = torch.stack(self._rows).flatten(1).to(self._dtype).to(self._device)
-        a, b, c, d = self._table[steps].unbind(1)
-        return a, b, c, d
-
-
-class Condition:
-    """When the pruned rows of a layer must be computed although they are pruned."""
-
-    def __init__(
-        self, layer: LayerState, proof: tuple[tuple[str, Layout | None], ...] | None, noisy: list[Any]
-    ) -> None:
-        self.layer, self.proof, self.noisy = layer, proof, noisy
-        # The answer cannot change while the masks stay.
-        self.fixed = layer.all_rows or (proof is None and not noisy)
-
-    @classmethod
-    def of(cls, flow: Flow, layer: LayerState) -> Condition | None:
-        proof = flow.proofs[layer.name]
-        bias = layer.module.bias is not None and not layer.mask_bias
-        noisy = []
-        if bias:
-            # BatchNorm of a constant c != 0 is beta up to rounding; at beta = 0 the sign of that rounding decides
-            # whether ReLU passes a gradient, so such channels are computed as they are.
-            noisy = [
-                (name, layout)
-                for name in flow.norms
-                if (layout := flow.layout_in(name)) is not None and any(s.source == layer.name for s in layout.segments)
-            ]
-        if proof is not None and not bias and not layer.all_rows and all(not norm for norm, _ in proof):
-            return None
-        return cls(layer, proof, noisy)
-
-    def carry(self, trainer: Any, far: Tensor | None) -> Tensor | None:
-        """Rows to keep though pruned (also set for active ones): bool ``(rows,)`` or None."""
-        layer = self.layer
-        if layer.all_rows:
-            return torch.ones(layer.rows, dtype=torch.bool, device=trainer._device)
-        result: Tensor | None = None
-        passes = not layer.window
-        if layer.window and far is not None:
-            part = far[layer.begin : layer.begin + layer.rows]
-            passes = bool(part.any())
-        if passes:
-            if self.proof is None:
-                result = torch.ones(layer.rows, dtype=torch.bool, device=trainer._device)
-            else:
-                result = torch.zeros(layer.rows, dtype=torch.bool, device=trainer._device)
-                for norm, layout in self.proof:
-                    result |= trainer._constant_in_front(layer, norm, layout) > 0
-            if layer.window:
-                result = result & part
-        for norm, layout in self.noisy:
-            zero = trainer._constant_in_front(layer, norm, layout, zero=True) > 0
-            result = zero if result is None else result | zero
-        return result
+def take_rows(full: Tensor, rows: Channels, out: Tensor) -> None:
+    """The kept rows of ``full``, then zeros, into ``out``."""
+    live = len(rows.kept)
+    if rows.pads:
+        out[live:].zero_()
+    if len(rows.dropped):
+        torch.index_select(full, 0, rows.kept, out=out[:live])
+    else:
+        out[:live].copy_(full)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from own_recording import make_recording
 
 from spafl.conformance import main
 
@@ -39,3 +40,17 @@ def test_unusable_files_are_refused(tmp_path, capsys):
         assert main([str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "variant, recorded_name, model_name, classes, penalty",
+    [("cifar100", "ResNet18", "resnet18", 20, 1.0), ("cifar10", "ViT", "vit", 10, 0.5)],
+)
+def test_the_compact_engine_replays_other_models(
+    tmp_path, capsys, variant, recorded_name, model_name, classes, penalty
+):
+    path = tmp_path / "own.npz"
+    rounds = make_recording(path, variant, recorded_name, model_name, classes, penalty)
+    assert min(min(r["density"]) for r in rounds) < 0.97, "nothing was pruned, so nothing is shown"
+    assert main([str(path), "--engine", "compact"]) == 0, capsys.readouterr().out
+    assert model_name in capsys.readouterr().out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,21 +11,42 @@ import torch
 from torch import Tensor, nn
 
 from spafl_kernels.functional import threshold_layers
+from spafl_kernels.layers import ThresholdLayer
 from spafl_kernels.training import SGDOptions, Trainer, TrainResult
 
 from .. import rng
 from ..data import Transform
 
 
-@dataclass(frozen=True)
 class Samples:
-    """Raw samples: ``x`` ``(n, channels, height, width)`` as stored, ``y`` ``(n,)`` int64."""
+    """Raw samples of one client: rows of a data set, copied out of it only when asked for.
 
-    x: Tensor
-    y: Tensor
+    Args:
+        x: ``(m, channels, height, width)`` as stored.
+        y: ``(m,)`` int64.
+        index: ``(n,)`` int64, the rows that are meant; all by default.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> None:
+        self._x, self._y, self._index = x, y, index
 
     def __len__(self) -> int:
-        return len(self.y)
+        return self._y.shape[0] if self._index is None else self._index.shape[0]
+
+    def __getitem__(self, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """``(x, y)`` of some of these samples: their numbers, int64, or a range of them."""
+        rows = chosen if self._index is None else self._index[chosen]
+        return self._x[rows], self._y[rows]
+
+    @property
+    def x(self) -> Tensor:
+        """All images ``(n, channels, height, width)``."""
+        return self._x if self._index is None else self._x[self._index]
+
+    @property
+    def y(self) -> Tensor:
+        """All classes ``(n,)``."""
+        return self._y if self._index is None else self._y[self._index]
 
 
 @dataclass(frozen=True)
@@ -73,6 +95,7 @@ class Client:
         memory: the client's other tensors, by the names of ``Algorithm.client_state``; change them in place.
         train, test: the client's data.
         trainer: runs SGD steps on ``model``.
+        layers: the threshold layers of ``model`` by name, in registration order.
         local: shared settings of local training.
         macs: dense multiply-accumulates per sample of each layer (published counting: a linear layer counts once per
             sample, whatever the number of tokens).
@@ -93,6 +116,7 @@ class Client:
         seed: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        layers: Mapping[str, ThresholdLayer] | None = None,
     ) -> None:
         self.id = id
         self.model = model
@@ -102,6 +126,7 @@ class Client:
         self.trainer = trainer
         self.local = local
         self.macs = macs
+        self.layers = dict(threshold_layers(model)) if layers is None else layers
         self.evaluation_batch = max(local.batch_size, 256)
         self._transform = transform
         self._seed = seed
@@ -134,8 +159,8 @@ class Client:
             order = torch.from_numpy(shuffle.permutation(n)) if self.local.shuffle else torch.arange(n)
             for start in range(0, last, size):
                 chosen = order[start : min(start + size, last)]
-                x = self.train.x[chosen].to(self._device)
-                yield self._transform(x, self._dtype, augment), self.train.y[chosen].to(self._device)
+                x, y = self.train[chosen]
+                yield self._transform(x.to(self._device), self._dtype, augment), y.to(self._device)
 
     def batches_per_epoch(self) -> int:
         """Number of batches of one local epoch."""
@@ -149,15 +174,15 @@ class Client:
             FloatingPointError: the loss of a batch is not finite; names the client and the round.
         """
         losses = [self.trainer.step(x, y) for x, y in self.training_batches(round)]
-        values = torch.stack(losses) if losses else torch.zeros(1)
         # One look at the end: a non-finite loss stays non-finite, and asking every step would stall a GPU.
-        if not torch.isfinite(values).all():
-            step = int((~torch.isfinite(values)).nonzero()[0])
-            raise FloatingPointError(
-                f"the loss of client {self.id} became {values[step].item()} in round {round}, step {step}; "
-                "a smaller training.lr or a training.max_grad_norm may help"
-            )
-        return values.double().mean().item(), len(losses)
+        values = torch.stack(losses).tolist() if losses else [0.0]
+        for step, value in enumerate(values):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss of client {self.id} became {value} in round {round}, step {step}; "
+                    "a smaller training.lr or a training.max_grad_norm may help"
+                )
+        return math.fsum(values) / len(values), len(losses)
 
     def sgd_options(self, round: int, penalty: float = 0.0, collapse_floor: float | None = None) -> SGDOptions:
         """The trainer's options for a round."""
@@ -173,8 +198,8 @@ class Client:
     def _test_on(self, data: Samples) -> tuple[float, float]:
         losses, correct, batch_size = [], 0, self.evaluation_batch
         for start in range(0, len(data), batch_size):
-            x, y = data.x[start : start + batch_size], data.y[start : start + batch_size].to(self._device)
-            loss, right = self.trainer.evaluate(self.as_input(x), y)
+            x, y = data[start : start + batch_size]
+            loss, right = self.trainer.evaluate(self.as_input(x), y.to(self._device))
             losses.append(loss.item() / len(y))
             correct += int(right)
         return sum(losses) / len(losses), correct / len(data)
@@ -193,9 +218,8 @@ class Client:
         if train_data:
             evaluation.train_accuracy = self._test_on(self.train)[1]
         result = self.trainer.finish()
-        layers = list(threshold_layers(self.model))
-        if layers:
-            masks = {name: layer.mask() for name, layer in layers}
+        if self.layers:
+            masks = {name: layer.mask() for name, layer in self.layers.items()}
             evaluation.densities = {name: mask.double().mean().item() for name, mask in masks.items()}
-            evaluation.first_layer = "".join("1" if active else "0" for active in masks[layers[0][0]].tolist())
+            evaluation.first_layer = "".join("1" if active else "0" for active in next(iter(masks.values())).tolist())
         return evaluation, result

@@ -154,7 +154,7 @@ class SpaFL(Algorithm):
     # -- client
 
     def train(self, client: Client, message: Message, round: int) -> Training:
-        layers = dict(threshold_layers(client.model))
+        layers = client.layers
         with torch.no_grad():
             for name, layer in layers.items():
                 layer.threshold.copy_(message[f"{name}.threshold"])  # type: ignore[operator]
@@ -174,9 +174,8 @@ class SpaFL(Algorithm):
         return Training(upload, loss, steps, self._paper_macs(client, result.densities), result.macs, figures)
 
     def receive(self, client: Client, announcement: Message, round: int) -> None:
-        layers = dict(threshold_layers(client.model))
         for name, delta in announcement.items():
-            weight = layers[name.removesuffix(".delta")].weight
+            weight = client.layers[name.removesuffix(".delta")].weight
             importance_update_(weight, delta.to(weight.device), self.options.importance_normaliser)  # type: ignore[arg-type]
 
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
@@ -191,8 +190,7 @@ class SpaFL(Algorithm):
     def _densities(self, client: Client) -> dict[str, float] | None:
         if "density" not in client.memory:
             return None
-        names = [name for name, _ in threshold_layers(client.model)]
-        return dict(zip(names, client.memory["density"].tolist()))
+        return dict(zip(client.layers, client.memory["density"].tolist(), strict=True))
 
     def _remember(self, client: Client, densities: dict[str, float]) -> None:
         if "density" in client.memory:
@@ -203,7 +201,7 @@ class SpaFL(Algorithm):
     def _paper_macs(self, client: Client, densities: dict[str, float]) -> float:
         """The published counter: the masks of the last batch stand for the whole round, inputs count as dense."""
         per_sample = sum(densities[name] * macs for name, macs in client.macs.items())
-        layers = [layer for _, layer in threshold_layers(client.model)]
+        layers = client.layers.values()
         total = 3.0 * client.local.epochs * len(client.train) * per_sample
         total += sum(layer.weight.numel() for layer in layers)  # type: ignore[misc, operator]
         if self.options.count_threshold_macs:

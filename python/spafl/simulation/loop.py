@@ -35,7 +35,6 @@ from .runfolder import RunFolder, write_atomic
 from .store import ClientStore
 from .tasks import (
     DATA_PARTS,
-    STORE_FILE,
     Announced,
     EvaluateOutcome,
     EvaluateTask,
@@ -171,7 +170,8 @@ class Simulation:
         scratch = folder.fresh_scratch()
         self._write_data(scratch)
         initial = self.algorithm.client_state(self.problem.model)
-        self.store = ClientStore.create(scratch / STORE_FILE, initial, self.clients) if initial else None
+        kind = config.simulation.store
+        self.store = ClientStore.create(scratch / "clients.bin", initial, self.clients, kind) if initial else None
         self.server: dict[str, Tensor] = self.algorithm.server_state(self.problem.model)
         self.progress = Progress(received=[0] * self.clients)
         self.pending: list[Announcement] = []
@@ -227,6 +227,7 @@ class Simulation:
             setting,
             self.clients,
             self.folder.scratch,
+            self.store.file if self.store is not None else None,
         )
 
     # -- the loop -----------------------------------------------------------------------------------------------
@@ -261,11 +262,11 @@ class Simulation:
         config, algorithm = self.config, self.algorithm
         start = time.perf_counter()
         sampled = sample_clients(config, round)
-        shared: tuple[Message, bytes] = ({}, encode({}))  # one encoding for all clients that get the same object
+        shared: tuple[Message, bytes] = ({}, encode({}))  # one encoding for all clients that get the same tensors
         tasks, down_payload, down_frames = [], 0, 0
         for k in sampled:
             message = algorithm.broadcast(self.server, round, k)
-            if message is not shared[0]:
+            if not _same_tensors(message, shared[0]):
                 shared = (message, encode(message))
             frame = shared[1]
             if message:
@@ -400,6 +401,10 @@ class Simulation:
         }
         write_atomic(self.folder.path / "summary.json", json.dumps(summary, indent=1))
         return summary
+
+
+def _same_tensors(a: Message, b: Message) -> bool:
+    return a.keys() == b.keys() and all(tensor is b[name] for name, tensor in a.items())
 
 
 def _mean_figures(figures: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spafl_kernels.engines import make_trainer
+from spafl_kernels.functional import threshold_layers
 from spafl_kernels.training import Trainer
 
 from ..algorithms import Algorithm, Client, LocalTraining, Samples
@@ -33,9 +34,7 @@ class Resident:
     Args:
         model: already prepared by the algorithm.
         engine: ``"auto"``, ``"masked"`` or ``"compact"``.
-        tensors: buffers on the CPU for what a client keeps. On a CPU the model's parameters become these very tensors;
-            on a GPU they are copied there by :meth:`lend` and back by :meth:`take_back`. Names that are not the model's
-            become ``client.memory``.
+        tensors: what a client keeps, on the CPU; see :meth:`lend`.
     """
 
     def __init__(
@@ -44,23 +43,35 @@ class Resident:
         self.algorithm = algorithm
         self.setting = setting
         self.model = model.to(setting.device, setting.dtype)
-        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self._own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self._memory: dict[str, Tensor] = {}
-        self._copies: list[tuple[Tensor, Tensor]] = []  # (on the CPU, on the device)
-        for name, tensor in tensors.items():
-            there = tensor if setting.device.type == "cpu" else tensor.to(setting.device)
-            if name in own:
-                own[name].data = there
-            else:
-                self._memory[name] = there
-            if there is not tensor:
-                self._copies.append((tensor, there))
+        self._there: dict[str, Tensor] = {}  # on a device that is not the CPU
+        self._here: Mapping[str, Tensor] = {}
+        if setting.device.type != "cpu":
+            self._there = {name: tensor.to(setting.device) for name, tensor in tensors.items()}
+            self._bind(self._there)
+        self._layers = dict(threshold_layers(self.model))
         self.trainer: Trainer = make_trainer(self.model, engine)  # type: ignore[arg-type]
 
-    def lend(self, id: int, train: Samples, test: Samples) -> Client:
-        """The client whose tensors are in the buffers now."""
-        for here, there in self._copies:
-            there.copy_(here)
+    def _bind(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name in self._own:
+                self._own[name].data = tensor
+            else:
+                self._memory[name] = tensor
+
+    def lend(self, id: int, tensors: Mapping[str, Tensor], train: Samples, test: Samples) -> Client:
+        """The client that owns ``tensors``: CPU tensors by the names of ``Algorithm.client_state``.
+
+        On a CPU the model's parameters become these very tensors; on a GPU they are copied there, and back by
+        :meth:`take_back`. Names that are not the model's become ``client.memory``.
+        """
+        if self._there:
+            for name, tensor in tensors.items():
+                self._there[name].copy_(tensor)
+        elif tensors is not self._here:
+            self._bind(tensors)
+        self._here = tensors
         s = self.setting
         return Client(
             id,
@@ -75,9 +86,10 @@ class Resident:
             s.seed,
             s.device,
             s.dtype,
+            self._layers,
         )
 
     def take_back(self) -> None:
-        """End the client's turn: the buffers hold its tensors again."""
-        for here, there in self._copies:
-            here.copy_(there)
+        """End the client's turn: the tensors it was lent with hold its state again."""
+        for name, tensor in self._there.items():
+            self._here[name].copy_(tensor)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..algorithms import Algorithm, Client, Evaluation, Samples, Training
 from ..wire import decode, encode
 from .resident import ClientSetting, Resident
-from .store import ClientStore
+from .store import ClientStore, StoreFile
 
-STORE_FILE = "clients.bin"
 DATA_PARTS = ("train_x", "train_y", "test_x", "test_y")
 
 
@@ -32,7 +32,9 @@ class WorkerSetup:
     setting: ClientSetting
     clients: int
     scratch: Path
-    """Folder with the client store, the data arrays (``.npy``) and the parts (``.npz``)."""
+    """Folder with the data arrays (``.npy``) and the parts (``.npz``)."""
+    store: StoreFile | None
+    """The rows of the clients, if they keep anything."""
 
 
 @dataclass(frozen=True)
@@ -90,32 +92,25 @@ class Worker:
         self.algorithm = setup.algorithm
         model = copy.deepcopy(setup.model)
         initial = self.algorithm.client_state(model)
-        self.store = ClientStore(setup.scratch / STORE_FILE, initial, setup.clients) if initial else None
-        tensors = self.store.tensors if self.store else {}
-        self.resident = Resident(self.algorithm, model, setup.engine, setup.setting, tensors)
+        self.store = ClientStore(setup.store, initial, setup.clients) if setup.store else None
+        self.resident = Resident(self.algorithm, model, setup.engine, setup.setting, initial)
         # Copy-on-write maps: shared between processes, and torch may call them writable.
-        self._data = {part: np.load(setup.scratch / f"{part}.npy", mmap_mode="c") for part in DATA_PARTS}
+        data = {part: torch.from_numpy(np.load(setup.scratch / f"{part}.npy", mmap_mode="c")) for part in DATA_PARTS}
         parts = np.load(setup.scratch / "partition.npz")
-        self._parts = {split: np.split(parts[f"{split}_index"], parts[f"{split}_cut"]) for split in ("train", "test")}
+        self._samples = {
+            split: [
+                Samples(data[f"{split}_x"], data[f"{split}_y"], torch.from_numpy(index))
+                for index in np.split(parts[f"{split}_index"], parts[f"{split}_cut"])
+            ]
+            for split in ("train", "test")
+        }
 
-    def _samples(self, split: str, client: int) -> Samples:
-        index = self._parts[split][client]
-        x, y = self._data[f"{split}_x"][index], self._data[f"{split}_y"][index]
-        return Samples(torch.from_numpy(x), torch.from_numpy(y))
-
-    def _lend(self, k: int, announced: Announced) -> Client:
-        """Client ``k``'s turn: its tensors are in place and it has heard everything."""
-        if self.store:
-            self.store.load(k)
-        client = self.resident.lend(k, self._samples("train", k), self._samples("test", k))
+    def _lend(self, k: int, tensors: Mapping[str, Tensor], announced: Announced) -> Client:
+        """Client ``k``'s turn on its tensors: it has heard everything."""
+        client = self.resident.lend(k, tensors, self._samples["train"][k], self._samples["test"][k])
         for round, frame in announced.items:
             self.algorithm.receive(client, decode(frame), round)
         return client
-
-    def _keep(self, k: int) -> None:
-        self.resident.take_back()
-        if self.store:
-            self.store.save(k)
 
     def run(self, task: TrainTask | EvaluateTask) -> TrainOutcome | EvaluateOutcome:
         """Carry out a task; with one worker this is called directly."""
@@ -123,9 +118,11 @@ class Worker:
 
     def _train(self, task: TrainTask) -> TrainOutcome:
         start = time.perf_counter()
-        client = self._lend(task.client, task.announced)
+        client = self._lend(task.client, self.store.take(task.client) if self.store else {}, task.announced)
         training = self.algorithm.train(client, decode(task.frame), task.round)
-        self._keep(task.client)
+        self.resident.take_back()
+        if self.store:
+            self.store.keep(task.client)
         frame = encode(training.message)
         seconds = time.perf_counter() - start
         return TrainOutcome(task.client, len(client.train), frame, replace(training, message={}), seconds)
@@ -136,7 +133,8 @@ class Worker:
         evaluations: list[Evaluation | None] = []
         changed: list[bool] = []
         for k, announced in zip(task.clients, task.announced, strict=True):
-            client = self._lend(k, announced)
+            # On a copy: an evaluation may change tensors that are not to be kept.
+            client = self._lend(k, self.store.load(k) if self.store else {}, announced)
             evaluation = self.algorithm.evaluate(client, message, task.train_data) if task.evaluate else None
             if evaluation is not None and not math.isfinite(evaluation.loss):
                 raise FloatingPointError(
@@ -145,6 +143,7 @@ class Worker:
                 )
             evaluations.append(evaluation)
             changed.append(bool(announced.items) or (evaluation is not None and evaluation.changed))
-            if changed[-1]:
-                self._keep(k)
+            if changed[-1] and self.store:
+                self.resident.take_back()
+                self.store.save(k)
         return EvaluateOutcome(task.clients, tuple(evaluations), tuple(changed), time.perf_counter() - start)

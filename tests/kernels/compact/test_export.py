@@ -51,6 +51,28 @@ def test_sizes_are_those_of_the_active_filters():
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in small.modules())
 
 
+@pytest.mark.parametrize("width, gathers", [(16, 0), (2048, 1)])
+def test_rows_are_expanded_only_where_that_is_cheaper_than_computing_zeros(width, gathers):
+    """A linear layer in front of a residual sum: its result is needed at full width."""
+
+    class Residual(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(width, 8)
+            self.stream = torch.nn.Linear(width, 8)
+
+        def forward(self, x):
+            return self.inner(x) + torch.softmax(self.stream(x), -1)
+
+    model = convert(Residual(), where=lambda name, module: name == "inner").double()
+    model = prune(model, 0.5).eval()
+    small = export(model, (3, width))
+    assert sum(node.target is torch.index_select for node in small.graph.nodes) == gathers
+    x = torch.randn(2, 3, width, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-10)
+
+
 def test_loads_without_this_package(tmp_path):
     model, shape = pruned("padded", 0.5, torch.float32)
     small = export(model, shape)

@@ -1,0 +1,416 @@
+"""The compact copy of a model during a training: read, kept under the plan of the current masks, written back.
+
+Weights and momentum stay compact across steps (arena.py), and only a mask that changes costs a rebuild. Rows that are
+dropped stay in the model's own tensors (dropped.py); dropped columns of kept rows are stepped eagerly, for the
+estimator's sign term moves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import native
+from ..layers import ThresholdLayer
+from ..reference import WINDOW
+from ..training import SGDOptions
+from .arena import Arena, attach, shares_of
+from .conditions import Condition
+from .dropped import DroppedRows
+from .flow import Flow, Layout
+from .memory import Memory
+from .plan import Channels, Plan
+from .program import Program, always_fused, prefers_channels_last
+from .state import LayerState, NormState, Tensors, all_channels, per_filter, same_channels
+from .update import CompiledUpdate, Loose, PlainUpdate, Update
+
+__all__ = ["Session", "settings_of"]
+
+
+def settings_of(flow: Flow) -> tuple[object, ...]:
+    """What layers and norms are told to do and somebody may change between two trainings."""
+    p0 = next(flow.model.parameters())
+    layers = (op.module for op in flow.layers.values())
+    rules = ((m.estimator, m.mask_bias) for m in layers if isinstance(m, ThresholdLayer))
+    norms = ((m.momentum, m.eps) for m in (op.module for op in flow.norms.values()))
+    return (p0.dtype, p0.device, *rules, *norms)
+
+
+class Session:
+    """One training after another of one model; what depends on the masks alone is made once for as long as they stay.
+
+    A training is :meth:`load`, any number of :meth:`refresh` and :meth:`advance`, :meth:`store`.
+
+    Args:
+        flow: the traced model.
+        multiple, compiled: see :class:`~spafl_kernels.compact.CompactTrainer`.
+
+    Attributes:
+        program: the forward pass under the current plan, after :meth:`refresh`.
+        leaves: what :meth:`advance` takes the gradients of, after :meth:`refresh`.
+        densities: of every threshold layer in its last forward.
+        rebuilds: plans made after the first in this training.
+        settings: see :func:`settings_of`; with others, a new session is needed.
+    """
+
+    program: Program
+    leaves: list[Tensor]
+    options: SGDOptions
+    densities: dict[str, float]
+    rebuilds: int
+    _update: Update
+    _tau: Tensor
+    _keep: Tensor
+    _active: Tensor
+    _momentum: Mapping[str, Tensor]
+
+    def __init__(self, flow: Flow, multiple: int, compiled: bool) -> None:
+        self.flow, self.multiple, self.settings = flow, multiple, settings_of(flow)
+        p0 = next(flow.model.parameters())
+        self._device = p0.device
+        known = p0.device.type == "cpu" and p0.dtype in (torch.float32, torch.float64)
+        self.compiled = compiled and known and native.available()
+        self._layers: dict[str, LayerState] = {}
+        count = 0
+        for name, op in flow.layers.items():
+            self._layers[name] = layer = LayerState(name, op.module, count)
+            count += layer.rows if layer.is_threshold else 0
+        self._norms = {name: NormState(name, op.module) for name, op in flow.norms.items()}
+        self._parts: list[LayerState | NormState] = [*self._layers.values(), *self._norms.values()]
+        self._pruned = [layer for layer in self._layers.values() if layer.is_threshold]
+        # Scores of all filters. Like all vectors over filters it has the threshold layers one after another.
+        self._scores = torch.empty(count, dtype=p0.dtype, device=p0.device)
+        self._far: Tensor | None = None
+        self._window: Tensor | None = None
+        if any(layer.window for layer in self._pruned):
+            window = [torch.full((la.rows,), la.window, device=self._device) for la in self._pruned]
+            self._window = torch.cat(window)
+        self._dropped = DroppedRows(self._pruned, self._scores)
+        self._conditions = [c for layer in self._pruned if (c := Condition.of(flow, layer)) is not None]
+        self._conditioned = {c.layer for c in self._conditions}
+        self._steady = all(condition.fixed for condition in self._conditions)
+        self._exact = always_fused(flow) if self.compiled else set()
+        self._channels_last = prefers_channels_last(flow)
+        self._all_channels: dict[int, Channels] = {}
+        self._memory = Memory(self._scores)
+        self._arena: Arena | None = None
+        self._loaded = False
+
+    # -- the beginning ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        options: SGDOptions,
+        momentum: Mapping[str, Tensor],
+        fresh: bool,
+        densities: dict[str, float],
+    ) -> None:
+        """Take hold of the model's tensors; the first :meth:`refresh` reads them.
+
+        Args:
+            parameters: all of the model's, by name.
+            options: settings of the training.
+            momentum: a full-size buffer for every parameter; empty without momentum.
+            fresh: momentum starts at 0, and whatever the buffers hold is to be overwritten.
+            densities: of every threshold layer in its last forward.
+        """
+        self.options, self.densities, self.rebuilds = options, densities, 0
+        self._momentum, self._fresh, self._blank = momentum, fresh, bool(momentum) and fresh
+        for part in self._parts:
+            part.read(momentum)
+        loose = self.flow.loose
+        self._loose = Loose([parameters[name].data for name in loose], [momentum[n] for n in loose] if momentum else [])
+        self._loose_leaves: list[Tensor] = [parameters[name] for name in loose]
+        if loose:
+            self._clear_momentum()
+        for layer in self._pruned:
+            self._score(layer)
+        self._tau = torch.cat([layer.threshold for layer in self._pruned])
+        self._dropped.begin(options)
+        self._loaded = False
+        self._stale = True
+        self._collapsed = self._find_collapsed()
+
+    def _score(self, layer: LayerState) -> None:
+        """:func:`~spafl_kernels.reference.filter_scores` of the model's weight, without its temporary tensor."""
+        weight = layer.weight.flatten(1)
+        size = torch.abs(weight, out=self._memory.take("rows", weight.shape))
+        torch.mean(size, 1, out=self._scores[layer.part])
+
+    def _clear_momentum(self) -> None:
+        """Fresh buffers are set to 0 before they are first looked at, which most trainings never do."""
+        if self._blank:
+            self._blank = False
+            for buffer in self._momentum.values():
+                buffer.zero_()
+
+    # -- masks -----------------------------------------------------------------------------------------------------
+
+    def _find_collapsed(self) -> list[LayerState]:
+        floor = self.options.collapse_floor
+        return [] if floor is None else [la for la in self._pruned if self.densities[la.name] <= floor]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """What happens at the start of a forward: guard, masks, and a new plan if a row's class changed."""
+        for layer in self._collapsed:
+            self._tau[layer.part] = 0
+            self._stale = True
+        if not self._stale:
+            return
+        scores, tau = self._scores, self._tau
+        revived = False
+        if self._loaded:
+            self._update.rescore()
+            revived = self._dropped.moving and self._dropped.look(tau, ~self._keep, self._window)
+        far = None
+        if self._window is not None:
+            far = ((scores - tau).abs() > WINDOW) & self._window
+            far = far if bool(far.any()) else None
+        settled = self._loaded and self._steady and far is None and self._far is None
+        if settled and not (self._update.flipped or self._collapsed or revived):
+            self._stale = False
+            return
+        active = scores > tau
+        keep = self._kept_rows(active, far)
+        made = True
+        if not self._loaded:
+            made = self._begin(keep)
+        elif made := not torch.equal(keep, self._keep):
+            self._rebuild(keep)
+        if made or not torch.equal(active, self._active) or far is not None or self._far is not None:
+            self._active, self._far = active, far
+            self._set_masks()
+        self._stale = False
+        self._collapsed = self._find_collapsed()
+        self._update.set_masks(active)
+
+    def _kept_rows(self, active: Tensor, far: Tensor | None) -> Tensor:
+        keep = active
+        for condition in self._conditions:
+            layer = condition.layer
+            carry = condition.carry(self, None if far is None or not layer.window else far[layer.part])
+            if carry is not None:
+                if keep is active:
+                    keep = active.clone()
+                keep[layer.part] |= carry
+        return keep
+
+    def in_front(self, layer: LayerState, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
+        """See :class:`~spafl_kernels.compact.conditions.Constants`."""
+        if not norm:
+            value = self._current((layer.name, "b"), layer.bias)
+            return self._scores.new_zeros(layer.rows) if value is None or layer.mask_bias else value
+        assert layout is not None
+        bias = self._norms[norm].module.bias
+        value = self._current((norm, "nb"), None if bias is None else bias.data)
+        if value is None:
+            value = self._scores.new_zeros(layout.width)
+        return per_filter((value == 0).to(value.dtype) if zero else value, layout, layer.name, layer.rows)
+
+    def _current(self, key: tuple[str, str], full: Tensor | None) -> Tensor | None:
+        """A vector at full width as it is now: from the arena, or from the model before the first plan."""
+        if full is None or self._arena is None or not self._loaded:
+            return full
+        value = torch.empty_like(full)
+        self._arena.shares[key].store(value, self._arena.flat, self._memory)
+        return value
+
+    def _set_masks(self) -> None:
+        """Masks of the kept rows where some are pruned, which only conditions bring about; densities."""
+        self._masked: list[LayerState] = []
+        self._set_densities: list[float] = []
+        masks: list[Tensor] = []
+        for layer in self._pruned:
+            assert layer.row_channels is not None
+            kept = layer.row_channels.kept
+            count = len(kept)
+            layer.slot.mask = None
+            layer.far = None if self._far is None else self._far[layer.part]
+            if layer in self._conditioned:
+                active = self._active[layer.part]
+                count = int(active.sum())
+                if count < len(kept):
+                    mask = self._scores.new_zeros(layer.row_channels.stored)
+                    mask[: len(kept)] = active[kept]
+                    layer.slot.mask = mask.requires_grad_()
+                    self._masked.append(layer)
+                    masks.append(mask)
+            self.densities[layer.name] = count / layer.rows
+            self._set_densities.append(count / layer.rows)
+            layer.signed = not layer.window or (layer.far is not None and bool(layer.far.any()))
+        assert self._arena is not None
+        self.leaves = [*self._arena.leaves, *self._loose_leaves, *masks]
+
+    # -- rebuild ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, keep: Tensor) -> bool:
+        """Read the model, into the arena of the last training if that has the right plan; True if a new one is made."""
+        arena = self._arena
+        with_momentum = bool(self.options.momentum)
+        fits = arena is not None and bool(len(arena.velocity)) == with_momentum and torch.equal(keep, self._keep)
+        if fits:
+            assert arena is not None
+            self._move_rows(keep)
+            for norm in self._norms.values():
+                norm.load_statistics()
+            self._read(arena, None, ())
+            self._tau = arena.tau
+            self._update.begin(self._loose, self.options)
+            for layer, density in zip(self._pruned, self._set_densities):
+                self.densities[layer.name] = density
+        else:
+            self._make(keep, None)
+        self._loaded = True
+        return not fits
+
+    def _rebuild(self, keep: Tensor) -> None:
+        """A new plan in the middle of a training."""
+        self._clear_momentum()
+        self.rebuilds += 1
+        self._make(keep, self._arena)
+
+    def _make(self, keep: Tensor, old: Arena | None) -> None:
+        """A plan that keeps ``keep``, a new arena, and a program that runs on it; from the model and from ``old``."""
+        flow = self.flow
+        self._arena = None  # until all is made: what is left half-way must not be used again
+        plan = Plan(flow, {la.name: keep[la.part] for la in self._pruned}, self.multiple, self._exact)
+        changed = self._changed_layers(plan, old)
+        if old is not None:
+            self._write(old, [layer.name for layer in changed])
+        self._move_rows(keep)
+        self._keep = keep
+        for layer, (rows, columns) in changed.items():
+            layer.row_channels, layer.column_channels = rows, columns
+        for norm in self._norms.values():
+            layout = flow.layout_in(norm.name)
+            width = norm.module.num_features
+            norm.set_channels(self._whole(width) if layout is None else plan.channels(layout))
+            norm.load_statistics()
+        layers, norms = self._layers.values(), self._norms.values()
+        shares = shares_of(flow, layers, norms)
+        # The two arenas of a rebuild must not overlap.
+        name = "other arena" if old is not None and old.name == "arena" else "arena"
+        arena = Arena(shares, len(self._scores), self._memory, name, bool(self.options.momentum))
+        self._read(arena, old, [layer.name for layer in changed])
+        self._tau = arena.tau
+        attach(arena, layers, norms)
+        kind = CompiledUpdate if self.compiled else PlainUpdate
+        self._update = kind(arena, self._pruned, self._scores, self.options)
+        self._update.begin(self._loose, self.options)
+        layer_slots = {name: layer.slot for name, layer in self._layers.items()}
+        norm_slots = {name: norm.slot for name, norm in self._norms.items()}
+        self.program = Program(flow, plan, layer_slots, norm_slots, self._channels_last, self.compiled)
+        self._arena = arena
+
+    def _whole(self, width: int) -> Channels:
+        if width not in self._all_channels:
+            self._all_channels[width] = all_channels(width, self._device)
+        return self._all_channels[width]
+
+    def _changed_layers(self, plan: Plan, old: Arena | None) -> dict[LayerState, tuple[Channels, Channels]]:
+        """Layers whose kept rows or columns are others under ``plan`` than in ``old``, with these."""
+        changed = {}
+        for name, layer in self._layers.items():
+            layout = self.flow.layout_in(name) if self.flow.layers[name].kind == "layer" else None
+            rows = plan.rows.get(name) or self._whole(layer.rows)
+            columns = self._whole(layer.inputs) if layout is None else plan.channels(layout)
+            if old is None or not (
+                same_channels(rows, layer.row_channels) and same_channels(columns, layer.column_channels)
+            ):
+                changed[layer] = rows, columns
+        return changed
+
+    def _move_rows(self, keep: Tensor) -> None:
+        """Rows that come back make the steps they have missed; rows that go are the model's from now on."""
+        dropped = self._dropped
+        if dropped.moving and bool((back := keep & ~self._keep).any()):
+            dropped.catch_up(back)
+        gone = self._keep & ~keep if self._loaded else ~keep
+        if self._loaded:
+            dropped.leave(gone)
+        if self.options.momentum and (self._loaded or not self._fresh):
+            dropped.measure(gone)
+        dropped.settle(~keep)
+        if dropped.moving:
+            self._clear_momentum()
+
+    def _read(self, arena: Arena, old: Arena | None, changed: Container[str]) -> None:
+        """Fill an arena: from ``old`` the weights of layers that are not ``changed``, all else from the model."""
+        blank = self._fresh and old is None
+        if blank:
+            arena.velocity.zero_()
+        for key, full, momentum in self._tensors():
+            if old is not None and key[1] == "w" and key[0] not in changed:
+                arena.take_over(key, old)
+                continue
+            arena.shares[key].load(full, arena.flat, self._memory)
+            if momentum is not None and not blank:
+                arena.shares[key].load(momentum, arena.velocity, self._memory)
+        arena.tau.copy_(self._tau)
+        if old is not None:
+            arena.tau_momentum.copy_(old.tau_momentum)
+        elif not blank:
+            for layer in self._pruned:
+                if layer.threshold_momentum is not None:
+                    arena.tau_momentum[layer.part] = layer.threshold_momentum
+
+    def _tensors(self) -> Tensors:
+        for part in self._parts:
+            yield from part.tensors()
+
+    # -- the step, and the end -------------------------------------------------------------------------------------
+
+    def advance(self, grads: tuple[Tensor | None, ...]) -> None:
+        """One SGD step with the gradients of ``leaves``."""
+        assert self._arena is not None
+        arena, loose = len(self._arena.leaves), len(self._loose_leaves)
+        masks = {layer.name: g for layer, g in zip(self._masked, grads[arena + loose :])}
+        self._dropped.clock += 1
+        self._stale = True
+        self._update(grads[:arena], grads[arena : arena + loose], masks)
+
+    def store(self) -> None:
+        """Write the whole state into the model's tensors, and into the momentum unless that began fresh."""
+        arena, steps = self._arena, self._dropped.clock
+        if not self._loaded or arena is None:
+            return
+        # Without a step only the guard can have changed anything: the thresholds.
+        if steps:
+            self._write(arena, self._layers, momentum=False)
+            if self._dropped.moving:
+                self._dropped.catch_up(~self._keep)
+        for norm in self._norms.values():
+            if norm.module.num_batches_tracked is not None:
+                norm.module.num_batches_tracked += steps
+        for layer in self._pruned:
+            layer.threshold.copy_(arena.tau[layer.part])
+
+    @torch.no_grad()
+    def store_momentum(self) -> None:
+        """Write the momentum into its buffers, after :meth:`store`."""
+        self._clear_momentum()
+        arena = self._arena
+        if not self._loaded or arena is None:
+            return
+        for key, _, momentum in self._tensors():
+            if momentum is not None:
+                arena.shares[key].store(momentum, arena.velocity, self._memory)
+        for layer in self._pruned:
+            if layer.threshold_momentum is not None:
+                layer.threshold_momentum.copy_(arena.tau_momentum[layer.part])
+
+    def _write(self, arena: Arena, layers: Container[str], momentum: bool = True) -> None:
+        """Weights of ``layers``, and all vectors and statistics, which a rebuild reads again."""
+        for key, full, buffer in self._tensors():
+            if key[1] == "w" and key[0] not in layers:
+                continue
+            arena.shares[key].store(full, arena.flat, self._memory)
+            if buffer is not None and momentum:
+                arena.shares[key].store(buffer, arena.velocity, self._memory)
+        for norm in self._norms.values():
+            norm.store_statistics()

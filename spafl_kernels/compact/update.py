@@ -1,0 +1,317 @@
+"""One SGD step on an arena: in plain PyTorch, or in one compiled call that also finds the new scores and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..ops.step import FilterRows, threshold_step
+from ..training import SGDOptions
+from .arena import Arena, Piece, Region
+from .state import LayerState
+
+__all__ = ["CompiledUpdate", "Loose", "PlainUpdate", "Update"]
+
+
+@dataclass(frozen=True)
+class Loose:
+    """Parameters that are used at full width, outside the arena: their values and, with momentum, their buffers."""
+
+    params: list[Tensor]
+    momenta: list[Tensor]
+
+
+class Update(Protocol):
+    """What happens after the backward pass.
+
+    Called with the gradients of the arena's leaves, of the loose parameters, and of the layers' masks by layer name
+    (``r_i`` of layers that have a mask); None is 0.
+
+    Attributes:
+        flipped: False if the last step is known to have changed no mask.
+    """
+
+    flipped: bool
+
+    def begin(self, loose: Loose, options: SGDOptions) -> None:
+        """Another training on the same arena, with the same use of momentum."""
+        ...
+
+    def __call__(
+        self, leaves: Sequence[Tensor | None], loose: Sequence[Tensor | None], masks: dict[str, Tensor | None]
+    ) -> None: ...
+
+    def rescore(self) -> None:
+        """Bring the scores of the kept rows up to date, unless the step has done so."""
+        ...
+
+    def set_masks(self, active: Tensor) -> None:
+        """Take note of the masks of the next forward, bool over all filters."""
+        ...
+
+
+class _Filters:
+    """The stored rows of one threshold layer, as matrices that are views of the arena (made when first needed)."""
+
+    def __init__(self, arena: Arena, layer: LayerState) -> None:
+        self.arena, self.layer = arena, layer
+        share = arena.shares[layer.name, "w"]
+        assert layer.row_channels is not None
+        self.channels = layer.row_channels
+        self.piece, self.lost = share.kept, share.dropped
+        # Dropped columns that read constants have a gradient from autograd.
+        self.dead_const = share.dropped is not None and share.dropped.region == Region.CONSTANTS
+
+    @cached_property
+    def kept(self) -> Tensor:
+        return self._rows(self.piece, self.arena.flat)
+
+    @cached_property
+    def kept_grad(self) -> Tensor:
+        return self._rows(self.piece, self.arena.grad)
+
+    @cached_property
+    def dead(self) -> Tensor | None:
+        return None if self.lost is None else self._rows(self.lost, self.arena.flat)
+
+    @cached_property
+    def dead_grad(self) -> Tensor | None:
+        return None if self.lost is None else self._rows(self.lost, self.arena.grad)
+
+    def _rows(self, piece: Piece, flat: Tensor) -> Tensor:
+        return piece.span(flat).view(self.channels.stored, -1)
+
+    def dots(self, kept_grad: Tensor, dead_grad: Tensor | None) -> Tensor:
+        """``r_i = sum_j G_ij w_ij`` of every row, with the bias where the mask covers it."""
+        layer, arena = self.layer, self.arena
+        r = (self.kept * kept_grad).sum(1)
+        if self.dead_const:
+            assert self.dead is not None and dead_grad is not None
+            r += (self.dead * dead_grad).sum(1)
+        if layer.mask_bias and layer.slot.bias is not None:
+            piece = arena.shares[layer.name, "b"].kept
+            r += piece.span(arena.flat) * piece.span(arena.grad)
+        return r
+
+
+def _collect(grads: Sequence[Tensor | None], leaves: Sequence[Tensor], out: Tensor) -> None:
+    parts = [g.reshape(-1) if g is not None else leaf.new_zeros(leaf.numel()) for g, leaf in zip(grads, leaves)]
+    if parts:
+        torch.cat(parts, out=out)
+
+
+def _or_zeros(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params)]
+
+
+class PlainUpdate:
+    """In PyTorch, three calls for the whole arena.
+
+    Args:
+        layers: the threshold layers.
+        scores: of all filters; those of kept rows are written by :meth:`rescore`.
+    """
+
+    flipped = True
+
+    def __init__(self, arena: Arena, layers: Sequence[LayerState], scores: Tensor, options: SGDOptions) -> None:
+        self.arena, self.scores = arena, scores
+        self._filters = [_Filters(arena, layer) for layer in layers]
+        start, stop = arena.scored
+        self._absolute = arena.flat.new_empty(stop - start)
+        total = sum(f.channels.stored for f in self._filters)
+        self._sums, self._dots = arena.flat.new_zeros(total), arena.flat.new_zeros(total)
+        index, place, sizes, at = [], [], [], 0
+        self._parts: list[slice] = []
+        for f in self._filters:
+            live = len(f.channels.kept)
+            index.append(f.channels.kept + f.layer.begin)
+            place.append(torch.arange(at, at + live, device=scores.device))
+            sizes.append(torch.full((live,), f.layer.size, dtype=scores.dtype, device=scores.device))
+            self._parts.append(slice(at, at + f.channels.stored))
+            at += f.channels.stored
+        self._index, self._place, self._row_size = torch.cat(index), torch.cat(place), torch.cat(sizes)
+
+    def begin(self, loose: Loose, options: SGDOptions) -> None:
+        self.loose, self.options = loose, options
+        self.arena.grad[self.arena.leaf_end :].zero_()
+
+    def rescore(self) -> None:
+        start, stop = self.arena.scored
+        torch.abs(self.arena.flat[start:stop], out=self._absolute)
+        for f, part in zip(self._filters, self._parts):
+            out = self._sums[part]
+            torch.sum(self._abs_rows(f, f.piece), 1, out=out)
+            if f.lost is not None:
+                out += self._abs_rows(f, f.lost).sum(1)
+        self.scores.index_copy_(0, self._index, self._sums.index_select(0, self._place) / self._row_size)
+
+    def _abs_rows(self, f: _Filters, piece: Piece) -> Tensor:
+        at = piece.at - self.arena.scored[0]
+        return self._absolute[at : at + piece.size].view(f.channels.stored, -1)
+
+    def set_masks(self, active: Tensor) -> None:
+        pass
+
+    def __call__(
+        self, leaves: Sequence[Tensor | None], loose: Sequence[Tensor | None], masks: dict[str, Tensor | None]
+    ) -> None:
+        arena, options = self.arena, self.options
+        flat, grad, tau_grad = arena.flat, arena.grad, arena.tau_grad
+        params, momenta = self.loose.params, self.loose.momenta
+        loose_grads = _or_zeros(loose, params)
+        _collect(leaves, arena.leaves, grad[: arena.leaf_end])
+        signed = False
+        for f, part in zip(self._filters, self._parts):
+            if f.layer.signed:
+                signed = True
+                self._sign_term(f, masks.get(f.layer.name), self._dots[part])
+            elif f.dead_grad is not None and not f.dead_const:
+                f.dead_grad.zero_()
+        if options.penalty:
+            torch.neg(arena.tau, out=tau_grad)
+            tau_grad.exp_().mul_(-options.penalty)
+        else:
+            tau_grad.zero_()
+        if signed:
+            tau_grad.index_add_(0, self._index, self._dots.index_select(0, self._place), alpha=-1)
+        if options.max_grad_norm is not None:
+            norm = torch.linalg.vector_norm(grad)
+            if loose_grads:
+                norm = torch.linalg.vector_norm(torch.stack([norm, *torch._foreach_norm(loose_grads)]))
+            scale = (options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            grad.mul_(scale)
+            if loose_grads:
+                torch._foreach_mul_(loose_grads, scale)
+        if options.weight_decay:
+            grad.add_(flat, alpha=options.weight_decay)
+            if loose_grads:
+                torch._foreach_add_(loose_grads, params, alpha=options.weight_decay)
+        if options.momentum:
+            change = arena.velocity.mul_(options.momentum).add_(grad)
+            if loose_grads:
+                torch._foreach_mul_(momenta, options.momentum)
+                torch._foreach_add_(momenta, loose_grads)
+                loose_grads = momenta
+        else:
+            change = grad
+        flat.add_(change, alpha=-options.lr)
+        if loose_grads:
+            torch._foreach_add_(params, loose_grads, alpha=-options.lr)
+        if options.weight_decay:
+            # It was added in place; entries that no later gradient overwrites start at 0 again.
+            grad[arena.leaf_end :].zero_()
+
+    @staticmethod
+    def _sign_term(f: _Filters, mask_grad: Tensor | None, dots: Tensor) -> None:
+        """``r_i`` of every kept row into ``dots``, and ``r_i sign(w_ij) / n_in`` added to the gradient."""
+        layer = f.layer
+        if layer.slot.mask is None:
+            r = f.dots(f.kept_grad, f.dead_grad)
+        else:
+            r = torch.zeros_like(layer.slot.mask) if mask_grad is None else mask_grad
+        if layer.far is not None:
+            passes = torch.zeros_like(r)
+            passes[: len(f.channels.kept)] = layer.far[f.channels.kept].to(r.dtype)
+            r = r * passes
+        dots.copy_(r)
+        rho = (r / layer.size).unsqueeze(1)
+        f.kept_grad.addcmul_(f.kept.sign(), rho)
+        if f.dead is not None and f.dead_grad is not None:
+            if f.dead_const:
+                f.dead_grad.addcmul_(f.dead.sign(), rho)
+            else:
+                torch.mul(f.dead.sign(), rho, out=f.dead_grad)
+
+
+class CompiledUpdate:
+    """All of the update, and the scores and masks that follow, in one call.
+
+    Args:
+        layers: the threshold layers.
+        scores: of all filters; those of kept rows are written by every step.
+    """
+
+    def __init__(self, arena: Arena, layers: Sequence[LayerState], scores: Tensor, options: SGDOptions) -> None:
+        self.arena = arena
+        self._filters = [_Filters(arena, layer) for layer in layers]
+        self._masks = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        with_momentum = bool(options.momentum)
+
+        def filters(values: Tensor) -> list[Tensor]:
+            return [values[layer.part] for layer in layers]
+
+        def kept(values: Tensor) -> list[Tensor]:
+            return [f.piece.of(values) for f in self._filters]
+
+        def dropped(values: Tensor) -> list[Tensor]:
+            return [values.new_empty(0) if f.lost is None else f.lost.of(values) for f in self._filters]
+
+        self._rows = FilterRows(
+            weights=kept(arena.flat),
+            thresholds=filters(arena.tau),
+            scores=filters(scores),
+            masks=filters(self._masks),
+            n_in=[layer.size for layer in layers],
+            index=[f.channels.kept for f in self._filters],
+            dropped=dropped(arena.flat),
+            estimators=["window" if layer.window else "identity" for layer in layers],
+            weight_momenta=kept(arena.velocity) if with_momentum else [],
+            dropped_momenta=dropped(arena.velocity) if with_momentum else [],
+            threshold_momenta=filters(arena.tau_momentum) if with_momentum else [],
+        )
+        self._params, self._grads = ([t[a:b] for a, b in arena.others] for t in (arena.flat, arena.grad))
+        self._momenta = [arena.velocity[a:b] for a, b in arena.others] if with_momentum else []
+
+    def begin(self, loose: Loose, options: SGDOptions) -> None:
+        self.loose, self.options = loose, options
+        self.flipped = False
+        self.arena.grad[self.arena.scored[1] :].zero_()
+
+    def rescore(self) -> None:
+        pass
+
+    def set_masks(self, active: Tensor) -> None:
+        self._masks.copy_(active)
+
+    def __call__(
+        self, leaves: Sequence[Tensor | None], loose: Sequence[Tensor | None], masks: dict[str, Tensor | None]
+    ) -> None:
+        arena, options, rows = self.arena, self.options, self._rows
+        vectors, layers = arena.vectors, len(self._filters)
+        _collect(leaves[:vectors], arena.leaves[:vectors], arena.grad[: arena.scored[0]])
+        others = [torch.zeros_like(p) if g is None else g.contiguous() for g, p in zip(leaves, arena.leaves)][vectors:]
+        weight_grads, constant_grads = others[:layers], iter(others[layers:])
+        dropped_grads, dots, none = [], [], rows.none[0]
+        for f, weight_grad in zip(self._filters, weight_grads):
+            slot, dropped = f.layer.slot, next(constant_grads) if f.dead_const else none
+            dot = none
+            if slot.mask is not None:
+                found = masks.get(f.layer.name)
+                dot = torch.zeros_like(slot.mask) if found is None else found
+            elif f.layer.mask_bias and slot.bias is not None:
+                dot = f.dots(weight_grad.view(f.kept.shape), dropped.view(len(f.kept), -1) if f.dead_const else None)
+            dropped_grads.append(dropped)
+            dots.append(dot)
+        _, flips = threshold_step(
+            rows,
+            weight_grads,
+            self._params + self.loose.params,
+            self._grads + _or_zeros(loose, self.loose.params),
+            self._momenta + self.loose.momenta,
+            [0] * (len(self._params) + len(self.loose.params)),
+            lr=options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+            penalty=options.penalty,
+            max_norm=options.max_grad_norm,
+            dropped_grads=dropped_grads,
+            dots=dots,
+            check=False,
+        )
+        self.flipped = bool(flips.any())

@@ -1,0 +1,371 @@
+"""The benchmarks run, keep what they measure, and report no speed for a result that is wrong. No figure is judged."""
+
+import csv
+import dataclasses
+import functools
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import __main__ as registry
+from benchmarks import (
+    breakdown,
+    cases,
+    common,
+    federated,
+    inference,
+    memory,
+    native_cpu,
+    readme,
+    training_step,
+    workers,
+)
+from spafl_kernels import ops, to_dense
+from spafl_kernels.compact import CompactTrainer
+
+# Benchmark: a column that says how fast, or how small, ours is.
+FIGURE = {
+    "training_step": "speedup",
+    "rebuild": "rebuild_ms",
+    "estimators": "price",
+    "memory": "of_masked",
+    "inference": "speedup",
+    "federated": "vs_published",
+    "workers": "speedup",
+    "simulator": "overhead_ms",
+    "native_cpu": "ratio",
+}
+
+
+class Faster(CompactTrainer):
+    """Learns half as much again as it was told to."""
+
+    def begin(self, options, momentum=None, densities=None):
+        super().begin(dataclasses.replace(options, lr=1.5 * options.lr), momentum, densities)
+
+
+class Rough(CompactTrainer):
+    """Right in float64, and with less momentum than it was told to have in float32."""
+
+    def begin(self, options, momentum=None, densities=None):
+        if next(self.model.parameters()).dtype == torch.float32:
+            options = dataclasses.replace(options, momentum=0.9 * options.momentum)
+        super().begin(options, momentum, densities)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(name, path, *arguments):
+    """Exit status of a quick run, and its rows."""
+    status = importlib.import_module(f"benchmarks.{name}").main(["--quick", "--out", str(path), *arguments])
+    return status, common.read(path)
+
+
+# -- every benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_every_cpu_benchmark_is_known_here():
+    assert set(FIGURE) == set(registry.CPU)
+    assert {p.stem for p in registry.HERE.glob("*.py")} >= {*registry.CPU, *registry.GPU}
+
+
+# These start processes, which import PyTorch.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("memory", "workers"))) for name in FIGURE]
+)
+def test_a_quick_run_measures_and_fills_a_table(name, tmp_path):
+    if name == "native_cpu" and not ops.ready():
+        pytest.skip("the extension is not built")
+    status, rows = run(name, tmp_path / "rows.csv")
+    assert status == 0 and rows
+    for row in rows:
+        assert not row.get("wrong")
+        assert float(row[FIGURE[name]]) == float(row[FIGURE[name]])
+        assert row["torch"] == torch.__version__ and row["commit"]
+    if name in readme.TABLES:
+        lines = importlib.import_module(f"benchmarks.{name}").table(rows).splitlines()
+        assert len(lines) == 2 + len(rows)
+        assert len({line.count("|") for line in lines}) == 1 and "wrong" not in lines[-1]
+
+
+def test_a_quick_run_leaves_the_results_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "IMAGES", tmp_path)
+    assert training_step.main(["--quick"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+# -- the gates ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["training_step", "rebuild", "estimators", "federated"])
+@pytest.mark.parametrize("trainer", [Faster, Rough])
+def test_a_wrong_trainer_is_not_timed(name, trainer, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(cases.RIVALS, "compact", lambda model: trainer(model, strict=True))
+    status, rows = run(name, tmp_path / "rows.csv")
+    assert status == 1
+    for row in rows:
+        assert "compact" in row["wrong"] and not row.get(FIGURE[name])
+        assert ("float32" in row["wrong"]) == (trainer is Rough)
+    assert "WRONG" in capsys.readouterr().out
+    table = importlib.import_module(f"benchmarks.{name}").table(rows)
+    assert "wrong" in table or len(table.splitlines()) == 2
+
+
+def test_a_wrong_export_is_not_timed(monkeypatch, tmp_path):
+    def other(model, image):
+        return to_dense(cases.CASES["lenet5"].pruned(0.4)).to(next(model.parameters()).dtype)
+
+    monkeypatch.setattr(inference, "export", other)
+    status, rows = run("inference", tmp_path / "rows.csv")
+    assert status == 1
+    assert rows[0]["wrong"].startswith("exported: output differs") and "speedup" not in rows[0]
+    assert "wrong" in inference.table(rows)
+
+
+@pytest.mark.parametrize("key", ["loss", "thresholds"])
+def test_memory_of_a_training_that_differs_is_not_reported(key, monkeypatch, tmp_path):
+    right = {"peak": 2e6, "loss": 2.0, "thresholds": 30.0}
+    wrong = right | {"peak": 1e6, key: 2.5}
+    monkeypatch.setattr(
+        memory, "run_child", lambda model, density, rival, batch: wrong if rival == "compact" else right
+    )
+    status, rows = run("memory", tmp_path / "rows.csv")
+    assert status == 1
+    assert rows[0]["wrong"].startswith(f"compact: {key}") and "of_masked" not in rows[0]
+
+
+class Scripted:
+    """A federated rival that does nothing, and ends where it is told to."""
+
+    def __init__(self, threshold, loss=1.0, seconds=1.0):
+        self.thresholds = {"fc4.threshold": torch.tensor([threshold])}
+        self.done = federated.Round(seconds, 0.5, loss)
+
+    def raise_thresholds(self, density):
+        pass
+
+    def run_round(self):
+        return self.done
+
+
+@pytest.mark.parametrize(
+    "compact, wrong",
+    [
+        (Scripted(0.5), ""),
+        (Scripted(0.51), "compact: fc4.threshold differs by 1.0e-02"),
+        (Scripted(0.5, loss=1.1), "compact: training loss 1.1 instead of 1.0"),
+        (Scripted(0.5, loss=float("nan")), "compact: training loss nan instead of 1.0"),
+    ],
+)
+def test_a_round_that_ends_elsewhere_is_not_reported(compact, wrong):
+    row = federated._round({"published": Scripted(0.5), "masked": Scripted(0.5), "compact": compact}, 0)
+    assert row["wrong"] == wrong
+    assert ("vs_published" in row) == (not wrong)
+
+
+def test_worker_counts_must_agree_in_every_bit():
+    good = workers.measure({1: Scripted(0.5, seconds=3.0), 2: Scripted(0.5, seconds=2.0)}, 0.5, 3)
+    assert not good["wrong"] and good["speedup"] == 1.5
+    bad = workers.measure({1: Scripted(0.5), 2: Scripted(0.5 + 2**-24)}, 0.5, 3)
+    assert "between one and two workers" in bad["wrong"] and "speedup" not in bad
+
+
+def test_native_operators_that_differ_stop_the_run():
+    native_cpu.agree("sum", torch.ones(3), torch.ones(3))
+    with pytest.raises(SystemExit, match="sum is wrong, nothing is timed"):
+        native_cpu.agree("sum", torch.ones(3), torch.zeros(3))
+
+
+@pytest.mark.parametrize("model", ["lenet5", "conv4"])
+def test_the_published_loop_is_the_masked_trainer_in_other_words(model):
+    case = cases.CASES[model].small()
+    assert cases.gate(case, functools.partial(case.pruned, 0.5), "published") == ""
+    published = cases.PublishedTrainer(case.pruned(0.5))
+    published.begin(case.options)
+    published.step(*next(case.batches(1)))
+    result = published.finish()
+    assert result.steps == 1 and result.macs > 0
+    assert all(0.3 < density < 0.7 for density in result.densities.values())
+
+
+# -- what they share ---------------------------------------------------------------------------------------------------
+
+
+def test_turns_begin_with_another_rival_each_time():
+    order = []
+
+    def sample(name):
+        order.append(name)
+        return float(len(order))
+
+    times = common.in_turns({name: functools.partial(sample, name) for name in "abc"}, 4)
+    assert "".join(order) == "abcbcacababc"
+    assert times == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+    assert len(common.in_turns({"a": lambda: 1.0}, 100, seconds=0)["a"]) == 5
+
+
+def test_short_calls_are_repeated():
+    now, made = [0.0], {"long": 0, "short": 0}
+
+    def call(name, seconds):
+        made[name] += 1
+        now[0] += seconds
+
+    calls = {"long": functools.partial(call, "long", 8.0), "short": functools.partial(call, "short", 1.0)}
+    samples = common.evenly(calls, clock=lambda: now[0])
+    before = dict(made)
+    assert samples["long"]() == 8 and samples["short"]() == 1
+    assert made["long"] - before["long"] == 1 and made["short"] - before["short"] == 4
+
+
+def test_quartiles_and_ratios():
+    assert common.quartiles([3.0]) == (3, 3, 3)
+    assert common.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2, 3, 4)
+    assert common.over([2.0, 9.0, 4.0], [1.0, 3.0, 1.0])[1] == 3
+
+
+def test_rows_survive_a_run_that_stops_and_replace_their_older_selves(tmp_path):
+    path = tmp_path / "deep" / "rows.csv"
+    rows = common.Rows(path, ("model", "density"))
+    rows.add({"model": "a", "density": 0.5, "speedup": 1.0})
+    rows.add({"model": "b", "density": 0.5, "speedup": 2.0})
+    # Another run, which measures one cell again and has one more column, and one that is wrong.
+    rows = common.Rows(path, ("model", "density"))
+    rows.add({"model": "a", "density": 0.5, "speedup": 3.0, "turns": 7})
+    assert rows.failed() == 0
+    rows.add({"model": "b", "density": 0.5, "wrong": "loss differs"})
+    assert rows.failed() == 1
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [(row["model"], row["speedup"], row["turns"]) for row in found] == [("a", "3.0", "7"), ("b", "", "")]
+    assert found[1]["wrong"] == "loss differs"
+    assert [row["model"] for row in common.right(common.read(path))] == ["a"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_interrupted(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        common.alone(main)
+    assert stop.value.code == 130 and "what was measured is kept" in capsys.readouterr().err
+
+
+def test_a_federated_round_that_was_disturbed_has_no_speedup_over_the_published_loop():
+    seconds = {"published": 10.0, "masked": 9.0, "compact": 2.0}
+    assert federated.figures(seconds)["vs_published"] == 5
+    disturbed = federated.figures(seconds | {"published": 28.0})
+    assert disturbed["vs_published"] == "" and disturbed["vs_masked"] == 4.5
+    rows = [
+        {"setting": "fmnist", "target": "0.5", "density": "0.5"} | {k: str(v) for k, v in row.items()}
+        for row in (disturbed, federated.figures(seconds))
+    ]
+    assert "| 5x |" in federated.table(rows) and "| - |" in federated.table(rows[:1])
+    assert federated.plot(rows).axes[0].get_lines()[0].get_ydata() == [30]
+
+
+def test_federated_keeps_within_its_budget(monkeypatch, tmp_path, capsys):
+    status, rows = run("federated", tmp_path / "rows.csv", "--budget", "0")
+    assert status == 0 and not rows
+    assert "left out, out of time" in capsys.readouterr().out
+
+
+def test_where_the_time_goes():
+    model = nn.Linear(64, 64)
+    x = torch.ones(256, 64)
+    found = breakdown.by_kind(lambda: model(x).relu(), seconds=1.0)
+    assert found["matrix products of layers"] > 0 and found["convolution"] == 0
+    assert sum(found.values()) == pytest.approx(1.0)
+    ours, theirs = {"a": 3.0, "b": 1.0}, {"a": 4.0, "b": 8.0}
+    assert breakdown.excess(theirs, ours, ideal=4.0) == {"a": 2.0, "b": -1.0}
+    assert list(breakdown.excess(theirs, ours, ideal=4.0)) == ["a", "b"]
+
+
+def test_profile_names_layers_and_kinds(capsys):
+    assert training_step.main(["--quick", "--profile"]) == 0
+    out = capsys.readouterr().out
+    assert "ideal x3.6" in out and "realised" in out
+
+
+# -- list, README ------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_says_what_each_one_is(capsys):
+    assert registry.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*registry.CPU, *registry.GPU]
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+def test_all_runs_all_and_tells_what_failed(capsys):
+    ran = []
+
+    def fake(name, *arguments):
+        ran.append((name, *arguments))
+        return int(name == "memory")
+
+    assert registry.run_all(quick=True, run=fake) == 1
+    assert ran == [(name, "--quick") for name in registry.CPU]
+    assert "failed: memory" in capsys.readouterr().out
+    ran.clear()
+    assert registry.run_all(quick=False, run=lambda name: ran.append(name) or 0) == 0
+    assert ran == [*registry.CPU, "readme"]
+
+
+def test_tables_are_filled_between_their_marks():
+    text = "a\n<!-- table:memory -->\nold | old\n\nold\n<!-- /table -->\nb\n<!-- table:workers -->\n<!-- /table -->\n"
+    filled = readme.fill(text, lambda name: f"new {name}")
+    assert filled == (
+        "a\n<!-- table:memory -->\nnew memory\n<!-- /table -->\n"
+        "b\n<!-- table:workers -->\nnew workers\n<!-- /table -->\n"
+    )
+    assert readme.fill(filled, lambda name: f"new {name}") == filled
+    with pytest.raises(ValueError, match="1 tables begin and 0 end"):
+        readme.fill("<!-- table:memory -->\n")
+    with pytest.raises(ValueError, match="no table is called 'speed'"):
+        readme.fill("<!-- table:speed -->\n<!-- /table -->")
+
+
+def test_the_pages_show_the_results_in_the_repository():
+    assert readme.main(["--check"]) == 0
+    text = "".join((readme.ROOT / page).read_text() for page in readme.PAGES)
+    for name in readme.TABLES:
+        assert text.count(f"<!-- table:{name} -->") == 1
+    for name in readme.PICTURES:
+        assert (common.IMAGES / f"{name}.png").exists() == bool(common.read(common.RESULTS / f"{name}.csv"))
+
+
+def test_without_results_there_is_no_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert readme.table("memory") == readme.NOTHING
+
+
+def test_wrong_cells_are_in_the_table_without_a_figure():
+    def row(model, batch, density, speedup, ideal, wrong=""):
+        figures = dict.fromkeys(("speedup", "speedup_q1", "speedup_q3"), speedup)
+        return {"model": model, "batch": batch, "density": density, "ideal": ideal, "wrong": wrong} | figures
+
+    rows = [
+        row("lenet5", "64", "1.0", "3.061", "1.0"),
+        row("lenet5", "64", "0.5", "", "", "loss differs"),
+        row("conv4", "16", "0.5", "3.7", "3.88"),
+    ]
+    lines = training_step.table(rows).splitlines()
+    assert lines[2] == "| LeNet-5, 64 | 3.06x | wrong |" and lines[3] == "| Conv4, 16 | - | 3.7x [3.88] |"
+    assert len(training_step.plot(rows).axes) == 2
+
+
+def test_bad_densities_are_refused(capsys):
+    for name in ("training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers"):
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"benchmarks.{name}").main(["--densities", "0"])
+        assert "--densities must be in" in capsys.readouterr().err

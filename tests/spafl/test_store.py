@@ -1,0 +1,92 @@
+"""The client store: rows in memory and in a file hold the same, and only what was kept."""
+
+import pytest
+import torch
+
+from spafl.simulation import store as store_module
+from spafl.simulation.loop import run
+from spafl.simulation.store import ClientStore, free_memory
+
+
+def tensors():
+    return {
+        "weight": torch.arange(6, dtype=torch.float32).view(2, 3),
+        "scalar": torch.tensor(7),
+        "empty": torch.zeros(0, 4),
+        "density": torch.tensor([0.5, 1.0], dtype=torch.float64),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "flag": torch.tensor([True, False, True]),
+    }
+
+
+@pytest.fixture(params=["memory", "file"])
+def store(request, tmp_path):
+    made = ClientStore.create(tmp_path / "rows", tensors(), 5, request.param)
+    yield made
+    made.close()
+
+
+def test_rows_start_as_given_and_keep_what_is_kept(store):
+    for k in range(5):
+        taken = store.take(k)
+        assert not store.touched(k)
+        assert all(torch.equal(taken[name], tensor) and taken[name].dtype == tensor.dtype
+                   for name, tensor in tensors().items())  # fmt: skip
+        taken["weight"].add_(k)
+        taken["flag"].fill_(True)
+        store.keep(k)
+    for k in range(5):
+        loaded = store.load(k)
+        assert store.touched(k)
+        assert torch.equal(loaded["weight"], tensors()["weight"] + k)
+        assert loaded["flag"].all() and torch.equal(loaded["density"], tensors()["density"])
+
+
+def test_a_loaded_copy_changes_nothing_until_it_is_saved(store):
+    store.take(2)["scalar"].fill_(1)
+    store.keep(2)
+    store.load(2)["scalar"].fill_(99)
+    assert store.load(2)["scalar"] == 1
+    store.buffer["scalar"].fill_(3)
+    store.save(4)
+    assert store.load(4)["scalar"] == 3 and store.load(2)["scalar"] == 1 and store.load(0)["scalar"] == 7
+
+
+def test_another_view_of_the_file_sees_what_was_kept(store):
+    other = ClientStore(store.file, tensors(), 5)
+    store.take(3)["weight"].fill_(-1)
+    store.keep(3)
+    assert other.touched(3) and not other.touched(2)
+    assert (other.load(3)["weight"] == -1).all()
+
+
+def test_tensors_are_aligned_for_vector_loads(store):
+    assert all(t.data_ptr() % 64 == 0 for k in range(5) for t in store.take(k).values() if t.numel())
+
+
+@pytest.mark.parametrize("free, in_memory", [(10**9, True), (0, False)])
+def test_auto_takes_memory_where_there_is_plenty(tmp_path, monkeypatch, free, in_memory):
+    monkeypatch.setattr(store_module, "free_memory", lambda: free)
+    store = ClientStore.create(tmp_path / "rows", tensors(), 3)
+    assert store.file.in_memory == in_memory == (not (tmp_path / "rows").exists())
+
+
+def test_free_memory_minds_the_control_group(monkeypatch):
+    files = {"/proc/meminfo": ["MemTotal: 9 kB", "MemAvailable:    1000 kB"]}
+    monkeypatch.setattr(store_module, "_lines", lambda path: files.get(path, []))
+    assert free_memory() == 1_024_000
+    files |= {"/sys/fs/cgroup/memory.max": ["5000"], "/sys/fs/cgroup/memory.current": ["1000"]}
+    assert free_memory() == 4000
+    files["/sys/fs/cgroup/memory.max"] = ["max"]
+    assert free_memory() == 1_024_000
+    files.clear()
+    assert free_memory() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_runs_do_not_depend_on_where_rows_live(small_config, tmp_path, workers):
+    results = []
+    for kind in ("memory", "file"):
+        config = small_config(rounds=2, simulation={"store": kind, "workers": workers})
+        results.append(run(config, tmp_path / kind)["final"]["evaluation"])
+    assert results[0] == results[1]
