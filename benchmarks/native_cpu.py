@@ -138,6 +138,104 @@ def norms() -> Iterator[Case]:
         yield "batch_norm_relu fwd+bwd", name, {"ours": ours, "torch": plain}
 
 
+def _backward(y: Tensor, leaves: list[Tensor], grad: Tensor) -> Any:
+    return y, torch.autograd.grad(y, leaves, grad)
+
+
+def streams() -> Iterator[Case]:
+    """A compact output put onto a residual stream; torch: a product with the matrix that puts channels in place."""
+    for width, kept, size, constants in (
+        (32, 8, 32, 0),
+        (64, 16, 16, 0),
+        (128, 32, 8, 0),
+        (256, 64, 4, 0),
+        (32, 16, 32, 1),
+    ):
+        torch.manual_seed(0)
+        order = torch.channels_last
+        place = torch.randperm(width)[:kept].sort().values
+        dropped = torch.ones(width, dtype=torch.bool).index_fill(0, place, False).nonzero().flatten()
+        x = torch.randn(16, kept, size, size).contiguous(memory_format=order).requires_grad_()
+        stream = torch.randn(16, width, size, size).contiguous(memory_format=order).requires_grad_()
+        c = torch.randn(width - kept, requires_grad=True) if constants else None
+        spread = torch.zeros(kept, width)
+        spread[torch.arange(kept), place] = 1
+        leaves = [x, stream] if c is None else [x, stream, c]
+        grad = torch.randn_like(stream)
+
+        def ours(
+            x: Any = x, stream: Any = stream, c: Any = c, place: Any = place, n: int = width, g: Any = grad
+        ) -> Any:
+            y = ops.DirectExpandChannels.apply(x, place, n, 1, c, stream)
+            return _backward(y, [x, stream] if c is None else [x, stream, c], g)
+
+        def product(
+            x: Any = x,
+            s: Any = stream,
+            c: Any = c,
+            m: Any = spread,
+            d: Any = dropped,
+            g: Any = grad,
+            leaves: Any = leaves,
+        ) -> Any:
+            flat, onto = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (x, s))
+            if c is not None:
+                onto = onto + torch.zeros(s.shape[1]).index_copy(0, d, c)
+            y = torch.addmm(onto, flat, m).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+            return _backward(y, leaves, g)
+
+        agree("expand_channels", ours(), product())
+        name = f"batch 16, {kept} of {width} channels, {size}x{size}{', constants' if constants else ''}"
+        yield "expand_channels", name, {"ours": ours, "torch": product}
+
+
+IMAGE_CONVS = [  # in, size, out, kernel, stride, padding; ResNet-18 and Conv4 at densities .25, .1 and .5
+    (3, 32, 8, 3, 1, 1), (8, 32, 8, 3, 1, 1), (32, 32, 8, 3, 1, 1), (32, 32, 16, 3, 2, 1), (16, 16, 16, 3, 1, 1),
+    (64, 16, 16, 3, 1, 1), (32, 8, 32, 3, 1, 1), (64, 4, 64, 3, 1, 1), (3, 32, 16, 5, 1, 0), (16, 28, 16, 5, 1, 0),
+    (16, 12, 32, 5, 1, 0), (8, 28, 8, 5, 1, 0), (6, 28, 6, 5, 1, 0), (6, 12, 13, 5, 1, 0), (13, 8, 13, 5, 1, 0),
+    (64, 16, 6, 3, 1, 1), (64, 16, 13, 3, 1, 1), (128, 8, 26, 3, 1, 1), (256, 4, 51, 3, 1, 1), (128, 8, 26, 3, 2, 1),
+]  # fmt: skip
+
+
+def image_convs() -> Iterator[Case]:
+    """Pass by pass; torch computes channels rounded up to eight, as an engine stores them."""
+    for inputs, size, outputs, kernel, stride, padding in IMAGE_CONVS:
+        torch.manual_seed(0)
+        order, used = torch.channels_last, (inputs, outputs)
+        stored = [n if n == 3 else -(-n // 8) * 8 for n in used]
+        x = torch.zeros(16, stored[0], size, size).contiguous(memory_format=order)
+        x[:, :inputs] = torch.randn(16, inputs, size, size)
+        weight = torch.zeros(stored[1], stored[0], kernel, kernel)
+        weight[:outputs, :inputs] = torch.randn(outputs, inputs, kernel, kernel) / (inputs * kernel * kernel) ** 0.5
+        grad = torch.randn_like(F.conv2d(x, weight, None, stride, padding))
+        grad[:, outputs:] = 0
+        options = (stride, stride, padding, padding, *used)
+        back = (x, weight, None, (stride, stride), (padding, padding), (1, 1), False, (0, 0), 1)
+
+        def torchs(mask: list[bool], grad: Tensor = grad, back: Any = back) -> Call:
+            return lambda: next(g for g in torch.ops.aten.convolution_backward(grad, *back, mask) if g is not None)
+
+        rivals: dict[str, tuple[Call, Call]] = {
+            "image_conv": (
+                lambda x=x, w=weight, o=options: torch.ops.spafl.image_conv(x, w, None, *o),
+                lambda x=x, w=weight, s=stride, p=padding: F.conv2d(x, w, None, s, p),
+            ),
+            "image_conv grad input": (
+                lambda g=grad, w=weight, n=size, o=options: torch.ops.spafl.image_conv_grad_input(g, w, n, n, *o),
+                torchs([True, False, False]),
+            ),
+            "image_conv grad weight": (
+                lambda g=grad, x=x, w=weight, o=options: torch.ops.spafl.image_conv_grad_weight(g, x, w, *o, False)[0],
+                torchs([False, True, False]),
+            ),
+        }
+        taken = ops.image_passes(16, *used, torch.float)
+        for (operator, (ours, theirs)), takes in zip(rivals.items(), taken):
+            agree(operator, ours(), theirs(), 1e-3, 1e-3)
+            name = f"b16, {inputs}x{size}x{size} -> {outputs}, {kernel}x{kernel}, stride {stride}"
+            yield operator, name + ("" if takes else " (not used)"), {"ours": ours, "torch": theirs}
+
+
 LENET = [(20, 25), (50, 500), (500, 800), (10, 500)]
 CONV4 = [(64, 75), (64, 1600), (128, 1600), (128, 3200), (256, 2048), (128, 256), (10, 128)]
 
@@ -223,7 +321,10 @@ def steps() -> Iterator[Case]:
 
 
 KEY = ("operator", "case", "rival")
-SUITES = {"conv": convolutions, "pool": pools, "norm": norms, "pass": threshold_passes, "step": steps}
+SUITES = {
+    "conv": convolutions, "pool": pools, "norm": norms, "stream": streams, "image": image_convs,
+    "pass": threshold_passes, "step": steps,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

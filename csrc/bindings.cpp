@@ -2,68 +2,13 @@
 //
 // These functions check what the kernels rely on (device, dtype, contiguity, shapes) and nothing else; friendlier
 // checks and autograd live in spafl_kernels/ops. The tensors' memory is the caller's: nothing is kept between calls.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
 
-#include "cpu/kernels.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+#include "bindings.h"
 
 namespace spafl {
 namespace {
-
-#define CHECK(...) STD_TORCH_CHECK(__VA_ARGS__)
-
-void check_dense(const char* op, const char* name, const Tensor& t, int64_t dim = -1) {
-  CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
-  CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
-  CHECK(dim < 0 || t.dim() == dim, op, ": ", name, " must have ", dim, " dimensions; got ", t.dim());
-}
-
-void check_type(const char* op, const char* name, const Tensor& t, ScalarType type) {
-  CHECK(t.scalar_type() == type, op, ": ", name, " must have the dtype of the first tensor");
-}
-
-void check_float(const char* op, const char* name, const Tensor& t) {
-  CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, op, ": ", name,
-        " must be float32 or float64");
-}
-
-// uint8 and bool tensors are both one byte of 0 or 1.
-void check_bytes(const char* op, const char* name, const Tensor& t) {
-  CHECK(t.scalar_type() == ScalarType::Byte || t.scalar_type() == ScalarType::Bool, op, ": ", name,
-        " must be uint8 or bool");
-}
-
-template <typename T>
-const T* in(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <typename T>
-T* out(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-Tensor new_like(const Tensor& t, std::vector<int64_t> shape, std::optional<ScalarType> type = std::nullopt) {
-  return torch::stable::new_empty(t, shape, type);
-}
-
-// Calls body(T()) with the tensor's type.
-template <typename Body>
-auto with_type(const Tensor& t, Body body) {
-  return t.scalar_type() == ScalarType::Float ? body(float()) : body(double());
-}
 
 ConvShape conv_shape(const char* op, const std::vector<int64_t>& x, const std::vector<int64_t>& w, int64_t pad_h,
                      int64_t pad_w, int64_t pool) {
@@ -79,11 +24,6 @@ ConvShape conv_shape(const char* op, const std::vector<int64_t>& x, const std::v
   // Offsets inside one padded image are 32-bit.
   CHECK((x[2] + 2 * pad_h + 16) * (x[3] + 2 * pad_w + 16) * x[1] < (int64_t)1 << 30, op, ": input images are too large");
   return s;
-}
-
-std::vector<int64_t> shape_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
 }
 
 std::tuple<Tensor, Tensor> conv_relu_pool(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,

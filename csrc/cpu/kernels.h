@@ -82,6 +82,24 @@ struct StepOptions {
   bool write_grad;
 };
 
+// A tensor of `width` channels of which `kept` are stored in another, in front of `stored - kept` channels of padding:
+// outer x width x inner and outer x stored x inner.
+struct ChannelShape {
+  int64_t outer, width, inner, stored, kept;
+  const int64_t* place;  // kept: which channel a stored one is, ascending
+};
+
+// y = conv2d(x, w, b): channels-last images, weights out x in x height x width. Of the channels the first are used: the
+// others of x are not read, the others of y are 0, and so are the gradients of both and of their weights.
+struct ImageConv {
+  int64_t batch, in_channels, height, width;
+  int64_t out_channels, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  int64_t in_used, out_used;
+
+  int64_t out_h() const { return (height + 2 * pad_h - kernel_h) / stride_h + 1; }
+  int64_t out_w() const { return (width + 2 * pad_w - kernel_w) / stride_w + 1; }
+};
+
 template <typename T>
 struct Kernels {
   void (*conv_relu_pool)(const ConvShape&, const T* x, const T* w, const T* bias, T* y, uint8_t* argmax);
@@ -111,6 +129,14 @@ struct Kernels {
   // clipping (without clipping: the root of extra_norm2).
   double (*step)(const StepLayer<T>* layers, int64_t layer_count, const StepTensor<T>* tensors, int64_t tensor_count,
                  const StepOptions&, int64_t* flips);
+  // y = stream + x in its channels and constants (width - kept, or null: 0) in the others. stream may be null.
+  void (*expand_channels)(const ChannelShape&, const T* x, const T* constants, const T* stream, T* y);
+  // The gradients: of x (0 in the padding), and of the constants, unless that is null.
+  void (*collect_channels)(const ChannelShape&, const T* grad, T* kept_grad, T* constant_grad);
+  // bias may be null, and gbias.
+  void (*image_conv)(const ImageConv&, const T* x, const T* w, const T* bias, T* y);
+  void (*image_conv_grad_input)(const ImageConv&, const T* w, const T* gy, T* gx);
+  void (*image_conv_grad_weight)(const ImageConv&, const T* x, const T* gy, T* gw, T* gbias);
 };
 
 enum class Isa { scalar, avx2, avx512 };

@@ -571,9 +571,9 @@ void relu_pool_grad(int64_t planes, int64_t height, int64_t width, int64_t pool,
 
 // ---- sums with one result on every machine ------------------------------------------------------------------------
 
-enum class Sum { abs, square, product };
+enum class Sum { plain, abs, square, product };
 
-// Sum over n numbers of |a|, a * a or a * b: 32 partial sums whatever the vector length, folded in a fixed order, and
+// Sum over n numbers of a, |a|, a * a or a * b: 32 partial sums whatever the vector length, folded in a fixed order, and
 // carried in double every 2048 numbers. The bits do not depend on the instruction set.
 template <Sum kind, typename T>
 double steady_sum(const T* a, int64_t n, const T* b = nullptr) {
@@ -590,6 +590,7 @@ double steady_sum(const T* a, int64_t n, const T* b = nullptr) {
 #pragma GCC unroll 16
       for (int k = 0; k < parts; k++) {
         const V x = V::load(a + i + k * V::size);
+        if constexpr (kind == Sum::plain) sum[k] = V::add(sum[k], x);
         if constexpr (kind == Sum::abs) sum[k] = V::add(sum[k], V::abs(x));
         if constexpr (kind == Sum::square) sum[k] = V::add(sum[k], V::mul(x, x));
         if constexpr (kind == Sum::product) sum[k] = V::add(sum[k], V::mul(x, V::load(b + i + k * V::size)));
@@ -598,6 +599,7 @@ double steady_sum(const T* a, int64_t n, const T* b = nullptr) {
 #pragma GCC unroll 16
     for (int k = 0; k < parts; k++) sum[k].store(lane + k * V::size);
     for (int64_t i = whole; i < end; i++) {
+      if constexpr (kind == Sum::plain) lane[i - whole] += a[i];
       if constexpr (kind == Sum::abs) lane[i - whole] += std::fabs(a[i]);
       if constexpr (kind == Sum::square) lane[i - whole] += a[i] * a[i];
       if constexpr (kind == Sum::product) lane[i - whole] += a[i] * b[i];
@@ -780,9 +782,14 @@ double step(const StepLayer<T>* layers, int64_t layer_count, const StepTensor<T>
   return (double)norm;
 }
 
+#include "channels_impl.h"
+#include "image_conv_impl.h"
+
 template <typename T>
 constexpr Kernels<T> table = {
     conv_relu_pool<T>,   conv_relu_pool_grad_weight<T>, conv_relu_pool_grad_input<T>, relu_pool<T>,
     relu_pool_grad<T>,   norm_moments<T>,               norm_relu<T>,                 norm_relu_grad<T>,
     norm_relu_pool<T>,   norm_relu_pool_grad<T>,        threshold_rows<T>,            step<T>,
+    expand_channels<T>,  collect_channels<T>,           image_conv<T>,                image_conv_grad_input<T>,
+    image_conv_grad_weight<T>,
 };

@@ -6,6 +6,7 @@ all 0). The tensors of layers and norms are read from slots at every run, so tha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,9 @@ from torch.nn import functional as F
 
 from .. import native
 from ..layers import ThresholdLayer
+from ..ops.channels import DirectExpandChannels, is_channels_last
 from ..ops.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, POOLS, DirectConvReluPool, DirectReluPool
+from ..ops.image_conv import DirectImageConv, Passes, image_passes
 from ..ops.norm import DirectBatchNormRelu
 from ..ops.norm import pools as takes_pool
 from .flow import Flow, Op
@@ -132,19 +135,22 @@ class Program:
             return lambda env: env[j]
         assert op.layout is not None
         dim, real, kept, dropped = op.layout.dim, len(channels.kept), channels.kept, channels.dropped
-        select = _Select(channels)
+        select, direct = _Select(channels), self._native
 
         def full(env: list[Any]) -> Tensor:
             cached = env[2 * n + j]
             if cached is not None:
                 return cached
             x, c = env[j], env[n + j]
+            if direct:
+                env[2 * n + j] = out = DirectExpandChannels.apply(x, kept, channels.width, dim, c, None)
+                return out
             shape = list(x.shape)
             shape[dim] = channels.width
             base = None
             if c is not None:
                 base = torch.zeros(channels.width, dtype=x.dtype, device=x.device).index_copy(0, dropped, c)
-            if _is_channels_last(x):
+            if is_channels_last(x):
                 flat, spread = _pixels(x), select(x)
                 out = flat @ spread if base is None else torch.addmm(base, flat, spread)
                 out = _image(out, x)
@@ -200,6 +206,8 @@ class Program:
             pooled, window = self._index[fused[0]], fused[1]
             pad_h, pad_w = m.padding
 
+        used, passes = self._image_passes(name, columns) if conv else ((0, 0), None)
+
         def run(env: list[Any], training: bool) -> None:
             x = env[j] if read is None else read(env)
             weight, bias = slot.weight, slot.bias
@@ -227,9 +235,12 @@ class Program:
             if conv:
                 if pad_first is not None:
                     x = F.pad(x, pad_first, mode=mode)
-                y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+                if passes is not None and is_channels_last(x) and weight.is_contiguous() and any(own := passes(len(x))):
+                    y = DirectImageConv.apply(x, weight, bias, stride, padding, used, own)
+                else:
+                    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
                 if shift is not None:
-                    y += shift.view(1, -1, *size)
+                    y = _AddMap.apply(y, shift) if is_channels_last(y) else y.add_(shift.view(1, -1, *size))
             else:
                 y = F.linear(x, weight, bias)
             if mask is not None:
@@ -244,6 +255,20 @@ class Program:
                 env[n + i] = slot.bias_dropped
 
         return run
+
+    def _image_passes(
+        self, name: str, columns: Channels | None
+    ) -> tuple[tuple[int, int], Callable[[int], Passes] | None]:
+        """The channels of a convolution that are not padding, and by batch size the passes for :func:`image_conv`."""
+        m, rows = self.flow.layers[name].module, self.plan.rows.get(name)
+        inputs = m.in_channels if columns is None else len(columns.kept)
+        outputs = m.out_channels if rows is None else len(rows.kept)
+        used = max(inputs, 1), max(outputs, 1)
+        plain = m.padding_mode == "zeros" and not isinstance(m.padding, str) and m.dilation == (1, 1) and m.groups == 1
+        if not (self._native and self._channels_last and plain):
+            return used, None
+        dtype = m.weight.dtype
+        return used, functools.cache(lambda batch: image_passes(batch, *used, dtype))
 
     def _build_depthwise(self, op: Op, i: int) -> Run:
         """Channel by channel: only the kept filters' input channels are read, constants included."""
@@ -457,10 +482,10 @@ class Program:
             return run
         fa, fb = self._full(a.name), self._full(b.name)
         ca, cb = self._channels(a), self._channels(b)
-        # Add a compact operand into the rows it has; its dropped channels are 0.
-        if cb is not None and not cb.full and not b.const:
+        # Add a compact operand into the channels it has. With torch's operators only if its dropped channels are 0.
+        if cb is not None and not cb.full and (self._native or not b.const):
             return self._add_into(fa, jb, b, cb, i)
-        if ca is not None and not ca.full and not a.const:
+        if ca is not None and not ca.full and (self._native or not a.const):
             return self._add_into(fb, ja, a, ca, i)
 
         def wide(env: list[Any], training: bool) -> None:
@@ -471,11 +496,17 @@ class Program:
     def _add_into(self, full: Callable[[list[Any]], Any], j: int, part: Op, channels: Channels, i: int) -> Run:
         assert part.layout is not None
         dim, kept, real = part.layout.dim, channels.kept, len(channels.kept)
-        select = _Select(channels)
+        n, select = self._count, _Select(channels)
+
+        def direct(env: list[Any], training: bool) -> None:
+            env[i] = DirectExpandChannels.apply(env[j], kept, channels.width, dim, env[n + j], full(env))
+
+        if self._native:
+            return direct
 
         def run(env: list[Any], training: bool) -> None:
             x = env[j]
-            if _is_channels_last(x):
+            if is_channels_last(x):
                 env[i] = _image(torch.addmm(_pixels(full(env)), _pixels(x), select(x)), x)
                 return
             if real < x.shape[dim]:
@@ -683,6 +714,31 @@ def _is_max(op: Op) -> bool:
     return op.node.op == "call_function" and op.node.target in (F.max_pool2d, torch.max_pool2d)
 
 
+class _AddMap(torch.autograd.Function):
+    """``_AddMap.apply(y, map)``: the same map on every image, in place; ``y`` in channels-last order.
+
+    Autograd's sum of the gradient over the batch, and a sum with a map in another order than ``y``, take several times
+    as long as a pass over the images.
+
+    Args:
+        y: ``(N, C, H, W)``.
+        map: ``(C, H * W)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, map: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        _pixels(y).view(len(y), -1).add_(map.t().reshape(1, -1))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,) = grad_outputs
+        channels = grad.shape[1]
+        rows = grad.permute(0, 2, 3, 1).reshape(len(grad), -1)
+        return grad, rows.sum(0).view(-1, channels).t() if ctx.needs_input_grad[1] else None
+
+
 class _Select:
     """The matrix that puts stored channels in their places among all, made when first needed.
 
@@ -699,10 +755,6 @@ class _Select:
             self.matrix = like.new_zeros(c.stored, c.width)
             self.matrix[torch.arange(len(c.kept), device=like.device), c.kept] = 1
         return self.matrix
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _pixels(x: Tensor) -> Tensor:

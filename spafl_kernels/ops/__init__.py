@@ -1,9 +1,9 @@
 """Operators of the threshold layers.
 
 On the CPU: operators with a compiled kernel and a plain-PyTorch twin that computes the same (:func:`batch_norm_relu`,
-:func:`conv_relu_pool`, :func:`relu_pool`, :func:`sgd_step`, :func:`threshold_pass`). They take ``backend``: ``"auto"``
-uses the compiled kernel where it applies and the twin elsewhere, ``"native"`` raises where the kernel cannot be used,
-``"torch"`` always takes the twin.
+:func:`conv_relu_pool`, :func:`relu_pool`, :func:`expand_channels`, :func:`image_conv`, :func:`sgd_step`,
+:func:`threshold_pass`). They take ``backend``: ``"auto"`` uses the compiled kernel where it applies and the twin
+elsewhere, ``"native"`` raises where the kernel cannot be used, ``"torch"`` always takes the twin.
 
 On a GPU: ``torch.ops.spafl.threshold_linear`` and ``torch.ops.spafl.threshold_conv2d``, with schema, CPU, CUDA and fake
 implementations, autograd, autocast and vmap. They take a leading client dimension in every tensor: each client has its
@@ -17,7 +17,9 @@ float16 or bfloat16: masks are always decided in the dtype of the weights, so au
 from . import tables
 from ._backend import ready
 from .backend import Explanation, explain
+from .channels import DirectExpandChannels, expand_channels
 from .conv_pool import DirectConvReluPool, DirectReluPool, conv_relu_pool, relu_pool
+from .image_conv import DirectImageConv, image_conv, image_passes
 from .library import conv2d, linear
 from .norm import DirectBatchNormRelu, batch_norm_relu
 from .sgd import sgd_step
@@ -27,13 +29,18 @@ from .threshold import threshold_pass
 __all__ = [
     "DirectBatchNormRelu",
     "DirectConvReluPool",
+    "DirectExpandChannels",
+    "DirectImageConv",
     "DirectReluPool",
     "Explanation",
     "FilterRows",
     "batch_norm_relu",
     "conv2d",
     "conv_relu_pool",
+    "expand_channels",
     "explain",
+    "image_conv",
+    "image_passes",
     "linear",
     "ready",
     "relu_pool",

@@ -211,15 +211,93 @@ void check_rows(int64_t rows, int64_t columns, int64_t dropped, bool momentum, b
 }
 
 template <typename T>
+void check_channels(Isa isa, int64_t outer, int64_t inner, int64_t width, int64_t kept, int64_t pads) {
+  std::vector<int64_t> place;
+  for (int64_t k = 0; k < kept; k++) place.push_back(k * width / kept);
+  const ChannelShape s{outer, width, inner, kept + pads, kept, place.data()};
+  const auto x = noise<T>(outer * s.stored * inner), constants = noise<T>(width - kept), stream = noise<T>(outer * width * inner);
+  const auto grad = noise<T>(stream.size());
+  const Kernels<T>& k = kernels_for<T>(isa);
+  for (int flags = 0; flags < 4; flags++) {
+    std::vector<T> y(stream.size(), (T)NAN), gx(x.size(), (T)NAN), gc(constants.size(), (T)NAN);
+    k.expand_channels(s, x.data(), flags & 1 ? constants.data() : nullptr, flags & 2 ? stream.data() : nullptr, y.data());
+    k.collect_channels(s, grad.data(), gx.data(), flags & 1 ? gc.data() : nullptr);
+    std::vector<double> y2(y.size()), gx2(gx.size()), gc2(gc.size());
+    for (int64_t n = 0; n < outer; n++)
+      for (int64_t c = 0, stored = 0; c < width; c++) {
+        const bool has = stored < kept && place[stored] == c;
+        for (int64_t i = 0; i < inner; i++) {
+          const int64_t at = (n * width + c) * inner + i, from = (n * s.stored + stored) * inner + i;
+          y2[at] = (flags & 2 ? stream[at] : 0) + (has ? x[from] : flags & 1 ? constants[c - stored] : T(0));
+          if (has)
+            gx2[from] = grad[at];
+          else
+            gc2[c - stored] += grad[at];
+        }
+        stored += has;
+      }
+    const double bound = sizeof(T) == 4 ? 1e-4 : 1e-12;
+    expect_close("expand_channels", isa, y, y2, 0);
+    expect_close("collect_channels", isa, gx, gx2, 0);
+    if (flags & 1) expect_close("collect_channels: constants", isa, gc, gc2, bound);
+  }
+}
+
+template <typename T>
+void check_image_conv(Isa isa, const ImageConv& s, bool with_bias) {
+  const Kernels<T>& k = kernels_for<T>(isa);
+  const int64_t taps = s.kernel_h * s.kernel_w, inputs = s.height * s.width, outputs = s.out_h() * s.out_w();
+  const auto x = noise<T>(s.batch * inputs * s.in_channels), w = noise<T>(s.out_channels * s.in_channels * taps);
+  const auto b = noise<T>(s.out_channels), gy = noise<T>(s.batch * outputs * s.out_channels);
+  std::vector<T> y(gy.size(), (T)NAN), gx(x.size(), (T)NAN), gw(w.size(), (T)NAN), gb(b.size(), (T)NAN);
+  k.image_conv(s, x.data(), w.data(), with_bias ? b.data() : nullptr, y.data());
+  k.image_conv_grad_input(s, w.data(), gy.data(), gx.data());
+  k.image_conv_grad_weight(s, x.data(), gy.data(), gw.data(), with_bias ? gb.data() : nullptr);
+  std::vector<double> y2(y.size()), gx2(gx.size()), gw2(gw.size()), gb2(gb.size());
+  for (int64_t at = 0; at < s.batch * outputs; at++)
+    for (int64_t o = 0; o < s.out_used; o++) {
+      const int64_t out = at * s.out_channels + o, n = at / outputs;
+      if (with_bias) y2[out] = b[o], gb2[o] += gy[out];
+      for (int64_t tap = 0; tap < taps; tap++) {
+        const int64_t row = at % outputs / s.out_w() * s.stride_h + tap / s.kernel_w - s.pad_h;
+        const int64_t column = at % s.out_w() * s.stride_w + tap % s.kernel_w - s.pad_w;
+        if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+        for (int64_t i = 0; i < s.in_used; i++) {
+          const int64_t in = (n * inputs + row * s.width + column) * s.in_channels + i;
+          const int64_t weight = (o * s.in_channels + i) * taps + tap;
+          y2[out] += (double)x[in] * (double)w[weight];
+          gx2[in] += (double)gy[out] * (double)w[weight];
+          gw2[weight] += (double)gy[out] * (double)x[in];
+        }
+      }
+    }
+  const double bound = sizeof(T) == 4 ? 3e-4 : 1e-11;
+  expect_close("image_conv", isa, y, y2, bound);
+  expect_close("image_conv_grad_input", isa, gx, gx2, bound);
+  expect_close("image_conv_grad_weight", isa, gw, gw2, bound);
+  if (with_bias) expect_close("image_conv: bias", isa, gb, gb2, bound);
+}
+
+template <typename T>
 void check_all() {
   const ConvShape shapes[] = {
       {2, 1, 28, 28, 20, 5, 5, 0, 0, 2}, {2, 3, 17, 19, 7, 3, 3, 1, 1, 2}, {1, 2, 11, 23, 5, 4, 7, 2, 3, 3},
       {1, 8, 12, 13, 3, 11, 11, 5, 5, 2}, {1, 1, 2, 2, 4, 1, 1, 0, 0, 2},   {2, 1, 1, 1, 2, 1, 1, 7, 7, 3},
       {35, 3, 7, 8, 5, 3, 3, 1, 1, 2},    {17, 2, 9, 6, 4, 2, 3, 1, 0, 3},      {16, 1, 4, 4, 3, 3, 3, 0, 0, 2},
       {1, 2, 3, 7, 13, 2, 2, 0, 3, 2},    {1, 1, 9, 70, 1, 3, 9, 4, 0, 3}};
+  const ImageConv convs[] = {
+      {16, 8, 5, 7, 8, 3, 3, 1, 1, 1, 1, 6, 5},    {3, 13, 4, 5, 11, 3, 3, 1, 1, 1, 1, 13, 11},
+      {19, 4, 6, 5, 9, 3, 3, 2, 2, 1, 1, 4, 9},    {16, 20, 5, 5, 3, 1, 1, 2, 2, 0, 0, 17, 3},
+      {2, 2, 9, 3, 4, 4, 2, 3, 1, 2, 3, 2, 4},     {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1},
+      {2, 1, 2, 1, 2, 3, 5, 1, 2, 3, 4, 1, 1},     {17, 3, 8, 9, 24, 5, 5, 1, 1, 0, 0, 3, 23}};
   for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
     if (!isa_supported(isa)) continue;
     for (const ConvShape& shape : shapes) check_conv<T>(isa, shape, shape.pad_h != 1);
+    for (const ImageConv& conv : convs) check_image_conv<T>(isa, conv, conv.in_used != 13);
+    for (int64_t width : {1, 5, 16, 33, 64, 130})
+      for (int64_t kept : {(int64_t)0, (int64_t)1, width / 3, width})
+        for (int64_t pads : {1, 9}) check_channels<T>(isa, 7, 1, width, kept, pads), check_channels<T>(isa, 2, 35, width, kept, pads);
+    check_channels<T>(isa, 600, 1, 32, 8, 0), check_channels<T>(isa, 600, 1, 256, 100, 4);
     for (int64_t pool : {2, 3})
       for (int64_t side : {3, 8, 9, 34}) check_pool<T>(isa, 2, side, side + 1, pool);
     for (bool flag : {false, true}) {
