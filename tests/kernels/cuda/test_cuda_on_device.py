@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pass_cases import check_lists, cohort, poisoned
 from test_cuda_fused_step import Cohort, Torch
-from test_cuda_threshold_pass import check_lists, cohort, poisoned
 
 from spafl_kernels import reference
 from spafl_kernels.ops import cuda_ops
