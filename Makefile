@@ -42,7 +42,7 @@ GPU_PARALLEL = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo '-n 8
 test-gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	$(GPU_PATH) $(GPU_PYTHON) -m spafl_kernels.env
-	$(GPU_PATH) $(GPU_PYTHON) -m pytest -q -rs -m gpu $(GPU_PARALLEL) tests/kernels/cuda tests/kernels/triton
+	$(GPU_PATH) $(GPU_PYTHON) -m pytest -q -rs -m gpu $(GPU_PARALLEL) tests/kernels/cuda/test_cuda_on_device.py tests/kernels/triton
 
 bench-gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace

@@ -1,6 +1,7 @@
 """Threshold layers whose forward and backward pass skip pruned filters."""
 
 from .convert import convert, to_dense
+from .diagnostics import explain
 from .functional import (
     active_filters,
     density,
@@ -13,7 +14,6 @@ from .functional import (
     threshold_penalty,
 )
 from .layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
-from .ops import explain
 
 __version__ = "0.1.0"
 

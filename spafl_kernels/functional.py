@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import ops, reference
 from .reference import Estimator, filter_scores
-
-if TYPE_CHECKING:
-    from .layers import ThresholdLayer
+from .threshold_layer import ThresholdLayer
 
 __all__ = [
     "Estimator",
@@ -118,8 +116,6 @@ def threshold_linear(
 
 def threshold_layers(model: nn.Module) -> Iterator[tuple[str, ThresholdLayer]]:
     """``(name, layer)`` of every threshold layer of ``model``, each once, in registration order."""
-    from .layers import ThresholdLayer
-
     for name, module in model.named_modules():
         if isinstance(module, ThresholdLayer):
             yield name, module

@@ -11,12 +11,12 @@ own weights, thresholds and batch, and all run in one launch. ``torch.func.vmap`
 same call; a single layer is one client. They return ``(output, plan, packed)``; plan and packed weights (see
 :mod:`spafl_kernels.triton.plan`) are what the backward operators need. Weights may be float32 while the input is
 float16 or bfloat16: masks are always decided in the dtype of the weights, so autocast casts the input only.
-:func:`explain` says which implementation a layer uses on an input, and why.
+:func:`spafl_kernels.explain` says which implementation a layer uses on an input, and why.
 """
 
 from . import tables
 from ._backend import ready
-from .backend import Explanation, explain
+from .backend import Explanation
 from .channels import DirectExpandChannels, expand_channels
 from .conv_pool import DirectConvReluPool, DirectReluPool, conv_relu_pool, relu_pool
 from .image_conv import DirectImageConv, image_conv, image_passes
@@ -38,7 +38,6 @@ __all__ = [
     "conv2d",
     "conv_relu_pool",
     "expand_channels",
-    "explain",
     "image_conv",
     "image_passes",
     "linear",

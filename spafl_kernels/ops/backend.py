@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import tables
 
@@ -244,28 +244,3 @@ def conv_work(
         both = reach if padding == "same" else 0 if isinstance(padding, str) else 2 * _pair(padding)[i]
         positions *= (size + both - reach - 1) // max(1, steps[i]) + 1
     return Work(kernel, steps, weight.shape[1], weight.shape[0], positions, arithmetic(input, conv=True), density)
-
-
-def explain(module: nn.Module, x: Tensor) -> Explanation:
-    """Which implementation ``module(x)`` would use, and why; nothing is run.
-
-    Args:
-        module: a threshold layer. The density it is judged by is ``module.known_density``: what
-            :func:`spafl_kernels.observe` last saw.
-        x: an input of it.
-
-    Raises:
-        ValueError: ``module`` is not a threshold layer.
-    """
-    from ..layers import ThresholdLayer
-
-    if not isinstance(module, ThresholdLayer):
-        raise ValueError(f"module must be a ThresholdConv2d or a ThresholdLinear; got {type(module).__name__}")
-    weight, density = module.weight, module.known_density
-    if not weight.is_cuda:
-        return Explanation("reference", f"{weight.device.type} tensors run the dense operator on masked weights")
-    if isinstance(module, nn.Conv2d):
-        return choose(
-            x, weight, module.groups, conv_work(x, weight, module.stride, module.padding, module.dilation, density)
-        )
-    return choose(x, weight, 1, linear_work(x, weight, density))

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 import spafl_kernels
 from spafl.models import build_model
-from spafl_kernels import ops, reference
+from spafl_kernels import explain, reference
 from spafl_kernels.triton.geometry import Geometry
 
 pytestmark = [
@@ -109,7 +109,7 @@ def test_layers_choose_triton_and_agree_with_the_reference():
     with torch.no_grad():
         layer.threshold.copy_(torch.where(torch.arange(32) % 2 == 0, 1.0, -1.0))
     x = torch.randn(2, 16, 9, 9, device="cuda")
-    assert ops.explain(layer, x).backend == "triton"
+    assert explain(layer, x).backend == "triton"
     with tf32(False):
         want = reference.threshold_conv2d(x, layer.weight, layer.threshold, layer.bias, padding="same")
         torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from support import cases
 from torch.func import grad, vmap
 from torch.library import opcheck
 
-from spafl_kernels import ThresholdConv2d, ThresholdLinear, ops, reference, threshold_conv2d, threshold_linear
+from spafl_kernels import ThresholdConv2d, ThresholdLinear, explain, ops, reference, threshold_conv2d, threshold_linear
 from spafl_kernels.ops import backend, library
 from spafl_kernels.triton.geometry import Geometry
 
@@ -271,10 +271,10 @@ def test_bad_geometry_is_refused_by_name():
 
 # ----------------------------------------------------------------------------------------------- choice of backend
 def test_explain_on_the_cpu():
-    explanation = ops.explain(ThresholdConv2d(3, 4, 3), torch.zeros(1, 3, 5, 5))
+    explanation = explain(ThresholdConv2d(3, 4, 3), torch.zeros(1, 3, 5, 5))
     assert explanation.backend == "reference" and "cpu" in explanation.reason
     with pytest.raises(ValueError, match="module must be a ThresholdConv2d or a ThresholdLinear; got ReLU"):
-        ops.explain(torch.nn.ReLU(), torch.zeros(1))
+        explain(torch.nn.ReLU(), torch.zeros(1))
 
 
 def test_explain_on_a_gpu_names_the_reason(monkeypatch):
