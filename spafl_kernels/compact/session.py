@@ -365,14 +365,16 @@ class Session:
 
     # -- the step, and the end -------------------------------------------------------------------------------------
 
-    def advance(self, grads: tuple[Tensor | None, ...]) -> None:
-        """One SGD step with the gradients of ``leaves``."""
+    def advance(self, grads: list[Tensor | None]) -> None:
+        """One SGD step with the gradients of ``leaves``; the list is emptied, so that each can be freed once used."""
         assert self._arena is not None
         arena, loose = len(self._arena.leaves), len(self._loose_leaves)
         masks = {layer.name: g for layer, g in zip(self._masked, grads[arena + loose :])}
         self._dropped.clock += 1
         self._stale = True
-        self._update(grads[:arena], grads[arena : arena + loose], masks)
+        weights, others = grads[:arena], grads[arena : arena + loose]
+        grads.clear()
+        self._update(weights, others, masks)
 
     def store(self) -> None:
         """Write the whole state into the model's tensors, and into the momentum unless that began fresh."""

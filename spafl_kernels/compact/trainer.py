@@ -93,9 +93,9 @@ class CompactTrainer(Trainer):
         session.refresh()
         program, leaves = session.program, session.leaves
         loss = self.loss(program(x, True), y)
-        grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        grads: list[Tensor | None] = [None] * len(leaves)
         if loss.requires_grad:  # not so when the whole last layer is pruned
-            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+            grads = list(torch.autograd.grad(loss, leaves, allow_unused=True))
         with torch.no_grad():
             session.advance(grads)
         self._steps += 1

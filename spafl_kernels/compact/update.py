@@ -43,7 +43,7 @@ class Update(Protocol):
         ...
 
     def __call__(
-        self, leaves: Sequence[Tensor | None], loose: Sequence[Tensor | None], masks: dict[str, Tensor | None]
+        self, leaves: list[Tensor | None], loose: Sequence[Tensor | None], masks: dict[str, Tensor | None]
     ) -> None: ...
 
     def rescore(self) -> None:
@@ -159,7 +159,7 @@ class PlainUpdate:
         pass
 
     def __call__(
-        self, leaves: Sequence[Tensor | None], loose: Sequence[Tensor | None], masks: dict[str, Tensor | None]
+        self, leaves: list[Tensor | None], loose: Sequence[Tensor | None], masks: dict[str, Tensor | None]
     ) -> None:
         arena, options = self.arena, self.options
         flat, grad, tau_grad = arena.flat, arena.grad, arena.tau_grad
@@ -280,12 +280,16 @@ class CompiledUpdate:
         self._masks.copy_(active)
 
     def __call__(
-        self, leaves: Sequence[Tensor | None], loose: Sequence[Tensor | None], masks: dict[str, Tensor | None]
+        self, leaves: list[Tensor | None], loose: Sequence[Tensor | None], masks: dict[str, Tensor | None]
     ) -> None:
         arena, options, rows = self.arena, self.options, self._rows
         vectors, layers = arena.vectors, len(self._filters)
         _collect(leaves[:vectors], arena.leaves[:vectors], arena.grad[: arena.scored[0]])
-        others = [torch.zeros_like(p) if g is None else g.contiguous() for g, p in zip(leaves, arena.leaves)][vectors:]
+        others = []
+        for i, leaf in enumerate(arena.leaves[vectors:], vectors):
+            # Where a gradient is copied into the order of the arena, the original goes at once.
+            g, leaves[i] = leaves[i], None
+            others.append(torch.zeros_like(leaf) if g is None else g.contiguous())
         weight_grads, constant_grads = others[:layers], iter(others[layers:])
         dropped_grads, dots, none = [], [], rows.none[0]
         for f, weight_grad in zip(self._filters, weight_grads):
