@@ -11,8 +11,8 @@ there, and the mean density shown was measured.
 Rivals run the same rounds in turn, round by round, and begin them in another order each time: ``compact`` and
 ``masked`` with two workers of one thread, ``published`` in one process with two threads, the published training loop
 with its masks materialised. Nothing is timed at a density unless the trainers agree over a few steps at it, in float64
-and float32; and a round is reported only if all rivals end it with the same thresholds and the same training loss, to
-float32 rounding.
+and float32; and a round is reported only if all rivals, which begin it with the same tensors, end it with the same
+thresholds and the same training loss, to float32 rounding.
 
 Run it on an idle machine: where other work takes a core, the two threads wait for one another. A round in which that is
 plain to see (more than three times ``masked``'s seconds) gives no speed-up over ``published``.
@@ -137,6 +137,18 @@ class Rival:
             level = 0.0 if last or density >= 1 else torch.quantile(scores, 1 - density).item()
             self.simulation.server[f"{name}.threshold"] = torch.full_like(scores, level)
 
+    def follow(self, other: Rival) -> None:
+        """Begin the next round from another's state: rounding moves masks, and must not add up over rounds."""
+        mine, theirs = self.simulation, other.simulation
+        mine.server = {name: tensor.clone() for name, tensor in theirs.server.items()}
+        mine.pending = list(theirs.pending)
+        assert mine.store is not None and theirs.store is not None
+        for client in range(mine.clients):
+            if theirs.store.touched(client):
+                for name, tensor in theirs.store.load(client).items():
+                    mine.store.buffer[name].copy_(tensor)
+                mine.store.save(client)
+
     def run_round(self) -> Round:
         torch.set_num_threads(self.threads)
         begin = time.perf_counter()
@@ -205,6 +217,9 @@ def _steps_differ(case: cases.Case, density: float) -> str:
 
 def _round(rivals: dict[str, Rival], number: int) -> dict[str, object]:
     names, first = list(rivals), number % len(rivals)
+    for name, rival in rivals.items():
+        if name != "masked":
+            rival.follow(rivals["masked"])
     found = {name: rivals[name].run_round() for name in names[first:] + names[:first]}
     if wrong := gate(rivals, found):
         return {"wrong": wrong}
