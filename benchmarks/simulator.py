@@ -76,12 +76,12 @@ def measure(clients: int, sampled: int, rounds: int, engine: str, store: str = "
         simulation = loop.Simulation(config, run_folder, quiet=True)
         seconds = 0.0
         with loop.Pool(simulation._worker_setup(), 1) as pool:
-            assert pool._own is not None and simulation.store is not None
+            assert pool._own is not None and pool._own.store is not None and simulation.store is not None
             simulation._round(pool, 0)  # warm-up: kernels are chosen, rows of the store are new
             start = time.perf_counter()
             for k in range(clients):
-                simulation.store.take(k)
-                simulation.store.keep(k)
+                pool._own.store.take(k)
+                pool._own.store.keep(k)
             first_write = (time.perf_counter() - start) / clients
             clock = StepClock(pool._own.resident.trainer)
             for number in range(1, rounds):

@@ -115,13 +115,12 @@ class ClientStore:
         self.clients, self.file = clients, file
         # One byte per client behind the rows: whether its row holds anything.
         size = self.row_bytes * clients + clients
-        self._flags = np.frombuffer(
-            mmap.mmap(file.descriptor, size), np.uint8, clients, offset=self.row_bytes * clients
-        )
-        self._rows: Tensor | None = None
+        self._map = mmap.mmap(file.descriptor, size)
+        self._flags = np.frombuffer(self._map, np.uint8, clients, offset=self.row_bytes * clients)
+        self._typed: dict[torch.dtype, Tensor] = {}
         if file.in_memory:
-            rows = torch.frombuffer(mmap.mmap(file.descriptor, size), dtype=torch.uint8)[: self.row_bytes * clients]
-            self._rows, self._typed = rows.view(clients, self.row_bytes), self._as_each_dtype(rows)
+            rows = torch.frombuffer(self._map, dtype=torch.uint8)[: self.row_bytes * clients]
+            self._typed = self._as_each_dtype(rows)
         self._buffer = torch.zeros(self.row_bytes, dtype=torch.uint8)
         self._bytes = self._buffer.numpy().data
         typed = self._as_each_dtype(self._buffer)
@@ -155,35 +154,36 @@ class ClientStore:
         return bool(self._flags[client])
 
     def load(self, client: int) -> dict[str, Tensor]:
-        """Copy a client into the buffer and return the views of it; its row changes only by :meth:`save`."""
+        """Copy a client into the buffer and return the views of it; its row changes only by :meth:`save`.
+
+        It is read, not mapped: what a process only looks at does not count as its memory.
+        """
         if not self._flags[client]:
             self._buffer.copy_(self._initial)
-        elif self._rows is not None:
-            self._buffer.copy_(self._rows[client])
         elif os.preadv(self.file.descriptor, [self._bytes], client * self.row_bytes) != self.row_bytes:
             raise OSError("the client store is truncated")
         return self.buffer
 
     def save(self, client: int) -> None:
         """Copy the buffer to a client's row."""
-        if self._rows is not None:
-            self._rows[client].copy_(self._buffer)
-        elif os.pwritev(self.file.descriptor, [self._bytes], client * self.row_bytes) != self.row_bytes:
+        if os.pwritev(self.file.descriptor, [self._bytes], client * self.row_bytes) != self.row_bytes:
             raise OSError("the client store could not be written (disk full?)")
         self._flags[client] = 1
 
     def take(self, client: int) -> dict[str, Tensor]:
         """A client's tensors, to be changed until :meth:`keep`: views of its row in memory, or the buffer."""
-        if self._rows is None:
+        if not self._typed:
             return self.load(client)
-        if not self._flags[client]:
-            self._rows[client].copy_(self._initial)
         start = client * self.row_bytes
-        return {name: field.of(self._typed, start) for name, field in self._fields.items()}
+        row = {name: field.of(self._typed, start) for name, field in self._fields.items()}
+        if not self._flags[client]:
+            for name, tensor in self.load(client).items():
+                row[name].copy_(tensor)
+        return row
 
     def keep(self, client: int) -> None:
         """The tensors of :meth:`take` are the client's from now on."""
-        if self._rows is None:
+        if not self._typed:
             self.save(client)
         self._flags[client] = 1
 
