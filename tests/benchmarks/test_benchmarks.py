@@ -149,12 +149,37 @@ class Scripted:
     def __init__(self, threshold, loss=1.0, seconds=1.0):
         self.thresholds = {"fc4.threshold": torch.tensor([threshold])}
         self.done = federated.Round(seconds, 0.5, loss)
+        self.followed = []
+
+    def follow(self, other):
+        self.followed.append(other)
 
     def raise_thresholds(self, density):
         pass
 
     def run_round(self):
         return self.done
+
+
+def test_a_rival_begins_a_round_where_the_masked_one_does(tmp_path):
+    """Rounds apart, then together: the server, what clients have yet to hear, and every client's tensors."""
+    style = federated.RIVALS["masked"]
+    alone = dataclasses.replace(style, workers=1)
+    rivals = [federated.Rival("fmnist", alone, tmp_path / name, 800) for name in ("masked", "other")]
+    try:
+        rivals[0].run_round()
+        rivals[1].follow(rivals[0])
+        server = rivals[0].simulation.server
+        assert all(torch.equal(rivals[1].simulation.server[name], tensor) for name, tensor in server.items())
+        stores = [rival.simulation.store for rival in rivals]
+        touched = [k for k in range(100) if stores[0].touched(k)]
+        assert len(touched) == 10 and touched == [k for k in range(100) if stores[1].touched(k)]
+        for client in touched:
+            theirs = stores[0].load(client)
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in stores[1].load(client).items())
+    finally:
+        for rival in rivals:
+            rival.close()
 
 
 @pytest.mark.parametrize(
@@ -167,7 +192,10 @@ class Scripted:
     ],
 )
 def test_a_round_that_ends_elsewhere_is_not_reported(compact, wrong):
-    row = federated._round({"published": Scripted(0.5), "masked": Scripted(0.5), "compact": compact}, 0)
+    rivals = {"published": Scripted(0.5), "masked": Scripted(0.5), "compact": compact}
+    compact.followed.clear()
+    row = federated._round(rivals, 0)
+    assert compact.followed == rivals["published"].followed == [rivals["masked"]] and not rivals["masked"].followed
     assert row["wrong"] == wrong
     assert ("vs_published" in row) == (not wrong)
 
