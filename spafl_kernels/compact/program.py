@@ -658,16 +658,12 @@ def fused_pools(flow: Flow) -> dict[str, tuple[str, int]]:
             continue
         if isinstance(m.padding, str) or max(m.kernel_size) > MAX_KERNEL:
             continue
-        chain = op
-        for kind in ("relu", "pool"):
-            if not single_user(flow, chain):
-                break
-            chain = next(flow.ops[u.name] for u in chain.node.users if flow.ops[u.name].kind != "shape")
-            if chain.kind != kind or (kind == "relu" and chain.apply is not F.relu):
-                break
-        else:
-            if (window := _plain_window(chain)) is not None:
-                found[name] = (chain.name, window)
+        relu = _only_user(flow, op)
+        if relu is None or relu.kind != "relu" or relu.apply is not F.relu:
+            continue
+        pool = _only_user(flow, relu)
+        if pool is not None and pool.kind == "pool" and (window := _plain_window(pool)) is not None:
+            found[name] = (pool.name, window)
     return found
 
 
@@ -689,6 +685,7 @@ def fused_norms(flow: Flow) -> dict[str, tuple[str, str, int]]:
 
 
 def _only_user(flow: Flow, op: Op) -> Op | None:
+    """The only op that reads a value or its shape, which a fused call may not have."""
     users = [flow.ops[u.name] for u in op.node.users]
     return users[0] if len(users) == 1 else None
 

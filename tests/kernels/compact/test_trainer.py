@@ -191,6 +191,31 @@ def test_norm_with_relu_and_pool(window, estimator, compiled, monkeypatch):
     assert calls[:3] == ([pool, 1, 1] if compiled and native.available() else [])
 
 
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("reads", ["before relu", "after relu"])
+def test_a_shape_in_front_of_a_pool_is_that_of_the_map(normed, reads):
+    """Where somebody asks for the size of a map, no fused call may put the pooled map in its place."""
+
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = ThresholdConv2d(1, 8, 3, bias=False)
+            if normed:
+                self.norm = nn.BatchNorm2d(8)
+            self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(2)
+            self.head = ThresholdLinear(8 * 9, 5)
+
+        def forward(self, x):
+            first = self.norm(self.conv(x)) if normed else self.conv(x)
+            second = self.relu(first)
+            out = self.head(self.pool(second).flatten(1))
+            return out * (first if reads == "before relu" else second).size(2)
+
+    torch.manual_seed(5)
+    model = prune(Sized().double(), 0.5)
+    compare(model, EVERYTHING, batches((1, 8, 8), 6, 4, classes=5), evaluate_every=3)
+
+
 def test_norms_behind_a_kept_bias_are_left_to_torch():
     """There ReLU asks for the sign of a rounding error, which must be the masked model's."""
     image = (2, 7, 8)
