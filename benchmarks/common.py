@@ -21,9 +21,8 @@ from spafl.report.figures import COLOURS, in_style
 from spafl_kernels import native
 
 __all__ = [
-    "COLOURS", "IMAGES", "RESULTS", "Row", "Rows", "alone", "evenly", "in_style", "in_turns", "markdown", "options",
-    "over", "picture",
-    "quartiles", "read", "right", "save", "start", "values",
+    "COLOURS", "IMAGES", "RESULTS", "Row", "Rows", "alone", "check_densities", "evenly", "in_style", "in_turns",
+    "markdown", "options", "over", "picture", "quartiles", "read", "right", "save", "start", "tell", "values",
 ]  # fmt: skip
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -185,6 +184,25 @@ def start(args: argparse.Namespace, key: Sequence[str]) -> Rows:
     """One thread, and the rows this run adds to."""
     torch.set_num_threads(1)
     return Rows(args.out or (None if args.quick else RESULTS / f"{args.topic}.csv"), key)
+
+
+def check_densities(parser: argparse.ArgumentParser, densities: Iterable[float]) -> None:
+    """End the program with a message unless all lie in (0, 1]."""
+    if bad := [d for d in densities if not 0 < d <= 1]:
+        parser.error(f"--densities must be in (0, 1]; got {bad}")
+
+
+def tell(rows: Rows, row: Mapping[str, object], head: str, figures: str, kept_back: str = "timed") -> None:
+    """Add a row and print it.
+
+    Args:
+        head: what was measured, in the format of ``str.format`` with the row's columns.
+        figures: what was found, in the same format; not used for a row that is wrong.
+        kept_back: what was not done with a wrong one.
+    """
+    rows.add(row)
+    found = f"WRONG, not {kept_back}: {row['wrong']}" if row["wrong"] else figures.format(**row)
+    print(head.format(**row), found, flush=True)
 
 
 def alone(main: Callable[[], int]) -> None:

@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=40, help="measurements per rival")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of measurement per cell, about")
     args = parser.parse_args(argv)
-    if bad := [d for d in args.densities if not 0 < d <= 1]:
-        parser.error(f"--densities must be in (0, 1]; got {bad}")
+    common.check_densities(parser, args.densities)
     if args.quick:
         args.models, args.densities, args.turns = ["conv4"], [0.25], 2
     rows = common.start(args, KEY)
@@ -105,16 +104,11 @@ def main(argv: list[str] | None = None) -> int:
         for density in args.densities:
             case = CASES[model].small() if args.quick else CASES[model]
             row = measure(case, density, args.turns, args.budget)
-            rows.add(row)
-            head = f"{model:9} b{row['batch']} density {density:<4}"
-            if row["wrong"]:
-                print(f"{head} WRONG, not timed: {row['wrong']}", flush=True)
-            else:
-                print(
-                    f"{head} window {row['window_ms']:8.3f} ms  identity {row['identity_ms']:8.3f} ms  x{row['price']} "
-                    f"[{row['price_q1']}, {row['price_q3']}]  MACs x{row['macs']}  masked {row['masked_ms']:8.3f} ms",
-                    flush=True,
-                )
+            common.tell(
+                rows, row, "{model:9} b{batch} density {density:<4}",
+                "window {window_ms:8.3f} ms  identity {identity_ms:8.3f} ms  x{price} [{price_q1}, {price_q3}]  "
+                "MACs x{macs}  masked {masked_ms:8.3f} ms",
+            )  # fmt: skip
     return rows.failed()
 
 

@@ -307,8 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, help="training samples of all 100 clients together")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which no new density is started")
     args = parser.parse_args(argv)
-    if bad := [d for d in args.densities if not 0 < d <= 1]:
-        parser.error(f"--densities must be in (0, 1]; got {bad}")
+    common.check_densities(parser, args.densities)
     args.styles = RIVALS
     if args.quick:
         args.settings, args.densities, args.rounds, args.samples = ["fmnist"], [0.5], 1, 1500

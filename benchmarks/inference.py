@@ -108,8 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=30, help="measurements per rival")
     parser.add_argument("--budget", type=float, default=15.0, help="seconds of measurement per cell, about")
     args = parser.parse_args(argv)
-    if bad := [d for d in args.densities if not 0 < d <= 1]:
-        parser.error(f"--densities must be in (0, 1]; got {bad}")
+    common.check_densities(parser, args.densities)
     if min(args.batches) < 1:
         parser.error(f"--batches must be positive; got {args.batches}")
     if args.quick:
@@ -119,16 +118,11 @@ def main(argv: list[str] | None = None) -> int:
         for batch in args.batches:
             for density in args.densities:
                 row = measure(CASES[model], batch, density, args.turns, args.budget)
-                rows.add(row)
-                head = f"{model:9} b{batch:<3} density {density:<4}"
-                if row["wrong"]:
-                    print(f"{head} WRONG, not timed: {row['wrong']}", flush=True)
-                else:
-                    print(
-                        f"{head} dense {row['dense_ms']:9.4f} ms  masked {row['masked_ms']:9.4f} ms  exported "
-                        f"{row['exported_ms']:9.4f} ms  x{row['speedup']} [{row['speedup_q1']}, {row['speedup_q3']}]",
-                        flush=True,
-                    )
+                common.tell(
+                    rows, row, "{model:9} b{batch:<3} density {density:<4}",
+                    "dense {dense_ms:9.4f} ms  masked {masked_ms:9.4f} ms  exported {exported_ms:9.4f} ms  x{speedup} "
+                    "[{speedup_q1}, {speedup_q3}]",
+                )  # fmt: skip
     return rows.failed()
 
 

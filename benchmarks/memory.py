@@ -123,24 +123,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.child:
         print(json.dumps(train(*args.child)))
         return 0
-    if bad := [d for d in args.densities if not 0 < d <= 1]:
-        parser.error(f"--densities must be in (0, 1]; got {bad}")
+    common.check_densities(parser, args.densities)
     if args.quick:
         args.models, args.densities, args.repeats = ["lenet5"], [0.5], 1
     rows = common.start(args, KEY)
     for model in args.models:
         for density in args.densities:
             row = measure(model, density, CASES[model].batch, args.repeats)
-            rows.add(row)
-            head = f"{model:9} b{row['batch']} density {density:<4}"
-            if row["wrong"]:
-                print(f"{head} WRONG, not reported: {row['wrong']}", flush=True)
-            else:
-                print(
-                    f"{head} published {row['published_mb']} MB  masked {row['masked_mb']} MB  compact "
-                    f"{row['compact_mb']} MB ({row['of_masked']:.0%} of masked)  spread {row['spread_mb']} MB",
-                    flush=True,
-                )
+            common.tell(
+                rows, row, "{model:9} b{batch} density {density:<4}",
+                "published {published_mb} MB  masked {masked_mb} MB  compact {compact_mb} MB ({of_masked:.0%} of "
+                "masked)  spread {spread_mb} MB",
+                "reported",
+            )  # fmt: skip
     return rows.failed()
 
 

@@ -233,17 +233,11 @@ def main(argv: list[str] | None = None) -> int:
         for density in args.densities:
             case = CASES[name].small() if args.quick else CASES[name]
             row = measure(case, density, args.turns, args.budget)
-            rows.add(row)
-            head = f"{name:9} b{row['batch']} density {density:<4}"
-            if row["wrong"]:
-                print(f"{head} WRONG, not timed: {row['wrong']}", flush=True)
-            else:
-                print(
-                    f"{head} no flip {row['never_ms']} ms  one in 20 {row['every_20_ms']} ms "
-                    f"({row['every_20_percent']:+} %)  one a step {row['every_ms']} ms  one a layer a step "
-                    f"{row['layers_ms']} ms  a rebuild adds {row['rebuild_ms']} ms = {row['rebuild_steps']} steps",
-                    flush=True,
-                )
+            common.tell(
+                rows, row, "{model:9} b{batch} density {density:<4}",
+                "no flip {never_ms} ms  one in 20 {every_20_ms} ms ({every_20_percent:+} %)  one a step {every_ms} ms  "
+                "one a layer a step {layers_ms} ms  a rebuild adds {rebuild_ms} ms = {rebuild_steps} steps",
+            )  # fmt: skip
     return rows.failed()
 
 

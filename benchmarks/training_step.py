@@ -136,8 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--profile", action="store_true", help="say what keeps each cell from the ideal")
     args = parser.parse_args(argv)
-    if bad := [d for d in args.densities if not 0 < d <= 1]:
-        parser.error(f"--densities must be in (0, 1]; got {bad}")
+    common.check_densities(parser, args.densities)
     if args.quick:
         args.models, args.densities, args.turns = ["lenet5"], [0.5], 3
     rows = common.start(args, KEY)
@@ -145,20 +144,13 @@ def main(argv: list[str] | None = None) -> int:
     for model in args.models:
         for density in args.densities:
             row = measure(CASES[model], density, args.turns, args.budget, clock, args.profile)
-            rows.add(row | {"clock": args.clock})
-            print(_line(row), flush=True)
+            common.tell(
+                rows, row | {"clock": args.clock}, "{model:9} b{batch} density {density:<4}",
+                "published {published_ms:9.3f} ms  compact {compact_ms:8.3f} ms  x{speedup:<5} "
+                "[{speedup_q1}, {speedup_q3}]  ideal x{ideal:<5} realised {realised:.0%}",
+            )  # fmt: skip
     common.picture(rows, plot)
     return rows.failed()
-
-
-def _line(row: dict[str, object]) -> str:
-    head = f"{row['model']:9} b{row['batch']} density {row['density']:<4}"
-    if row["wrong"]:
-        return f"{head} WRONG, not timed: {row['wrong']}"
-    return (
-        f"{head} published {row['published_ms']:9.3f} ms  compact {row['compact_ms']:8.3f} ms  x{row['speedup']:<5} "
-        f"[{row['speedup_q1']}, {row['speedup_q3']}]  ideal x{row['ideal']:<5} realised {row['realised']:.0%}"
-    )
 
 
 if __name__ == "__main__":

@@ -80,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=4, help="rounds per density")
     parser.add_argument("--samples", type=int, default=60_000, help="training samples of all 100 clients together")
     args = parser.parse_args(argv)
-    if bad := [d for d in args.densities if not 0 < d <= 1]:
-        parser.error(f"--densities must be in (0, 1]; got {bad}")
+    common.check_densities(parser, args.densities)
     if args.quick:
         args.densities, args.rounds, args.samples = [0.5], 1, 1500
     rows = common.start(args, KEY)
@@ -92,16 +91,12 @@ def main(argv: list[str] | None = None) -> int:
                 rivals[count] = Rival(SETTING, Style("compact", count, 1), Path(folder) / str(count), args.samples)
                 rivals[count].run_round()  # warm-up: processes start, kernels are chosen
             for target in args.densities:
-                row = measure(rivals, target, args.rounds)
-                rows.add(row)
-                if row["wrong"]:
-                    print(f"{SETTING} at {target:g} WRONG, not reported: {row['wrong']}", flush=True)
-                else:
-                    print(
-                        f"{SETTING} at {target:<4g} density {row['density']:<5}  one worker {row['one_s']} s  two "
-                        f"{row['two_s']} s  x{row['speedup']} [{row['speedup_q1']}, {row['speedup_q3']}]",
-                        flush=True,
-                    )
+                common.tell(
+                    rows, measure(rivals, target, args.rounds), "{setting} at {target:<4g}",
+                    "density {density:<5}  one worker {one_s} s  two {two_s} s  "
+                    "x{speedup} [{speedup_q1}, {speedup_q3}]",
+                    "reported",
+                )  # fmt: skip
         finally:
             for rival in rivals.values():
                 rival.close()
