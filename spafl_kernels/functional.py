@@ -139,10 +139,7 @@ def threshold_penalty(model: nn.Module) -> Tensor:
 @torch.no_grad()
 def density(model: nn.Module) -> dict[str, float]:
     """Share of active filters of every threshold layer, by layer name, in [0, 1]."""
-    return {
-        name: (filter_scores(layer.weight) > layer.threshold).double().mean().item()
-        for name, layer in threshold_layers(model)
-    }
+    return {name: layer.density() for name, layer in threshold_layers(model)}
 
 
 @torch.no_grad()
@@ -185,7 +182,7 @@ def observe(model: nn.Module) -> dict[str, float]:
     layers = dict(threshold_layers(model))
     if not layers:
         return {}
-    shares = torch.stack([(filter_scores(l.weight) > l.threshold).double().mean() for l in layers.values()]).tolist()
+    shares = torch.stack([layer.mask().double().mean() for layer in layers.values()]).tolist()
     for layer, share in zip(layers.values(), shares, strict=True):
         layer.known_density = ops.tables.DENSITIES[ops.tables.density_step(share)]
     return dict(zip(layers, shares, strict=True))

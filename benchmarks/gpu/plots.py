@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -20,6 +21,16 @@ def curve(rows: Iterable[dict[str, str]], provider: str, y: str) -> list[tuple[f
     return sorted((float(r["density"]), float(r[y])) for r in rows if r["provider"] == provider and r[y])
 
 
+def _grid(panels: int) -> tuple[Figure, Sequence[Any]]:
+    """A figure, and the axes of its panels in reading order; places that are left over stay blank."""
+    lines = -(-panels // COLUMNS)
+    figure = Figure(figsize=(3.2 * COLUMNS, 2.6 * lines + 0.8), layout="constrained")
+    axes = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
+    for axis in axes[panels:]:
+        axis.set_axis_off()
+    return figure, axes
+
+
 def layers(rows: Rows, dtype: str, batch: str, graph: str, mode: str) -> Figure | None:
     """Speed-up over dense by density, one panel per layer, beside 1/density and the ceiling; None without a time.
 
@@ -33,11 +44,7 @@ def layers(rows: Rows, dtype: str, batch: str, graph: str, mode: str) -> Figure 
     panels = {k: found for k, found in panels.items() if curve(found, "ours", "speedup_vs_dense")}
     if not panels:
         return None
-    lines = -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(3.2 * COLUMNS, 2.6 * lines + 0.8), layout="constrained")
-    axes = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
+    figure, axes = _grid(len(panels))
     for axis, ((model, name), found) in zip(axes, panels.items(), strict=False):
         ideal = curve(found, "ours", "one_over_density")
         axis.plot(*zip(*ideal, strict=True), "--", color=IDEAL, label="1 / density")
@@ -68,11 +75,7 @@ def steps(rows: Rows, kind: str) -> Figure | None:
         panels.setdefault((row["model"], row["batch"], row["graph"]), []).append(row)
     if not panels:
         return None
-    lines = -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(3.2 * COLUMNS, 2.6 * lines + 0.8), layout="constrained")
-    axes = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
+    figure, axes = _grid(len(panels))
     for axis, ((model, batch, graph), found) in zip(axes, sorted(panels.items()), strict=False):
         for provider in dict.fromkeys(r["provider"] for r in found):
             points = curve(found, provider, "us")

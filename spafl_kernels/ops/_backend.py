@@ -52,6 +52,18 @@ def unsupported(*tensors: Tensor) -> str | None:
     return None
 
 
+def check_channels(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse a convolution whose weight ``(out, in, ...)`` or bias does not fit its input ``(N, in, ...)``.
+
+    Raises:
+        ValueError: says what was expected and what was given.
+    """
+    if input.shape[1] != weight.shape[1]:
+        raise ValueError(f"weight expects {weight.shape[1]} input channels but input has {input.shape[1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},); got {tuple(bias.shape)}")
+
+
 def use_native(op: str, backend: str, reason: Callable[[], str | None]) -> bool:
     """True for the compiled kernel. ``reason()`` says why it does not apply, or None; asked only if it matters.
 

@@ -39,10 +39,7 @@ def _check(
             "input and weight must have 4 dimensions, (N, in, H, W) and (out, in, kH, kW); got shapes "
             f"{tuple(input.shape)} and {tuple(weight.shape)}"
         )
-    if input.shape[1] != weight.shape[1]:
-        raise ValueError(f"weight expects {weight.shape[1]} input channels but input has {input.shape[1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},); got {tuple(bias.shape)}")
+    _backend.check_channels(input, weight, bias)
     if pool not in POOLS:
         raise ValueError(f"pool must be 2 or 3; got {pool!r}")
     pad_h, pad_w = _pair(padding)

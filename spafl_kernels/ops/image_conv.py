@@ -90,10 +90,7 @@ def _check(
             "input and weight must have 4 dimensions, (N, in, H, W) and (out, in, kH, kW), and weight at least 1 "
             f"element; got shapes {tuple(input.shape)} and {tuple(weight.shape)}"
         )
-    if input.shape[1] != weight.shape[1]:
-        raise ValueError(f"weight expects {weight.shape[1]} input channels but input has {input.shape[1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},); got {tuple(bias.shape)}")
+    _backend.check_channels(input, weight, bias)
     if min(stride) < 1:
         raise ValueError(f"stride must be positive; got {stride!r}")
     if min(padding) < 0:

@@ -207,37 +207,15 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | 
 def _register() -> None:
     """Shapes for tracing, and derivatives, of the compiled operators."""
 
-    def forward(input: Tensor, pool: int) -> Any:
-        stats = input.new_empty(3, input.shape[1])
+    def forward(input: Tensor, *rest: Any) -> Any:
+        stats, pool = input.new_empty(3, input.shape[1]), rest[-1]
         if pool == 1:
             return torch.empty_like(input), stats
         n, c, h, w = input.shape
         return input.new_empty(n, h // pool, w // pool, c).permute(0, 3, 1, 2), stats
 
-    @torch.library.register_fake("spafl::batch_norm_relu")
-    def _(
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        eps: float,
-        pool: int,
-    ) -> Any:
-        return forward(input, pool)
-
-    @torch.library.register_fake("spafl::batch_norm_relu_train")
-    def _(
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-        eps: float,
-        pool: int,
-    ) -> Any:
-        return forward(input, pool)
+    for name in ("batch_norm_relu", "batch_norm_relu_train"):
+        torch.library.register_fake(f"spafl::{name}", forward)
 
     @torch.library.register_fake("spafl::batch_norm_relu_grad")
     def _(
