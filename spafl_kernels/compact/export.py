@@ -338,14 +338,14 @@ class _Exporter:
     def emit_cat(self, op: Op) -> None:
         after, parts, constants = self.channels(op), [], []
         assert after is not None
-        known = False
+        known, like = False, next(self.flow.model.parameters())
         for s in op.node.args[0]:
             value = self.values[s.name]
             node, part = value.node, value.channels
             if part is not None:
                 lost = value.constants
                 known |= lost is not None
-                constants.append(torch.zeros(len(part.dropped)) if lost is None else lost)
+                constants.append(like.new_zeros(len(part.dropped)) if lost is None else lost)
                 if part.pads and len(part.kept):
                     node = self.graph.call_function(torch.narrow, (node, op.data, 0, len(part.kept)))
                 elif part.pads:
@@ -354,8 +354,7 @@ class _Exporter:
         if not parts:
             parts = [self.values[op.node.args[0][0].name].node]
         node = self.graph.call_function(torch.cat, (parts, op.data))
-        like = next((c for c in constants if len(c)), None)
-        joined = torch.cat([c.to(like) for c in constants]) if known and like is not None else None
+        joined = torch.cat(constants) if known and len(after.dropped) else None
         self.values[op.name] = _Value(node, after, joined)
 
     def emit_item(self, op: Op) -> None:

@@ -374,8 +374,9 @@ class Program:
         assert apply is not None
         source = self._op(op.sources[0])
         users = [self._op(u.name) for u in op.node.users]
-        if len(users) == 1 and users[0].kind == "pool" and _is_max(users[0]):
-            # ReLU after the max-pool is the same function with the same gradient, on a quarter of the elements.
+        if op.kind == "relu" and len(users) == 1 and users[0].kind == "pool" and _is_max(users[0]):
+            # ReLU after the max-pool is the same function with the same gradient, on a quarter of the elements. What
+            # falls anywhere, as GELU does, would be another function there.
             self._pooled_first.add(op.name)
 
             def pass_on(env: list[Any], training: bool) -> None:

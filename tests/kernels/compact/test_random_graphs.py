@@ -98,7 +98,7 @@ def graphs(draw):
     return model
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(model=graphs(), multiple=st.sampled_from([1, 8]), compiled=st.booleans())
 def test_random_graphs(model, multiple, compiled):
     options = SGDOptions(lr=1e-3, momentum=0.9, weight_decay=0.01, max_grad_norm=5.0, penalty=0.1, collapse_floor=0.05)
