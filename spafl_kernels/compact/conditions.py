@@ -45,7 +45,7 @@ class Condition:
             noisy = [
                 (name, layout)
                 for name in flow.norms
-                if (layout := flow.layout_in(name)) is not None and any(s.source == layer.name for s in layout.segments)
+                if (layout := flow.layout_in(name)) is not None and layer.name in layout.sources
             ]
         if proof is not None and not bias and not layer.all_rows and all(not norm for norm, _ in proof):
             return None

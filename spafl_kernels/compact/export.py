@@ -96,6 +96,7 @@ class _Exporter:
         self.graph = fx.Graph()
         self.values: dict[str, _Value] = {}
         self.wide: dict[str, fx.Node] = {}
+        self.moved = 0
         # Norms that disappear into the layer in front of them.
         self.folded: dict[str, Op] = {}
         for op in flow.norms.values():
@@ -142,8 +143,8 @@ class _Exporter:
             self.wide[name] = self.relayout(name, everything)
         return self.wide[name]
 
-    def relayout(self, name: str, wanted: Tensor) -> fx.Node:
-        """The channels ``wanted``: kept ones moved, dropped ones filled with their constants."""
+    def relayout(self, name: str, wanted: Tensor, zeros: int = 0) -> fx.Node:
+        """The channels ``wanted``: kept ones moved, dropped ones filled with their constants; then so many zeros."""
         op, value = self.flow.ops[name], self.values[name]
         channels, layout = value.channels, op.layout
         assert channels is not None and layout is not None
@@ -153,12 +154,15 @@ class _Exporter:
         place[channels.kept] = torch.arange(len(channels.kept), device=place.device)
         pads = [0, 0] * (ndim - 1 - layout.dim) + [0, 1]
         node = self.graph.call_function(F.pad, (value.node, pads))
-        index = self.buffer(f"{name}_channels_{len(self.wide)}_{len(wanted)}", place[wanted])
-        node = self.graph.call_function(torch.index_select, (node, layout.dim, index))
+        self.moved += 1
+        index = F.pad(place[wanted], (0, zeros), value=channels.stored)
+        node = self.graph.call_function(
+            torch.index_select, (node, layout.dim, self.buffer(f"{name}_channels_{self.moved}", index))
+        )
         if value.constants is not None:
             base = value.constants.new_zeros(channels.width).index_copy(0, channels.dropped, value.constants)[wanted]
             shape = [-1 if d == layout.dim else 1 for d in range(ndim)]
-            constant = self.buffer(f"{name}_constants_{len(self.wide)}_{len(wanted)}", base.view(shape))
+            constant = self.buffer(f"{name}_constants_{self.moved}", F.pad(base, (0, zeros)).view(shape))
             node = self.graph.call_function(torch.add, (node, constant))
         return node
 
@@ -323,17 +327,22 @@ class _Exporter:
         self.values[op.name] = _Value(node, after, constants)
 
     def emit_add(self, op: Op) -> None:
-        names = [s.name for s in op.node.args]
-        a, b = (self.values[n] for n in names)
-        if self.flow.ops[names[0]].layout == self.flow.ops[names[1]].layout:
-            node = self.graph.call_function(torch.add, (a.node, b.node))
-            constants = b.constants if a.constants is None else a.constants
-            if a.constants is not None and b.constants is not None:
-                constants = a.constants + b.constants
-            self.values[op.name] = _Value(node, self.channels(op), constants)
-        else:
+        names, after = [s.name for s in op.node.args], self.channels(op)
+        if after is None:
             node = self.graph.call_function(torch.add, tuple(self.full(n) for n in names))
             self.values[op.name] = _Value(node, None)
+            return
+        nodes, constants = [], None
+        for name in names:
+            value = self.values[name]
+            assert value.channels is not None
+            same = torch.equal(value.channels.kept, after.kept) and value.channels.pads == after.pads
+            nodes.append(value.node if same else self.relayout(name, after.kept, after.pads))
+            if value.constants is not None and len(after.dropped):
+                left = value.constants[torch.isin(value.channels.dropped, after.dropped)]
+                constants = left if constants is None else constants + left
+        node = self.graph.call_function(torch.add, tuple(nodes))
+        self.values[op.name] = _Value(node, after, constants)
 
     def emit_cat(self, op: Op) -> None:
         after, parts, constants = self.channels(op), [], []

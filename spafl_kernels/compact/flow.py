@@ -1,9 +1,10 @@
-"""Channel flow: which threshold layer decides which channels of which tensor.
+"""Channel flow: which threshold layers decide which channels of which tensor.
 
 The model is traced with ``torch.fx`` and every tensor gets a :class:`Layout`: its channel dimension as a list of
-segments, each a range of some threshold layer's filters. A consumer whose input has a layout needs only the columns of
-the filters that are kept. Where a layout cannot be carried on, the tensor is expanded to full width, and
-:attr:`Flow.stops` says which edge and why.
+segments, each a range of some threshold layer's filters, or of several layers' filters that were added: a channel of
+a residual stream is kept as long as one of the layers that write to it keeps it. A consumer whose input has a layout
+needs only the columns of the channels that are kept. Where a layout cannot be carried on, the tensor is expanded to
+full width, and :attr:`Flow.stops` says which edge and why.
 
 Dropped channels are constants: 0, or one number per channel that is the same for every sample and position (a kept
 bias, or what BatchNorm makes of a constant). Only operations that keep them so are followed.
@@ -32,19 +33,23 @@ __all__ = ["Flow", "Layout", "Op", "Segment", "check_traceable", "trace_flow"]
 
 @dataclass(frozen=True)
 class Segment:
-    """Channels ``start:stop`` of threshold layer ``source``, each ``repeat`` times in a row.
+    """``count`` channels, each ``repeat`` times in a row.
 
-    ``source=""``: channels of no threshold layer, never dropped; ``start`` is 0.
+    ``sources``: threshold layers and the filters of theirs that end in the first channel, ascending by name. Channel
+    ``i`` is dropped where every one of them drops its filter ``start + i``; never, if there is none.
     """
 
-    source: str
-    start: int
-    stop: int
+    sources: tuple[tuple[str, int], ...]
+    count: int
     repeat: int = 1
 
     @property
     def width(self) -> int:
-        return (self.stop - self.start) * self.repeat
+        return self.count * self.repeat
+
+    def part(self, start: int, count: int) -> Segment:
+        """``count`` channels from ``start``, both without repetition."""
+        return Segment(tuple((name, first + start) for name, first in self.sources), count, self.repeat)
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,18 @@ class Layout:
     def width(self) -> int:
         return sum(s.width for s in self.segments)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The threshold layers, in order of their first channel; ``""`` for channels that are never dropped."""
+        return tuple(dict.fromkeys(name for s in self.segments for name, _ in s.sources or (("", 0),)))
+
+    @property
+    def summed(self) -> bool:
+        """Whether a channel may belong to several layers."""
+        return any(len(s.sources) > 1 for s in self.segments)
+
     def repeated(self, times: int, dim: int) -> Layout:
-        return Layout(dim, tuple(Segment(s.source, s.start, s.stop, s.repeat * times) for s in self.segments))
+        return Layout(dim, tuple(Segment(s.sources, s.count, s.repeat * times) for s in self.segments))
 
     def narrow(self, start: int, stop: int) -> Layout | None:
         """Channels ``start:stop``, or None if that would cut through a repeated channel."""
@@ -69,9 +84,26 @@ class Layout:
             if low < high:
                 if (low - at) % s.repeat or (high - at) % s.repeat:
                     return None
-                first = s.start + (low - at) // s.repeat
-                parts.append(Segment(s.source, first, first + (high - low) // s.repeat, s.repeat))
+                parts.append(s.part((low - at) // s.repeat, (high - low) // s.repeat))
             at += s.width
+        return Layout(self.dim, tuple(parts))
+
+    def plus(self, other: Layout) -> Layout | None:
+        """The layout of a sum of equally wide tensors, or None if their channels are not repeated alike."""
+        if self.dim != other.dim:
+            return None
+        parts, rest = [], [list(self.segments), list(other.segments)]
+        while rest[0]:
+            a, b = (segments.pop(0) for segments in rest)
+            if a.repeat != b.repeat:
+                return None
+            count = min(a.count, b.count)
+            # Never dropped in one of them is never dropped in the sum.
+            both = {*a.sources, *b.sources} if a.sources and b.sources else ()
+            parts.append(Segment(tuple(sorted(both)), count, a.repeat))
+            for segments, s in zip(rest, (a, b)):
+                if s.count > count:
+                    segments.insert(0, s.part(count, s.count - count))
         return Layout(self.dim, tuple(parts))
 
 
@@ -138,9 +170,7 @@ class Flow:
         for name in self.layers:
             origin = "input at full width"
             if (layout := self.layout_in(name)) is not None:
-                origin = "input columns from " + ", ".join(
-                    dict.fromkeys(s.source or "(dense)" for s in layout.segments)
-                )
+                origin = "input columns from " + ", ".join(source or "(dense)" for source in layout.sources)
             lines.append(f"{name}: {origin}")
         for edge, reason in self.stops:
             lines.append(f"full width at {edge}: {reason}")
@@ -305,8 +335,9 @@ class _Follower:
             op = self.classify(node)
             op.shape, op.macs = shapes.shapes[node.name], shapes.macs[node.name]
             op.sources = tuple(n.name for n in node.all_input_nodes)
-            op.grad = op.grad or any(flow.ops[s].grad for s in op.sources)
             flow.ops[node.name] = op
+        for op in flow.ops.values():
+            op.grad = op.grad or any(flow.ops[s].grad for s in op.sources)
             getattr(self, f"follow_{op.kind}", self.follow_channelwise)(op)
         self.check_coverage()
         for name, op in flow.layers.items():
@@ -430,7 +461,7 @@ class _Follower:
         for source in op.sources:
             layout = self.flow.ops[source].layout
             if layout is not None:
-                names = ", ".join(dict.fromkeys(s.source for s in layout.segments if s.source))
+                names = ", ".join(filter(None, layout.sources))
                 self.flow.stops.append((f"{names} -> {op.name}", reason))
         op.kind = "other" if op.kind not in ("layer", "depthwise", "norm", "output", "add") else op.kind
 
@@ -491,7 +522,7 @@ class _Follower:
             raise Unsupported(f"layer {op.node.target!r} gets an input without a batch dimension")
         if isinstance(m, ThresholdLayer):
             rows = m.weight.shape[0]
-            op.layout = Layout(dim, (Segment(self.names[id(m)], 0, rows),))
+            op.layout = Layout(dim, (Segment(((self.names[id(m)], 0),), rows),))
             op.const = op.module.bias is not None and not op.module.mask_bias
 
     follow_depthwise = follow_layer
@@ -533,10 +564,23 @@ class _Follower:
         if a.shape != b.shape:
             self.stop(op, "addition with broadcasting")
             op.kind = "other"
-        elif a.layout == b.layout:
-            op.layout, op.const = a.layout, a.const or b.const
+        elif a.layout is None or b.layout is None:
+            self.stop(op, "addition to a tensor at full width")
+        elif a.layout != b.layout and not self.read_compact(op):
+            self.stop(op, "addition of different channels, which nobody reads apart")
+        elif (layout := a.layout.plus(b.layout)) is None:
+            self.stop(op, "addition of channels that are not repeated alike")
         else:
-            self.stop(op, "addition of different channels")
+            op.layout, op.const = layout, a.const or b.const
+
+    def read_compact(self, op: Op) -> bool:
+        """Whether a layer or norm can read the channels of ``op`` that are kept, through whatever follows channels."""
+        users = [self.flow.ops[u.name] for u in op.node.users]
+        return any(
+            u.kind in ("layer", "depthwise", "norm")
+            or (u.kind in ("relu", "unary", "pool", "same", "flatten", "cat", "add") and self.read_compact(u))
+            for u in users
+        )
 
     def follow_cat(self, op: Op) -> None:
         parts = [self.flow.ops[n.name] for n in op.node.args[0]]
@@ -551,7 +595,7 @@ class _Follower:
         segments: list[Segment] = []
         for part, layout in zip(parts, layouts):
             width = (part.shape or ())[dim]
-            segments += layout.segments if layout is not None else (Segment("", 0, width),)
+            segments += layout.segments if layout is not None else (Segment((), width),)
         op.layout, op.const, op.data = Layout(dim, tuple(segments)), any(p.const for p in parts), dim
 
     def follow_split(self, op: Op) -> None:

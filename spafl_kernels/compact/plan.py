@@ -63,15 +63,13 @@ class Plan:
     """
 
     def __init__(self, flow: Flow, keep: dict[str, Tensor], multiple: int = 8, exact: Collection[str] = ()) -> None:
-        self.keep = keep
+        self.keep, self._multiple = keep, multiple
         self._cache: dict[Layout, Channels] = {}
         self.rows: dict[str, Channels] = {}
+        self._images = {name for name in keep if len(flow.layers[name].shape or ()) == 4}
         for name, mask in keep.items():
-            op = flow.layers[name]
-            kept, width = mask.nonzero().flatten(), len(mask)
-            rounded = op.kind == "layer" and len(op.shape or ()) == 4 and name not in exact
-            pads = padding_for(len(kept), width, multiple if rounded else 1)
-            self.rows[name] = Channels(width, kept, (~mask).nonzero().flatten(), pads)
+            rounded = name in self._images and flow.layers[name].kind == "layer" and name not in exact
+            self.rows[name] = _channels(mask, multiple if rounded else 1)
 
     def channels(self, layout: Layout) -> Channels:
         """The channels of a layout (cached)."""
@@ -82,16 +80,23 @@ class Plan:
     def _make(self, layout: Layout) -> Channels:
         if len(layout.segments) == 1:
             (s,) = layout.segments
-            if s.source and s == Segment(s.source, 0, len(self.keep[s.source])):
-                return self.rows[s.source]
-        device = next(iter(self.keep.values())).device
-        parts = []
-        for s in layout.segments:
-            if s.source:
-                parts.append(self.keep[s.source][s.start : s.stop].repeat_interleave(s.repeat))
-            else:
-                parts.append(torch.ones(s.width, dtype=torch.bool, device=device))
-        mask = torch.cat(parts)
-        kept = mask.nonzero().flatten()
-        pads = 0 if len(kept) else 1
-        return Channels(len(mask), kept, (~mask).nonzero().flatten(), pads)
+            if len(s.sources) == 1 and s.repeat == 1 and s.count == len(self.keep[s.sources[0][0]]):
+                return self.rows[s.sources[0][0]]
+        # A sum of images is what a convolution reads.
+        rounded = (
+            layout.summed and self._images.issuperset(layout.sources) and all(s.repeat == 1 for s in layout.segments)
+        )
+        return _channels(torch.cat([self._kept(s) for s in layout.segments]), self._multiple if rounded else 1)
+
+    def _kept(self, segment: Segment) -> Tensor:
+        """Bool ``(segment.width,)``."""
+        parts = [self.keep[name][start : start + segment.count] for name, start in segment.sources]
+        if not parts:
+            device = next(iter(self.keep.values())).device
+            return torch.ones(segment.width, dtype=torch.bool, device=device)
+        return torch.stack(parts).any(0).repeat_interleave(segment.repeat)
+
+
+def _channels(mask: Tensor, multiple: int) -> Channels:
+    kept = mask.nonzero().flatten()
+    return Channels(len(mask), kept, (~mask).nonzero().flatten(), padding_for(len(kept), len(mask), multiple))

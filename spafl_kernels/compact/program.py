@@ -17,13 +17,14 @@ from torch.nn import functional as F
 
 from .. import native
 from ..layers import ThresholdLayer
-from ..ops.channels import DirectExpandChannels, is_channels_last
+from ..ops.channels import is_channels_last
 from ..ops.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, POOLS, DirectConvReluPool, DirectReluPool
 from ..ops.image_conv import DirectImageConv, Passes, image_passes
 from ..ops.norm import DirectBatchNormRelu
 from ..ops.norm import pools as takes_pool
 from .flow import Flow, Op
 from .plan import Channels, Plan
+from .spread import Spread, Summand, pixels
 
 __all__ = ["LayerSlot", "NormSlot", "Program", "always_fused", "prefers_channels_last"]
 
@@ -134,35 +135,12 @@ class Program:
         if channels is None or channels.full:
             return lambda env: env[j]
         assert op.layout is not None
-        dim, real, kept, dropped = op.layout.dim, len(channels.kept), channels.kept, channels.dropped
-        select, direct = _Select(channels), self._native
+        spread = Spread(channels.kept, channels.width, op.layout.dim, self._native)
 
         def full(env: list[Any]) -> Tensor:
-            cached = env[2 * n + j]
-            if cached is not None:
-                return cached
-            x, c = env[j], env[n + j]
-            if direct:
-                env[2 * n + j] = out = DirectExpandChannels.apply(x, kept, channels.width, dim, c, None)
-                return out
-            shape = list(x.shape)
-            shape[dim] = channels.width
-            base = None
-            if c is not None:
-                base = torch.zeros(channels.width, dtype=x.dtype, device=x.device).index_copy(0, dropped, c)
-            if is_channels_last(x):
-                flat, spread = _pixels(x), select(x)
-                out = flat @ spread if base is None else torch.addmm(base, flat, spread)
-                out = _image(out, x)
-            else:
-                if base is None:
-                    out = x.new_zeros(shape)
-                else:
-                    out = base.view(_at(len(shape), dim)).expand(shape).contiguous()
-                if real:
-                    out.index_copy_(dim, kept, x.narrow(dim, 0, real))
-            env[2 * n + j] = out
-            return out
+            if env[2 * n + j] is None:
+                env[2 * n + j] = spread(env[j], env[n + j], None)
+            return env[2 * n + j]
 
         return full
 
@@ -439,10 +417,9 @@ class Program:
         def run(env: list[Any], training: bool) -> None:
             x, c = env[j], env[n + j]
             repeat = x[0, 0].numel()
-            if before.pads:
-                x = x.narrow(1, 0, len(before.kept))
-            x = x.flatten(1)
-            env[i] = F.pad(x, (0, after.pads)) if after.pads else x
+            if before.pads and (repeat > 1 or after.pads != before.pads):
+                x = F.pad(x.narrow(1, 0, len(before.kept)).flatten(1), (0, after.pads))
+            env[i] = x.flatten(1)
             if c is not None:
                 env[n + i] = c.repeat_interleave(repeat) if repeat > 1 else c
 
@@ -481,12 +458,15 @@ class Program:
                 env[n + i] = cb if ca is None else ca if cb is None else ca + cb
 
             return run
+        after = self._channels(op)
+        if after is not None:
+            return self._add_channels(a, b, after, i)
         fa, fb = self._full(a.name), self._full(b.name)
         ca, cb = self._channels(a), self._channels(b)
-        # Add a compact operand into the channels it has. With torch's operators only if its dropped channels are 0.
-        if cb is not None and not cb.full and (self._native or not b.const):
+        # Add a compact operand into the channels it has.
+        if cb is not None and not cb.full:
             return self._add_into(fa, jb, b, cb, i)
-        if ca is not None and not ca.full and (self._native or not a.const):
+        if ca is not None and not ca.full:
             return self._add_into(fb, ja, a, ca, i)
 
         def wide(env: list[Any], training: bool) -> None:
@@ -496,25 +476,32 @@ class Program:
 
     def _add_into(self, full: Callable[[list[Any]], Any], j: int, part: Op, channels: Channels, i: int) -> Run:
         assert part.layout is not None
-        dim, kept, real = part.layout.dim, channels.kept, len(channels.kept)
-        n, select = self._count, _Select(channels)
-
-        def direct(env: list[Any], training: bool) -> None:
-            env[i] = DirectExpandChannels.apply(env[j], kept, channels.width, dim, env[n + j], full(env))
-
-        if self._native:
-            return direct
+        n, spread = self._count, Spread(channels.kept, channels.width, part.layout.dim, self._native)
 
         def run(env: list[Any], training: bool) -> None:
-            x = env[j]
-            if is_channels_last(x):
-                env[i] = _image(torch.addmm(_pixels(full(env)), _pixels(x), select(x)), x)
-                return
-            if real < x.shape[dim]:
-                x = x.narrow(dim, 0, real)
-            env[i] = torch.index_add(full(env), dim, kept, x)
+            env[i] = spread(env[j], env[n + j], full(env))
 
         return run
+
+    def _add_channels(self, a: Op, b: Op, after: Channels, i: int) -> Run:
+        """A sum of different channels: it has those that one of the operands has."""
+        n, ja, jb = self._count, self._index[a.name], self._index[b.name]
+        first, second = (self._summand(op, after) for op in (a, b))
+        if second.spread is None:
+            ja, jb, first, second = jb, ja, second, first
+
+        def run(env: list[Any], training: bool) -> None:
+            ca, cb = env[n + ja], env[n + jb]
+            env[i] = second(env[jb], cb, first(env[ja], ca, None))
+            ca, cb = first.left(ca), second.left(cb)
+            env[n + i] = cb if ca is None else ca if cb is None else ca + cb
+
+        return run
+
+    def _summand(self, op: Op, after: Channels) -> Summand:
+        channels = self._channels(op)
+        assert channels is not None and op.layout is not None
+        return Summand(channels, after, op.layout.dim, self._native)
 
     def _build_cat(self, op: Op, i: int) -> Run:
         n, dim = self._count, op.data
@@ -726,7 +713,7 @@ class _AddMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, map: Tensor) -> Tensor:
         ctx.mark_dirty(y)
-        _pixels(y).view(len(y), -1).add_(map.t().reshape(1, -1))
+        pixels(y).view(len(y), -1).add_(map.t().reshape(1, -1))
         return y
 
     @staticmethod
@@ -735,34 +722,3 @@ class _AddMap(torch.autograd.Function):
         channels = grad.shape[1]
         rows = grad.permute(0, 2, 3, 1).reshape(len(grad), -1)
         return grad, rows.sum(0).view(-1, channels).t() if ctx.needs_input_grad[1] else None
-
-
-class _Select:
-    """The matrix that puts stored channels in their places among all, made when first needed.
-
-    In channels-last order a product with it costs one pass over the full tensor; ``index_add`` costs one per channel.
-    """
-
-    def __init__(self, channels: Channels) -> None:
-        self.channels = channels
-        self.matrix: Tensor | None = None
-
-    def __call__(self, like: Tensor) -> Tensor:
-        if self.matrix is None:
-            c = self.channels
-            self.matrix = like.new_zeros(c.stored, c.width)
-            self.matrix[torch.arange(len(c.kept), device=like.device), c.kept] = 1
-        return self.matrix
-
-
-def _pixels(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _image(pixels: Tensor, like: Tensor) -> Tensor:
-    n, _, h, w = like.shape
-    return pixels.view(n, h, w, -1).permute(0, 3, 1, 2)
-
-
-def _at(ndim: int, dim: int) -> list[int]:
-    return [-1 if d == dim else 1 for d in range(ndim)]

@@ -120,13 +120,13 @@ class NormState:
             m.running_var[channels.dropped] = slot.var_dropped
 
 
-def per_filter(value: Tensor, layout: Layout, name: str, rows: int) -> Tensor:
+def per_filter(value: Tensor, layout: Layout, name: str, count: int) -> Tensor:
     """By filter of layer ``name``: the largest of its channels' values in ``layout``, or 0 if that is larger."""
-    out, at = value.new_zeros(rows), 0
+    out, at = value.new_zeros(count), 0
     for s in layout.segments:
-        if s.source == name:
-            part = value[at : at + s.width].view(-1, s.repeat).amax(1)
-            out[s.start : s.stop] = torch.maximum(out[s.start : s.stop], part)
+        for start in (first for source, first in s.sources if source == name):
+            rows = slice(start, start + s.count)
+            out[rows] = torch.maximum(out[rows], value[at : at + s.width].view(-1, s.repeat).amax(1))
         at += s.width
     return out
 

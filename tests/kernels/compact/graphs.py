@@ -69,6 +69,48 @@ class ResNetBottleneck(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
+class Basic(nn.Module):
+    """Post-activation with two 3x3 convolutions: padded convolutions read sums of constants."""
+
+    def __init__(self, inside, out, stride=1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        self.downsample = None
+        if stride != 1 or inside != out:
+            self.downsample = nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNetBasic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 9, 3, padding=1, bias=False), nn.BatchNorm2d(9), nn.ReLU(inplace=True))
+        self.blocks = nn.Sequential(Basic(9, 9), Basic(9, 9), Basic(9, 18, 2), Basic(18, 18))
+        self.fc = nn.Linear(18, 5)
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Joined(nn.Module):
+    """A sum of layers of different widths put together, one with constants, and another layer; and a flattened sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.Conv2d(3, 7, 3, padding=1)
+        self.whole, self.after = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 6, 3, padding=1)
+        self.skip, self.fc1, self.fc2 = nn.Conv2d(12, 6, 1), nn.Linear(96, 9), nn.Linear(9, 5)
+
+    def forward(self, x):
+        x = F.relu(torch.cat([self.left(x), self.right(x)], 1) + self.whole(x))
+        x = F.max_pool2d(F.relu(self.after(x)) + F.relu(self.skip(x)), 2)
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
 class PreActivation(nn.Module):
     def __init__(self):
         super().__init__()
@@ -174,7 +216,9 @@ class Encoder(nn.Module):
 
 GRAPHS = {
     "vgg": VGG,
+    "basic": ResNetBasic,
     "bottleneck": ResNetBottleneck,
+    "joined": Joined,
     "preactivation": PreActivation,
     "mobilenet": MobileNetV2,
     "densenet": DenseNet,

@@ -136,6 +136,21 @@ def test_activations(act, estimator):
     compare(model, EVERYTHING, batches((2, 7, 8), 12, 4, classes=5), evaluate_every=3)
 
 
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Tanh, nn.LeakyReLU])
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AdaptiveMaxPool2d(2), nn.AvgPool2d(2)], ids=str
+)
+def test_activations_in_front_of_a_pool(act, pool):
+    """Only what never falls may change places with a max-pool; the large weights reach where GELU falls."""
+    torch.manual_seed(3)
+    layers = [ThresholdConv2d(2, 6, 3), act(), pool, nn.Flatten(), nn.LazyLinear(5)]
+    model = nn.Sequential(*layers).double()
+    model(torch.zeros(1, 2, 7, 8, dtype=torch.float64))
+    with torch.no_grad():
+        model[0].weight.mul_(4)
+    compare(prune(model, 0.6), EVERYTHING, batches((2, 7, 8), 6, 4, classes=5), evaluate_every=3)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("window, padding", [(2, 0), (3, 1)])
 @pytest.mark.parametrize("bias, mask_bias", [(False, False), (True, False), (True, True)])
@@ -496,7 +511,7 @@ def test_the_trainer_explains_itself():
     text = trainer.explain()
     assert text.startswith("compact: ")
     assert "layer1.0.conv2: input columns from layer1.0.conv1" in text
-    assert "full width at layer1.0.conv2 -> add: addition of different channels" in text
+    assert "layer1.1.conv1: input columns from conv1, layer1.0.conv2" in text
 
 
 def test_a_model_changed_under_the_trainer_is_refused():

@@ -1,0 +1,93 @@
+"""Channels put in their places among more: to full width, or among the channels of a sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops.channels import DirectExpandChannels, is_channels_last
+from .plan import Channels
+
+__all__ = ["Spread", "Summand", "pixels"]
+
+
+class Spread:
+    """Puts channels in their places among more.
+
+    Args:
+        place: ``(K,)``, int64, ascending: which channel of the result each of the first ``K`` channels is.
+        width: number of channels of the result.
+        dim: the channel dimension.
+        native: take the compiled kernel.
+    """
+
+    def __init__(self, place: Tensor, width: int, dim: int, native: bool) -> None:
+        self.place, self.width, self.dim, self.native = place, width, dim, native
+        self._others: Tensor | None = None
+        self._matrix: Tensor | None = None
+
+    def __call__(self, x: Tensor, constants: Tensor | None, stream: Tensor | None) -> Tensor:
+        """``x`` in its places and ``constants`` (None: 0) in the others, onto ``stream`` if there is one."""
+        if self.native:
+            return DirectExpandChannels.apply(x, self.place, self.width, self.dim, constants, stream)
+        if constants is not None:
+            row = constants.new_zeros(self.width).index_copy(0, self.others, constants)
+            row = row.view([-1 if d == self.dim else 1 for d in range(x.dim())])
+            stream = row if stream is None else stream + row
+        if is_channels_last(x):
+            # A product with a 0/1 matrix costs one pass over the result; index_add costs one per channel.
+            flat, matrix = pixels(x), self.matrix(x)
+            return _image(flat @ matrix if stream is None else torch.addmm(pixels(stream), flat, matrix), x)
+        shape = list(x.shape)
+        shape[self.dim] = self.width
+        base = x.new_zeros(shape) if stream is None else stream.expand(shape)
+        return base.index_add(self.dim, self.place, x.narrow(self.dim, 0, len(self.place)))
+
+    @property
+    def others(self) -> Tensor:
+        """The channels of the result that are not in ``place``."""
+        if self._others is None:
+            free = torch.ones(self.width, dtype=torch.bool, device=self.place.device)
+            self._others = free.index_fill_(0, self.place, False).nonzero().flatten()
+        return self._others
+
+    def matrix(self, like: Tensor) -> Tensor:
+        if self._matrix is None:
+            self._matrix = like.new_zeros(like.shape[self.dim], self.width)
+            self._matrix[torch.arange(len(self.place), device=like.device), self.place] = 1
+        return self._matrix
+
+
+class Summand:
+    """An operand of a sum of different channels."""
+
+    def __init__(self, channels: Channels, after: Channels, dim: int, native: bool) -> None:
+        same = torch.equal(channels.kept, after.kept) and channels.pads == after.pads
+        self.spread = None if same else Spread(after.order[channels.kept], after.stored, dim, native)
+        self._pads = after.pads
+        stays = torch.isin(channels.dropped, after.kept)
+        # Places, among the dropped channels, of those that the sum has and of those that it does not have.
+        self._stay, self._leave = stays.nonzero().flatten(), (~stays).nonzero().flatten()
+
+    def __call__(self, x: Tensor, constants: Tensor | None, stream: Tensor | None) -> Tensor:
+        """``x`` in the channels of the sum, onto ``stream`` if there is one."""
+        if self.spread is None:
+            return x if stream is None else stream + x
+        if constants is not None:
+            constants = F.pad(constants[self._stay], (0, self._pads))
+        return self.spread(x, constants, stream)
+
+    def left(self, constants: Tensor | None) -> Tensor | None:
+        """The constants of channels that the sum does not have either."""
+        return None if constants is None else constants[self._leave]
+
+
+def pixels(x: Tensor) -> Tensor:
+    """``(N, C, H, W)`` as a row of channels per pixel, ``(N H W, C)``; a view of channels-last images."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _image(pixels: Tensor, like: Tensor) -> Tensor:
+    n, _, h, w = like.shape
+    return pixels.view(n, h, w, -1).permute(0, 3, 1, 2)
