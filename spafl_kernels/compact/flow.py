@@ -604,6 +604,8 @@ class _Follower:
             op.kind = "other"
         elif op.data % len(before.shape or (0,)) != before.layout.dim:
             self.stop(op, "chunks along another dimension")
+        elif not all(_target(user) is operator.getitem and isinstance(user.args[1], int) for user in op.node.users):
+            self.stop(op, "chunks that are not taken one by one")
         else:
             width = before.layout.width
             count = op.node.kwargs.get("chunks", op.node.args[1] if len(op.node.args) > 1 else 0)

@@ -532,30 +532,35 @@ class Program:
         return run
 
     def _build_split(self, op: Op, i: int) -> Run:
-        return self._build_same(op, i)
-
-    def _build_item(self, op: Op, i: int) -> Run:
-        n, j = self._count, self._index[op.sources[0]]
-        whole = self._op(self._op(op.sources[0]).sources[0])
-        before, after = self._channels(whole), self._channels(op)
-        assert before is not None and after is not None and op.layout is not None
-        low, high = op.data
-        first = int((before.kept < low).sum())
-        first_dropped = int((before.dropped < low).sum())
-        dim, pads = op.layout.dim, after.pads
-        same = high - low == before.width
+        """A tuple of tensors and one of constants: one backward for all of them, where slices would have one each."""
+        n, j, before = self._count, self._index[op.sources[0]], self._channels(self._op(op.sources[0]))
+        layout = self._op(op.sources[0]).layout
+        assert before is not None and layout is not None
+        ends = torch.tensor([high for _, high in op.data], device=before.kept.device)
+        sizes, lost = (
+            torch.searchsorted(c, ends).diff(prepend=ends.new_zeros(1)).tolist() for c in (before.kept, before.dropped)
+        )
+        sizes.append(before.pads)
 
         def run(env: list[Any], training: bool) -> None:
-            x, c = env[j], env[n + j]
-            if not same:
-                x = x.narrow(dim, first, len(after.kept))
-                if pads:
-                    shape = list(x.shape)
-                    shape[dim] = pads
-                    x = torch.cat([x, x.new_zeros(shape)], dim)
-                if c is not None:
-                    c = c.narrow(0, first_dropped, len(after.dropped))
-            env[i], env[n + i] = x, c
+            c = env[n + j]
+            env[i], env[n + i] = env[j].split(sizes, layout.dim), None if c is None else c.split(lost)
+
+        return run
+
+    def _build_item(self, op: Op, i: int) -> Run:
+        n, j, index = self._count, self._index[op.sources[0]], op.node.args[1]
+        after = self._channels(op)
+        assert after is not None and op.layout is not None
+        index, dim, pads = index % len(self._op(op.sources[0]).data), op.layout.dim, after.pads
+
+        def run(env: list[Any], training: bool) -> None:
+            x, c = env[j][index], env[n + j]
+            if pads:
+                shape = list(x.shape)
+                shape[dim] = pads
+                x = torch.cat([x, x.new_zeros(shape)], dim)
+            env[i], env[n + i] = x, None if c is None else c[index]
 
         return run
 

@@ -125,8 +125,9 @@ class Session:
         loose = self.flow.loose
         self._loose = Loose([parameters[name].data for name in loose], [momentum[n] for n in loose] if momentum else [])
         self._loose_leaves: list[Tensor] = [parameters[name] for name in loose]
-        if loose:
-            self._clear_momentum()
+        if self._blank:
+            for buffer in self._loose.momenta:  # every step works on them
+                buffer.zero_()
         for layer in self._pruned:
             self._score(layer)
         self._tau = torch.cat([layer.threshold for layer in self._pruned])
@@ -145,8 +146,9 @@ class Session:
         """Fresh buffers are set to 0 before they are first looked at, which most trainings never do."""
         if self._blank:
             self._blank = False
-            for buffer in self._momentum.values():
-                buffer.zero_()
+            for name, buffer in self._momentum.items():
+                if name not in self.flow.loose:
+                    buffer.zero_()
 
     # -- masks -----------------------------------------------------------------------------------------------------
 

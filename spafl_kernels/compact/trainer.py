@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..layers import ThresholdLayer
 from ..training import Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
 from .flow import Flow, check_traceable, trace_flow
+from .memory import pages
 from .momentum import OwnMomentum
 from .session import Session, settings_of
 
@@ -204,7 +205,9 @@ class CompactTrainer(Trainer):
     def _buffers(self) -> dict[str, Tensor]:
         """Full-size buffers of the trainer's own. Nothing is in memory until somebody writes to them."""
         if not self._scratch:
-            self._scratch = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+            sizes = [p.numel() for p in self._parameters.values()]
+            parts = pages(sum(sizes), next(iter(self._parameters.values()))).split(sizes)
+            self._scratch = {name: part.view(p.shape) for (name, p), part in zip(self._parameters.items(), parts)}
         return self._scratch
 
     def _finished_momentum(self, session: Session | None) -> Mapping[str, Tensor]:

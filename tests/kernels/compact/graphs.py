@@ -214,6 +214,22 @@ class Encoder(nn.Module):
         return self.head(x.mean(1))
 
 
+class Chunks(nn.Module):
+    """Chunks with constants, some of equal layers' channels, taken one by one and all together."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 10, 3, padding=1), nn.Conv2d(10, 8, 3, padding=1, bias=False)
+        self.conv3, self.fc = nn.Conv2d(7, 9, 1), nn.Linear(9, 5)
+
+    def forward(self, x):
+        a, b, c = torch.chunk(F.relu(self.conv1(x)), 3, 1)
+        x = self.conv2(torch.cat([c, a, b], 1))
+        x = torch.cat(x.chunk(2, 1), 1).chunk(8, 1)
+        x = self.conv3(torch.cat([x[-1], *(x[i] for i in range(6))], 1))
+        return self.fc(F.relu(x).mean((2, 3)))
+
+
 GRAPHS = {
     "vgg": VGG,
     "basic": ResNetBasic,
@@ -221,6 +237,7 @@ GRAPHS = {
     "joined": Joined,
     "preactivation": PreActivation,
     "mobilenet": MobileNetV2,
+    "chunks": Chunks,
     "densenet": DenseNet,
     "grouped": Grouped,
     "encoder": Encoder,

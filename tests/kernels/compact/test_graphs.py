@@ -82,6 +82,7 @@ def test_the_layout_of_a_sum():
 @pytest.mark.parametrize(
     "name, text",
     [
+        ("chunks", "full width at conv2 -> chunk_1: chunks that are not taken one by one"),
         ("grouped", "grouped convolution"),
         ("grouped", "GroupNorm is not followed"),
         ("encoder", "unflatten is not followed"),
