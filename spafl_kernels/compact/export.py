@@ -399,7 +399,20 @@ class _Exporter:
                 new.kwargs = {**new.kwargs, "training": False}
         self.values[op.name] = _Value(new, None)
 
-    emit_shape = emit_other
+    emit_shape = emit_inner = emit_other
+
+    def emit_attention(self, op: Op) -> None:
+        """As it stands, at full width; then the channels that are kept."""
+        self.emit_other(op)
+        channels, node = self.channels(op), self.values[op.name].node
+        if channels is None or channels.full:
+            return
+        node = self.graph.call_function(
+            torch.index_select, (node, 2, self.buffer(f"{op.name}_channels", channels.kept))
+        )
+        if channels.pads:
+            node = self.graph.call_function(F.pad, (node, [0, channels.pads]))
+        self.values[op.name] = _Value(node, channels)
 
 
 def _rows(full: Tensor, rows: Channels) -> Tensor:

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
 from ..training import Unsupported
+from .attention import find_attention
 
 __all__ = ["Flow", "Layout", "Op", "Segment", "check_traceable", "trace_flow"]
 
@@ -114,7 +115,7 @@ class Op:
     Args:
         kind: ``input``, ``layer``, ``depthwise``, ``norm``, ``relu`` (any activation with f(x) = f'(x) = 0 for
             x <= 0), ``unary``, ``pool``, ``same``, ``flatten``, ``dropout``, ``add``, ``cat``, ``split``, ``item``,
-            ``shape``, ``output`` or ``other`` (runs at full width).
+            ``shape``, ``attention``, ``inner`` (part of one), ``output`` or ``other`` (runs at full width).
         sources: names of the tensor inputs that are followed.
         layout: of the result; None at full width.
         const: dropped channels of the result may be constants other than 0.
@@ -336,6 +337,11 @@ class _Follower:
             op.shape, op.macs = shapes.shapes[node.name], shapes.macs[node.name]
             op.sources = tuple(n.name for n in node.all_input_nodes)
             flow.ops[node.name] = op
+        for name, attention in find_attention(self.graph, shapes.shapes, self.model).items():
+            for inner in attention.inner:
+                flow.ops[inner].kind, flow.ops[inner].sources = "inner", ()
+            op = flow.ops[name]
+            op.kind, op.data, op.sources = "attention", attention, (attention.q, attention.k, attention.v)
         for op in flow.ops.values():
             op.grad = op.grad or any(flow.ops[s].grad for s in op.sources)
             getattr(self, f"follow_{op.kind}", self.follow_channelwise)(op)
@@ -473,6 +479,20 @@ class _Follower:
 
     def follow_shape(self, op: Op) -> None:
         pass
+
+    def follow_inner(self, op: Op) -> None:
+        pass
+
+    def follow_attention(self, op: Op) -> None:
+        """q and k are read where both keep a channel; the result has the channels of v."""
+        sources = [self.flow.ops[name] for name in op.sources]
+        known = [s.layout.sources for s in sources if s.layout is not None and s.const]
+        if known:
+            edge = f"{', '.join(dict.fromkeys(filter(None, sum(known, ()))))} -> {op.name}"
+            self.flow.stops.append((edge, "attention over pruned channels that are not zero"))
+        v = sources[2]
+        if v.layout is not None and not v.const:
+            op.layout = v.layout
 
     def follow_output(self, op: Op) -> None:
         if len(op.sources) != 1 or not isinstance(op.node.args[0], fx.Node) or self.first(op).shape is None:

@@ -63,7 +63,7 @@ class Plan:
     """
 
     def __init__(self, flow: Flow, keep: dict[str, Tensor], multiple: int = 8, exact: Collection[str] = ()) -> None:
-        self.keep, self._multiple = keep, multiple
+        self.keep, self.multiple = keep, multiple
         self._cache: dict[Layout, Channels] = {}
         self.rows: dict[str, Channels] = {}
         self._images = {name for name in keep if len(flow.layers[name].shape or ()) == 4}
@@ -86,7 +86,7 @@ class Plan:
         rounded = (
             layout.summed and self._images.issuperset(layout.sources) and all(s.repeat == 1 for s in layout.segments)
         )
-        return _channels(torch.cat([self._kept(s) for s in layout.segments]), self._multiple if rounded else 1)
+        return _channels(torch.cat([self._kept(s) for s in layout.segments]), self.multiple if rounded else 1)
 
     def _kept(self, segment: Segment) -> Tensor:
         """Bool ``(segment.width,)``."""

@@ -23,8 +23,9 @@ from ..ops.image_conv import DirectImageConv, Passes, image_passes
 from ..ops.norm import DirectBatchNormRelu
 from ..ops.norm import pools as takes_pool
 from .flow import Flow, Op
+from .heads import Heads, attend
 from .plan import Channels, Plan
-from .spread import Spread, Summand, pixels
+from .spread import Pick, Spread, Summand, pixels
 
 __all__ = ["LayerSlot", "NormSlot", "Program", "always_fused", "prefers_channels_last"]
 
@@ -96,7 +97,7 @@ class Program:
             if op.kind == "input":
                 self._input = self._index[op.name]
                 continue
-            if op.kind == "output":
+            if op.kind in ("output", "inner"):
                 continue
             run = getattr(self, f"_build_{op.kind}")(op, self._index[op.name])
             n = self._count
@@ -563,6 +564,47 @@ class Program:
             env[i], env[n + i] = x, None if c is None else c[index]
 
         return run
+
+    def _build_attention(self, op: Op, i: int) -> Run:
+        attention, shape = op.data, op.shape or ()
+        ops = [self._op(name) for name in op.sources]
+        # A channel that is dropped and not 0 must be there.
+        known = [None if source.const else self._channels(source) for source in ops]
+        device = next(self.flow.model.parameters()).device
+        widths = (ops[0].shape or ())[2], (ops[2].shape or ())[2]
+        heads = Heads(known, widths, attention.heads, self.plan.multiple > 1, device)
+        reads: list[Callable[[list[Any]], Tensor]] = [
+            self._pack(source, channels, pick, place, heads.width * attention.heads)
+            for source, channels, pick, place in zip(ops, known, heads.picks, heads.places)
+        ]
+        after, width = self._channels(op), heads.width * attention.heads
+        unpack, stored = None, shape[2] if after is None else after.stored
+        if not len(heads.places[2]) == width == stored:
+            unpack = Pick(heads.places[2], stored, 2, self._native)
+        tokens = (ops[1].shape or ())[1]
+        self.macs += 6 * shape[1] * tokens * width
+        fused = self._native
+
+        def run(env: list[Any], training: bool) -> None:
+            q, k, v = (read(env) for read in reads)
+            out = attend(q, k, v, attention.heads, attention.scale, fused)
+            env[i] = out if unpack is None else unpack(out)
+
+        return run
+
+    def _pack(
+        self, source: Op, channels: Channels | None, pick: Tensor, place: Tensor, width: int
+    ) -> Callable[[list[Any]], Tensor]:
+        """Reads the channels ``pick`` of a value, in their places among ``width``."""
+        j, stored = self._index[source.name], (source.shape or ())[2] if channels is None else channels.stored
+        read = self._full(source.name) if channels is None else lambda env: env[j]
+        if len(pick) == width == stored:
+            return read
+        spread = Spread(place, width, 2, self._native)
+        if len(pick) == (stored if channels is None else len(channels.kept)):
+            return lambda env: spread(read(env), None, None)
+        take = Pick(pick, max(len(pick), 1), 2, self._native)
+        return lambda env: spread(take(read(env)), None, None)
 
     def _build_shape(self, op: Op, i: int) -> Run:
         source = self._op(op.sources[0])

@@ -1,4 +1,4 @@
-"""Channels put in their places among more: to full width, or among the channels of a sum."""
+"""Channels put in their places among more (full width, the channels of a sum), and taken from there."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.channels import DirectExpandChannels, is_channels_last
+from ..ops.channels import DirectCollectChannels, DirectExpandChannels, is_channels_last
 from .plan import Channels
 
-__all__ = ["Spread", "Summand", "pixels"]
+__all__ = ["Pick", "Spread", "Summand", "pixels"]
 
 
 class Spread:
@@ -57,6 +57,20 @@ class Spread:
             self._matrix = like.new_zeros(like.shape[self.dim], self.width)
             self._matrix[torch.arange(len(self.place), device=like.device), self.place] = 1
         return self._matrix
+
+
+class Pick:
+    """Takes the channels ``kept`` (int64, ascending), then zeros up to ``stored`` channels (at least 1)."""
+
+    def __init__(self, kept: Tensor, stored: int, dim: int, native: bool) -> None:
+        self.kept, self.stored, self.dim, self.native = kept, stored, dim, native
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.native:
+            return DirectCollectChannels.apply(x, self.kept, self.stored, self.dim)
+        shape = list(x.shape)
+        shape[self.dim] = self.stored - len(self.kept)
+        return torch.cat([x.index_select(self.dim, self.kept), x.new_zeros(shape)], self.dim)
 
 
 class Summand:

@@ -123,6 +123,24 @@ class DirectExpandChannels(torch.autograd.Function):
         return input_grad, None, None, None, constant_grad if constants else None, stream_grad
 
 
+class DirectCollectChannels(torch.autograd.Function):
+    """``DirectCollectChannels.apply(input, kept, stored, dim)``: the channels ``kept``, then zeros up to ``stored``
+    channels; the reverse of :class:`DirectExpandChannels`, and for the same callers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, kept: Tensor, stored: int, dim: int) -> Tensor:
+        ctx.kept, ctx.options = kept, (input.shape[dim], dim)
+        dense = input.contiguous(memory_format=_order(input, dim))
+        return torch.ops.spafl.collect_channels(dense, kept, stored, dim, False)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,), (width, dim) = grad_outputs, ctx.options
+        dense = grad.contiguous(memory_format=_order(grad, dim))
+        return torch.ops.spafl.expand_channels(dense, ctx.kept, width, dim, None, None), None, None, None
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether ``x`` is an image in channels-last order and not at the same time in the usual one."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

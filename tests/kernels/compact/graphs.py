@@ -214,6 +214,39 @@ class Encoder(nn.Module):
         return self.head(x.mean(1))
 
 
+class Attentions(nn.Module):
+    """The ways people write attention; queries and values of other widths than the tokens, cross attention."""
+
+    def __init__(self, dim=6, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.patch = nn.Conv2d(3, dim, 4, 4)
+        self.qkv = nn.Linear(dim, 3 * 8, bias=False)
+        self.q, self.k = nn.Linear(8, 10, bias=False), nn.Linear(dim, 10, bias=False)
+        self.v = nn.Linear(dim, 14, bias=False)
+        self.out, self.biased = nn.Linear(14, 3 * 4, bias=False), nn.Linear(4, 12)
+        self.head = nn.Linear(4, 5)
+
+    def split(self, x):
+        n, tokens, width = x.shape
+        return x.view(n, tokens, self.heads, width // self.heads).permute(0, 2, 1, 3)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        weights = torch.softmax((q @ k.transpose(2, 3)) / 3, dim=-1)
+        y = torch.matmul(weights, v).permute(0, 2, 1, 3).contiguous().view(x.size(0), -1, 8)
+        # Few queries, as many keys and values as there are tokens.
+        q, k, v = self.split(self.q(y[:, :2])), self.split(self.k(x)), self.split(self.v(x))
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.7).transpose(1, 2).flatten(2)
+        a, b, c = self.out(y).chunk(3, 2)
+        y = 0.5 * torch.matmul(self.split(a), self.split(b).transpose(-2, -1))
+        y = (y.softmax(-1) @ self.split(c)).transpose(1, 2).reshape(x.shape[0], 2, 4)
+        q, k, v = (self.split(t) for t in self.biased(y).chunk(3, 2))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(y.mean(1))
+
+
 class Chunks(nn.Module):
     """Chunks with constants, some of equal layers' channels, taken one by one and all together."""
 
@@ -241,4 +274,5 @@ GRAPHS = {
     "densenet": DenseNet,
     "grouped": Grouped,
     "encoder": Encoder,
+    "attentions": Attentions,
 }

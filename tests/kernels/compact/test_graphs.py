@@ -5,8 +5,10 @@ import torch
 from graphs import GRAPHS
 from helpers import batches, compare, compare_steps, prune
 from test_trainer import warm_norms, with_estimator
+from torch import nn
+from torch.nn import functional as F
 
-from spafl_kernels import convert
+from spafl_kernels import ThresholdLinear, convert, threshold_layers
 from spafl_kernels.compact import CompactTrainer, trace_flow
 from spafl_kernels.compact.flow import Layout, Segment
 from spafl_kernels.training import SGDOptions
@@ -56,6 +58,8 @@ def test_training(name, estimator):
         ("densenet", "convs.2", ["conv0", "convs.0", "convs.1"]),
         ("densenet", "fc", ["transition"]),
         ("encoder", "fc2", ["fc1"]),
+        ("attentions", "out", ["v"]),
+        ("attentions", "biased", ["out"]),
     ],
 )
 def test_channels_are_followed(name, layer, sources):
@@ -85,8 +89,53 @@ def test_the_layout_of_a_sum():
         ("chunks", "full width at conv2 -> chunk_1: chunks that are not taken one by one"),
         ("grouped", "grouped convolution"),
         ("grouped", "GroupNorm is not followed"),
-        ("encoder", "unflatten is not followed"),
+        ("encoder", "full width at q, k, v -> flatten_1: attention over pruned channels that are not zero"),
     ],
 )
 def test_where_channels_stop_is_said(name, text):
     assert text in trace_flow(build(name, "window"), (3, 8, 8)).explain()
+
+
+class Head(nn.Module):
+    """Attention with ``change`` made to it."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+        self.q, self.k, self.v = (ThresholdLinear(6, 8, bias=False) for _ in range(3))
+        self.out, self.softmax, self.drop = (
+            ThresholdLinear(8, 5),
+            nn.Softmax(2 if change == "axis" else -1),
+            nn.Dropout(0.5),
+        )
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.change == "mask":
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        elif self.change == "dropout":
+            y = self.drop(self.softmax(q @ k.transpose(2, 3))) @ v
+        elif self.change == "tensor scale":
+            y = self.softmax(q @ k.transpose(2, 3) * q.mean()) @ v
+        elif self.change == "order":
+            y = self.softmax(k.transpose(2, 3) @ q)
+            y = v @ y
+        else:
+            scores = q @ k.transpose(2, 3)
+            y = self.softmax(scores) @ v
+            if self.change == "reader":
+                y = y + scores.mean()
+        y = y.flatten(2).unflatten(-1, (5, 4)).transpose(1, 2) if self.change == "no heads" else y.transpose(1, 2)
+        return self.out(y.flatten(2)).mean(1)
+
+
+@pytest.mark.parametrize("change", ["", "mask", "dropout", "tensor scale", "order", "axis", "reader", "no heads"])
+def test_what_is_not_plain_attention_runs_as_it_stands(change):
+    torch.manual_seed(0)
+    model = prune(Head(change).double(), 0.5)
+    for _, layer in threshold_layers(model):
+        layer.estimator = "window"
+    flow = trace_flow(model, (5, 6))
+    assert (flow.layout_in("out") is not None) == (not change)
+    data = [(torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(0, 5, (4,))) for _ in range(4)]
+    compare(model, SGDOptions(lr=0.1, momentum=0.9, weight_decay=1e-3, penalty=0.05), data, evaluate_every=2)
