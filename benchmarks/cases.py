@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from spafl_kernels.compact import CompactTrainer
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Trainer, TrainResult
 
 __all__ = [
-    "CASES", "GATES", "RIVALS", "Case", "Outcome", "PublishedTrainer", "differs", "gate", "outcome", "same_training",
+    "CASES", "GATES", "ORDERS", "RIVALS", "Case", "Outcome", "PublishedTrainer", "Run", "arranged", "differs", "gate",
+    "outcome", "same_training",
 ]  # fmt: skip
 
 # Precision and the tolerance, relative and absolute, to which two programs must agree in it.
@@ -178,29 +179,61 @@ def _distance(expected: Tensor, found: Tensor) -> float:
     return (expected.double() - found.double()).norm().item() / (size or 1.0)
 
 
-def same_training(run: Callable[[str, torch.dtype, torch.memory_format], Outcome], rival: str) -> str:
+# How the images of a batch are ordered: as they come, and by these seeds.
+ORDERS: tuple[int | None, ...] = (None, 1, 2, 3, 4)
+
+
+class Run(Protocol):
+    """Trains in a precision and returns the outcome; memory layout and order of the images change rounding alone."""
+
+    def __call__(
+        self,
+        trainer: str,
+        dtype: torch.dtype,
+        layout: torch.memory_format = torch.contiguous_format,
+        order: int | None = None,
+    ) -> Outcome: ...
+
+
+def arranged(x: Tensor, y: Tensor, layout: torch.memory_format, order: int | None) -> tuple[Tensor, Tensor]:
+    """A batch in a memory layout, its images in one of :data:`ORDERS`."""
+    if order is not None:
+        places = torch.randperm(len(x), generator=torch.Generator().manual_seed(order))
+        x, y = x[places], y[places]
+    return x.contiguous(memory_format=layout), y
+
+
+def same_training(run: Run, rival: str) -> str:
     """Empty if a rival trains as the masked trainer does, else what differs.
 
     In float64 every number must agree. In float32 rounding decides more than a program does where a network amplifies
     it, so the masked trainer in float64 is the truth, and no tensor may be much further from it than the masked trainer
-    in float32 is, in one of both memory layouts (PyTorch's channels-last BatchNorm rounds several times as much).
+    in float32 is, in one of both memory layouts (PyTorch's channels-last BatchNorm rounds several times as much). A
+    single number so near 0 that rounding decides whether ReLU passes it outweighs all other rounding, in whichever
+    trainer it happens; then other orders of the images are tried, which know of the same function. A wrong program is
+    wrong in all of them.
 
     Args:
-        run: ``run(trainer, dtype, layout)`` trains and returns the outcome; only the masked one gets a layout.
+        run: only the masked trainer gets a layout.
         rival: a name in :data:`RIVALS`.
     """
-    plain, channels_last = torch.contiguous_format, torch.channels_last
-    truth = run("masked", torch.float64, plain)
-    if wrong := differs(truth, run(rival, torch.float64, plain), GATES[0][1]):
+    truth = run("masked", torch.float64)
+    if wrong := differs(truth, run(rival, torch.float64), GATES[0][1]):
         return f"{rival}: {wrong}"
-    found = run(rival, torch.float32, plain)
-    usual = [run("masked", torch.float32, layout) for layout in (plain, channels_last)]
-    for key, expected in truth.items():
-        allowed = ROUNDING + 4 * max(_distance(expected, one[key]) for one in usual)
-        # Not "distance > allowed", which NaN would pass.
-        if not (distance := _distance(expected, found[key])) <= allowed:
-            return f"{rival}: {key} is off by {distance:.1e} in float32, where {allowed:.1e} is allowed"
-    return ""
+    usual = dict.fromkeys(truth, 0.0)
+    for order in ORDERS:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            one = run("masked", torch.float32, layout, order)
+            usual = {key: max(usual[key], _distance(expected, one[key])) for key, expected in truth.items()}
+        found = run(rival, torch.float32, order=order)
+        wrong = ""
+        for key, expected in truth.items():
+            allowed, distance = ROUNDING + 4 * usual[key], _distance(expected, found[key])
+            if not distance <= allowed:  # not "distance > allowed", which NaN would pass
+                wrong = f"{rival}: {key} is off by {distance:.1e} in float32, where {allowed:.1e} is allowed"
+        if not wrong:
+            return ""
+    return wrong
 
 
 def gate(case: Case, make: Callable[[], nn.Module], rival: str, steps: int = 3) -> str:
@@ -213,12 +246,16 @@ def gate(case: Case, make: Callable[[], nn.Module], rival: str, steps: int = 3) 
         steps: how many.
     """
 
-    def run(name: str, dtype: torch.dtype, layout: torch.memory_format) -> Outcome:
+    def run(
+        trainer: str,
+        dtype: torch.dtype,
+        layout: torch.memory_format = torch.contiguous_format,
+        order: int | None = None,
+    ) -> Outcome:
         model = make().to(dtype).to(memory_format=layout)
-        trainer = RIVALS[name](model)
-        trainer.begin(case.options)
-        batches = [(x.contiguous(memory_format=layout), y) for x, y in case.batches(steps, dtype)]
-        losses = [trainer.step(x, y) for x, y in batches]
-        return outcome(losses, model, trainer.finish())
+        one = RIVALS[trainer](model)
+        one.begin(case.options)
+        losses = [one.step(*arranged(x, y, layout, order)) for x, y in case.batches(steps, dtype)]
+        return outcome(losses, model, one.finish())
 
     return same_training(run, rival)

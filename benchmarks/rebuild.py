@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.cases import CASES, RIVALS, Case, Outcome, outcome, same_training
+from benchmarks.cases import CASES, RIVALS, Case, Outcome, arranged, outcome, same_training
 from benchmarks.common import Row
 from spafl_kernels import threshold_layers
 from spafl_kernels.training import Trainer, TrainResult
@@ -109,6 +109,7 @@ class Training:
         rival: str,
         dtype: torch.dtype = torch.float32,
         layout: torch.memory_format = torch.contiguous_format,
+        order: int | None = None,
     ) -> None:
         self.model = copy.deepcopy(plan.model).to(dtype).to(memory_format=layout)
         self.trainer: Trainer = RIVALS[rival](self.model)
@@ -116,8 +117,7 @@ class Training:
         self.options = dataclasses.replace(case.options, lr=RATE, penalty=0.0, collapse_floor=None)
         self.start = copy.deepcopy(self.model.state_dict())
         self.momentum = {name: v.to(dtype) for name, v in plan.momentum.items()}
-        x, y = next(case.batches(1, dtype))
-        self.batch = x.contiguous(memory_format=layout), y
+        self.batch = arranged(*next(case.batches(1, dtype)), layout, order)
         self.steps = len(plan.flips) - 1
 
     def run(self) -> tuple[list[Tensor], TrainResult]:
@@ -151,14 +151,19 @@ def gate(case: Case, plan: Schedule) -> str:
     events = sum(bool(flips) for flips in plan.flips)
     wrong = []
 
-    def run(rival: str, dtype: torch.dtype, layout: torch.memory_format) -> Outcome:
-        training = Training(plan, case, rival, dtype, layout)
+    def run(
+        trainer: str,
+        dtype: torch.dtype,
+        layout: torch.memory_format = torch.contiguous_format,
+        order: int | None = None,
+    ) -> Outcome:
+        training = Training(plan, case, trainer, dtype, layout, order)
         losses, result = training.run()
-        if rival == "compact" and result.rebuilds != events:
-            wrong.append(f"{rival}: {result.rebuilds} rebuilds instead of {events} in {dtype}")
+        if trainer == "compact" and result.rebuilds != events:
+            wrong.append(f"{trainer}: {result.rebuilds} rebuilds instead of {events} in {dtype}")
         for name, layer in threshold_layers(training.model):
             if not torch.equal(layer.mask(), wanted[name]):
-                wrong.append(f"{rival}: other filters of {name} flipped than should in {dtype}")
+                wrong.append(f"{trainer}: other filters of {name} flipped than should in {dtype}")
         return outcome(losses, training.model, result)
 
     return same_training(run, "compact") or "; ".join(wrong)
