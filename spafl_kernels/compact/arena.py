@@ -2,7 +2,8 @@
 
 A tensor of the model has a *share* in it, which is one or two pieces: the kept channels, and what is dropped but
 stored. Pieces lie in regions, so that autograd sees the leading ones as leaves, scores read one range, and an SGD step
-is three calls for the whole model. Thresholds lie behind all regions.
+is three calls for the whole model. Thresholds lie behind all regions. A weight of which nothing is dropped can be
+*borrowed*: the model's own tensor is trained, and only its momentum lies in the arena, behind everything else.
 """
 
 from __future__ import annotations
@@ -46,10 +47,14 @@ _COLUMNS = {
 
 @dataclass
 class Piece:
-    """One tensor in the arena; ``at`` is set when the arena is laid out."""
+    """One tensor in the arena; ``at`` is set when the arena is laid out.
+
+    ``borrowed``: the model's tensor that takes its place among the parameters.
+    """
 
     shape: tuple[int, ...]
     region: Region
+    borrowed: Tensor | None = None
     at: int = 0
     size: int = field(init=False)
 
@@ -145,8 +150,13 @@ class VectorShare(Share):
             full[self.channels.dropped] = self.dropped.span(flat)
 
 
-def shares_of(flow: Flow, layers: Iterable[LayerState], norms: Iterable[NormState]) -> dict[Key, Share]:
-    """The shares of all tensors under the channels that the layers and norms have now."""
+def shares_of(
+    flow: Flow, layers: Iterable[LayerState], norms: Iterable[NormState], borrow: bool = False
+) -> dict[Key, Share]:
+    """The shares of all tensors under the channels that the layers and norms have now.
+
+    ``borrow``: weights of threshold layers are borrowed where they are whole.
+    """
     shares: dict[Key, Share] = {}
 
     def vector(key: Key, channels: Channels, lost: Region) -> None:
@@ -159,6 +169,9 @@ def shares_of(flow: Flow, layers: Iterable[LayerState], norms: Iterable[NormStat
         kernel = tuple(layer.module.weight.shape[2:])
         kept = Piece((rows.stored, columns.stored, *kernel), Region.WEIGHTS if layer.is_threshold else Region.VECTORS)
         dropped = None
+        whole = rows.full and columns.full and layer.weight.is_contiguous()
+        if borrow and whole and layer.is_threshold and not layer.mask_bias:
+            kept.borrowed = layer.weight.view(kept.shape)
         if len(columns.dropped):
             where = _COLUMNS[layer.is_threshold, flow.ops[op.sources[0]].const]
             dropped = Piece((rows.stored, len(columns.dropped), *kernel), where)
@@ -182,7 +195,7 @@ class Arena:
         with_momentum: False leaves ``velocity`` empty.
 
     Attributes:
-        flat, velocity, grad: the three tensors, not initialised.
+        flat, velocity, grad: the three tensors, not initialised; only ``velocity`` has room for borrowed pieces.
         tau, tau_momentum, tau_grad: views of their thresholds.
         leaves: views of the pieces that have a gradient, in order; autograd's leaves. They end at ``leaf_end``.
         scored: ``(start, stop)`` of the weights of threshold layers, all columns.
@@ -194,19 +207,24 @@ class Arena:
     ) -> None:
         self.shares, self.name = shares, name
         pieces = sorted((piece for share in shares.values() for piece in share.pieces), key=lambda p: p.region)
+        own = [piece for piece in pieces if piece.borrowed is None]
         end = 0
-        for piece in pieces:
+        for piece in own:
             piece.at = end
             end += piece.size
-        total = end + thresholds
+        total = behind = end + thresholds
+        for piece in pieces:
+            if piece.borrowed is not None:
+                piece.at = behind
+                behind += piece.size
         self.flat = memory.take(name + " parameters", (total,))
-        self.velocity = memory.take(name + " momentum", (total if with_momentum else 0,))
+        self.velocity = memory.take(name + " momentum", (behind if with_momentum else 0,))
         self.grad = memory.take(name + " gradient", (total,))
         self.tau, self.tau_grad = self.flat[end:], self.grad[end:]
-        self.tau_momentum = self.velocity[end:]
+        self.tau_momentum = self.velocity[end:total]
 
         def start(region: Region) -> int:
-            return next((piece.at for piece in pieces if piece.region >= region), end)
+            return next((piece.at for piece in own if piece.region >= region), end)
 
         self.leaf_end = start(Region.COLUMNS)
         self.scored = start(Region.WEIGHTS), start(Region.STILL)
@@ -217,11 +235,27 @@ class Arena:
         self._tensors: dict[int, Tensor] = {}
         self.leaves: list[Tensor] = []
         for piece in pieces:
-            tensor = piece.of(self.flat)
+            tensor = self.parameter(piece)
             if piece.region <= LAST_LEAF:
                 tensor = tensor.detach().requires_grad_()
                 self.leaves.append(tensor)
             self._tensors[id(piece)] = tensor
+
+    def parameter(self, piece: Piece) -> Tensor:
+        """The piece's parameters."""
+        return piece.of(self.flat) if piece.borrowed is None else piece.borrowed
+
+    def load(self, key: Key, full: Tensor, memory: Memory) -> None:
+        """Read a parameter of the model; a borrowed one is there."""
+        share = self.shares[key]
+        if share.kept.borrowed is None:
+            share.load(full, self.flat, memory)
+
+    def store(self, key: Key, full: Tensor, memory: Memory) -> None:
+        """Write a parameter of the model; a borrowed one is there."""
+        share = self.shares[key]
+        if share.kept.borrowed is None:
+            share.store(full, self.flat, memory)
 
     def pair(self, key: Key) -> tuple[Tensor | None, Tensor | None]:
         """The kept and the dropped part of a share as the forward pass reads them; None where there is none."""
@@ -233,7 +267,8 @@ class Arena:
     def take_over(self, key: Key, old: Arena) -> None:
         """Copy a share of the same shape from another arena."""
         for piece, was in zip(self.shares[key].pieces, old.shares[key].pieces, strict=True):
-            piece.span(self.flat).copy_(was.span(old.flat))
+            if piece.borrowed is None:
+                piece.span(self.flat).copy_(was.span(old.flat))
             if len(self.velocity):
                 piece.span(self.velocity).copy_(was.span(old.velocity))
 

@@ -255,6 +255,7 @@ class Session:
         arena = self._arena
         with_momentum = bool(self.options.momentum)
         fits = arena is not None and bool(len(arena.velocity)) == with_momentum and torch.equal(keep, self._keep)
+        fits = fits and self._still_borrowed()
         if fits:
             assert arena is not None
             self._move_rows(keep)
@@ -269,6 +270,15 @@ class Session:
             self._make(keep, None)
         self._loaded = True
         return not fits
+
+    def _still_borrowed(self) -> bool:
+        """Whether the model's tensors lie where the arena has borrowed them."""
+        assert self._arena is not None
+        for layer in self._pruned:
+            borrowed = self._arena.shares[layer.name, "w"].kept.borrowed
+            if borrowed is not None and borrowed.data_ptr() != layer.weight.data_ptr():
+                return False
+        return True
 
     def _rebuild(self, keep: Tensor) -> None:
         """A new plan in the middle of a training."""
@@ -294,7 +304,7 @@ class Session:
             norm.set_channels(self._whole(width) if layout is None else plan.channels(layout))
             norm.load_statistics()
         layers, norms = self._layers.values(), self._norms.values()
-        shares = shares_of(flow, layers, norms)
+        shares = shares_of(flow, layers, norms, borrow=self.compiled)
         # The two arenas of a rebuild must not overlap.
         name = "other arena" if old is not None and old.name == "arena" else "arena"
         arena = Arena(shares, len(self._scores), self._memory, name, bool(self.options.momentum))
@@ -350,7 +360,7 @@ class Session:
             if old is not None and key[1] == "w" and key[0] not in changed:
                 arena.take_over(key, old)
                 continue
-            arena.shares[key].load(full, arena.flat, self._memory)
+            arena.load(key, full, self._memory)
             if momentum is not None and not blank:
                 arena.shares[key].load(momentum, arena.velocity, self._memory)
         arena.tau.copy_(self._tau)
@@ -413,7 +423,7 @@ class Session:
         for key, full, buffer in self._tensors():
             if key[1] == "w" and key[0] not in layers:
                 continue
-            arena.shares[key].store(full, arena.flat, self._memory)
+            arena.store(key, full, self._memory)
             if buffer is not None and momentum:
                 arena.shares[key].store(buffer, arena.velocity, self._memory)
         for norm in self._norms.values():

@@ -253,7 +253,7 @@ class CompiledUpdate:
             return [values.new_empty(0) if f.lost is None else f.lost.of(values) for f in self._filters]
 
         self._rows = FilterRows(
-            weights=kept(arena.flat),
+            weights=[arena.parameter(f.piece) for f in self._filters],
             thresholds=filters(arena.tau),
             scores=filters(scores),
             masks=filters(self._masks),

@@ -8,7 +8,7 @@ from helpers import batches, compare, prune
 from torch import nn
 
 from spafl.models import LeNet5
-from spafl_kernels import ThresholdConv2d, ThresholdLinear, threshold_layers
+from spafl_kernels import ThresholdConv2d, ThresholdLinear, native, threshold_layers
 from spafl_kernels.compact import CompactTrainer, session
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
@@ -183,3 +183,30 @@ def test_clients_take_turns_in_one_model():
             assert train(trainer, MOMENTUM, steps).densities == train(MaskedTrainer(twin), MOMENTUM, steps).densities
     for client, twin in zip(clients, twins, strict=True):
         assert_same(client, twin)
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ extension is not built")
+def test_weights_of_which_nothing_is_dropped_are_not_copied():
+    """They go to and fro as filters flip, with their momentum; a plan for another memory is made anew."""
+    model = make(density=1.0)
+    twin = copy.deepcopy(model)
+    trainer, masked = CompactTrainer(model, strict=True), MaskedTrainer(twin)
+    options = SGDOptions(lr=0.01, momentum=0.9, weight_decay=1e-3)
+    borrowed = []
+    for m in (model, twin):
+        with torch.no_grad():  # the second layer loses a filter after some steps
+            m[3].threshold[2] = m[3].scores()[2] * 0.98
+    momentum = [{n: torch.zeros_like(p) for n, p in m.named_parameters()} for m in (model, twin)]
+    momentum[0]["3.threshold"][2] = momentum[1]["3.threshold"][2] = -2.0 * model[3].scores()[2].item()
+    for one, mine in ((trainer, momentum[0]), (masked, momentum[1])):
+        one.begin(options, mine)
+        for x, y in data(6):
+            one.step(x, y)
+            if one is trainer:
+                slots = [layer.slot.weight.data_ptr() for layer in trainer._session._pruned]
+                borrowed.append([at == model[i].weight.data_ptr() for at, i in zip(slots, (0, 3, 7))])
+        one.finish()
+    assert borrowed[0] == [True, True, True] and borrowed[-1] == [True, False, False]
+    assert_same(model, twin)
+    for name, buffer in momentum[0].items():
+        torch.testing.assert_close(buffer, momentum[1][name], rtol=1e-9, atol=1e-9, msg=name)

@@ -356,9 +356,10 @@ def test_float32_stays_within_rounding():
     compare(model, options, data, tolerance=2e-4, evaluate_every=9)
 
 
-def test_parameters_may_move_to_other_memory_between_trainings():
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_parameters_may_move_to_other_memory_between_trainings(density):
     torch.manual_seed(13)
-    model = prune(LeNet5().double(), 0.5)
+    model = prune(LeNet5().double(), density)
 
     def swap(m):
         for p in m.parameters():
