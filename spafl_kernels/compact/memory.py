@@ -20,7 +20,9 @@ def pages(size: int, like: Tensor) -> Tensor:
     """
     if not size or like.device.type != "cpu":
         return like.new_zeros(size)
-    return torch.frombuffer(mmap.mmap(-1, size * like.element_size()), dtype=like.dtype)
+    # Private: a process that is forked off must not write into this one's.
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, size * like.element_size(), **flags), dtype=like.dtype)
 
 
 class Memory:

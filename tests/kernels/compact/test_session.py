@@ -1,6 +1,7 @@
 """From one training to the next: what is kept, what must not be, and the momentum that the trainer lends."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from spafl.models import LeNet5
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, native, threshold_layers
 from spafl_kernels.compact import CompactTrainer, session
+from spafl_kernels.compact.memory import pages
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
 IMAGE = (2, 8, 8)
@@ -210,3 +212,15 @@ def test_weights_of_which_nothing_is_dropped_are_not_copied():
     assert_same(model, twin)
     for name, buffer in momentum[0].items():
         torch.testing.assert_close(buffer, momentum[1][name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_has_its_own_pages():
+    part = pages(5000, torch.zeros((), dtype=torch.float64))
+    assert part.dtype == torch.float64 and part.shape == (5000,) and not part.any()
+    assert pages(0, part).shape == (0,)
+    child = os.fork()
+    if not child:
+        part.fill_(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0 and not part.any()
