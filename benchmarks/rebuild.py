@@ -32,6 +32,7 @@ from benchmarks import common
 from benchmarks.cases import CASES, RIVALS, Case, Outcome, arranged, outcome, same_training
 from benchmarks.common import Row
 from spafl_kernels import threshold_layers
+from spafl_kernels.compact import CompactTrainer
 from spafl_kernels.training import Trainer, TrainResult
 
 KEY = ("model", "density")
@@ -112,7 +113,11 @@ class Training:
         order: int | None = None,
     ) -> None:
         self.model = copy.deepcopy(plan.model).to(dtype).to(memory_format=layout)
-        self.trainer: Trainer = RIVALS[rival](self.model)
+        # A rebuild for every flip, where the trainer would rather wait until some are worth it.
+        compact = rival == "compact"
+        self.trainer: Trainer = (
+            CompactTrainer(self.model, strict=True, patience=0) if compact else RIVALS[rival](self.model)
+        )
         # Without the penalty and the guard no threshold moves but those that are meant to.
         self.options = dataclasses.replace(case.options, lr=RATE, penalty=0.0, collapse_floor=None)
         self.start = copy.deepcopy(self.model.state_dict())

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -140,6 +141,12 @@ class Op:
     @property
     def name(self) -> str:
         return self.node.name
+
+    @property
+    def positions(self) -> int:
+        """Of a layer: the places in one sample's result where a filter is applied."""
+        shape = self.shape or ()
+        return prod(shape[2:] if isinstance(self.module, nn.Conv2d) else shape[1:-1])
 
 
 @dataclass

@@ -40,6 +40,7 @@ class LayerSlot:
         bias: ``(rows,)`` or None.
         bias_dropped: bias of the dropped filters; None without bias.
         mask: ``(rows,)`` multiplies the output if some kept filters are pruned; its gradient is ``sum G w`` per row.
+        rows: ``(rows,)`` multiplies the weights instead, where that gradient is not wanted.
     """
 
     weight: Any
@@ -47,6 +48,17 @@ class LayerSlot:
     bias: Tensor | None = None
     bias_dropped: Tensor | None = None
     mask: Tensor | None = None
+    rows: Tensor | None = None
+
+    def masked(self, mask_bias: bool) -> tuple[Any, Tensor | None, Tensor | None]:
+        """Weight, bias and the weights of dropped inputs under ``rows``."""
+        weight, bias, dropped, rows = self.weight, self.bias, self.weight_dropped, self.rows
+        if rows is not None:
+            column = rows.view(-1, *(1,) * (weight.dim() - 1))
+            weight = weight * column
+            dropped = None if dropped is None else dropped * column
+            bias = bias * rows if bias is not None and mask_bias else bias
+        return weight, bias, dropped
 
 
 @dataclass
@@ -189,7 +201,7 @@ class Program:
 
         def run(env: list[Any], training: bool) -> None:
             x = env[j] if read is None else read(env)
-            weight, bias = slot.weight, slot.bias
+            weight, bias, wd = slot.masked(mask_bias)
             mask = slot.mask
             if fused is not None and mask is None:
                 env[i] = DirectConvReluPool.apply(x.contiguous(), weight, bias, pad_h, pad_w, window)
@@ -202,7 +214,6 @@ class Program:
                 bias = None
             shift = None
             if const_in and (c := env[n + j]) is not None:
-                wd = slot.weight_dropped
                 assert wd is not None
                 if taps is not None:
                     shift = torch.matmul(c, wd.flatten(2)) @ taps  # (rows, kernel) by (kernel, positions)
@@ -272,7 +283,8 @@ class Program:
                 x = read(env)
                 if select is not None:
                     x = x.index_select(1, select)
-            weight, bias, mask = slot.weight, slot.bias, slot.mask
+            weight, bias, _ = slot.masked(mask_bias)
+            mask = slot.mask
             if rows is not None and rows.pads:
                 x = F.pad(x, (0, 0, 0, 0, 0, rows.pads))
             padding: Any = m.padding
@@ -293,12 +305,8 @@ class Program:
         return run
 
     def _count_macs(self, op: Op, source: Op, slot: LayerSlot, const_in: bool) -> None:
-        positions = 1
-        shape = op.shape or ()
-        for size in shape[2:] if isinstance(op.module, nn.Conv2d) else shape[1:-1]:
-            positions *= size
         passes = 3 if source.grad else 2
-        self.macs += passes * slot.weight.numel() * positions
+        self.macs += passes * slot.weight.numel() * op.positions
         if const_in and slot.weight_dropped is not None:
             self.macs_fixed += 3 * slot.weight_dropped.numel()
 

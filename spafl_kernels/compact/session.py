@@ -45,7 +45,7 @@ class Session:
 
     Args:
         flow: the traced model.
-        multiple, compiled: see :class:`~spafl_kernels.compact.CompactTrainer`.
+        multiple, compiled, patience: see :class:`~spafl_kernels.compact.CompactTrainer`.
 
     Attributes:
         program: the forward pass under the current plan, after :meth:`refresh`.
@@ -64,10 +64,14 @@ class Session:
     _tau: Tensor
     _keep: Tensor
     _active: Tensor
+    _needed: Tensor  # rows that must be computed; the plan may keep more for a while
     _momentum: Mapping[str, Tensor]
 
-    def __init__(self, flow: Flow, multiple: int, compiled: bool) -> None:
+    def __init__(self, flow: Flow, multiple: int, compiled: bool, patience: float) -> None:
         self.flow, self.multiple, self.settings = flow, multiple, settings_of(flow)
+        self.patience = patience
+        # Of a step's work, what idle filters take now; and what they have taken since the plan was made, in steps.
+        self._idle_share = self._idle_steps = 0.0
         p0 = next(flow.model.parameters())
         self._device = p0.device
         known = p0.device.type == "cpu" and p0.dtype in (torch.float32, torch.float64)
@@ -75,7 +79,7 @@ class Session:
         self._layers: dict[str, LayerState] = {}
         count = 0
         for name, op in flow.layers.items():
-            self._layers[name] = layer = LayerState(name, op.module, count)
+            self._layers[name] = layer = LayerState(name, op.module, count, op.positions)
             count += layer.rows if layer.is_threshold else 0
         self._norms = {name: NormState(name, op.module) for name, op in flow.norms.items()}
         self._parts: list[LayerState | NormState] = [*self._layers.values(), *self._norms.values()]
@@ -173,7 +177,8 @@ class Session:
         if self._window is not None:
             far = ((scores - tau).abs() > WINDOW) & self._window
             far = far if bool(far.any()) else None
-        settled = self._loaded and self._steady and far is None and self._far is None
+        overdue = self._idle_share > 0 and self._idle_steps >= self.patience
+        settled = self._loaded and self._steady and far is None and self._far is None and not overdue
         if settled and not (self._update.flipped or self._collapsed or revived):
             self._stale = False
             return
@@ -182,14 +187,20 @@ class Session:
         made = True
         if not self._loaded:
             made = self._begin(keep)
+        elif self._bears(keep):
+            made = False
         elif made := not torch.equal(keep, self._keep):
             self._rebuild(keep)
         if made or not torch.equal(active, self._active) or far is not None or self._far is not None:
-            self._active, self._far = active, far
+            self._active, self._needed, self._far = active, keep, far
             self._set_masks()
         self._stale = False
         self._collapsed = self._find_collapsed()
         self._update.set_masks(active)
+
+    def _bears(self, keep: Tensor) -> bool:
+        """Whether the present plan has all that is to be kept, and more for not too long."""
+        return self._idle_steps < self.patience and not bool((keep & ~self._keep).any())
 
     def _kept_rows(self, active: Tensor, far: Tensor | None) -> Tensor:
         keep = active
@@ -223,28 +234,37 @@ class Session:
         return value
 
     def _set_masks(self) -> None:
-        """Masks of the kept rows where some are pruned, which only conditions bring about; densities."""
+        """Masks of the kept rows where some are pruned: by conditions, or since the plan was made; densities."""
         self._masked: list[LayerState] = []
         self._set_densities: list[float] = []
         masks: list[Tensor] = []
+        computed = used = 0
         for layer in self._pruned:
             assert layer.row_channels is not None
             kept = layer.row_channels.kept
             count = len(kept)
-            layer.slot.mask = None
+            layer.slot.mask = layer.slot.rows = None
             layer.far = None if self._far is None else self._far[layer.part]
-            if layer in self._conditioned:
-                active = self._active[layer.part]
-                count = int(active.sum())
-                if count < len(kept):
-                    mask = self._scores.new_zeros(layer.row_channels.stored)
-                    mask[: len(kept)] = active[kept]
+            active = self._active[layer.part]
+            count = int(active.sum())
+            if count < len(kept):
+                mask = self._scores.new_zeros(layer.row_channels.stored)
+                mask[: len(kept)] = active[kept]
+                if torch.equal(active, self._needed[layer.part]):
+                    # Pruned since the plan was made; nothing reads what they would compute.
+                    layer.slot.rows = mask
+                    used -= layer.work * (len(kept) - count)
+                else:
                     layer.slot.mask = mask.requires_grad_()
                     self._masked.append(layer)
                     masks.append(mask)
+            computed += layer.work * len(kept)
+            used += layer.work * len(kept)
             self.densities[layer.name] = count / layer.rows
             self._set_densities.append(count / layer.rows)
             layer.signed = not layer.window or (layer.far is not None and bool(layer.far.any()))
+        # An idle filter takes its own products and those of the layers that read it.
+        self._idle_share = 1 - (used / max(computed, 1)) ** 2
         assert self._arena is not None
         self.leaves = [*self._arena.leaves, *self._loose_leaves, *masks]
 
@@ -295,7 +315,7 @@ class Session:
         if old is not None:
             self._write(old, [layer.name for layer in changed])
         self._move_rows(keep)
-        self._keep = keep
+        self._keep, self._idle_steps = keep, 0.0
         for layer, (rows, columns) in changed.items():
             layer.row_channels, layer.column_channels = rows, columns
         for norm in self._norms.values():
@@ -383,6 +403,7 @@ class Session:
         arena, loose = len(self._arena.leaves), len(self._loose_leaves)
         masks = {layer.name: g for layer, g in zip(self._masked, grads[arena + loose :])}
         self._dropped.clock += 1
+        self._idle_steps += self._idle_share
         self._stale = True
         weights, others = grads[:arena], grads[arena : arena + loose]
         grads.clear()

@@ -23,15 +23,20 @@ Tensors = Iterator[tuple[tuple[str, str], Tensor, Tensor | None]]
 
 
 class LayerState:
-    """One convolution or linear. ``begin`` is the place of its first threshold among all thresholds."""
+    """One convolution or linear.
+
+    ``begin`` is the place of its first threshold among all thresholds, ``positions`` the number of places in the result
+    where a filter is applied.
+    """
 
     threshold: Tensor  # of threshold layers
 
-    def __init__(self, name: str, module: Any, begin: int) -> None:
+    def __init__(self, name: str, module: Any, begin: int, positions: int = 1) -> None:
         self.name, self.module = name, module
         self.rows = module.weight.shape[0]
         self.inputs = module.weight.shape[1]
         self.size = module.weight[0].numel()
+        self.work = self.size * positions  # multiply-accumulates of a filter for one sample
         self.is_threshold = isinstance(module, ThresholdLayer)
         self.window = self.is_threshold and module.estimator == "window"
         self.mask_bias = self.is_threshold and module.mask_bias

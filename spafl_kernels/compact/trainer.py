@@ -34,6 +34,8 @@ class CompactTrainer(Trainer):
         strict: raise :class:`~spafl_kernels.training.Unsupported` instead of falling back.
         multiple: convolutions keep a multiple of this many filters.
         compiled: use the compiled operators where the extension is there; otherwise plain PyTorch.
+        patience: filters that were pruned are computed on, with zero weights, until that has cost about this many
+            steps; then a new plan drops them. 0: a new plan whenever a mask changes.
 
     Raises:
         Unsupported: the model has no threshold layers, or cannot be traced.
@@ -48,12 +50,15 @@ class CompactTrainer(Trainer):
         strict: bool = False,
         multiple: int = 8,
         compiled: bool = True,
+        patience: float = 0.5,
     ) -> None:
         super().__init__(model, loss)
+        if not patience >= 0:
+            raise ValueError(f"patience must not be negative; got {patience!r}")
         if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
             raise Unsupported("the model has no threshold layers")
         check_traceable(model)
-        self.strict, self.multiple, self.compiled = strict, multiple, compiled
+        self.strict, self.multiple, self.compiled, self.patience = strict, multiple, compiled, patience
         self.reason = "all channels can be traced"
         self._flows: dict[tuple[int, ...], Flow] = {}
         self._sessions: dict[tuple[int, ...], Session] = {}
@@ -198,7 +203,7 @@ class CompactTrainer(Trainer):
         # It comes back when the training is finished; one that broke off leaves nothing to the next.
         session = self._sessions.pop(flow.image, None)
         if session is None or session.flow is not flow or session.settings != settings_of(flow):
-            session = Session(flow, self.multiple, self.compiled)
+            session = Session(flow, self.multiple, self.compiled, self.patience)
         session.load(self._parameters, self._options, momentum, not self._given, self._density)
         return session
 

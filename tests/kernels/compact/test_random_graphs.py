@@ -99,10 +99,12 @@ def graphs(draw):
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(model=graphs(), multiple=st.sampled_from([1, 8]), compiled=st.booleans())
-def test_random_graphs(model, multiple, compiled):
+@given(
+    model=graphs(), multiple=st.sampled_from([1, 8]), compiled=st.booleans(), patience=st.sampled_from([0, 0.1, 1e9])
+)
+def test_random_graphs(model, multiple, compiled, patience):
     options = SGDOptions(lr=1e-3, momentum=0.9, weight_decay=0.01, max_grad_norm=5.0, penalty=0.1, collapse_floor=0.05)
-    trainer = CompactTrainer(model, strict=True, multiple=multiple, compiled=compiled)
+    trainer = CompactTrainer(model, strict=True, multiple=multiple, compiled=compiled, patience=patience)
     data = batches((2, 7, 7), 4, 3, classes=3)
     compare(model, options, data, evaluate_every=2, start_momentum=0.01, tolerance=1e-7, trainer=trainer)
     model.eval()

@@ -192,7 +192,7 @@ def test_weights_of_which_nothing_is_dropped_are_not_copied():
     """They go to and fro as filters flip, with their momentum; a plan for another memory is made anew."""
     model = make(density=1.0)
     twin = copy.deepcopy(model)
-    trainer, masked = CompactTrainer(model, strict=True), MaskedTrainer(twin)
+    trainer, masked = CompactTrainer(model, strict=True, patience=0), MaskedTrainer(twin)
     options = SGDOptions(lr=0.01, momentum=0.9, weight_decay=1e-3)
     borrowed = []
     for m in (model, twin):

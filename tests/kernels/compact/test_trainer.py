@@ -79,13 +79,51 @@ def warm_norms(model, seed=3):
     return model
 
 
+@pytest.mark.parametrize("patience", [0, 0.5, 1e9])
 @pytest.mark.parametrize("estimator", ["identity", "window"])
-def test_200_steps(estimator):
+def test_200_steps(estimator, patience):
     torch.manual_seed(0)
     model = prune(with_estimator(Thin().double(), estimator), 0.6, spread=0.1)
-    a, b, _, flips = compare(model, EVERYTHING, batches((1, 12, 12), 200, 4), evaluate_every=20, rounds=2)
+    trainer = CompactTrainer(model, strict=True, patience=patience)
+    data = batches((1, 12, 12), 200, 4)
+    a, b, _, flips = compare(model, EVERYTHING, data, evaluate_every=20, rounds=2, trainer=trainer)
     assert flips > 40
-    assert b.rebuilds > 10 and b.macs < a.macs
+    # Without end to its patience a plan grows to all filters that were ever active.
+    assert {0: b.rebuilds > 20, 0.5: 0 < b.rebuilds < 20, 1e9: b.rebuilds < 20}[patience]
+    assert b.macs < a.macs or patience > 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bias, mask_bias", [(False, False), (True, False), (True, True)])
+def test_filters_that_were_pruned_may_be_computed_on_for_a_while(bias, mask_bias, compiled):
+    """With norms, constants and biases; then they are dropped although no mask changes any more."""
+    torch.manual_seed(8)
+    model = prune(warm_norms(with_estimator(Padded(bias, mask_bias).double(), "window")), 0.9, spread=0.05)
+    options = SGDOptions(lr=0.01, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.5)
+    for patience in (0, 0.3, 1e9):
+        trainer = CompactTrainer(copy.deepcopy(model), strict=True, compiled=compiled, patience=patience)
+        *_, flips = compare(
+            trainer.model, options, batches((2, 7, 8), 30, 4, classes=5), evaluate_every=5, trainer=trainer
+        )
+        assert flips > 3
+    still = prune(Thin().double(), 0.9)
+    trainer = CompactTrainer(still, strict=True, compiled=compiled, patience=0.3)
+    trainer.begin(SGDOptions(lr=1e-9))
+    macs = []
+    for k, (x, y) in enumerate(batches((1, 12, 12), 12, 4)):
+        before = trainer._macs
+        trainer.step(x, y)
+        macs.append(trainer._macs - before)
+        if not k:
+            layer = still.fc3  # what a threshold does in training, by hand
+            trainer._session._tau[trainer._session._pruned[2].part][:20] = layer.scores().max() * 2
+            trainer._session._update.flipped = True
+    assert macs[2] == macs[0] > macs[-1]
+
+
+def test_patience_must_not_be_negative():
+    with pytest.raises(ValueError, match="patience"):
+        CompactTrainer(LeNet5(), patience=-1)
 
 
 @pytest.mark.parametrize("estimator", ["identity", "window"])
