@@ -278,6 +278,7 @@ class Session:
         fits = fits and self._still_borrowed()
         if fits:
             assert arena is not None
+            self._idle_steps = 0.0
             self._move_rows(keep)
             for norm in self._norms.values():
                 norm.load_statistics()
