@@ -113,11 +113,9 @@ class Training:
         order: int | None = None,
     ) -> None:
         self.model = copy.deepcopy(plan.model).to(dtype).to(memory_format=layout)
-        # A rebuild for every flip, where the trainer would rather wait until some are worth it.
-        compact = rival == "compact"
-        self.trainer: Trainer = (
-            CompactTrainer(self.model, strict=True, patience=0) if compact else RIVALS[rival](self.model)
-        )
+        self.trainer: Trainer = RIVALS[rival](self.model)
+        if isinstance(self.trainer, CompactTrainer):
+            self.trainer.patience = 0  # a rebuild for every flip; it would rather wait until some are worth it
         # Without the penalty and the guard no threshold moves but those that are meant to.
         self.options = dataclasses.replace(case.options, lr=RATE, penalty=0.0, collapse_floor=None)
         self.start = copy.deepcopy(self.model.state_dict())
