@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import choices, clock, layers, plots, results, roofline, schedule, shapes, steps, targets
+from benchmarks.gpu import choices, clock, layers, results, roofline, schedule, shapes, steps, targets
 from spafl_kernels.ops import closed_form, cuda_ops, tables
 from spafl_kernels.triton.geometry import Geometry
 from spafl_kernels.triton.plan import Plan
@@ -443,6 +443,7 @@ def test_a_red_gate_or_another_mode_gives_no_table():
 
 
 def test_tables_and_pictures_from_the_command(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     path = tmp_path / "gpu.csv"
     monkeypatch.setattr(tables, "FOLDER", tmp_path / "tables")
     for flag in ("--tables", "--plots"):
@@ -491,6 +492,9 @@ def test_targets_are_met_missed_or_not_measured():
 
 
 def test_a_picture_shows_both_bounds_and_marks_a_loss():
+    pytest.importorskip("matplotlib")
+    from benchmarks.gpu import plots
+
     rows = [
         *measured("conv1", 100, 105, {1.0: 90, 0.5: 50, 0.1: 20}),
         *measured("conv2", 100, 105, {1.0: 120, 0.5: 80}),

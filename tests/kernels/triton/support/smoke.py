@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pathlib
 import sys
 
@@ -51,10 +52,23 @@ def layers(device: str) -> None:
             assert all(r.isfinite().all() for r in (y, *gradients)), name
 
 
+def strict_interpreter(*tensors: torch.Tensor):
+    """The interpreter with its checks; without them it also fails on NumPy 2.4 and newer.
+
+    ``tensors``: those that kernels reach through a table of addresses.
+    """
+    from support import interpreter
+
+    interpreter.install()
+    return interpreter.options(also=tensors)
+
+
 def model_pass(device: str) -> None:
     """All layers in one table."""
     weights = [torch.randn(s, device=device) for s in ((20, 1, 5, 5), (50, 20, 5, 5), (123, 300), (10, 123))]
-    plans = ModelPass(weights, [torch.full((len(w),), 0.7, device=device) for w in weights])()
+    thresholds = [torch.full((len(w),), 0.7, device=device) for w in weights]
+    with strict_interpreter(*weights, *thresholds) if device == "cpu" else contextlib.nullcontext():
+        plans = ModelPass(weights, thresholds)()
     assert all(0 <= int(plan.count) <= plan.out for plan in plans)
 
 
@@ -91,7 +105,8 @@ def main() -> None:
         write_behind[(1,)](x, x.numel() + (1 << 20))
         torch.cuda.synchronize()
         return
-    layers(options.device)
+    with strict_interpreter() if options.device == "cpu" else contextlib.nullcontext():
+        layers(options.device)
     model_pass(options.device)
     extension = options.device == "cuda" and cuda_kernels()
     if options.device == "cuda":
