@@ -107,7 +107,7 @@ def unsupported(input: Tensor, weight: Tensor, groups: int = 1) -> str | None:
     for name, tensor in (("input", input), ("weight", weight)):
         if tensor.dtype not in DTYPES:
             return f"{name} must be float32, float16 or bfloat16 for the kernels; got {tensor.dtype}"
-    if torch.cuda.is_available() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(input.device)
         if capability < LOWEST_CAPABILITY:
             return f"the kernels need compute capability 8.0 or newer; this device has {capability[0]}.{capability[1]}"

@@ -1,15 +1,21 @@
-"""The threshold pass: scores, masks, active lists, counts and packed weights of all layers, without the host.
+"""The threshold pass: scores, masks, active lists, counts and packed weights of all layers and clients in one launch.
 
-The rank of a filter among the active ones depends on every filter before it, and programs of one launch cannot wait
-for each other (a grid-wide barrier hangs when not all programs are resident). So there are two schedules of the same
-code: *two launches* (score all rows in parallel; then pack all rows in parallel, every program counting the flags
-before its rows), and *one launch* with one program per layer and client, for models whose layers are all small.
+A program has a few filters. Where their rows go depends on how many filters before them are active, which other
+programs find out. A program takes a ticket when it starts and works on the filters of that number; it publishes its
+count, then adds up the counts of the tickets before its own. So whoever waits, waits for programs that have started and
+that wait for none behind them: no order of programs can hang (Merrill and Garland's "decoupled look-back"). A count is
+one word, written and read by atomic operations, and nothing else passes between programs: no order of other reads and
+writes matters.
+
+A pruned filter knows its place too: counted from the end, as many places as pruned filters are before it. There it puts
+the -1 of the list and the row of zeros behind the packed weights, so that no program has all of them to write.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -21,21 +27,22 @@ from .geometry import dense_rows, row_order
 from .kinds import DTYPES
 from .plan import HEADER, Plan, capacity, plan_size, row_stride
 
-ROWS = 16  # rows of a program
-STEP = 256  # numbers of a row that are read at once
-# Largest weight, in numbers, for which one program per layer does both halves. Chosen by arithmetic (a single program
-# streams about 100 GB/s, a launch costs about 2 us, so about 50,000 four-byte numbers break even); not measured.
-ONE_LAUNCH_NUMEL = 32768
-FIELDS = 12  # numbers per layer in the table of a model
+ROWS = 8  # filters of a program
+STEP = 512  # numbers of a row that are read at once
+WARPS = 8
+LANES = 256  # counts of other programs that are read at once: one per thread, so that no atomic is done twice
+FIELDS = 12  # numbers per layer and client in the table of a model
 
 
 @triton.jit
-def _score(
-    weight, threshold, flags, scores, first, out, n_in,
+def _flags(
+    weight, threshold, flags, scores, row, out, n_in,
     WINDOW: tl.constexpr, COMPARE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Flags and scores of rows [first, first + ROWS). The sum runs in float32, as PyTorch's mean does."""
-    row = first + tl.arange(0, ROWS)
+    """Flags of some rows, stored and returned (0 behind the last row), and their scores, stored.
+
+    The sum runs in float32, as PyTorch's mean does.
+    """
     live = row < out
     total = tl.zeros((ROWS, STEP), dtype=tl.float32)
     start = weight + row.to(tl.int64)[:, None] * n_in
@@ -60,39 +67,52 @@ def _score(
     flag += tl.where((before < 0) | ((before & 1) != (flag & 1)), 4, 0)
     tl.store(flags + row, flag, mask=live)
     tl.store(scores + row, score, mask=live)
+    return tl.where(live, flag, 0)
 
 
 @triton.jit
-def _count_active(flags, limit, out, STEP: tl.constexpr):
-    """How many of the first ``limit`` filters are active."""
-    total = tl.zeros((STEP,), dtype=tl.int32)
-    for i0 in range(0, limit, STEP):
-        i = i0 + tl.arange(0, STEP)
-        total += tl.load(flags + i, mask=i < tl.minimum(limit, out), other=0) & 1
-    return tl.sum(total, 0)
+def _published(word, lane, mine):
+    """Words of the programs ``lane`` where these are before ``mine``, else 0: waits until all of them are there."""
+    before = lane < mine
+    seen = tl.where(before, tl.atomic_add(word + lane, 0, mask=before, sem="relaxed"), 0)
+    while tl.sum((before & (seen == 0)).to(tl.int32), 0) > 0:
+        seen = tl.where(before, tl.atomic_add(word + lane, 0, mask=before, sem="relaxed"), 0)
+    return seen
+
+
+@triton.jit
+def _look_back(words, mine, count, flipped, LANES: tl.constexpr):
+    """Active filters before program ``mine`` of a layer, and whether they or ``flipped`` hold a flipped one.
+
+    A word holds 1, plus 2 if a filter flipped, plus 4 times the active filters.
+    """
+    tl.atomic_xchg(words + mine, 1 + 2 * flipped + 4 * count, sem="relaxed")
+    rank = 0
+    for first in range(0, mine, LANES):
+        seen = _published(words, first + tl.arange(0, LANES), mine)
+        rank += tl.sum(seen >> 2, 0)
+        flipped = tl.maximum(flipped, tl.max((seen >> 1) & 1, 0))
+    return rank, flipped
 
 
 @triton.jit
 def _pack(
-    weight, flags, index, inverse, packed, first, out, n_in, inner, outer, cap, stride,
+    weight, flag, index, inverse, packed, row, rank, out, n_in, inner, outer, cap, stride,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """List entries and packed rows of filters [first, first + ROWS), and the zero rows among packed rows of that range.
+    """List entries of some filters, and as many packed rows: those of active filters at their rank, zeros elsewhere.
 
     A row of the weight lies in memory as ``(inner, outer)`` and is packed as ``(outer, inner)``: channels first to
     channels last. ``outer = 1`` copies it as it is.
     """
-    rank = _count_active(flags, first, out, STEP)
-    count = _count_active(flags, out, out, STEP)
-    row = first + tl.arange(0, ROWS)
     live = row < out
-    active = tl.load(flags + row, mask=live, other=0) & 1
+    active = flag & 1
+    keep = active > 0
     position = rank + tl.cumsum(active, 0) - active
-    keep = live & (active > 0)
-    tl.store(inverse + row, tl.where(active > 0, position, -1), mask=live)
-    tl.store(index + position, row, mask=keep)
-    tl.store(index + row, tl.full((ROWS,), -1, tl.int32), mask=live & (row >= count))
-    empty = (row < cap) & (row >= count)
+    # Pruned filters fill the list from its end; rows behind the last filter stay where they are.
+    place = tl.where(keep, position, tl.where(live, out - 1 - (row - position), row))
+    tl.store(inverse + row, tl.where(keep, position, -1), mask=live)
+    tl.store(index + place, tl.where(keep, row, -1), mask=live)
     for k0 in range(0, stride, STEP):
         k = k0 + tl.arange(0, STEP)
         source = (k % inner) * outer + k // inner
@@ -101,84 +121,80 @@ def _pack(
             mask=keep[:, None] & (k < n_in)[None, :],
             other=0.0,
         )
-        part = part.to(packed.dtype.element_ty)
-        wide = (k < stride)[None, :]
-        tl.store(packed + position.to(tl.int64)[:, None] * stride + k[None, :], part, mask=keep[:, None] & wide)
-        zero = tl.zeros((ROWS, STEP), dtype=packed.dtype.element_ty)
-        tl.store(packed + row.to(tl.int64)[:, None] * stride + k[None, :], zero, mask=empty[:, None] & wide)
+        tl.store(
+            packed + place.to(tl.int64)[:, None] * stride + k[None, :],
+            part.to(packed.dtype.element_ty),
+            mask=(row < cap)[:, None] & (k < stride)[None, :],
+        )
 
 
 @triton.jit
-def _finish(plan, flags, out, STEP: tl.constexpr):
-    """Count and changed flag of a layer, once all its flags are known."""
-    flipped = tl.zeros((STEP,), dtype=tl.int32)
-    for i0 in range(0, out, STEP):
-        i = i0 + tl.arange(0, STEP)
-        flipped = tl.maximum(flipped, tl.load(flags + i, mask=i < out, other=0) & 4)
-    tl.store(plan, _count_active(flags, out, out, STEP))
-    tl.store(plan + 1, tl.max(flipped, 0) // 4)
-
-
-@triton.jit
-def _layer(
-    weight, threshold, plan, scores, packed, block, out, n_in, inner, outer, cap, stride,
-    SCORE: tl.constexpr, PACK: tl.constexpr, WINDOW: tl.constexpr, COMPARE: tl.constexpr, HEADER: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr,
+def _block(
+    weight, threshold, plan, scores, packed, words, mine, out, n_in, inner, outer, cap, stride,
+    WINDOW: tl.constexpr, COMPARE: tl.constexpr, HEADER: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows of one half of the pass, or all blocks of both halves when one program has the layer."""
+    """Block ``mine`` of a layer, from scores to packed rows; ``words``: of the blocks of this layer."""
     index = plan + HEADER
     inverse = index + out
     flags = inverse + out
-    if SCORE and PACK:
-        for first in range(0, out, ROWS):
-            _score(weight, threshold, flags, scores, first, out, n_in, WINDOW, COMPARE, ROWS, STEP)
-        tl.debug_barrier()  # the flags are read by other threads of this program
-        for first in range(0, cap, ROWS):
-            _pack(weight, flags, index, inverse, packed, first, out, n_in, inner, outer, cap, stride, ROWS, STEP)
-        _finish(plan, flags, out, STEP)
-    elif SCORE:
-        if block * ROWS < out:
-            _score(weight, threshold, flags, scores, block * ROWS, out, n_in, WINDOW, COMPARE, ROWS, STEP)
-    else:
-        if block * ROWS < cap:
-            _pack(weight, flags, index, inverse, packed, block * ROWS, out, n_in, inner, outer, cap, stride, ROWS, STEP)
-            if block == 0:
-                _finish(plan, flags, out, STEP)
+    row = mine * ROWS + tl.arange(0, ROWS)
+    flag = _flags(weight, threshold, flags, scores, row, out, n_in, WINDOW, COMPARE, ROWS, STEP)
+    count, flipped = tl.sum(flag & 1, 0), tl.max((flag >> 2) & 1, 0)
+    rank, flipped = _look_back(words, mine, count, flipped, LANES)
+    _pack(weight, flag, index, inverse, packed, row, rank, out, n_in, inner, outer, cap, stride, ROWS, STEP)
+    if (mine + 1) * ROWS >= cap:  # the last block of the layer
+        tl.store(plan, rank + count)
+        tl.store(plan + 1, flipped)
 
 
 @triton.jit
 def threshold_pass_layer(
-    weight, threshold, plan, scores, packed, weight_client, threshold_client, plan_client, packed_client,
-    out, n_in, inner, outer, cap, stride,
-    SCORE: tl.constexpr, PACK: tl.constexpr, WINDOW: tl.constexpr, COMPARE: tl.constexpr, HEADER: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr,
+    weight, threshold, plan, scores, packed, words, weight_client, threshold_client, plan_client, packed_client,
+    out, n_in, inner, outer, cap, stride, blocks,
+    WINDOW: tl.constexpr, COMPARE: tl.constexpr, HEADER: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """The pass for one layer of every client: grid (row blocks, clients)."""
-    client = tl.program_id(1).to(tl.int64)
-    _layer(
+    """The pass for one layer of every client; grid (blocks of ROWS rows * clients).
+
+    ``words``: zeros; the last one counts tickets, the others belong to a block each.
+    """
+    ticket = tl.atomic_add(words + tl.num_programs(0), 1, sem="relaxed")
+    client = (ticket // blocks).to(tl.int64)
+    _block(
         weight + client * weight_client, threshold + client * threshold_client, plan + client * plan_client,
-        scores + client * out, packed + client * packed_client, tl.program_id(0), out, n_in, inner, outer, cap, stride,
-        SCORE, PACK, WINDOW, COMPARE, HEADER, ROWS, STEP,
+        scores + client * out, packed + client * packed_client, words + client * blocks, ticket % blocks,
+        out, n_in, inner, outer, cap, stride, WINDOW, COMPARE, HEADER, ROWS, STEP, LANES,
     )  # fmt: skip
 
 
 @triton.jit
 def threshold_pass_model(
-    table, plans, scores, packed,
-    DTYPE: tl.constexpr, SCORE: tl.constexpr, PACK: tl.constexpr, WINDOW: tl.constexpr, COMPARE: tl.constexpr,
-    HEADER: tl.constexpr, FIELDS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    table, owners, tickets, words, plans, scores, packed,
+    DTYPE: tl.constexpr, WINDOW: tl.constexpr, COMPARE: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The pass for all layers of a model: grid (row blocks of the largest layer, layers); addresses from a table."""
-    entry = table + tl.program_id(1) * FIELDS
+    """The pass for every layer and client that ``table`` lists, by the addresses it holds; grid (all their blocks).
+
+    ``owners``: the line of the table that the block of a ticket belongs to. ``tickets``: how many were ever drawn.
+    ``words``: two rows of a word per block; launches use them by turns, and clear the one of the next launch.
+    """
+    programs = tl.num_programs(0)
+    drawn = tl.atomic_add(tickets, 1, sem="relaxed")
+    ticket = (drawn % programs).to(tl.int32)
+    turn = (drawn // programs % 2).to(tl.int32)
+    tl.store(words + (1 - turn) * programs + ticket, 0)
+    entry = table + tl.load(owners + ticket) * FIELDS
     weight = tl.load(entry).to(tl.pointer_type(DTYPE))
     threshold = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
     plan_at, scores_at, packed_at = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
     out, n_in = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
     inner, outer = tl.load(entry + 7).to(tl.int32), tl.load(entry + 8).to(tl.int32)
     cap, stride = tl.load(entry + 9).to(tl.int32), tl.load(entry + 10).to(tl.int32)
-    _layer(
-        weight, threshold, plans + plan_at, scores + scores_at, packed + packed_at, tl.program_id(0),
-        out, n_in, inner, outer, cap, stride, SCORE, PACK, WINDOW, COMPARE, HEADER, ROWS, STEP,
+    first = tl.load(entry + 11).to(tl.int32)  # ticket of the layer's first block
+    _block(
+        weight, threshold, plans + plan_at, scores + scores_at, packed + packed_at, words + turn * programs + first,
+        ticket - first, out, n_in, inner, outer, cap, stride, WINDOW, COMPARE, HEADER, ROWS, STEP, LANES,
     )  # fmt: skip
 
 
@@ -210,35 +226,39 @@ def plan_layer(
     packed = torch.empty(clients, cap, stride, dtype=dtype or weight.dtype, device=weight.device)
     scores = torch.empty(clients, out, dtype=torch.float32, device=weight.device)
     blocks = triton.cdiv(cap, ROWS)
-    halves = [(True, True, 1)] if out * n_in <= ONE_LAUNCH_NUMEL else [(True, False, blocks), (False, True, blocks)]
-    for score, pack, programs in halves:
-        threshold_pass_layer[(programs, clients)](
-            weight, threshold, plan.data, scores, packed,
-            weight.stride(0), threshold.stride(0), plan.data.stride(0), packed.stride(0),
-            out, n_in, order[0], order[1], cap, stride,
-            SCORE=score, PACK=pack, WINDOW=estimator == "window", COMPARE=compare, HEADER=HEADER, ROWS=ROWS,
-            STEP=STEP, num_warps=4,
-        )  # fmt: skip
+    words = torch.zeros(blocks * clients + 1, dtype=torch.int32, device=weight.device)
+    threshold_pass_layer[(blocks * clients,)](
+        weight, threshold, plan.data, scores, packed, words,
+        weight.stride(0), threshold.stride(0), plan.data.stride(0), packed.stride(0),
+        out, n_in, order[0], order[1], cap, stride, blocks,
+        WINDOW=estimator == "window", COMPARE=compare, HEADER=HEADER, ROWS=ROWS, STEP=STEP, LANES=LANES,
+        num_warps=WARPS,
+    )  # fmt: skip
     return plan, packed, scores
 
 
 class ModelPass:
-    """The threshold pass of all layers of a model, in one or two launches per call; results stay on the device.
+    """The threshold pass of all layers of a model, or of a cohort of models, in one launch; results stay on the device.
 
     Args:
-        weights: one ``(out, in)`` or ``(out, in, kH, kW)`` tensor per layer, all of one dtype and device, rows dense in
-            memory. They are read in place at every call, so they must be updated in place (as optimisers do).
-        thresholds: one ``(out,)`` tensor per layer, contiguous, same dtype and device.
+        weights: one tensor per layer, ``(out, in)`` or ``(out, in, kH, kW)``, or for a cohort with the clients first;
+            all of one dtype and device and number of clients, rows dense in memory. They are read in place at every
+            call, so they must be updated in place (as optimisers do).
+        thresholds: one tensor per layer, ``(out,)``, or ``(clients, out)`` for a cohort; contiguous, same dtype and
+            device.
         estimator: ``"identity"`` or ``"window"``.
         dtype: of the packed weights; that of the weights by default.
 
     Raises:
-        ValueError: no layer, mixed dtypes or devices, a wrong shape, or a weight whose rows are not dense.
+        ValueError: no layer, mixed dtypes, devices or numbers of clients, a wrong shape, or a weight whose rows are not
+            dense.
 
     Attributes:
-        plans: one :class:`Plan` (of one client) per layer, rewritten by every call.
-        packed: one ``(capacity(out), row_stride(n_in))`` tensor per layer.
-        scores: one float32 ``(out,)`` tensor per layer.
+        plans: one :class:`Plan` per layer, rewritten by every call.
+        packed: one ``(clients, capacity(out), row_stride(n_in))`` tensor per layer, rows in ``(kH, kW, in)`` order.
+        scores: one float32 ``(clients, out)`` tensor per layer.
+
+    Clients are 1 where no cohort is given. Calls on several streams must not overlap: all write the same tensors.
     """
 
     def __init__(
@@ -257,55 +277,42 @@ class ModelPass:
         kind, device = weights[0].dtype, weights[0].device
         if kind not in DTYPES:
             raise ValueError(f"weights must be float32, float16 or bfloat16; got {kind}")
-        orders = []
-        for i, (w, t) in enumerate(zip(weights, thresholds, strict=True)):
-            if {w.dtype, t.dtype} != {kind} or {w.device, t.device} != {device}:
-                raise ValueError(
-                    f"all weights and thresholds must be {kind} on {device}; layer {i} has weight {w.dtype} on "
-                    f"{w.device} and threshold {t.dtype} on {t.device}"
-                )
-            if w.dim() not in (2, 4) or not w.numel() or t.shape != w.shape[:1] or not t.is_contiguous():
-                raise ValueError(
-                    f"layer {i}: weight must be (out, in) or (out, in, kH, kW) and not empty, threshold contiguous "
-                    f"(out,); got {tuple(w.shape)} and {tuple(t.shape)}"
-                )
-            orders.append(row_order(w.shape, w.stride()))
-            if orders[-1] is None:
-                raise ValueError(
-                    f"layer {i}: the rows of the weight must lie dense in memory; got strides {w.stride()}"
-                )
-        self.weights, self.thresholds, self.estimator, self._orders = list(weights), list(thresholds), estimator, orders
-        outs, n_ins = [w.shape[0] for w in weights], [math.prod(w.shape[1:]) for w in weights]
-        sizes = [capacity(o) * row_stride(n) for o, n in zip(outs, n_ins, strict=True)]
-        self._plans = torch.full((sum(map(plan_size, outs)),), -1, dtype=torch.int32, device=device)
-        self._packed = torch.empty(sum(sizes), dtype=dtype or kind, device=device)
-        self._scores = torch.empty(sum(outs), dtype=torch.float32, device=device)
-        self.plans = [
-            Plan(part.unsqueeze(0), o)
-            for part, o in zip(self._plans.split([plan_size(o) for o in outs]), outs, strict=True)
+        self._layers = [
+            _Layer.of(i, w, t, kind, device) for i, (w, t) in enumerate(zip(weights, thresholds, strict=True))
         ]
-        self.packed = [
-            part.view(capacity(o), row_stride(n))
-            for part, o, n in zip(self._packed.split(sizes), outs, n_ins, strict=True)
-        ]
-        self.scores = list(self._scores.split(outs))
-        self._one_launch = max(o * n for o, n in zip(outs, n_ins, strict=True)) <= ONE_LAUNCH_NUMEL
-        self._blocks = triton.cdiv(max(map(capacity, outs)), ROWS)
-        self._dtype = DTYPES[kind]
+        if len(counts := {layer.clients for layer in self._layers}) > 1:
+            raise ValueError(f"all layers must have the same number of clients; got {sorted(counts)}")
+        self.estimator, self._dtype, self._clients = estimator, DTYPES[kind], self._layers[0].clients
+        n = self._clients
+
+        def parts(sizes: list[int], dtype: torch.dtype, fill: int = 0) -> tuple[Tensor, list[Tensor]]:
+            whole = torch.full((n * sum(sizes),), fill, dtype=dtype, device=device)
+            return whole, [part.view(n, -1) for part in whole.split([n * size for size in sizes])]
+
+        self._plans, plans = parts([plan_size(layer.out) for layer in self._layers], torch.int32, fill=-1)
+        self._packed, packed = parts([layer.cap * layer.stride for layer in self._layers], dtype or kind)
+        self._scores, self.scores = parts([layer.out for layer in self._layers], torch.float32)
+        self.plans = [Plan(part, layer.out) for part, layer in zip(plans, self._layers, strict=True)]
+        self.packed = [part.view(n, layer.cap, -1) for part, layer in zip(packed, self._layers, strict=True)]
+        blocks = [triton.cdiv(layer.cap, ROWS) for layer in self._layers for _ in range(n)]
+        self._programs = sum(blocks)
+        self._owners = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks)).int().to(device)
+        self._tickets = torch.zeros(1, dtype=torch.int64, device=device)
+        self._words = torch.zeros(2 * self._programs, dtype=torch.int32, device=device)
         self._addresses = self._current_addresses()
         self._table = self._make_table()
 
     def _current_addresses(self) -> list[tuple[int, int]]:
-        return [(w.data_ptr(), t.data_ptr()) for w, t in zip(self.weights, self.thresholds, strict=True)]
+        return [(layer.weight.data_ptr(), layer.threshold.data_ptr()) for layer in self._layers]
 
     def _make_table(self) -> Tensor:
-        rows, plan_at, scores_at, packed_at = [], 0, 0, 0
-        for (w_at, t_at), w, order in zip(self._addresses, self.weights, self._orders, strict=True):
-            assert order is not None
-            out, n_in = w.shape[0], math.prod(w.shape[1:])
-            cap, stride = capacity(out), row_stride(n_in)
-            rows.append([w_at, t_at, plan_at, scores_at, packed_at, out, n_in, *order, cap, stride, 0])
-            plan_at, scores_at, packed_at = plan_at + plan_size(out), scores_at + out, packed_at + cap * stride
+        rows, plan_at, scores_at, packed_at, ticket = [], 0, 0, 0, 0
+        for layer in self._layers:
+            for weight_at, threshold_at in layer.addresses():
+                at = [weight_at, threshold_at, plan_at, scores_at, packed_at]
+                rows.append([*at, layer.out, layer.n_in, *layer.order, layer.cap, layer.stride, ticket])
+                plan_at, scores_at = plan_at + plan_size(layer.out), scores_at + layer.out
+                packed_at, ticket = packed_at + layer.cap * layer.stride, ticket + triton.cdiv(layer.cap, ROWS)
         return torch.tensor(rows, dtype=torch.int64, device=self._plans.device)
 
     def __call__(self) -> list[Plan]:
@@ -313,11 +320,57 @@ class ModelPass:
         if (addresses := self._current_addresses()) != self._addresses:
             self._addresses = addresses
             self._table = self._make_table()
-        halves = [(True, True, 1)] if self._one_launch else [(True, False, self._blocks), (False, True, self._blocks)]
-        for score, pack, programs in halves:
-            threshold_pass_model[(programs, len(self.weights))](
-                self._table, self._plans, self._scores, self._packed,
-                DTYPE=self._dtype, SCORE=score, PACK=pack, WINDOW=self.estimator == "window", COMPARE=True,
-                HEADER=HEADER, FIELDS=FIELDS, ROWS=ROWS, STEP=STEP, num_warps=4,
-            )  # fmt: skip
+        threshold_pass_model[(self._programs,)](
+            self._table, self._owners, self._tickets, self._words, self._plans, self._scores, self._packed,
+            DTYPE=self._dtype, WINDOW=self.estimator == "window", COMPARE=True, HEADER=HEADER, FIELDS=FIELDS,
+            ROWS=ROWS, STEP=STEP, LANES=LANES, num_warps=WARPS,
+        )  # fmt: skip
         return self.plans
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """Weight and threshold of one layer of a :class:`ModelPass`, and its sizes."""
+
+    weight: Tensor
+    threshold: Tensor
+    clients: int
+    out: int
+    n_in: int
+    order: tuple[int, int]
+
+    @property
+    def cap(self) -> int:
+        return capacity(self.out)
+
+    @property
+    def stride(self) -> int:
+        return row_stride(self.n_in)
+
+    @staticmethod
+    def of(number: int, w: Tensor, t: Tensor, kind: torch.dtype, device: torch.device) -> _Layer:
+        """Checked; ``number`` is for messages."""
+        if {w.dtype, t.dtype} != {kind} or {w.device, t.device} != {device}:
+            raise ValueError(
+                f"all weights and thresholds must be {kind} on {device}; layer {number} has weight {w.dtype} on "
+                f"{w.device} and threshold {t.dtype} on {t.device}"
+            )
+        first = w.dim() % 2  # dimensions before the filters: one, the clients, or none
+        if w.dim() not in (2, 3, 4, 5) or not w.numel() or t.shape != w.shape[: first + 1] or not t.is_contiguous():
+            raise ValueError(
+                f"layer {number}: weight must be ([clients,] out, in[, kH, kW]) and not empty, threshold contiguous "
+                f"([clients,] out); got {tuple(w.shape)} and {tuple(t.shape)}"
+            )
+        order = row_order(w.shape[first:], w.stride()[first:])
+        if order is None:
+            raise ValueError(
+                f"layer {number}: the rows of the weight must lie dense in memory; got strides {w.stride()}"
+            )
+        clients = w.shape[0] if first else 1
+        return _Layer(w, t, clients, w.shape[first], math.prod(w.shape[first + 1 :]), order)
+
+    def addresses(self) -> Iterator[tuple[int, int]]:
+        """Where every client's weight and threshold lie."""
+        for client in range(self.clients):
+            w, t = (x[client] if self.weight.dim() % 2 else x for x in (self.weight, self.threshold))
+            yield w.data_ptr(), t.data_ptr()

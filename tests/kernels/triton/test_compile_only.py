@@ -30,6 +30,7 @@ else:
 
     from benchmarks.gpu.shapes import layers_of
     from spafl_kernels.triton import Geometry, ModelPass, Plan, layer_backward, layer_forward, plan_layer, plan_size
+    from spafl_kernels.triton.plan import capacity
     from spafl_kernels.triton.tiles import TILES
 
     TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
@@ -130,17 +131,16 @@ else:
         log = launches(TARGETS["sm_90"], out, geometry, n, clients, dtype, tf32, listed=True)
         check(log, "sm_90", dtype, tf32)
 
-    def test_the_pass_of_a_whole_model_is_two_launches():
+    def test_the_pass_of_a_whole_model_is_one_launch():
         tensors = [(64, 3, 5, 5), (64, 64, 5, 5), (128, 512), (10, 128)]
         with compile_only.compiling(TARGETS["sm_90"]) as log:  # a table of addresses needs real, small tensors
             model = ModelPass(
                 [torch.empty(s) for s in tensors], [torch.empty(s[0]) for s in tensors], "identity", BRAIN
             )
             model()
-        assert [launch.name for launch in log] == ["threshold_pass_model"] * 2
-        assert [launch.grid for launch in log] == [(8, 4), (8, 4)]
-        for launch in log:
-            assert compile_only.resources(launch.kernel)["stack"] == 0
+        assert [launch.name for launch in log] == ["threshold_pass_model"]
+        assert [launch.grid for launch in log] == [(sum(capacity(s[0]) for s in tensors) // 8,)]
+        assert compile_only.resources(log[0].kernel)["stack"] == 0
 
     def test_sizes_of_one_compile():
         """Arguments equal to 1 become constants, which some expressions of Triton take and others refuse."""

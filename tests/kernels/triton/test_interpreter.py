@@ -87,11 +87,9 @@ else:
         return y, gradients
 
     # ------------------------------------------------------------------------------------------- threshold pass
-    @pytest.mark.parametrize("one_launch", [True, False])
     @pytest.mark.parametrize(("dtype", "estimator"), [(SINGLE, "identity"), (HALF, "window"), (BRAIN, "window")])
-    def test_pass_equals_the_closed_form(monkeypatch, one_launch, estimator, dtype):
-        monkeypatch.setattr(threshold_module, "ONE_LAUNCH_NUMEL", 10**9 if one_launch else 0)
-        for seed, count in enumerate(cases.counts(37)[one_launch::2]):
+    def test_pass_equals_the_closed_form(estimator, dtype):
+        for seed, count in enumerate(cases.counts(37)):
             case = cases.make(37, Geometry(5, kernel=(3, 2), height=3, width=2), 1, count, 2, dtype, seed)
             orders = (torch.contiguous_format, torch.channels_last_3d)  # the second has to be copied: rows not dense
             weight = case.weight.to(memory_format=orders[seed % 2])
@@ -104,6 +102,15 @@ else:
             assert torch.equal(packed, rows)
             assert plan.count.tolist() == [count, count]
             torch.testing.assert_close(scores, case.weight.float().flatten(2).abs().mean(2), rtol=1e-2, atol=0)
+
+    def test_pass_over_more_blocks_than_are_read_at_once():
+        out = threshold_module.ROWS * (threshold_module.LANES + 2) + 3
+        case = cases.make(out, Geometry(3), 1, out // 3)
+        with checks.options(order_seed=3) as stats:
+            plan, packed, _ = plan_layer(case.weight, case.threshold, "identity")
+        assert stats.programs > threshold_module.LANES
+        data, rows = closed_form.plan_and_packed(case.weight, case.threshold, "identity", SINGLE)
+        assert torch.equal(plan.data, data) and torch.equal(packed, rows)
 
     def test_ties_are_pruned():
         weight = torch.tensor([[0.5, -0.5, 0.5, -0.5], [0.5, 0.5, 0.5, 0.5], [0.25, 0.75, -0.5, 0.5]])
@@ -121,29 +128,56 @@ else:
         plan_layer(case.weight, case.threshold, "identity", plan=plan)
         assert plan.changed.tolist() == [1]
 
-    @pytest.mark.parametrize("limit", [0, 10**9])
-    def test_model_pass_equals_the_pass_of_every_layer(monkeypatch, limit):
-        monkeypatch.setattr(threshold_module, "ONE_LAUNCH_NUMEL", limit)
+    @pytest.mark.parametrize("clients", [None, 3])
+    def test_model_pass_is_one_launch_and_equals_the_pass_of_every_layer(clients):
+        n = clients or 1
         layers = [
-            cases.make(out, Geometry(c, kernel=k, height=k[0], width=k[1]), 1, count, seed=out)
+            cases.make(out, Geometry(c, kernel=k, height=k[0], width=k[1]), 1, count, n, seed=out)
             for out, c, k, count in ((5, 3, (3, 3), 0), (70, 16, (1, 1), 33), (33, 6, (2, 2), 33))
         ]
-        weights = [c.weight[0] if c.geometry.kernel != (1, 1) else c.weight[0, :, :, 0, 0] for c in layers]
-        weights[2] = weights[2].to(memory_format=torch.channels_last)
-        thresholds = [c.threshold[0] for c in layers]
-        model = ModelPass(weights, thresholds)
-        with checks.options(order_seed=5, also=(*weights, *thresholds)) as stats:
-            model()
-        assert stats.programs == (3 if limit else 2 * 3 * -(-128 // threshold_module.ROWS))
-        for case, plan, packed in zip(layers, model.plans, model.packed, strict=True):
-            data, rows = closed_form.plan_and_packed(case.weight, case.threshold, "identity", SINGLE)
-            assert torch.equal(plan.data, data)
-            assert torch.equal(packed, rows[0])
-        thresholds[1].copy_(case.threshold[0, 0] + 1e6)
-        with checks.options(also=(*weights, *thresholds)):
-            model()
-        assert [int(p.changed) for p in model.plans] == [0, 1, 0]
-        assert int(model.plans[1].count) == 0
+        weights = [c.weight if c.geometry.kernel != (1, 1) else c.weight[..., 0, 0] for c in layers]
+        weights[2] = weights[2].permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        thresholds = [c.threshold for c in layers]
+        model = ModelPass(*([t if clients else t[0] for t in tensors] for tensors in (weights, thresholds)))
+
+        def launch(seed):
+            """Whatever the number of launches before: their words of counts take turns."""
+            with checks.options(order_seed=seed, also=(*weights, *thresholds)) as stats:
+                model()
+            assert stats.programs == n * sum(-(-cap // threshold_module.ROWS) for cap in (16, 128, 64))
+            for case, plan, packed in zip(layers, model.plans, model.packed, strict=True):
+                data, rows = closed_form.plan_and_packed(case.weight, case.threshold, "identity", SINGLE)
+                assert torch.equal(plan.data[:, 2 : 2 + 2 * plan.out], data[:, 2 : 2 + 2 * plan.out])
+                assert torch.equal(plan.count, data[:, 0]) and torch.equal(plan.mask, Plan(data, plan.out).mask)
+                assert torch.equal(packed, rows)
+
+        for seed in range(3):
+            launch(seed)
+            assert [p.changed.tolist() for p in model.plans] == [[int(seed == 0)] * n] * 3
+        thresholds[1][-1] = 1e6
+        launch(3)
+        assert [p.changed.tolist() for p in model.plans] == [[0] * n, [0] * (n - 1) + [1], [0] * n]
+        assert int(model.plans[1].count[-1]) == 0
+        weights[0].mul_(2)  # in place: the next call sees it
+        launch(4)
+
+    @pytest.mark.parametrize(
+        ("weight", "threshold", "message"),
+        [
+            (torch.ones(3, 4), torch.ones(4), r"\(\[clients,\] out\)"),
+            (torch.ones(3), torch.ones(3), "not empty"),
+            (torch.ones(3, 4).double(), torch.ones(3).double(), "float32, float16 or bfloat16"),
+            (torch.ones(3, 4), torch.ones(3).half(), "threshold torch.float16"),
+            (torch.ones(4, 3).t(), torch.ones(3), "rows of the weight must lie dense"),
+        ],
+    )
+    def test_model_pass_refuses(weight, threshold, message):
+        with pytest.raises(ValueError, match=message):
+            ModelPass([weight], [threshold])
+
+    def test_model_pass_refuses_mixed_cohorts():
+        with pytest.raises(ValueError, match=r"same number of clients; got \[1, 2\]"):
+            ModelPass([torch.ones(2, 3, 4), torch.ones(3, 4)], [torch.ones(2, 3), torch.ones(3)])
 
     # ------------------------------------------------------------------------------------------- layers
     @pytest.mark.parametrize("shape", SHAPES)
