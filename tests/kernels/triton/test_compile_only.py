@@ -1,8 +1,8 @@
 """Every launch of the layers at real sizes, compiled for GPUs that are not here: it fits, no spills, no waiting.
 
 Fake CUDA tensors go through the real launchers, so a hidden synchronisation raises. ``sass_sm90.json`` keeps what the
-machine code of chosen layers looks like; ``SPAFL_UPDATE_SASS=1`` rewrites it. ``SPAFL_SLOW_TESTS=1`` compiles every
-layer of the published models, and every tile of the tables, for every architecture.
+machine code of chosen layers looks like; ``SPAFL_UPDATE_SASS=1`` rewrites it. Every tile of the tables is compiled for
+every architecture; with ``SPAFL_SLOW_TESTS=1`` every layer of the published models is, too.
 """
 
 import itertools
@@ -162,9 +162,8 @@ else:
             plan, _, _ = plan_layer(torch.empty(1, 4, 8, device="cuda"), torch.empty(1, 4, device="cuda"), "identity")
             int(plan.count)
 
-    # ------------------------------------------------------------------------------------------- slow sweep
+    # ------------------------------------------------------------------------------------------- sweeps
     @pytest.mark.slow
-    @pytest.mark.skipif(not SLOW, reason="minutes; SPAFL_SLOW_TESTS=1 runs it")
     @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize("operation", TILES)
     def test_every_tile_of_the_tables(target, operation):
