@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .reference import Estimator, filter_scores
-from .threshold_layer import ThresholdLayer
+from .threshold_layer import Planned, ThresholdLayer
 
 __all__ = [
     "Estimator",
@@ -52,6 +52,7 @@ def threshold_conv2d(
     estimator: Estimator = "identity",
     mask_bias: bool = False,
     known_density: float = 1.0,
+    planned: Planned | None = None,
 ) -> Tensor:
     """2-d convolution whose filters are pruned, whole, while ``mean|w| <= threshold`` (SpaFL, arXiv 2406.00431).
 
@@ -65,6 +66,8 @@ def threshold_conv2d(
         mask_bias: prune the bias together with its filter.
         known_density: a share of active filters that is not exceeded, in (0, 1], as far as the host knows. On a GPU it
             picks the backend, by measured times; the result does not depend on it.
+        planned: a threshold pass over this weight and threshold with this estimator, packed in the dtype of ``input``
+            (of autocast under it); the kernels make their own if None. Nothing may change in between.
 
     Returns:
         ``(N, out, H', W')`` or ``(out, H', W')``.
@@ -75,7 +78,18 @@ def threshold_conv2d(
     _check(weight, threshold, estimator)
     if weight.is_cuda:
         return ops.conv2d(
-            input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias, known_density
+            input,
+            weight,
+            threshold,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            estimator,
+            mask_bias,
+            known_density,
+            planned,
         )
     return reference.threshold_conv2d(
         input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
@@ -90,6 +104,7 @@ def threshold_linear(
     estimator: Estimator = "identity",
     mask_bias: bool = False,
     known_density: float = 1.0,
+    planned: Planned | None = None,
 ) -> Tensor:
     """Linear map whose neurons are pruned, whole, while ``mean|w| <= threshold`` (SpaFL, arXiv 2406.00431).
 
@@ -100,7 +115,7 @@ def threshold_linear(
         bias: ``(out,)`` or None. A pruned neuron keeps its bias unless ``mask_bias``.
         estimator: straight-through rule of the threshold comparison, ``"identity"`` or ``"window"``.
         mask_bias: prune the bias together with its neuron.
-        known_density: as for :func:`threshold_conv2d`.
+        known_density, planned: as for :func:`threshold_conv2d`.
 
     Returns:
         ``(..., out)``.
@@ -110,7 +125,7 @@ def threshold_linear(
     """
     _check(weight, threshold, estimator)
     if weight.is_cuda:
-        return ops.linear(input, weight, threshold, bias, estimator, mask_bias, known_density)
+        return ops.linear(input, weight, threshold, bias, estimator, mask_bias, known_density, planned)
     return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
 
 

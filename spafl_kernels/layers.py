@@ -39,7 +39,7 @@ class ThresholdConv2d(ThresholdLayer, nn.Conv2d):
             padding = 0
         return functional.threshold_conv2d(
             input, self.weight, self.threshold, self.bias, stride, padding, dilation, self.groups,
-            self.estimator, self.mask_bias, self.known_density,
+            self.estimator, self.mask_bias, self.known_density, self.planned,
         )  # fmt: skip
 
 
@@ -61,5 +61,6 @@ class ThresholdLinear(ThresholdLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.threshold_linear(
-            input, self.weight, self.threshold, self.bias, self.estimator, self.mask_bias, self.known_density
-        )
+            input, self.weight, self.threshold, self.bias, self.estimator, self.mask_bias, self.known_density,
+            self.planned,
+        )  # fmt: skip

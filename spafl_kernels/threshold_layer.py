@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
 from .reference import Estimator
+
+
+class Planned(NamedTuple):
+    """What a threshold pass made for a layer, on the device: its plan, and the packed weights of its active filters."""
+
+    plan: Tensor
+    packed: Tensor
 
 
 class ThresholdLayer:
@@ -24,6 +31,8 @@ class ThresholdLayer:
     mask_bias: bool
     # What the host knows of the density; see spafl_kernels.observe. Not part of the state: any value gives the same.
     known_density: float = 1.0
+    # Set by spafl_kernels.shared_pass while a forward of the whole model runs; None: the layer makes its own pass.
+    planned: Planned | None = None
 
     def _init_threshold(self, estimator: Estimator, mask_bias: bool) -> None:
         reference.check_estimator(estimator)

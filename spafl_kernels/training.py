@@ -14,8 +14,10 @@ One step, in this order (the order of the published code):
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .functional import check_thresholds, threshold_penalty
 from .inventory import Inventory
+from .shared_pass import share
 
 __all__ = ["MaskedTrainer", "SGDOptions", "TrainResult", "Trainer", "Unsupported"]
 
@@ -235,7 +238,9 @@ class MaskedTrainer(Trainer):
         self._options = options
         self._layers: list[tuple[str, Any]] = self._inventory.thresholds
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self._density = {name: torch.tensor(start[name], dtype=torch.float64, device=device) for name in start}
+        # One tensor, written in place: a captured step reads at each replay what the last one left.
+        self._densities = torch.tensor(list(start.values()), dtype=torch.float64, device=device)
+        self._shared = share([layer for _, layer in self._layers])
         self._params = {name: p for name, p in self._inventory.parameters.items() if p.requires_grad}
         self._optimizer = torch.optim.SGD(
             self._params.values(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
@@ -250,13 +255,17 @@ class MaskedTrainer(Trainer):
         self.model.train()
 
     @torch.no_grad()
-    def _guard(self) -> None:
-        """The collapse guard, and the density of the forward that follows; no host synchronisation."""
-        floor = self._options.collapse_floor
-        for name, layer in self._layers:
-            if floor is not None:
-                layer.threshold.masked_fill_(self._density[name] <= floor, 0.0)
-            self._density[name] = layer.mask().double().mean()
+    def _guard(self) -> AbstractContextManager[None]:
+        """The collapse guard, then the densities of the forward that belongs into the context; nothing waits."""
+        if self._options.collapse_floor is not None:
+            collapsed = self._densities <= self._options.collapse_floor
+            for (_, layer), reset in zip(self._layers, collapsed.unbind(), strict=True):
+                layer.threshold.masked_fill_(reset, 0.0)
+        if self._shared is not None:
+            return self._shared.open(self._densities)
+        for (_, layer), density in zip(self._layers, self._densities.unbind(), strict=True):
+            density.copy_(layer.mask().double().mean())
+        return contextlib.nullcontext()
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         self._check_open()
@@ -273,9 +282,10 @@ class MaskedTrainer(Trainer):
         return loss
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
-        self._guard()
         self._optimizer.zero_grad()
-        loss = self.loss(self.model(x), y)
+        with self._guard():
+            out = self.model(x)
+        loss = self.loss(out, y)
         objective = loss
         if self._options.penalty and self._layers:
             objective = loss + self._options.penalty * threshold_penalty(self.model)
@@ -288,9 +298,9 @@ class MaskedTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_open()
-        self._guard()
         self.model.eval()
-        out = self.model(x)
+        with self._guard():
+            out = self.model(x)
         self.model.train()
         return self.loss(out, y) * len(y), (out.argmax(dim=1) == y).sum()
 
@@ -299,7 +309,7 @@ class MaskedTrainer(Trainer):
             self._check_open()
             self._optimizer.zero_grad()
             self._result = TrainResult(
-                densities={name: value.item() for name, value in self._density.items()},
+                densities=dict(zip([name for name, _ in self._layers], self._densities.tolist(), strict=True)),
                 macs=self._macs,
                 steps=self._steps,
                 rebuilds=0,

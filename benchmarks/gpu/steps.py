@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ from spafl.models import build_model
 from spafl_kernels import threshold_layers, to_dense
 from spafl_kernels.compact import CompactTrainer
 from spafl_kernels.ops import backend, cuda_ops
+from spafl_kernels.threshold_layer import Planned
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Trainer
 
 from .clock import Device, measure
@@ -204,6 +206,11 @@ def failed(
 
 
 # ------------------------------------------------------------------------------------------------ a cohort
+def runs_triton(weight: Tensor) -> bool:
+    """Whether the packed kernels run on this tensor: on a GPU, and on a CPU in Triton's interpreter."""
+    return weight.dtype in backend.DTYPES and (weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
 class Cohort:
     """Clients trained together: parameters stacked, one gradient call for all, one update for all.
 
@@ -224,10 +231,18 @@ class Cohort:
             n: torch.stack([dict(m.named_buffers())[n] for m in models]) for n, _ in models[0].named_buffers()
         }
         self.layers = [name for name, _ in threshold_layers(models[0])]
-        self.density = {n: torch.ones(len(models), 1, device=self._tau(n).device) for n in self.layers}
         self.velocity = {n: torch.zeros_like(p) for n, p in self.params.items()}
         names = [(f"{n}.weight", f"{n}.threshold") for n in self.layers]
         self.weights, self.thresholds = ([self.params[pair[i]] for pair in names] for i in (0, 1))
+        first = self.weights[0]
+        self.filters = torch.tensor([[t.shape[1]] for t in self.thresholds], device=first.device)
+        self.density = torch.ones(len(self.layers), len(models), device=first.device)  # in place: a graph reads it back
+        self.passes = None
+        if runs_triton(first):
+            from spafl_kernels.triton import ModelPass
+
+            (estimator,) = {layer.estimator for _, layer in threshold_layers(self.skeleton)}
+            self.passes = ModelPass(self.weights, self.thresholds, estimator)
         listed = {n for pair in names for n in pair}
         self.names = [[pair[i] for pair in names] for i in (0, 1)] + [[n for n in self.params if n not in listed]]
         if fused:
@@ -238,31 +253,35 @@ class Cohort:
                 penalty=options.penalty, momentum=options.momentum,
             )  # fmt: skip
 
-    def _tau(self, layer: str) -> Tensor:
-        return self.params[f"{layer}.threshold"]
-
-    def _loss(self, params: Any, buffers: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+    def _loss(self, params: Any, buffers: Any, planned: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+        for name, value in planned.items():
+            self.skeleton.get_submodule(name).planned = Planned(*value)  # type: ignore[assignment]
         loss = F.cross_entropy(functional_call(self.skeleton, (params, buffers), (x,)), y)
         return loss, buffers
 
-    def _guard(self) -> None:
-        """The collapse guard of every client; the density of the forward that follows is kept on the device."""
+    def _guard(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The collapse guard of every client; then the pass of the forward that follows: plan and packed weights."""
         floor = self.options.collapse_floor
-        for number, name in enumerate(self.layers):
-            tau = self._tau(name)
-            if floor is not None:
-                tau.masked_fill_(self.density[name] <= floor, 0.0)
-            if self.fused:
-                mask = self.masks.layer(self.masks.mask, number)
-            else:
-                mask = self.weights[number].flatten(2).abs().mean(2) > tau
-            self.density[name].copy_(mask.to(self.density[name].dtype).mean(1, keepdim=True))
+        if floor is not None:
+            for tau, collapsed in zip(self.thresholds, (self.density <= floor).unbind(), strict=True):
+                tau.masked_fill_(collapsed.unsqueeze(1), 0.0)
+        if self.passes is None:
+            masks = (w.flatten(2).abs().mean(2) > t for w, t in zip(self.weights, self.thresholds, strict=True))
+            torch.stack([mask.to(self.density.dtype).mean(1) for mask in masks], out=self.density)
+            return {}
+        plans = self.passes()
+        torch.div(torch.stack([plan.count for plan in plans]), self.filters, out=self.density)
+        return {n: (p.data, rows) for n, p, rows in zip(self.layers, plans, self.passes.packed, strict=True)}
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of every client; ``x`` and ``y`` with the client first. Returns the losses, ``(clients,)``."""
-        self._guard()
+        planned = self._guard()
         gradient = vmap(grad_and_value(self._loss, has_aux=True), randomness="different")
-        grads, (losses, buffers) = gradient(self.params, self.buffers, x, y)
+        try:
+            grads, (losses, buffers) = gradient(self.params, self.buffers, planned, x, y)
+        finally:
+            for name in planned:  # what a layer holds belongs to the transform that is over
+                self.skeleton.get_submodule(name).planned = None  # type: ignore[assignment]
         for name, value in buffers.items():
             self.buffers[name].copy_(value)
         self._update_fused(grads) if self.fused else self._update(grads)

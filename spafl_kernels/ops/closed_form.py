@@ -45,24 +45,18 @@ def plan_and_packed(
 
 
 def forward(
-    input: Tensor,
-    weight: Tensor,
-    threshold: Tensor,
-    bias: Tensor | None,
-    estimator: Estimator,
-    mask_bias: bool,
-    geometry: Geometry | None,
+    input: Tensor, weight: Tensor, plan: Plan, bias: Tensor | None, mask_bias: bool, geometry: Geometry | None
 ) -> Tensor:
     """``(clients, M, out)``, or ``(clients, N, out, H', W')`` with a geometry."""
     outputs = []
-    for i in range(len(weight)):
-        b = None if bias is None else bias[i]
-        masked, b = reference.mask_weight_and_bias(weight[i], threshold[i], b, estimator, mask_bias)
-        masked, b = masked.to(input.dtype), None if b is None else b.to(input.dtype)
+    for x, w, active, b in zip(input, weight, plan.mask, [None] * len(weight) if bias is None else bias, strict=True):
+        masked = torch.where(active.view(-1, *(1,) * (w.dim() - 1)), w, 0).to(x.dtype)
+        if b is not None:
+            b = (torch.where(active, b, 0) if mask_bias else b).to(x.dtype)
         if geometry is None:
-            outputs.append(F.linear(input[i], masked, b))
+            outputs.append(F.linear(x, masked, b))
         else:
-            outputs.append(F.conv2d(input[i], masked, b, geometry.stride, geometry.padding, geometry.dilation))
+            outputs.append(F.conv2d(x, masked, b, geometry.stride, geometry.padding, geometry.dilation))
     return torch.stack(outputs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..reference import Estimator
+from ..threshold_layer import Planned
 from ..triton.geometry import Geometry, empty_channels_last, like_rows
 from ..triton.plan import Plan, capacity, plan_size, row_stride
 from . import backend, closed_form
@@ -54,6 +56,19 @@ def _check(
         )
 
 
+def _check_planned(input: Tensor, weight: Tensor, plan: Tensor | None, packed: Tensor | None) -> None:
+    """Refuse a pass that was made for another layer, or for another dtype."""
+    if plan is None and packed is None:
+        return
+    clients, out = weight.shape[:2]
+    rows = (clients, capacity(out), row_stride(weight.shape[2:].numel()))
+    if plan is None or packed is None or plan.shape != (clients, plan_size(out)) or packed.shape != rows:
+        shapes = [None if t is None else tuple(t.shape) for t in (plan, packed)]
+        raise ValueError(f"plan and packed must have shapes {(clients, plan_size(out))} and {rows}; got {shapes}")
+    if packed.dtype != input.dtype:
+        raise ValueError(f"packed must have the dtype of input; got {packed.dtype} and {input.dtype}")
+
+
 def _geometry(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Geometry:
@@ -72,7 +87,37 @@ def _geometry(
     return geometry
 
 
-def _fake_state(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """The threshold pass of a call, and what the call returns of it: nothing that was given, as operators must not."""
+
+    plan: Plan
+    packed: Tensor
+    results: tuple[Tensor, Tensor]
+
+
+def _plan_by_kernel(weight: Tensor, threshold: Tensor, estimator: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    from ..triton import plan_layer
+
+    plan, packed, _ = plan_layer(weight, threshold, estimator, dtype)
+    return plan.data, packed
+
+
+def _threshold_pass(
+    make: Any, input: Tensor, weight: Tensor, threshold: Tensor, estimator: Any, plan: Tensor | None,
+    packed: Tensor | None,
+) -> _Pass:  # fmt: skip
+    """The given pass, checked, or one by ``make(weight, threshold, estimator, dtype)``."""
+    _check_planned(input, weight, plan, packed)
+    if plan is not None and packed is not None:
+        return _Pass(Plan(plan, weight.shape[1]), packed, (plan.new_empty(0), packed.new_empty(0)))
+    plan, packed = make(weight, threshold, estimator, input.dtype)
+    return _Pass(Plan(plan, weight.shape[1]), packed, (plan, packed))
+
+
+def _fake_state(input: Tensor, weight: Tensor, plan: Tensor | None) -> tuple[Tensor, Tensor]:
+    if plan is not None:
+        return plan.new_empty(0), input.new_empty(0)
     clients, out = weight.shape[:2]
     n_in = weight.shape[2:].numel()
     return (
@@ -101,8 +146,9 @@ def _or_empty(weight: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
 # --------------------------------------------------------------------------------------------------- linear
 @torch.library.custom_op("spafl::threshold_linear", mutates_args=(), device_types="cpu")
 def threshold_linear(
-    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: str, mask_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: str, mask_bias: bool,
+    plan: Tensor | None = None, packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Linear layers of several clients: ``(output, plan, packed)``.
 
     Args:
@@ -112,36 +158,40 @@ def threshold_linear(
         bias: ``(clients, out)``, dtype of weight, or None.
         estimator: ``"identity"`` or ``"window"``.
         mask_bias: prune the bias with its filter.
+        plan, packed: of a threshold pass over this weight and threshold with this estimator, ``(clients, plan_size)``
+            and ``(clients, capacity, row_stride)`` in the dtype of input; made here if None.
 
     Returns:
-        output ``(clients, M, out)`` in the dtype of input; the plan; the packed weights.
+        output ``(clients, M, out)`` in the dtype of input; the plan and the packed weights, empty if they were given.
 
     Raises:
         ValueError: an argument of a wrong shape, dtype or device.
     """
     _check(input, weight, threshold, bias, estimator, (3, 3))
-    kind: Any = estimator
-    plan, packed = closed_form.plan_and_packed(weight, threshold, kind, input.dtype)
-    return closed_form.forward(input, weight, threshold, bias, kind, mask_bias, None), plan, packed
+    made = _threshold_pass(closed_form.plan_and_packed, input, weight, threshold, estimator, plan, packed)
+    return closed_form.forward(input, weight, made.plan, bias, mask_bias, None), *made.results
 
 
 @threshold_linear.register_kernel("cuda")
-def _(input, weight, threshold, bias, estimator, mask_bias):
-    from ..triton import layer_forward, plan_layer
+def _(input, weight, threshold, bias, estimator, mask_bias, plan=None, packed=None):
+    from ..triton import layer_forward
 
     _check(input, weight, threshold, bias, estimator, (3, 3))
     geometry = Geometry(weight.shape[2])
     with torch.cuda.device_of(input):
-        plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
-        y = layer_forward(input[..., None, None], packed, plan, bias, geometry, mask_bias, backend.tf32(conv=False))
-    return y.squeeze(4).squeeze(3), plan.data, packed
+        made = _threshold_pass(_plan_by_kernel, input, weight, threshold, estimator, plan, packed)
+        y = layer_forward(
+            input[..., None, None], made.packed, made.plan, bias, geometry, mask_bias, backend.tf32(conv=False)
+        )
+    return y.squeeze(4).squeeze(3), *made.results
 
 
 @threshold_linear.register_fake
-def _(input, weight, threshold, bias, estimator, mask_bias):
+def _(input, weight, threshold, bias, estimator, mask_bias, plan=None, packed=None):
     _check(input, weight, threshold, bias, estimator, (3, 3))
+    _check_planned(input, weight, plan, packed)
     y = input.new_empty(*input.shape[:2], weight.shape[1])
-    return y, *_fake_state(input, weight)
+    return y, *_fake_state(input, weight, plan)
 
 
 @torch.library.custom_op("spafl::threshold_linear_backward", mutates_args=(), device_types="cpu")
@@ -178,48 +228,51 @@ def _(grad, input, weight, packed, plan, bias, mask_bias, need_input, need_weigh
 @torch.library.custom_op("spafl::threshold_conv2d", mutates_args=(), device_types="cpu")
 def threshold_conv2d(
     input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], estimator: str, mask_bias: bool,
+    padding: Sequence[int], dilation: Sequence[int], estimator: str, mask_bias: bool, plan: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Convolutions of several clients: ``(output, plan, packed)``.
 
     Args:
         input: ``(clients, N, in, H, W)``; stored channels last it is read in place.
         weight: ``(clients, out, in, kH, kW)``.
-        threshold, bias, estimator, mask_bias: as for :func:`threshold_linear`.
+        threshold, bias, estimator, mask_bias, plan, packed: as for :func:`threshold_linear`.
         stride, padding, dilation: two integers each.
 
     Returns:
-        output ``(clients, N, out, H', W')``, stored channels last, in the dtype of input; the plan; the packed weights.
+        output ``(clients, N, out, H', W')``, stored channels last, in the dtype of input; the plan and the packed
+        weights, empty if they were given.
 
     Raises:
         ValueError: an argument of a wrong shape, dtype, device or value.
     """
     _check(input, weight, threshold, bias, estimator, (5, 5))
     g = _geometry(input, weight, stride, padding, dilation)
-    kind: Any = estimator
-    plan, packed = closed_form.plan_and_packed(weight, threshold, kind, input.dtype)
-    y = closed_form.forward(input, weight, threshold, bias, kind, mask_bias, g)
+    made = _threshold_pass(closed_form.plan_and_packed, input, weight, threshold, estimator, plan, packed)
+    y = closed_form.forward(input, weight, made.plan, bias, mask_bias, g)
     empty = empty_channels_last(input.shape[0], input.shape[1], weight.shape[1], g.output, input.dtype, input.device)
-    return empty.copy_(y), plan, packed
+    return empty.copy_(y), *made.results
 
 
 @threshold_conv2d.register_kernel("cuda")
-def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias):
-    from ..triton import layer_forward, plan_layer
+def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias, plan=None, packed=None):
+    from ..triton import layer_forward
 
     _check(input, weight, threshold, bias, estimator, (5, 5))
     g = _geometry(input, weight, stride, padding, dilation)
     with torch.cuda.device_of(input):
-        plan, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
-        return layer_forward(input, packed, plan, bias, g, mask_bias, backend.tf32(conv=True)), plan.data, packed
+        made = _threshold_pass(_plan_by_kernel, input, weight, threshold, estimator, plan, packed)
+        y = layer_forward(input, made.packed, made.plan, bias, g, mask_bias, backend.tf32(conv=True))
+    return y, *made.results
 
 
 @threshold_conv2d.register_fake
-def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias):
+def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias, plan=None, packed=None):
     _check(input, weight, threshold, bias, estimator, (5, 5))
+    _check_planned(input, weight, plan, packed)
     g = _geometry(input, weight, stride, padding, dilation)
     y = empty_channels_last(input.shape[0], input.shape[1], weight.shape[1], g.output, input.dtype, input.device)
-    return y, *_fake_state(input, weight)
+    return y, *_fake_state(input, weight, plan)
 
 
 @torch.library.custom_op("spafl::threshold_conv2d_backward", mutates_args=(), device_types="cpu")
@@ -264,19 +317,22 @@ def _empty_input_gradient(input: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------- autograd
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, weight, _, bias = inputs[:4]
-    ctx.rest = inputs[4:]
-    _, plan, packed = output
-    ctx.mark_non_differentiable(plan, packed)
-    ctx.save_for_backward(input, weight, bias, plan, packed)
+    input, weight, _, bias, *rest = inputs
+    given = [value for value in rest if isinstance(value, Tensor)]
+    ctx.rest = [value for value in rest if value is not None and not isinstance(value, Tensor)]
+    ctx.arguments = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(input, weight, bias, *(given or output[1:]))
 
 
 def _needs(ctx: Any) -> tuple[bool, bool]:
     return ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
 
 
-def _unless_empty(ctx: Any, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(r if need else None for r, need in zip(results, ctx.needs_input_grad[:4], strict=True))
+def _for_all_arguments(ctx: Any, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients that are needed, and None for every argument behind the first four."""
+    needed = (r if need else None for r, need in zip(results, ctx.needs_input_grad[:4], strict=True))
+    return (*needed, *[None] * (ctx.arguments - 4))
 
 
 class _GradientForTransforms(torch.autograd.Function):
@@ -313,7 +369,7 @@ def _linear_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ..
         torch.ops.spafl.threshold_linear_backward,
         grad, input, weight, packed, plan, bias, mask_bias, *_needs(ctx),
     )  # fmt: skip
-    return (*_unless_empty(ctx, results), None, None)
+    return _for_all_arguments(ctx, results)
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -323,7 +379,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ..
         torch.ops.spafl.threshold_conv2d_backward,
         grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_bias, *_needs(ctx),
     )  # fmt: skip
-    return (*_unless_empty(ctx, results), None, None, None, None, None)
+    return _for_all_arguments(ctx, results)
 
 
 threshold_linear.register_autograd(_linear_backward, setup_context=_save)
@@ -430,9 +486,13 @@ def _client(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(0)
 
 
+def _clients(planned: Planned | None) -> tuple[Tensor, ...]:
+    return () if planned is None else (planned.plan.unsqueeze(0), planned.packed.unsqueeze(0))
+
+
 def linear(
     input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: Estimator, mask_bias: bool,
-    density: float = 1.0,
+    density: float = 1.0, planned: Planned | None = None,
 ) -> Tensor:  # fmt: skip
     """One linear layer through the operator, or the reference with a stated reason. Shapes as ``F.linear`` has them."""
     _check_dtype(input, weight)
@@ -447,7 +507,7 @@ def linear(
     else:
         y = _call(
             torch.ops.spafl.threshold_linear, _LinearForTransforms,
-            rows, weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), estimator, mask_bias,
+            rows, weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), estimator, mask_bias, *_clients(planned),
         )  # fmt: skip
     return y.reshape(*input.shape[:-1], weight.shape[0])
 
@@ -481,6 +541,7 @@ def conv2d(
     estimator: Estimator,
     mask_bias: bool,
     density: float = 1.0,
+    planned: Planned | None = None,
 ) -> Tensor:
     """One convolution through the operator, or the reference with a stated reason. Shapes as ``F.conv2d`` has them."""
     _check_dtype(input, weight)
@@ -501,7 +562,7 @@ def conv2d(
         y = _call(
             torch.ops.spafl.threshold_conv2d, _Conv2dForTransforms,
             batch.unsqueeze(0), weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), strides, pads, dilations,
-            estimator, mask_bias,
+            estimator, mask_bias, *_clients(planned),
         )  # fmt: skip
         y = y.squeeze(0)
     return y if input.dim() == 4 else y.squeeze(0)

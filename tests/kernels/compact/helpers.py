@@ -71,7 +71,7 @@ def compare(
             torch.manual_seed(k)
             b = compact.step(x, y)
             torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, msg=_at(f"loss at step {k}"))
-            now = [masked._density[n].item() for n, _ in masked._layers]
+            now = masked._densities.tolist()
             flips += last is not None and now != last
             last = now
             if evaluate_every and k % evaluate_every == evaluate_every - 1:

@@ -1,6 +1,7 @@
 """The layers on a real GPU, against the definition in float64 on the CPU. ``python -m pytest -m gpu``."""
 
 import contextlib
+import copy
 import dataclasses
 
 import pytest
@@ -12,7 +13,9 @@ from torch.func import functional_call, grad, vmap
 import spafl_kernels
 from spafl.models import build_model
 from spafl_kernels import explain, reference
+from spafl_kernels.training import MaskedTrainer
 from spafl_kernels.triton.geometry import Geometry
+from spafl_kernels.triton.plan import Plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,6 +64,17 @@ def poisoned(monkeypatch):
         patch.setattr(torch, "empty", lambda *a, **k: poison(stock_empty(*a, **k)))
         patch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(stock_new(*a, **k)))
         yield
+
+
+@contextlib.contextmanager
+def nothing_waits():
+    """The host must not wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def on_gpu(case):
@@ -131,12 +145,8 @@ def test_pruned_weights_are_not_read_after_the_mask_is_made():
 def test_no_synchronisation_and_the_same_bits_every_time():
     case = on_gpu(cases.make(130, SHAPES["strided"][1], 64, 70, dtype=BRAIN))
     _, first = run(case)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         runs = [run(case)[1] for _ in range(3)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for other in runs:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
@@ -224,3 +234,62 @@ def test_a_training_step_of_the_models(name):
     for n in want:
         # Before a BatchNorm the threshold gradients cancel to about 0: an absolute bound, small beside other gradients.
         torch.testing.assert_close(got[n].double(), want[n], rtol=2e-2, atol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["lenet5", "conv4"])
+def test_a_captured_training_step_follows_the_mask(name):
+    """Guard, one threshold pass, forward, backward, clip and SGD in one graph; the eager twin takes the same steps."""
+    from benchmarks.gpu.steps import SETTINGS, batches, opened, pruned_model
+
+    model = pruned_model(name, 0.5, 0, "cuda", SINGLE)
+    twin = copy.deepcopy(model)
+    x, y = (t[0] for t in batches(name, 1, 8, "cuda", SINGLE))
+    trainer, eager = (opened(MaskedTrainer(m), SETTINGS[name].options) for m in (model, twin))
+    assert trainer._shared is not None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with tf32(False):
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                trainer.step(x, y)
+        torch.cuda.current_stream().wait_stream(stream)
+        for _ in range(2):
+            eager.step(x, y)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            trainer.step(x, y)
+        for factor in (1.0, 0.1, 4.0):
+            with torch.no_grad():
+                for m in (model, twin):
+                    for _, layer in spafl_kernels.threshold_layers(m):
+                        layer.threshold.mul_(factor)
+            with nothing_waits():
+                graph.replay()
+                eager.step(x, y)
+            assert trainer._densities.tolist() == eager._densities.tolist()
+    for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}")
+
+
+def test_the_pass_of_a_model_is_one_launch_for_layers_of_any_size():
+    from spafl_kernels.ops import closed_form
+    from spafl_kernels.triton import ModelPass
+
+    layers = [
+        on_gpu(cases.make(out, Geometry(c, kernel=(k, k), height=k, width=k), 1, count, 3, seed=out))
+        for out, c, k, count in ((1000, 300, 3, 412), (20, 1, 5, 0), (4096, 64, 1, 4096), (500, 800, 1, 77))
+    ]
+    model = ModelPass([c.weight for c in layers], [c.threshold for c in layers])
+    for turn in range(20):  # words of counts take turns; no order of blocks may hang or change anything
+        plans = model()
+        for case, plan, packed in zip(layers, plans, model.packed, strict=True):
+            data, rows = (t.cuda() for t in closed_form.plan_and_packed(
+                case.weight.cpu(), case.threshold.cpu(), "identity", SINGLE
+            ))  # fmt: skip
+            assert torch.equal(plan.index, Plan(data, plan.out).index) and torch.equal(packed, rows), turn
+            assert plan.changed.tolist() == [int(turn == 0)] * 3
+        if turn == 0:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                model()
+                torch.cuda.synchronize()
+            assert [e.count for e in profile.key_averages() if "threshold_pass" in e.key] == [1]

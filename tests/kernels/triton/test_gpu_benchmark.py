@@ -40,12 +40,12 @@ class Closed:
     """The launchers in plain PyTorch."""
 
     def plan_layer(self, weight, threshold, estimator):
-        self.weight, self.threshold = weight, threshold
+        self.weight = weight
         data, packed = closed_form.plan_and_packed(weight, threshold, estimator, weight.dtype)
         return Plan(data, weight.shape[1]), packed, None
 
     def layer_forward(self, x, packed, plan, bias, g, tf32):
-        return closed_form.forward(x, self.weight, self.threshold, bias, "identity", False, g)
+        return closed_form.forward(x, self.weight, plan, bias, False, g)
 
     def layer_backward(self, grad, x, weight, packed, plan, bias, g, tf32, need_input, need_weight):
         dx, dw, dtau, _ = closed_form.backward(grad, x, weight, plan, bias, False, g)

@@ -472,6 +472,79 @@ else:
                 assert a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
+    @pytest.fixture
+    def layers_as_on_cuda(monkeypatch):
+        """Layers on CPU tensors go through the operators, as they do on a GPU."""
+        from spafl_kernels import functional, ops
+
+        monkeypatch.setattr(functional, "threshold_linear", ops.linear)
+        monkeypatch.setattr(functional, "threshold_conv2d", ops.conv2d)
+
+    def pruned(name, seed=0):
+        """A model, and a function that gives a batch for it."""
+        from benchmarks.gpu.steps import pruned_model
+
+        return pruned_model(name, 0.5, seed, "cpu", SINGLE)
+
+    def test_a_given_pass_is_the_one_that_counts(layers_as_on_cuda):
+        from spafl_kernels import ThresholdLinear
+        from spafl_kernels.threshold_layer import Planned
+
+        layer = ThresholdLinear(5, 6)
+        plan, packed, _ = plan_layer(layer.weight.detach()[None], torch.tensor([[-1.0, 9, -1, 9, 9, 9]]), "identity")
+        layer.planned = Planned(plan.data[0], packed[0])
+        y = layer(torch.randn(3, 5))
+        assert (y - layer.bias != 0).any(0).tolist() == [True, False, True, False, False, False]
+        y.sum().backward()
+        assert (layer.weight.grad != 0).any(1).tolist() == [True] * 6  # identity: pruned filters learn by their sign
+        for wrong, message in (
+            (Planned(plan.data[0], packed[0].double()), "packed must have the dtype of input"),
+            (Planned(plan.data[0, :-1], packed[0]), "plan and packed must have shapes"),
+        ):
+            layer.planned = wrong
+            with pytest.raises(ValueError, match=message):
+                layer(torch.randn(3, 5))
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_a_trainer_with_one_pass_for_all_layers(monkeypatch, layers_as_on_cuda, autocast):
+        from benchmarks.gpu.steps import SETTINGS, batches
+        from spafl_kernels import shared_pass, threshold_layers, training
+
+        trained, made = [], []
+        stock = threshold_module.ModelPass.__call__
+        monkeypatch.setattr(
+            threshold_module.ModelPass, "__call__", lambda self: (made.append(self.packed[0].dtype), stock(self))[1]
+        )
+        x, y = (t[0] for t in batches("lenet5", 1, 4, "cpu", SINGLE))
+        for share in (lambda layers: None, shared_pass.SharedPass):
+            monkeypatch.setattr(training, "share", share)
+            model = pruned("lenet5")
+            tensors = [t for _, layer in threshold_layers(model) for t in (layer.weight, layer.threshold)]
+            trainer = training.MaskedTrainer(model)
+            trainer.begin(SETTINGS["lenet5"].options)
+            with checks.options(also=tensors), torch.autocast("cpu", enabled=autocast):
+                for _ in range(3):
+                    trainer.step(x, y)
+                trainer.evaluate(x, y)
+            assert all(layer.planned is None for _, layer in threshold_layers(model))
+            trained.append((trainer.finish(), model.state_dict()))
+        assert made == [BRAIN if autocast else SINGLE] * 4
+        assert trained[0][0].densities == trained[1][0].densities
+        torch.testing.assert_close(trained[1][1], trained[0][1], rtol=1e-5, atol=1e-6)
+
+    def test_a_cohort_with_one_pass_for_all_layers(layers_as_on_cuda):
+        from benchmarks.gpu.steps import SETTINGS, Cohort, Loop, batches, changes, difference
+
+        options = SETTINGS["lenet5"].options
+        models = [pruned("lenet5", seed) for seed in range(2)]
+        x, y = batches("lenet5", 2, 4, "cpu", SINGLE)
+        cohort = Cohort(models, options, False)
+        assert cohort.passes is not None
+        with checks.options(also=[*cohort.weights, *cohort.thresholds]):
+            got = changes(cohort, x, y)
+        assert difference(got, changes(Loop(models, options), x, y)) < 1e-4
+        assert cohort.density.tolist() == [pytest.approx([0.5, 0.5], abs=0.03)] * len(cohort.layers)
+
     # ------------------------------------------------------------------------------------------- the benchmark
     @pytest.mark.parametrize("linear", [True, False])
     def test_the_gate_of_the_benchmark(monkeypatch, linear):
