@@ -136,7 +136,8 @@ def input_gradient(
     # Positions of one residue class modulo the stride.
     positions = n * triton.cdiv(g.height, g.stride[0]) * triton.cdiv(g.width, g.stride[1])
     tile = tile or choose("dgrad", kind, positions)
-    columns = min(tile.filters, max(16, power_of_two(g.channels)))
+    # With a list the epilogue spreads the tile: 128 columns of it took all registers and spilled.
+    columns = min(tile.filters, max(16, power_of_two(g.channels)), 128 if input_plan is None else 64)
     row_tiles = triton.cdiv(positions, tile.rows)
     threshold_dgrad[(row_tiles * triton.cdiv(g.channels, columns), g.stride[0] * g.stride[1], clients)](
         collected, packed, dx, plan.data, inputs, collected.stride(0), packed.stride(0), dx.stride(0),

@@ -259,10 +259,12 @@ def layer_forward(
     depth = max(16, min(tile.depth, power_of_two(g.n_in) if input_plan is None else g.channels))
     flat = input_plan is None and flat_is_better(g.channels, g.kernel[0] * g.kernel[1], depth)
     depth = min(depth, 32) if flat else depth
-    # Masks and addresses of single channels cost registers: with 128 rows LeNet-5's second layer spilled in tf32.
-    rows = min(tile.rows, 64) if flat or g.channels % depth else tile.rows
-    row_tiles = triton.cdiv(total, rows)
     pointwise = g.pointwise and line is not None
+    # Masks and addresses of single channels cost registers: with 128 rows LeNet-5's second layer spilled in tf32, and
+    # so did strided 1x1 convolutions of sm_80, whose few steps are unrolled.
+    unrolled = kind == "tf32" and g.kernel == (1, 1) and not pointwise
+    rows = min(tile.rows, 64) if flat or unrolled or g.channels % depth else tile.rows
+    row_tiles = triton.cdiv(total, rows)
     inputs = plan.data if input_plan is None else input_plan.data
     threshold_forward[(row_tiles * triton.cdiv(out, filters), clients)](
         x, packed, x if bias is None else bias, y, plan.data, inputs,

@@ -27,7 +27,7 @@ from .geometry import dense_rows, row_order
 from .kinds import DTYPES
 from .plan import HEADER, Plan, capacity, plan_size, row_stride
 
-ROWS = 8  # filters of a program
+ROWS = 4  # filters of a program
 STEP = 512  # numbers of a row that are read at once
 WARPS = 8
 LANES = 256  # counts of other programs that are read at once: one per thread, so that no atomic is done twice

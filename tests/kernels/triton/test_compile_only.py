@@ -35,8 +35,8 @@ else:
 
     TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
     MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
-    # Bytes of stack. For sm_80 ptxas gives up one or two values of some linear tiles to reach a smaller register count.
-    STACK = {"sm_80": 8, "sm_90": 0, "sm_100": 0}
+    # Bytes of stack. For sm_80 and sm_100 ptxas gives up one or two values of some tiles to save registers.
+    STACK = {"sm_80": 8, "sm_90": 0, "sm_100": 8}
     SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
     RATCHET = pathlib.Path(__file__).with_name("sass_sm90.json")
     # name: out, geometry, images, clients, dtype, tf32
@@ -68,6 +68,12 @@ else:
             )  # fmt: skip
         return log
 
+    reports = {}
+
+    def report(key, kernel):
+        """What the machine code looks like; read once for layers that share it, as that takes longer than compiling."""
+        return reports[key] if key in reports else reports.setdefault(key, compile_only.report(kernel))
+
     def check(log, target_name, dtype, tf32, kind=None):
         """Limits of the device, spills, and the matrix instruction of the products."""
         assert {launch.name for launch in log} - {"threshold_pack_columns"} == {
@@ -78,7 +84,7 @@ else:
         for launch in log:
             assert not launch.over_shared, (launch.name, launch.shared)
             assert not launch.bad_grid, (launch.name, launch.grid)
-            row = compile_only.report(launch.kernel)
+            row = report(launch.kernel.hash, launch.kernel)
             assert row["stack"] <= STACK[target_name] and row["local"] == 0, (launch.name, row)
             rows.setdefault(launch.name, row)
             if launch.name in ("threshold_forward", "threshold_dgrad", "threshold_wgrad"):
@@ -139,7 +145,7 @@ else:
             )
             model()
         assert [launch.name for launch in log] == ["threshold_pass_model"]
-        assert [launch.grid for launch in log] == [(sum(capacity(s[0]) for s in tensors) // 8,)]
+        assert [launch.grid for launch in log] == [(sum(capacity(s[0]) for s in tensors) // 4,)]
         assert compile_only.resources(log[0].kernel)["stack"] == 0
 
     def test_sizes_of_one_compile():
