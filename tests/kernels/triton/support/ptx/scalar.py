@@ -1,0 +1,223 @@
+"""Instructions in which every thread works for itself, on registers only.
+
+Each function here takes the machine and an instruction, split at its dots, and returns what executes it: a function of
+the mask of active lanes (True: all of them). Arithmetic is NumPy's, which wraps integers as the device does.
+"""
+
+import numpy as np
+
+from ..interpreter import bf16_to_f32, f32_to_bf16
+from .errors import Unsupported
+from .registers import KINDS
+
+BINARY = {
+    "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+FLOATS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.fmin, "max": np.fmax, "div": np.true_divide}
+UNARY = {"neg": np.negative, "not": np.invert, "abs": np.absolute, "popc": np.bitwise_count}
+# abs of one or two half numbers: their type as bits, and all bits but the signs.
+HALF_SIGNS = {
+    "abs.bf16": (np.uint16, np.uint16(0x7FFF)), "abs.bf16x2": (np.uint32, np.uint32(0x7FFF7FFF)),
+    "abs.f16": (np.uint16, np.uint16(0x7FFF)), "abs.f16x2": (np.uint32, np.uint32(0x7FFF7FFF)),
+}  # fmt: skip
+COMPARE = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+# What stands between the opcode and its type and changes nothing here: rounding to nearest is all that NumPy does, and
+# the approximate division differs from it in the last bits.
+ROUNDING = {"rn", "full"}
+DOUBLE = {np.int16: np.int32, np.uint16: np.uint32, np.int32: np.int64, np.uint32: np.uint64}
+# Formats of cvt: how values are read from registers and made from float32.
+DECODE = {"bf16": bf16_to_f32, "f16": lambda bits: bits.astype(np.float32)}
+ENCODE = {"bf16": f32_to_bf16, "f16": lambda values: values.astype(np.float16)}
+
+
+def _kind(i, parts, allowed=()):
+    """NumPy's type of an instruction's last part; the parts between must be known."""
+    if parts[-1] not in KINDS or not set(parts[1:-1]) <= set(allowed):
+        raise Unsupported(i.opcode)
+    return KINDS[parts[-1]]
+
+
+def binary(k, i, parts):
+    kind = _kind(i, parts, ROUNDING)
+    table = FLOATS if kind in (np.float32, np.float64) else BINARY
+    if parts[0] not in table:
+        raise Unsupported(i.opcode)
+    function, d = table[parts[0]], k.registers.write(i.operands[0], kind)
+    a, b = (k.registers.read(o, kind) for o in i.operands[1:])
+    return lambda m: function(a, b, out=d, where=m)
+
+
+def unary(k, i, parts):
+    if i.opcode in HALF_SIGNS:
+        kind, mask = HALF_SIGNS[i.opcode]
+        d, a = k.registers.write(i.operands[0], kind), k.registers.read(i.operands[1], kind)
+        return lambda m: np.bitwise_and(a, mask, out=d, where=m)
+    kind = _kind(i, parts)
+    function, d, a = UNARY[parts[0]], k.registers.write(i.operands[0], kind), k.registers.read(i.operands[1], kind)
+    return lambda m: np.copyto(d, function(a), where=m, casting="unsafe")
+
+
+def shift(k, i, parts):
+    """Amounts beyond the width give 0, or the sign: in NumPy as in PTX."""
+    kind = _kind(i, parts)
+    function = np.left_shift if parts[0] == "shl" else np.right_shift
+    d, a, b = (
+        k.registers.write(i.operands[0], kind), k.registers.read(i.operands[1], kind),
+        k.registers.read(i.operands[2], np.uint32),
+    )  # fmt: skip
+    return lambda m: function(a, np.minimum(b, 255).astype(kind), out=d, where=m)
+
+
+def multiply(k, i, parts):
+    """mul and mad: lo, hi and wide."""
+    if parts[-1] == "f32":
+        return binary(k, i, parts)
+    form, kind = parts[1], _kind(i, parts, {"lo", "hi", "wide"})
+    wide = DOUBLE.get(kind)
+    if form not in ("lo", "hi", "wide") or (form != "lo" and wide is None):
+        raise Unsupported(i.opcode)
+    result = wide if form == "wide" else kind
+    d, a, b = (k.registers.write(i.operands[0], result), *(k.registers.read(o, kind) for o in i.operands[1:3]))
+    c = k.registers.read(i.operands[3], result) if parts[0] == "mad" else None
+    bits = 8 * np.dtype(kind).itemsize
+
+    def product():
+        if form == "lo":
+            return a * b
+        full = a.astype(wide) * b
+        return full if form == "wide" else (full >> bits).astype(kind)
+
+    if c is None:
+        return lambda m: np.copyto(d, product(), where=m)
+    return lambda m: np.add(product(), c, out=d, where=m)
+
+
+def divide(k, i, parts):
+    """div and rem: integers round towards 0."""
+    if parts[-1] == "f32":
+        return binary(k, i, parts)
+    kind = _kind(i, parts)
+    d, a, b = (k.registers.write(i.operands[0], kind), *(k.registers.read(o, kind) for o in i.operands[1:]))
+    if parts[0] == "rem":
+        return lambda m: np.fmod(a, b, out=d, where=m)
+    return lambda m: np.floor_divide(a - np.fmod(a, b), b, out=d, where=m)
+
+
+def multiply_add(k, i, parts):
+    """fma: one rounding, up to the rare double rounding by way of float64."""
+    if parts != ["fma", "rn", "f32"]:
+        raise Unsupported(i.opcode)
+    d, (a, b, c) = k.registers.write(i.operands[0], np.float32), (
+        k.registers.read(o, np.float32) for o in i.operands[1:]
+    )  # fmt: skip
+    return lambda m: np.copyto(d, a.astype(np.float64) * b + c, where=m, casting="unsafe")
+
+
+def field(k, i, parts):
+    """bfe with a position and a length that are numbers and lie within the register."""
+    kind = _kind(i, parts)
+    position, length = (k.registers.read(o, np.int64) if k.registers.is_number(o) else None for o in i.operands[2:])
+    if kind not in (np.int32, np.uint32) or position is None or length is None:
+        raise Unsupported(i.text)
+    low, count = int(position[0]), int(length[0])
+    if not 0 < count <= 32 - low:
+        raise Unsupported(i.text)
+    d, a = k.registers.write(i.operands[0], kind), k.registers.read(i.operands[1], kind)
+    up, down = kind(32 - low - count), kind(32 - count)
+    return lambda m: np.right_shift(a << up, down, out=d, where=m)
+
+
+def compare(k, i, parts):
+    """setp. Of floats, the plain forms are false and the forms with u are true where an operand is NaN."""
+    name, kind = parts[1], _kind(i, [parts[0], parts[-1]])
+    decode = DECODE.get(parts[-1])
+    real = decode is not None or kind is np.float32
+    unordered = real and name not in COMPARE and name.endswith("u")
+    name = name[:-1] if unordered else name
+    if len(parts) != 3 or name not in COMPARE or len(i.operands) != 3:
+        raise Unsupported(i.opcode)
+    function, d = COMPARE[name], k.registers.write(i.operands[0], np.bool_)
+    a, b = (k.registers.read(o, kind) for o in i.operands[1:])
+    if not real:
+        return lambda m: function(a, b, out=d, where=m)
+
+    def step(m):
+        x, y = (a, b) if decode is None else (decode(a), decode(b))
+        either = np.isnan(x) | np.isnan(y)
+        np.copyto(d, function(x, y) | either if unordered else function(x, y) & ~either, where=m)
+
+    return step
+
+
+def select(k, i, parts):
+    kind = _kind(i, parts)
+    d, a, b = (k.registers.write(i.operands[0], kind), *(k.registers.read(o, kind) for o in i.operands[1:3]))
+    p = k.registers.read(i.operands[3], np.bool_)
+    return lambda m: np.copyto(d, np.where(p, a, b), where=m)
+
+
+def move(k, i, parts):
+    """mov, also of a register from its parts and into them."""
+    kind, (to, source) = _kind(i, parts), i.operands
+    if isinstance(to, str) and isinstance(source, str):
+        d, a = k.registers.write(to, kind), k.registers.read(source, kind)
+        return lambda m: np.copyto(d, a, where=m)
+    several, one = (to, source) if isinstance(to, tuple) else (source, to)
+    part = np.dtype(f"u{np.dtype(kind).itemsize // len(several)}")
+    if several is to:
+        whole = np.dtype(kind)
+        slices = [k.registers.read(one, whole).view(part)[j :: len(several)] for j in range(len(several))]
+        pairs = [(k.registers.write(name, part), s) for name, s in zip(several, slices) if name != "_"]
+    else:
+        d = k.registers.write(one, kind).view(part)
+        pairs = [(d[j :: len(several)], k.registers.read(name, part)) for j, name in enumerate(several)]
+
+    def step(m):
+        for target, source in pairs:
+            np.copyto(target, source, where=m)
+
+    return step
+
+
+def convert(k, i, parts):
+    """cvt between integers, from integers to float32, and between float32 and the half formats."""
+    options, to, source = parts[1:-2], parts[-2], parts[-1]
+    if not set(options) <= ROUNDING or source not in KINDS:
+        raise Unsupported(i.opcode)
+    if to in ("bf16x2", "f16x2") and source == "f32":
+        encode = ENCODE[to[:-2]]
+        halves = k.registers.write(i.operands[0], np.uint32).view(np.uint16)
+        high, low = (k.registers.read(o, np.float32) for o in i.operands[1:])
+
+        def pack(m):
+            np.copyto(halves[1::2], encode(high).view(np.uint16), where=m)
+            np.copyto(halves[0::2], encode(low).view(np.uint16), where=m)
+
+        return pack
+    if to not in KINDS:
+        raise Unsupported(i.opcode)
+    a, d = k.registers.read(i.operands[1], KINDS[source]), k.registers.write(i.operands[0], KINDS[to])
+    if source == "f32" and to in ENCODE:
+        encode = ENCODE[to]
+        return lambda m: np.copyto(d, encode(a), where=m)
+    if source in DECODE and to == "f32":
+        decode = DECODE[source]
+        return lambda m: np.copyto(d, decode(a), where=m)
+    whole = np.dtype(KINDS[source]).kind in "iu" and (np.dtype(KINDS[to]).kind in "iu" or to == "f32")
+    if not whole:
+        raise Unsupported(i.opcode)
+    narrow = KINDS[to]  # a narrower result that a wider register holds is cut first
+    return lambda m: np.copyto(d, a.astype(narrow), where=m)
+
+
+SCALAR = {
+    **dict.fromkeys(("add", "sub", "min", "max", "and", "or", "xor"), binary),
+    **dict.fromkeys(("neg", "not", "abs", "popc"), unary),
+    **dict.fromkeys(("shl", "shr"), shift),
+    **dict.fromkeys(("mul", "mad"), multiply),
+    **dict.fromkeys(("div", "rem"), divide),
+    "fma": multiply_add, "bfe": field, "setp": compare, "selp": select, "mov": move, "cvt": convert,
+}  # fmt: skip
