@@ -112,7 +112,9 @@ class Machine:
         rows = m.reshape(-1, 32)
         if (rows.any(1) != rows.all(1)).any():
             raise Stuck("a part of a warp is at an instruction of the whole warp")
-        return np.flatnonzero(m)
+        lanes = np.flatnonzero(m)
+        whole = lanes[-1] + 1 - lanes[0] == lanes.size
+        return slice(int(lanes[0]), int(lanes[-1]) + 1) if whole else lanes
 
     def warps_of(self, m):
         self.whole_warps(m)

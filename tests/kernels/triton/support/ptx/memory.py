@@ -87,14 +87,15 @@ class Shared:
         self.windows[1].fill(0xFF)
 
     def index(self, addresses, size, what):
-        offsets = addresses.astype(np.int64) - SHARED_BASE
-        if offsets.min() < 0 or offsets.max() + size > self.size:
-            bad = next(int(o) for o in offsets.reshape(-1) if o < 0 or o + size > self.size)
-            raise OutOfBounds(f"{what} of {size} bytes at byte {bad} of {self.size} bytes of shared memory")
-        if (offsets & (size - 1)).any():
+        """addresses: uint32, so that what lies before the base is far behind the end."""
+        offsets = addresses - np.uint32(SHARED_BASE)
+        if int(offsets.max()) + size > self.size:
+            bad = int(offsets.max()) + SHARED_BASE & 0xFFFFFFFF
+            raise OutOfBounds(f"{what} of {size} bytes at {bad:#x}, {self.size} bytes are from {SHARED_BASE:#x} on")
+        if size > 1 and (offsets & np.uint32(size - 1)).any():
             bad = next(int(o) for o in offsets.reshape(-1) if o % size)
             raise Misaligned(f"{what} of {size} bytes at byte {bad} of shared memory")
-        return offsets >> (size.bit_length() - 1)
+        return offsets >> np.uint32(size.bit_length() - 1)
 
     def load(self, addresses, size):
         return self.windows[size][self.index(addresses, size, "load")]

@@ -22,18 +22,19 @@ def number(text):
     if found := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", text):
         return int(found[1] or found[2], 16)
     try:
-        return int(text, 0)
+        return int(text.removesuffix("U"), 0)
     except ValueError:
         raise Unsupported(f"operand {text}") from None
 
 
 class Registers:
     def __init__(self, program, lanes):
-        self.lanes, self.rows, self.banks = lanes, {}, {}
+        self.lanes, self.rows, self.banks, self.places = lanes, {}, {}, {}
         for bits, kind in BANKS.items():
             names = [name for name, width in program.registers.items() if width == bits]
             bank = self.banks[bits] = np.empty((len(names), lanes), kind)
             self.rows |= dict(zip(names, bank))
+            self.places |= dict(zip(names, range(len(names))))
         self.block = {axis: np.zeros(lanes, np.uint32) for axis in "xyz"}
         self.blocks = {axis: np.zeros(lanes, np.uint32) for axis in "xyz"}
         lane = np.arange(lanes, dtype=np.uint32)
@@ -51,6 +52,20 @@ class Registers:
                 bank[:] = random.random(bank.shape[:1])[:, None] < 0.5
             else:
                 bank.view(np.uint16 if bits > 8 else np.uint8).fill(POISON if bits > 8 else POISON >> 8)
+
+    def several(self, names, kind):
+        """What reads and writes several registers of 32 bits at once, of some lanes: (registers, lanes)."""
+        rows, bank = [self.places[name] for name in names], self.banks[32].view(kind)
+        if any(self.rows[name].itemsize != 4 for name in names):
+            raise Unsupported(f"registers {names} as {kind}")
+
+        def read(lanes):
+            return bank[rows, lanes] if isinstance(lanes, slice) else bank[np.ix_(rows, lanes)]
+
+        def write(lanes, values):
+            bank[(rows, lanes) if isinstance(lanes, slice) else np.ix_(rows, lanes)] = values
+
+        return read, write
 
     def is_number(self, operand):
         return operand not in self.rows and operand not in self.special

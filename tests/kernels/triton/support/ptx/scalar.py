@@ -40,7 +40,24 @@ def _kind(i, parts, allowed=()):
     return KINDS[parts[-1]]
 
 
+def _halves(k, i, parts):
+    """Arithmetic of half numbers, also of two in one register: in float32, then rounded."""
+    name, count = parts[-1].removesuffix("x2"), 2 if parts[-1].endswith("x2") else 1
+    whole, part = np.dtype(f"u{2 * count}"), np.dtype(np.uint16)
+    d = k.registers.write(i.operands[0], whole).view(part)
+    values = [k.registers.read(o, whole).view(KINDS[name]) for o in i.operands[1:]]
+    function, decode, encode = FLOATS[parts[0]], DECODE[name], ENCODE[name]
+
+    def step(m):
+        result = encode(function(*map(decode, values))).view(part)
+        np.copyto(d, result, where=m if m is True else np.repeat(m, count))
+
+    return step
+
+
 def binary(k, i, parts):
+    if parts[-1].removesuffix("x2") in DECODE and set(parts[1:-1]) <= ROUNDING:
+        return _halves(k, i, parts)
     kind = _kind(i, parts, ROUNDING)
     table = FLOATS if kind in (np.float32, np.float64) else BINARY
     if parts[0] not in table:
@@ -128,6 +145,23 @@ def field(k, i, parts):
     d, a = k.registers.write(i.operands[0], kind), k.registers.read(i.operands[1], kind)
     up, down = kind(32 - low - count), kind(32 - count)
     return lambda m: np.right_shift(a << up, down, out=d, where=m)
+
+
+def permute(k, i, parts):
+    """prmt with a selector that is a number: each of its digits names a byte of the two operands, low ones first."""
+    if parts != ["prmt", "b32"] or not k.registers.is_number(i.operands[3]):
+        raise Unsupported(i.text)
+    digits = [int(k.registers.read(i.operands[3], np.uint32)[0]) >> 4 * j & 15 for j in range(4)]
+    if max(digits) > 7:  # copies of the sign of a byte
+        raise Unsupported(i.text)
+    d = k.registers.write(i.operands[0], np.uint32)
+    a, b = (k.registers.read(o, np.uint32).view(np.uint8) for o in i.operands[1:3])
+
+    def step(m):
+        picked = np.stack([(a, b)[digit // 4][digit % 4 :: 4] for digit in digits], 1)
+        np.copyto(d, picked.view(np.uint32)[:, 0], where=m)
+
+    return step
 
 
 def compare(k, i, parts):
@@ -219,5 +253,5 @@ SCALAR = {
     **dict.fromkeys(("shl", "shr"), shift),
     **dict.fromkeys(("mul", "mad"), multiply),
     **dict.fromkeys(("div", "rem"), divide),
-    "fma": multiply_add, "bfe": field, "setp": compare, "selp": select, "mov": move, "cvt": convert,
+    "fma": multiply_add, "bfe": field, "prmt": permute, "setp": compare, "selp": select, "mov": move, "cvt": convert,
 }  # fmt: skip

@@ -29,6 +29,8 @@ REDUCTIONS = {
 def members(k, i, operand):
     """What checks that a mask names all lanes of a warp: nothing smaller is generated."""
     mask = k.registers.read(operand, np.uint32)
+    if k.registers.is_number(operand) and mask[0] == FULL:
+        return lambda m: None
 
     def check(m):
         if (mask[... if m is True else m] != FULL).any():
@@ -95,7 +97,7 @@ def _matrix_form(i, parts):
 
 def load_matrix(k, i, parts):
     count, transposed = _matrix_form(i, parts)
-    targets = [k.registers.write(name, np.uint32) for name in i.operands[0]]
+    _, write = k.registers.several(i.operands[0], np.uint32)
     where = address(k, i.operands[1], np.uint32)
 
     def step(m):
@@ -105,20 +107,19 @@ def load_matrix(k, i, parts):
         if transposed:
             rows = rows.swapaxes(2, 3)
         pairs = np.ascontiguousarray(rows).view(np.uint32)  # (warps, matrices, g, q)
-        for j, target in enumerate(targets):
-            target[lanes] = pairs[:, j].reshape(-1)
+        write(lanes, pairs.swapaxes(0, 1).reshape(count, -1))
 
     return step
 
 
 def store_matrix(k, i, parts):
     count, transposed = _matrix_form(i, parts)
-    sources = [k.registers.read(name, np.uint32) for name in i.operands[1]]
+    read, _ = k.registers.several(i.operands[1], np.uint32)
     where = address(k, i.operands[0], np.uint32)
 
     def step(m):
         lanes = k.whole_warps(m)
-        pairs = np.stack([s[lanes] for s in sources], 1).reshape(-1, 32, count).swapaxes(1, 2)
+        pairs = read(lanes).reshape(count, -1, 32).swapaxes(0, 1)
         rows = np.ascontiguousarray(pairs).view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
             rows = np.ascontiguousarray(rows.swapaxes(2, 3))
@@ -158,10 +159,6 @@ def to_accumulators(matrix):
     return parts.transpose(3, 1, 5, 0, 2, 4).reshape(n // 2, -1)
 
 
-def gather(rows, lanes):
-    return np.stack([row[lanes] for row in rows])
-
-
 def multiply(k, i, parts):
     shape, kinds = parts[3], parts[6:]
     known = {"m16n8k16": ("bf16", "f16"), "m16n8k8": ("tf32",)}
@@ -169,16 +166,14 @@ def multiply(k, i, parts):
             or kinds[1] not in known.get(shape, ()) or kinds[0::3] != ["f32", "f32"]):  # fmt: skip
         raise Unsupported(i.opcode)
     kind, decode = OPERANDS[kinds[1]]
-    d = [k.registers.write(name, np.float32) for name in i.operands[0]]
-    a, b = ([k.registers.read(name, np.uint32) for name in names] for names in i.operands[1:3])
-    c = [k.registers.read(name, np.float32) for name in i.operands[3]]
+    _, write = k.registers.several(i.operands[0], np.float32)
+    (a, _), (b, _) = (k.registers.several(names, np.uint32) for names in i.operands[1:3])
+    c, _ = k.registers.several(i.operands[3], np.float32)
 
     def step(m):
         lanes = k.whole_warps(m)
-        left, right = left_operand(gather(a, lanes), kind), right_operand(gather(b, lanes), kind)
-        out = to_accumulators(decode(left) @ decode(right) + from_accumulators(gather(c, lanes)))
-        for target, values in zip(d, out):
-            target[lanes] = values
+        left, right = left_operand(a(lanes), kind), right_operand(b(lanes), kind)
+        write(lanes, to_accumulators(decode(left) @ decode(right) + from_accumulators(c(lanes))))
 
     return step
 

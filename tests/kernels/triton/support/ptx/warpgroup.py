@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from .errors import Hazard, Unsupported
-from .warp import OPERANDS, from_accumulators, gather, to_accumulators
+from .warp import OPERANDS, from_accumulators, to_accumulators
 
 ROW = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row of a swizzled tile, by the two highest bits of a descriptor
 CHUNK = 16  # bytes that swizzling moves together
@@ -36,17 +36,18 @@ def operand_offsets(lines, columns, size, descriptor, transposed):
         leading, stride = stride, leading
     offsets = start + tile * leading + group * stride + row * width + inside
     # Swizzling: the chunk within a row is exchanged by the number of the row, which is in the address above bit 7.
-    return offsets ^ ((offsets >> 7 & (width // CHUNK - 1)) * CHUNK)
+    return (offsets ^ ((offsets >> 7 & (width // CHUNK - 1)) * CHUNK)).astype(np.uint32)
 
 
 @dataclasses.dataclass
 class _Flying:
     group: int
     value: np.ndarray  # (registers, 32)
+    write: object  # of these registers
 
 
 class Products:
-    """What is in flight, per warp: groups, accumulators by their first register, operands that must stay."""
+    """What is in flight, per warp: groups, accumulators by their registers, operands that must stay."""
 
     def __init__(self, warps, shared):
         self.shared, self.groups = shared, np.zeros(warps, np.int64)
@@ -71,23 +72,8 @@ class Products:
                     raise Hazard("shared memory that a wgmma reads was overwritten before the wait for it")
             self.operands = stay
             for key in [key for key, entry in self.values.items() if key[0] == warp and entry.group < done]:
-                rows = key[1]
-                value = self.values.pop(key).value
-                for row, values in zip(rows.rows, value):
-                    row[32 * warp : 32 * warp + 32] = values
-
-
-class _Accumulators:
-    """The registers of one accumulator; equal to another one with the same names."""
-
-    def __init__(self, k, names):
-        self.names, self.rows = names, [k.registers.write(name, np.float32) for name in names]
-
-    def __hash__(self):
-        return hash(self.names)
-
-    def __eq__(self, other):
-        return self.names == other.names
+                flying = self.values.pop(key)
+                flying.write(slice(32 * warp, 32 * warp + 32), flying.value)
 
 
 def product(k, i, parts):
@@ -100,7 +86,8 @@ def product(k, i, parts):
     n, depth = int(shape[1]), int(shape[2])
     item, decode = OPERANDS[kind]
     size = np.dtype(item).itemsize
-    accumulators = _Accumulators(k, i.operands[0])
+    accumulators = i.operands[0]
+    read, write = k.registers.several(accumulators, np.float32)
     a, b = (k.registers.read(o, np.uint64) for o in i.operands[1:3])
     keep = k.registers.read(i.operands[3], np.bool_)
     if i.operands[4:6] != ("1", "1"):
@@ -127,12 +114,11 @@ def product(k, i, parts):
             key, group = (warp, accumulators), int(flying.groups[warp])
             out = decode(left[mine].view(item)) @ decode(right.view(item)).T
             if keep[first]:
-                before = flying.values[key].value if key in flying.values else gather(accumulators.rows, lanes)
+                before = flying.values[key].value if key in flying.values else read(lanes)
                 out = out + from_accumulators(before)[0]
-            flying.values[key] = _Flying(group, to_accumulators(out[None]))
+            flying.values[key] = _Flying(group, to_accumulators(out[None]), write)
             flying.operands += [(warp, group, left[mine], places[mine]), (warp, group, right, others)]
-            for row in accumulators.rows:
-                row[lanes] = np.nan
+            write(lanes, np.nan)
 
     return step
 
