@@ -1,7 +1,7 @@
 """What the compiler made of every kernel computes the right numbers: PTX for sm_90 and sm_80, executed without a GPU.
 
 Cases run on the same code in two ways: all warps side by side, and warp by warp in random order between barriers.
-Tolerances are those of ``test_interpreter.py``. ``SPAFL_SLOW_TESTS=1``: every tile of the tables on both architectures,
+Tolerances are those of ``test_interpreter.py``, and wider for tf32. ``SPAFL_SLOW_TESTS=1``: every tile of the tables on both architectures,
 and random shapes.
 """
 
@@ -33,9 +33,10 @@ else:
     HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
     TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32)}
     MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async"}
-    # name: dtype, tf32, root mean square error against float64 on the same inputs
+    # name: dtype, tf32, root mean square error against float64 on the same inputs. Truncation to tf32 costs each operand
+    # up to 2**-10, always towards 0, so twice what the rounding of the interpreter does.
     ARITHMETIC = {
-        "bf16": (BRAIN, False, 5e-3), "fp16": (HALF, False, 1e-3), "tf32": (SINGLE, True, 1e-3),
+        "bf16": (BRAIN, False, 5e-3), "fp16": (HALF, False, 1e-3), "tf32": (SINGLE, True, 2e-3),
         "fp32": (SINGLE, False, 1e-6),
     }  # fmt: skip
     # out, geometry, images, clients

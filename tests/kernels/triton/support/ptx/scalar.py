@@ -40,13 +40,18 @@ def _kind(i, parts, allowed=()):
     return KINDS[parts[-1]]
 
 
+def _fused(a, b, c):
+    """One rounding, up to the rare double rounding by way of float64."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
 def _halves(k, i, parts):
     """Arithmetic of half numbers, also of two in one register: in float32, then rounded."""
     name, count = parts[-1].removesuffix("x2"), 2 if parts[-1].endswith("x2") else 1
     whole, part = np.dtype(f"u{2 * count}"), np.dtype(np.uint16)
     d = k.registers.write(i.operands[0], whole).view(part)
     values = [k.registers.read(o, whole).view(KINDS[name]) for o in i.operands[1:]]
-    function, decode, encode = FLOATS[parts[0]], DECODE[name], ENCODE[name]
+    function, decode, encode = {**FLOATS, "fma": _fused}[parts[0]], DECODE[name], ENCODE[name]
 
     def step(m):
         result = encode(function(*map(decode, values))).view(part)
@@ -124,26 +129,27 @@ def divide(k, i, parts):
 
 
 def multiply_add(k, i, parts):
-    """fma: one rounding, up to the rare double rounding by way of float64."""
+    if parts[-1].removesuffix("x2") in DECODE and parts[1:-1] == ["rn"]:
+        return _halves(k, i, parts)
     if parts != ["fma", "rn", "f32"]:
         raise Unsupported(i.opcode)
     d, (a, b, c) = k.registers.write(i.operands[0], np.float32), (
         k.registers.read(o, np.float32) for o in i.operands[1:]
     )  # fmt: skip
-    return lambda m: np.copyto(d, a.astype(np.float64) * b + c, where=m, casting="unsafe")
+    return lambda m: np.copyto(d, _fused(a, b, c), where=m)
 
 
 def field(k, i, parts):
     """bfe with a position and a length that are numbers and lie within the register."""
     kind = _kind(i, parts)
     position, length = (k.registers.read(o, np.int64) if k.registers.is_number(o) else None for o in i.operands[2:])
-    if kind not in (np.int32, np.uint32) or position is None or length is None:
+    if position is None or length is None:
         raise Unsupported(i.text)
-    low, count = int(position[0]), int(length[0])
-    if not 0 < count <= 32 - low:
+    low, count, bits = int(position[0]), int(length[0]), 8 * np.dtype(kind).itemsize
+    if not 0 < count <= bits - low:
         raise Unsupported(i.text)
     d, a = k.registers.write(i.operands[0], kind), k.registers.read(i.operands[1], kind)
-    up, down = kind(32 - low - count), kind(32 - count)
+    up, down = kind(bits - low - count), kind(bits - count)
     return lambda m: np.right_shift(a << up, down, out=d, where=m)
 
 

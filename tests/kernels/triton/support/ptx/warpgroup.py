@@ -1,4 +1,4 @@
-"""wgmma: matrix products of four warps with operands in shared memory, finished only when they are waited for.
+"""wgmma: matrix products of four warps, the right operand in shared memory, finished only when they are waited for.
 
 Each warp of the four computes its 16 rows, when it comes by. Operands are read at once and compared at the wait: who
 overwrites them in between is found (``Hazard``). Accumulators hold NaN until the wait that covers the last product
@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from .errors import Hazard, Unsupported
-from .warp import OPERANDS, from_accumulators, to_accumulators
+from .warp import OPERANDS, from_accumulators, left_operand, to_accumulators
 
 ROW = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row of a swizzled tile, by the two highest bits of a descriptor
 CHUNK = 16  # bytes that swizzling moves together
@@ -81,18 +81,20 @@ def product(k, i, parts):
     kind = parts[6]
     if shape is None or parts[5] != "f32" or kind not in OPERANDS or parts[7] != kind:
         raise Unsupported(i.opcode)
-    if len(i.operands) != (8 if kind != "tf32" else 6) or isinstance(i.operands[1], tuple):
-        raise Unsupported(f"{i.opcode} with {len(i.operands)} operands, or A in registers")
     n, depth = int(shape[1]), int(shape[2])
     item, decode = OPERANDS[kind]
     size = np.dtype(item).itemsize
     accumulators = i.operands[0]
     read, write = k.registers.several(accumulators, np.float32)
-    a, b = (k.registers.read(o, np.uint64) for o in i.operands[1:3])
+    in_registers = isinstance(i.operands[1], tuple)
+    a = k.registers.several(i.operands[1], np.uint32)[0] if in_registers else k.registers.read(i.operands[1], np.uint64)
+    b = k.registers.read(i.operands[2], np.uint64)
     keep = k.registers.read(i.operands[3], np.bool_)
     if i.operands[4:6] != ("1", "1"):
         raise Unsupported(f"{i.opcode} of negated operands")
-    transposed = [o == "1" for o in i.operands[6:]] or [False, False]
+    # Which operands lie with their rows along the reduced dimension; tf32 and operands in registers have no choice.
+    transposed = [o == "1" for o in i.operands[6:]]
+    transposed = [False] * (2 - len(transposed)) + transposed
     cache = {}
 
     def operand(lines, descriptor, flipped):
@@ -108,16 +110,21 @@ def product(k, i, parts):
         for warp in k.warps_of(m):
             lanes = slice(32 * warp, 32 * warp + 32)
             first = 32 * warp
-            places, left = operand(64, int(a[first]), transposed[0])
-            mine = slice(16 * (warp % 4), 16 * (warp % 4) + 16)
-            others, right = operand(n, int(b[first]), transposed[1])
             key, group = (warp, accumulators), int(flying.groups[warp])
-            out = decode(left[mine].view(item)) @ decode(right.view(item)).T
+            if in_registers:
+                left = left_operand(a(lanes), item)[0]
+            else:
+                places, whole = operand(64, int(a[first]), transposed[0])
+                mine = slice(16 * (warp % 4), 16 * (warp % 4) + 16)
+                left = whole[mine].view(item)
+                flying.operands.append((warp, group, whole[mine], places[mine]))
+            places, right = operand(n, int(b[first]), transposed[1])
+            flying.operands.append((warp, group, right, places))
+            out = decode(left) @ decode(right.view(item)).T
             if keep[first]:
                 before = flying.values[key].value if key in flying.values else read(lanes)
                 out = out + from_accumulators(before)[0]
             flying.values[key] = _Flying(group, to_accumulators(out[None]), write)
-            flying.operands += [(warp, group, left[mine], places[mine]), (warp, group, right, others)]
             write(lanes, np.nan)
 
     return step
