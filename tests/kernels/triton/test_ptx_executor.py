@@ -242,6 +242,42 @@ else:
         body = instruction + (";" if bits == 64 else "; cvt.u64.u32 %rd9, %r4;")
         assert by_hand(body, pairs) == [low(function(a, b), bits) for a, b in pairs]
 
+    def half_inputs(dtype):
+        """Two registers of two half numbers per thread, with NaN, infinities and equal numbers."""
+        values = 3 * torch.randn(96, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+        values[::5, 0], values[::9, 2] = float("nan"), float("inf")
+        values[::7, :2] = values[::7, 2:]
+        return values
+
+    @pytest.mark.parametrize(
+        ("instruction", "dtype", "function"),
+        [
+            ("sub.bf16x2 %r4, %r2, %r3", BRAIN, lambda a, b: a - b),
+            ("add.rn.f16x2 %r4, %r2, %r3", HALF, lambda a, b: a + b),
+            ("fma.rn.bf16x2 %r4, %r2, %r3, %r2", BRAIN, lambda a, b: (a.double() * b.double() + a.double()).to(BRAIN)),
+            ("abs.bf16x2 %r4, %r2", BRAIN, lambda a, b: a.abs()),
+        ],
+    )
+    def test_arithmetic_of_half_numbers(instruction, dtype, function):
+        values = half_inputs(dtype)
+        numbers = by_hand(f"{instruction}; cvt.u64.u32 %rd9, %r4;", values.view(torch.int32).tolist())
+        got = torch.tensor([struct.unpack("<hh", struct.pack("<I", n)) for n in numbers], dtype=torch.int16).view(dtype)
+        torch.testing.assert_close(got, function(values[:, :2], values[:, 2:]), rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize(
+        ("comparison", "dtype", "function"),
+        [
+            ("setp.gt.bf16x2 %p1|%p2, %r2, %r3", BRAIN, torch.gt),
+            ("setp.neu.f16x2 %p1|%p2, %r2, %r3", HALF, torch.ne),
+            ("setp.ne.f16x2 %p1|%p2, %r2, %r3", HALF, lambda a, b: (a != b) & ~(a.isnan() | b.isnan())),
+        ],
+    )
+    def test_comparison_of_half_numbers(comparison, dtype, function):
+        values = half_inputs(dtype)
+        body = f"{comparison}; selp.b32 %r4, 1, 0, %p1; selp.b32 %r5, 2, 0, %p2; or.b32 %r4, %r4, %r5;"
+        got = by_hand(body + "cvt.u64.u32 %rd9, %r4;", values.view(torch.int32).tolist())
+        assert got == (function(values[:, :2], values[:, 2:]) * torch.tensor([1, 2])).sum(1).tolist()
+
     # Every thread loops as often as its number says; the shuffle after it needs whole warps again.
     LOOP = """
         mov.u32 %r4, 0;

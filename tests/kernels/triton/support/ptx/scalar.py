@@ -171,23 +171,30 @@ def permute(k, i, parts):
 
 
 def compare(k, i, parts):
-    """setp. Of floats, the plain forms are false and the forms with u are true where an operand is NaN."""
-    name, kind = parts[1], _kind(i, [parts[0], parts[-1]])
-    decode = DECODE.get(parts[-1])
+    """setp. Of floats, the plain forms are false and the forms with u are true where an operand is NaN.
+
+    Two half numbers in one register are compared each for itself, with a result for each.
+    """
+    base = parts[-1].removesuffix("x2")
+    decode, count, results = DECODE.get(base), 1 + parts[-1].endswith("x2"), i.operands[0].split("|")
+    kind, name = _kind(i, [parts[0], base]), parts[1]
     real = decode is not None or kind is np.float32
     unordered = real and name not in COMPARE and name.endswith("u")
     name = name[:-1] if unordered else name
-    if len(parts) != 3 or name not in COMPARE or len(i.operands) != 3:
+    if len(parts) != 3 or name not in COMPARE or len(i.operands) != 3 or len(results) != count:
         raise Unsupported(i.opcode)
-    function, d = COMPARE[name], k.registers.write(i.operands[0], np.bool_)
-    a, b = (k.registers.read(o, kind) for o in i.operands[1:])
+    function, targets = COMPARE[name], [k.registers.write(d, np.bool_) for d in results]
+    whole = kind if count == 1 else np.uint32
+    a, b = (k.registers.read(o, whole) for o in i.operands[1:])
     if not real:
-        return lambda m: function(a, b, out=d, where=m)
+        return lambda m: function(a, b, out=targets[0], where=m)
+    a, b = ([v.view(kind)[j::count] for j in range(count)] for v in (a, b))
 
     def step(m):
-        x, y = (a, b) if decode is None else (decode(a), decode(b))
-        either = np.isnan(x) | np.isnan(y)
-        np.copyto(d, function(x, y) | either if unordered else function(x, y) & ~either, where=m)
+        for x, y, d in zip(a, b, targets):
+            x, y = (x, y) if decode is None else (decode(x), decode(y))
+            either = np.isnan(x) | np.isnan(y)
+            np.copyto(d, function(x, y) | either if unordered else function(x, y) & ~either, where=m)
 
     return step
 
