@@ -127,9 +127,14 @@ class Copies:
 
     def wait(self, mask, left):
         """All but the newest ``left`` groups of these threads arrive."""
-        stay = []
-        for lanes, group, addresses, size, data in self.flying:
-            ready = (group < self.groups[lanes] - left) & (True if mask is True else mask[lanes])
+        stay, newest = [], int(self.groups.max()) - left
+        for copy in self.flying:
+            lanes, group, addresses, size, data = copy
+            ready = True if mask is True else mask[lanes]
+            if group.min() >= newest or not np.any(ready):  # nearly always: later, or other warps'
+                stay.append(copy)
+                continue
+            ready = ready & (group < self.groups[lanes] - left)
             if ready.any():
                 self.shared.store(addresses[ready], size, data[ready].view(ITEMS[size])[:, 0])
             if not ready.all():
