@@ -24,10 +24,11 @@ else:
 
     import torch
     from support import cases
+    from support.poison import poisoned
     from support.ptx import executing
 
     from spafl_kernels.ops import closed_form
-    from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
+    from spafl_kernels.triton import Geometry, ModelPass, Plan, layer_backward, layer_forward, plan_layer
     from spafl_kernels.triton.tiles import TILES
 
     HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -50,14 +51,8 @@ else:
 
     @pytest.fixture(autouse=True)
     def poisoned_memory(monkeypatch):
-        """Uninitialised results hold NaN (or a huge integer), so that an element nobody writes is seen."""
-        stock_empty, stock_new = torch.empty, torch.Tensor.new_empty
-
-        def poison(t):
-            return t.fill_(float("nan") if t.is_floating_point() else 2**30)
-
-        monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(stock_empty(*a, **k)))
-        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(stock_new(*a, **k)))
+        with poisoned(monkeypatch):
+            yield
 
     def both_orders(target, orders=(False, True), **options):
         """The ways to run a case; the second costs no compilation."""
@@ -164,23 +159,26 @@ else:
             assert not gradients[0][~keep.expand_as(gradients[0])].any()
 
     # ------------------------------------------------------------------------------------------- threshold pass
-    def test_model_pass_equals_the_pass_of_every_layer():
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_model_pass_equals_the_pass_of_every_layer(target):
+        """For a cohort, and in launches that follow each other: the words of their counts take turns."""
         layers = [
-            cases.make(out, Geometry(c, kernel=k, height=k[0], width=k[1]), 1, count, dtype=BRAIN, seed=out)
+            cases.make(out, Geometry(c, kernel=k, height=k[0], width=k[1]), 1, count, 2, BRAIN, seed=out)
             for out, c, k, count in ((5, 3, (3, 3), 0), (70, 16, (1, 1), 33), (33, 6, (2, 2), 33))
         ]
-        weights = [c.weight[0] if c.geometry.kernel != (1, 1) else c.weight[0, :, :, 0, 0] for c in layers]
-        weights[2] = weights[2].to(memory_format=torch.channels_last)
-        thresholds = [c.threshold[0] for c in layers]
-        reached = *weights, *thresholds
-        for order in both_orders("sm_90", also=reached):
-            model = ModelPass(weights, thresholds)
+        weights = [c.weight if c.geometry.kernel != (1, 1) else c.weight[..., 0, 0] for c in layers]
+        weights[2] = weights[2].permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        thresholds = [c.threshold for c in layers]
+        model = ModelPass(weights, thresholds)
+        for launch, order in enumerate(both_orders(target, (False, True, False), also=(*weights, *thresholds))):
             with order:
                 model()
             for case, plan, packed in zip(layers, model.plans, model.packed, strict=True):
                 data, rows = closed_form.plan_and_packed(case.weight, case.threshold, "identity", BRAIN)
-                assert torch.equal(plan.data, data)
-                assert torch.equal(packed.view_as(rows[0]), rows[0])
+                assert plan.changed.tolist() == [int(launch == 0)] * 2
+                for part in ("count", "index", "inverse", "mask"):
+                    assert torch.equal(getattr(plan, part), getattr(Plan(data, plan.out), part)), part
+                assert torch.equal(packed, rows)
 
     def test_changed_tells_a_flip_and_only_a_flip():
         case = cases.make(20, Geometry(8), 1, 10)

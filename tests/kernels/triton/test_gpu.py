@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from support import cases
+from support.poison import poisoned
 from support.process import INTERPRETED
 from torch.func import functional_call, grad, vmap
 
@@ -50,20 +51,6 @@ def tf32(allowed):
             yield
         finally:
             matmul.allow_tf32 = before
-
-
-@contextlib.contextmanager
-def poisoned(monkeypatch):
-    """Uninitialised results of the launchers hold NaN."""
-    stock_empty, stock_new = torch.empty, torch.Tensor.new_empty
-
-    def poison(t):
-        return t.fill_(float("nan") if t.is_floating_point() else 2**30)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", lambda *a, **k: poison(stock_empty(*a, **k)))
-        patch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(stock_new(*a, **k)))
-        yield
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Every Triton kernel in the strict interpreter: values, bounds, races, program order, poison, and work done."""
 
+import contextlib
 import os
 
 import pytest
@@ -19,6 +20,7 @@ else:
     import torch
     from support import cases
     from support import interpreter as checks
+    from support.poison import poisoned
 
     import spafl_kernels.triton.threshold as threshold_module
     from spafl_kernels.ops import closed_form, library
@@ -42,16 +44,8 @@ else:
 
     @pytest.fixture(autouse=True)
     def poisoned_memory(monkeypatch, request):
-        """Uninitialised results hold NaN (or a huge integer), so that an element nobody writes is seen."""
-        if "real_size" in request.keywords:
-            return
-        stock_empty, stock_new = torch.empty, torch.Tensor.new_empty
-
-        def poison(t):
-            return t.fill_(float("nan") if t.is_floating_point() else 2**30)
-
-        monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(stock_empty(*a, **k)))
-        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(stock_new(*a, **k)))
+        with contextlib.nullcontext() if "real_size" in request.keywords else poisoned(monkeypatch):
+            yield
 
     def run(case, estimator="identity", bias=True, mask_bias=False, tf32=False, **options):
         """Plan, forward and backward through the launchers."""

@@ -1,0 +1,19 @@
+"""Uninitialised results hold NaN (or a huge integer), so that an element nobody writes is seen."""
+
+import contextlib
+
+import torch
+
+
+@contextlib.contextmanager
+def poisoned(monkeypatch):
+    """While open, ``torch.empty`` and ``Tensor.new_empty`` give such tensors."""
+    stock_empty, stock_new = torch.empty, torch.Tensor.new_empty
+
+    def poison(t):
+        return t.fill_(float("nan") if t.is_floating_point() else 2**30)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *a, **k: poison(stock_empty(*a, **k)))
+        patch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(stock_new(*a, **k)))
+        yield
