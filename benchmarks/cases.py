@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -116,15 +118,16 @@ class PublishedTrainer(MaskedTrainer):
         densities: Mapping[str, float] | None = None,
     ) -> None:
         super().begin(options, momentum, densities)
-        for name, layer in self._layers:
-            layer.ratio = self._density[name]
+        for (_, layer), density in zip(self._layers, self._densities.unbind(), strict=True):
+            layer.ratio = density
 
     @torch.no_grad()
-    def _guard(self) -> None:
+    def _guard(self) -> AbstractContextManager[None]:
         floor = self._options.collapse_floor
         for _, layer in self._layers:
             if floor is not None and layer.ratio <= floor:
                 layer.threshold.zero_()
+        return contextlib.nullcontext()
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         self._guard()
@@ -140,7 +143,7 @@ class PublishedTrainer(MaskedTrainer):
         return loss.detach()
 
     def finish(self) -> TrainResult:
-        self._density = {name: layer.ratio for name, layer in self._layers}
+        self._densities = torch.tensor([float(layer.ratio) for _, layer in self._layers], dtype=torch.float64)
         return super().finish()
 
 
