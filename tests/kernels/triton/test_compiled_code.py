@@ -63,24 +63,12 @@ else:
         """Plan, forward and backward through the launchers against the definition in float64."""
         dtype, tf32, tolerance = ARITHMETIC[arithmetic]
         assert case.x.dtype is dtype
-        b = case.bias if bias else None
         data, rows = closed_form.plan_and_packed(case.weight, case.threshold, estimator, dtype)
         for order in both_orders(target, orders):
             with order as log:
-                plan, packed, _ = plan_layer(case.weight, case.threshold, estimator, dtype)
-                y = layer_forward(case.x, packed, plan, b, case.geometry, mask_bias, tf32)
-                gradients = layer_backward(
-                    case.grad, case.x, case.weight, packed, plan, b, case.geometry, mask_bias, tf32
-                )
+                plan, packed, y, gradients = cases.run(case, estimator, bias, mask_bias, tf32)
             assert torch.equal(plan.data, data) and torch.equal(packed, rows)
-            assert cases.error(y, cases.expected_output(case, bias, mask_bias)) < tolerance
-            kept_bias = case.bias.to(y.dtype)[:, None, :, None, None] if bias and not mask_bias else torch.zeros(())
-            pruned = ~case.keep[:, None, :, None, None].expand_as(y)
-            assert torch.equal(y[pruned], kept_bias.expand_as(y)[pruned])  # exactly the bias, or exactly 0
-            want = cases.expected_gradients(case, plan, bias, mask_bias)
-            for name, got, expected in zip(("dx", "dw", "dtau", "dbias"), gradients, want, strict=True):
-                if got is not None:
-                    assert cases.error(got, expected) < tolerance, name
+            cases.check(case, plan, y, gradients, tolerance, bias, mask_bias)
         return {launch.name: launch.kernel.asm["ptx"] for launch in log}
 
     def make(shape, arithmetic, count=None, **rest):

@@ -47,37 +47,15 @@ else:
         with contextlib.nullcontext() if "real_size" in request.keywords else poisoned(monkeypatch):
             yield
 
-    def run(case, estimator="identity", bias=True, mask_bias=False, tf32=False, **options):
-        """Plan, forward and backward through the launchers."""
-        b = case.bias if bias else None
-        plan, packed, _ = plan_layer(case.weight, case.threshold, estimator, case.x.dtype)
-        y = layer_forward(case.x, packed, plan, b, case.geometry, mask_bias, tf32, options.get("forward"))
-        gradients = layer_backward(
-            case.grad,
-            case.x,
-            case.weight,
-            packed,
-            plan,
-            b,
-            case.geometry,
-            mask_bias,
-            tf32,
-            tile=options.get("backward"),
-        )
+    def run(case, estimator="identity", bias=True, mask_bias=False, tf32=False, **tiles):
+        """Plan, output and gradients through the launchers."""
+        plan, _, y, gradients = cases.run(case, estimator, bias, mask_bias, tf32, **tiles)
         return plan, y, gradients
 
     def check(case, tolerance, estimator="identity", bias=True, mask_bias=False, **rest):
         plan, y, gradients = run(case, estimator, bias, mask_bias, **rest)
         assert not checks.state.stats.duplicate_stores  # other programs' stores are the race check's
-        assert torch.equal(plan.mask, case.keep)
-        assert cases.error(y, cases.expected_output(case, bias, mask_bias)) < tolerance
-        kept_bias = case.bias.to(y.dtype)[:, None, :, None, None] if bias and not mask_bias else torch.zeros(())
-        pruned = ~case.keep[:, None, :, None, None].expand_as(y)
-        assert torch.equal(y[pruned], kept_bias.expand_as(y)[pruned])  # exactly the bias, or exactly 0
-        want = cases.expected_gradients(case, plan, bias, mask_bias)
-        for name, got, expected in zip(("dx", "dw", "dtau", "dbias"), gradients, want, strict=True):
-            if got is not None:
-                assert cases.error(got, expected) < tolerance, name
+        cases.check(case, plan, y, gradients, tolerance, bias, mask_bias)
         return y, gradients
 
     # ------------------------------------------------------------------------------------------- threshold pass

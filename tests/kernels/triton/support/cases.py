@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spafl_kernels import reference
 from spafl_kernels.ops import closed_form
+from spafl_kernels.triton import layer_backward, layer_forward, plan_layer
 from spafl_kernels.triton.geometry import Geometry
 from spafl_kernels.triton.plan import Plan
 
@@ -88,6 +91,33 @@ def expected_gradients(case: Case, plan: Plan, bias: bool, mask_bias: bool) -> t
         case.grad.double(), case.x.double(), case.weight.double(), plan, case.bias.double() if bias else None,
         mask_bias, case.geometry,
     )  # fmt: skip
+
+
+def run(
+    case: Case, estimator: str, bias: bool, mask_bias: bool, tf32: bool, forward: Any = None, backward: Any = None
+) -> tuple[Plan, Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """``(plan, packed, y, gradients)``, through the launchers; ``forward`` and ``backward``: tiles."""
+    b, g = case.bias if bias else None, case.geometry
+    plan, packed, _ = plan_layer(case.weight, case.threshold, estimator, case.x.dtype)
+    y = layer_forward(case.x, packed, plan, b, g, mask_bias, tf32, forward)
+    return plan, packed, y, layer_backward(
+        case.grad, case.x, case.weight, packed, plan, b, g, mask_bias, tf32, tile=backward
+    )  # fmt: skip
+
+
+def check(
+    case: Case, plan: Plan, y: Tensor, gradients: Sequence[Tensor | None], tolerance: float, bias: bool, mask_bias: bool
+) -> None:
+    """Mask, output and gradients are those of the definition."""
+    assert torch.equal(plan.mask, case.keep)
+    assert error(y, expected_output(case, bias, mask_bias)) < tolerance
+    kept_bias = case.bias.to(y.dtype)[:, None, :, None, None] if bias and not mask_bias else torch.zeros(())
+    pruned = ~case.keep[:, None, :, None, None].expand_as(y)
+    assert torch.equal(y[pruned], kept_bias.expand_as(y)[pruned])  # exactly the bias, or exactly 0
+    want = expected_gradients(case, plan, bias, mask_bias)
+    for name, got, expected in zip(("dx", "dw", "dtau", "dbias"), gradients, want, strict=True):
+        if got is not None:
+            assert error(got, expected) < tolerance, name
 
 
 def error(got: Tensor, want: Tensor) -> float:
