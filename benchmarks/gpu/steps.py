@@ -20,7 +20,6 @@ cohort   the packed kernels for all clients at once by ``torch.func.vmap``, and 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import os
@@ -95,6 +94,77 @@ def batches(name: str, clients: int, batch: int, device: str, dtype: torch.dtype
     return x.to(device), y.to(device)
 
 
+# ------------------------------------------------------------------------------------------------ rows
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """A way to take a step. ``change`` takes one and says how far each parameter moved; None: nothing to compare."""
+
+    name: str
+    request: backend.Request
+    make: Callable[[], Any]
+    change: Callable[[], dict[str, Tensor]] | None
+    graph: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class What:
+    """What a step is of: ``kind`` is ``step`` or ``cohort``."""
+
+    kind: str
+    model: str
+    clients: int
+    batch: int
+    dtype: str
+    density: float
+
+    def row(self, provider: str, graph: bool, gate: str) -> Row:
+        """The row of a provider without its times."""
+        return {
+            "kind": self.kind, "model": self.model, "layer": "all", "clients": self.clients, "batch": self.batch,
+            "dtype": self.dtype, "density": self.density, "mode": "step", "provider": provider, "graph": int(graph),
+            "gate": gate, "one_over_density": round(1 / self.density, 3),
+        }  # fmt: skip
+
+    def failed(self, provider: str, problem: Exception) -> Row:
+        """The row of a provider that could not even take one step."""
+        words = str(problem).splitlines()[0] if str(problem) else ""
+        return {**self.row(provider, False, "-"), "error": f"{type(problem).__name__}: {words}"[:160]}
+
+
+def rows_of(
+    device: Device, what: What, providers: Sequence[Provider], x: Tensor, y: Tensor, graphs: Sequence[bool],
+    rival: str, rival_us: dict[bool, float],
+) -> Iterator[Row]:  # fmt: skip
+    """Rows of these providers; the first with a change to compare is the definition that gates the others.
+
+    ``rival_us``: times of ``rival``, eager and in a graph, that speed-ups are over; filled when it is measured.
+    """
+    want: dict[str, Tensor] = {}
+    for provider in providers:
+        with backend.requesting(provider.request):
+            gate = "-"
+            try:
+                if provider.change is not None:
+                    got = provider.change()
+                    want = want or got
+                    error = difference(got, want)
+                    gate = "pass" if error < GATE[what.dtype] else f"fail {error:.1e}"
+                runner = provider.make()
+            except Exception as problem:
+                yield what.failed(provider.name, problem)
+                continue
+            for graph in graphs:
+                if graph and not provider.graph:
+                    continue
+                row = what.row(provider.name, graph, gate)
+                if not gate.startswith("fail"):
+                    row.update(measure(device, lambda runner=runner: runner.step(x, y), graph))  # type: ignore[misc]
+                us = row.get("us")
+                if provider.name == rival and isinstance(us, float):
+                    rival_us[graph] = us
+                yield finish(row, rival_us.get(graph))
+
+
 # ------------------------------------------------------------------------------------------------ one model
 class DenseTrainer:
     """A plain model by plain SGD: what a step costs without thresholds."""
@@ -158,51 +228,14 @@ def model_rows(
             trainer = CompactTrainer(model, strict=True) if provider == "compact" else MaskedTrainer(model)
             return model, opened(trainer, options)
 
-        want: dict[str, Tensor] = {}
-        for provider in ("dense", "masked", "ours", "compact"):
-            if provider == "dense" and density != 1.0:
-                continue
-            with backend.requesting("triton" if provider == "ours" else "reference"):
-                gate = "-"
-                try:
-                    if provider != "dense":
-                        got = trained(*make(provider), x, y)
-                        want = want or got
-                        error = difference(got, want)
-                        gate = "pass" if error < GATE[dtype] else f"fail {error:.1e}"
-                    runner = make(provider)[1]
-                except Exception as problem:
-                    yield failed("step", name, 1, batch, dtype, density, provider, problem)
-                    continue
-                for graph in graphs:
-                    if graph and provider == "compact":
-                        continue
-                    row = step_row("step", name, 1, batch, dtype, density, provider, graph, gate)
-                    if not gate.startswith("fail"):
-                        row.update(measure(device, lambda runner=runner: runner.step(x, y), graph))  # type: ignore[misc]
-                    us = row.get("us")
-                    if provider == "dense" and isinstance(us, float):
-                        dense_us[graph] = us
-                    yield finish(row, dense_us.get(graph))
+        def offered(provider: str, make: Any = make) -> Provider:
+            change = None if provider == "dense" else lambda: trained(*make(provider), x, y)
+            request: backend.Request = "triton" if provider == "ours" else "reference"
+            return Provider(provider, request, lambda: make(provider)[1], change, graph=provider != "compact")
 
-
-def step_row(
-    kind: str, model: str, clients: int, batch: int, dtype: str, density: float, provider: str, graph: bool, gate: str
-) -> Row:
-    return {
-        "kind": kind, "model": model, "layer": "all", "clients": clients, "batch": batch, "dtype": dtype,
-        "density": density, "mode": "step", "provider": provider, "graph": int(graph), "gate": gate,
-        "one_over_density": round(1 / density, 3),
-    }  # fmt: skip
-
-
-def failed(
-    kind: str, model: str, clients: int, batch: int, dtype: str, density: float, provider: str, problem: Exception
-) -> Row:
-    """The row of a provider that could not even take one step."""
-    words = str(problem).splitlines()[0] if str(problem) else ""
-    row = step_row(kind, model, clients, batch, dtype, density, provider, False, "-")
-    return {**row, "error": f"{type(problem).__name__}: {words}"[:160]}
+        names = ("dense", "masked", "ours", "compact") if density == 1.0 else ("masked", "ours", "compact")
+        what = What("step", name, 1, batch, dtype, density)
+        yield from rows_of(device, what, [offered(n) for n in names], x, y, graphs, "dense", dense_us)
 
 
 # ------------------------------------------------------------------------------------------------ a cohort
@@ -356,28 +389,14 @@ def cohort_rows(
         if fused:
             makers["cohort"] = lambda models=models: Cohort(models, options, True)  # type: ignore[misc]
         makers["cohort-torch"] = lambda models=models: Cohort(models, options, False)  # type: ignore[misc]
-        want: dict[str, Tensor] = {}
-        loop_us: dict[bool, float] = {}
-        for provider, make in makers.items():
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(backend.requesting("reference" if provider == "loop" else "triton"))
-                try:
-                    got = changes(make(), x, y)
-                    want = want or got
-                    error = difference(got, want)
-                    gate = "pass" if error < GATE[dtype] else f"fail {error:.1e}"
-                    runner = make()
-                except Exception as problem:
-                    yield failed("cohort", name, clients, batch, dtype, density, provider, problem)
-                    continue
-                for graph in graphs:
-                    row = step_row("cohort", name, clients, batch, dtype, density, provider, graph, gate)
-                    if not gate.startswith("fail"):
-                        row.update(measure(device, lambda runner=runner: runner.step(x, y), graph))  # type: ignore[misc]
-                    us = row.get("us")
-                    if provider == "loop" and isinstance(us, float):
-                        loop_us[graph] = us
-                    yield finish(row, loop_us.get(graph))
+
+        def offered(provider: str, make: Callable[[], Cohort | Loop]) -> Provider:
+            request: backend.Request = "reference" if provider == "loop" else "triton"
+            return Provider(provider, request, make, lambda: changes(make(), x, y))
+
+        providers = [offered(provider, make) for provider, make in makers.items()]
+        what = What("cohort", name, clients, batch, dtype, density)
+        yield from rows_of(device, what, providers, x, y, graphs, "loop", {})
 
 
 def warm(kind: str, name: str, batch: int, device: str) -> None:
