@@ -40,8 +40,6 @@ class SharedPass:
     def __init__(self, layers: Sequence[ThresholdLayer]) -> None:
         self._layers = list(layers)
         self._passes: dict[torch.dtype, ModelPass] = {}
-        filters = [len(layer.threshold) for layer in layers]
-        self._filters = torch.tensor(filters, dtype=torch.float64, device=layers[0].weight.device)
 
     def _of(self, dtype: torch.dtype) -> ModelPass:
         """The pass that packs weights in ``dtype``."""
@@ -66,7 +64,7 @@ class SharedPass:
         kind = first.device.type
         made = self._of(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype)
         plans = made()
-        torch.div(torch.cat([plan.count for plan in plans]), self._filters, out=densities)
+        made.densities(densities.unsqueeze(1))
         try:
             for layer, plan, packed in zip(self._layers, plans, made.packed, strict=True):
                 layer.planned = Planned(plan.data[0], packed[0])

@@ -97,13 +97,18 @@ def tf32(allowed: bool, benchmark: bool | None = None) -> Iterator[None]:
             matmul.allow_tf32 = before
 
 
+def in_words(error: Exception) -> str:
+    """Its kind and first line, short enough for a cell."""
+    words = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {words}"[:160]
+
+
 def measure(device: Device, call: Call, graph: bool) -> dict[str, object]:
     """Median, 20th and 80th percentile in microseconds, or the error in words."""
     try:
         times = device.times(call, graph)
     except Exception as error:  # one broken provider must not lose the others
         device.settle()
-        words = str(error).splitlines()[0] if str(error) else ""
-        return {"error": f"{type(error).__name__}: {words}"[:160]}
+        return {"error": in_words(error)}
     pick = statistics.quantiles(times, n=5, method="inclusive")
     return {"us": statistics.median(times), "us_p20": pick[0], "us_p80": pick[3]}

@@ -38,7 +38,7 @@ from spafl_kernels.ops import backend, cuda_ops
 from spafl_kernels.threshold_layer import Planned
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Trainer
 
-from .clock import Device, measure
+from .clock import Device, in_words, measure
 from .results import Row, finish
 
 CLIENTS = 10
@@ -127,8 +127,7 @@ class What:
 
     def failed(self, provider: str, problem: Exception) -> Row:
         """The row of a provider that could not even take one step."""
-        words = str(problem).splitlines()[0] if str(problem) else ""
-        return {**self.row(provider, False, "-"), "error": f"{type(problem).__name__}: {words}"[:160]}
+        return {**self.row(provider, False, "-"), "error": in_words(problem)}
 
 
 def rows_of(
@@ -268,7 +267,6 @@ class Cohort:
         names = [(f"{n}.weight", f"{n}.threshold") for n in self.layers]
         self.weights, self.thresholds = ([self.params[pair[i]] for pair in names] for i in (0, 1))
         first = self.weights[0]
-        self.filters = torch.tensor([[t.shape[1]] for t in self.thresholds], device=first.device)
         self.density = torch.ones(len(self.layers), len(models), device=first.device)  # in place: a graph reads it back
         self.passes = None
         if runs_triton(first):
@@ -303,7 +301,7 @@ class Cohort:
             torch.stack([mask.to(self.density.dtype).mean(1) for mask in masks], out=self.density)
             return {}
         plans = self.passes()
-        torch.div(torch.stack([plan.count for plan in plans]), self.filters, out=self.density)
+        self.passes.densities(self.density)
         return {n: (p.data, rows) for n, p, rows in zip(self.layers, plans, self.passes.packed, strict=True)}
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -282,8 +282,8 @@ class ModelPass:
         ]
         if len(counts := {layer.clients for layer in self._layers}) > 1:
             raise ValueError(f"all layers must have the same number of clients; got {sorted(counts)}")
-        self.estimator, self._dtype, self._clients = estimator, DTYPES[kind], self._layers[0].clients
-        n = self._clients
+        self.estimator, self._dtype = estimator, DTYPES[kind]
+        n = self._layers[0].clients
 
         def parts(sizes: list[int], dtype: torch.dtype, fill: int = 0) -> tuple[Tensor, list[Tensor]]:
             whole = torch.full((n * sum(sizes),), fill, dtype=dtype, device=device)
@@ -294,7 +294,8 @@ class ModelPass:
         self._scores, self.scores = parts([layer.out for layer in self._layers], torch.float32)
         self.plans = [Plan(part, layer.out) for part, layer in zip(plans, self._layers, strict=True)]
         self.packed = [part.view(n, layer.cap, -1) for part, layer in zip(packed, self._layers, strict=True)]
-        blocks = [triton.cdiv(layer.cap, ROWS) for layer in self._layers for _ in range(n)]
+        self._filters = torch.tensor([[layer.out] for layer in self._layers], dtype=torch.float64, device=device)
+        blocks = [layer.blocks for layer in self._layers for _ in range(n)]
         self._programs = sum(blocks)
         self._owners = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks)).int().to(device)
         self._tickets = torch.zeros(1, dtype=torch.int64, device=device)
@@ -308,11 +309,11 @@ class ModelPass:
     def _make_table(self) -> Tensor:
         rows, plan_at, scores_at, packed_at, ticket = [], 0, 0, 0, 0
         for layer in self._layers:
-            for weight_at, threshold_at in layer.addresses():
-                at = [weight_at, threshold_at, plan_at, scores_at, packed_at]
+            for weight, threshold in zip(layer.weight, layer.threshold, strict=True):
+                at = [weight.data_ptr(), threshold.data_ptr(), plan_at, scores_at, packed_at]
                 rows.append([*at, layer.out, layer.n_in, *layer.order, layer.cap, layer.stride, ticket])
                 plan_at, scores_at = plan_at + plan_size(layer.out), scores_at + layer.out
-                packed_at, ticket = packed_at + layer.cap * layer.stride, ticket + triton.cdiv(layer.cap, ROWS)
+                packed_at, ticket = packed_at + layer.cap * layer.stride, ticket + layer.blocks
         return torch.tensor(rows, dtype=torch.int64, device=self._plans.device)
 
     def __call__(self) -> list[Plan]:
@@ -327,17 +328,24 @@ class ModelPass:
         )  # fmt: skip
         return self.plans
 
+    def densities(self, out: Tensor) -> None:
+        """Write the share of active filters, as of the last call, to ``out``: floating, ``(layers, clients)``."""
+        torch.div(torch.stack([plan.count for plan in self.plans]), self._filters, out=out)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """Weight and threshold of one layer of a :class:`ModelPass`, and its sizes."""
+    """Weight and threshold of one layer of a :class:`ModelPass`, clients first, and its sizes."""
 
     weight: Tensor
     threshold: Tensor
-    clients: int
     out: int
     n_in: int
     order: tuple[int, int]
+
+    @property
+    def clients(self) -> int:
+        return self.weight.shape[0]
 
     @property
     def cap(self) -> int:
@@ -346,6 +354,11 @@ class _Layer:
     @property
     def stride(self) -> int:
         return row_stride(self.n_in)
+
+    @property
+    def blocks(self) -> int:
+        """Programs that a client takes."""
+        return triton.cdiv(self.cap, ROWS)
 
     @staticmethod
     def of(number: int, w: Tensor, t: Tensor, kind: torch.dtype, device: torch.device) -> _Layer:
@@ -366,11 +379,5 @@ class _Layer:
             raise ValueError(
                 f"layer {number}: the rows of the weight must lie dense in memory; got strides {w.stride()}"
             )
-        clients = w.shape[0] if first else 1
-        return _Layer(w, t, clients, w.shape[first], math.prod(w.shape[first + 1 :]), order)
-
-    def addresses(self) -> Iterator[tuple[int, int]]:
-        """Where every client's weight and threshold lie."""
-        for client in range(self.clients):
-            w, t = (x[client] if self.weight.dim() % 2 else x for x in (self.weight, self.threshold))
-            yield w.data_ptr(), t.data_ptr()
+        w, t = (w, t) if first else (w.unsqueeze(0), t.unsqueeze(0))
+        return _Layer(w, t, w.shape[1], math.prod(w.shape[2:]), order)

@@ -26,6 +26,7 @@ if INTERPRETED:
 else:
     import torch
     from support import compile_only
+    from support.compile_only import TARGETS
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from benchmarks.gpu.shapes import layers_of
@@ -33,7 +34,6 @@ else:
     from spafl_kernels.triton.plan import capacity
     from spafl_kernels.triton.tiles import TILES
 
-    TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
     MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
     # Bytes of stack. For sm_80 and sm_100 ptxas gives up one or two values of some tiles to save registers.
     STACK = {"sm_80": 8, "sm_90": 0, "sm_100": 8}

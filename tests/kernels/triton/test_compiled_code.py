@@ -25,14 +25,13 @@ else:
     import torch
     from support import cases
     from support.poison import poisoned
-    from support.ptx import executing
+    from support.ptx import TARGETS, executing
 
     from spafl_kernels.ops import closed_form
     from spafl_kernels.triton import Geometry, ModelPass, Plan, layer_backward, layer_forward, plan_layer
     from spafl_kernels.triton.tiles import TILES
 
     HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
-    TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32)}
     MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async"}
     # name: dtype, tf32, root mean square error against float64 on the same inputs. Truncation to tf32 costs an operand
     # up to 2**-10, always towards 0, so twice what the rounding of the interpreter does.

@@ -19,10 +19,9 @@ else:
     import triton
     import triton.language as tl
     from support import cases, ptx
-    from support.ptx import executing
+    from support.ptx import TARGETS, executing
 
     HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
-    TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32)}
 
     # ------------------------------------------------------------------------------------------- matrix products
     @triton.jit

@@ -52,11 +52,13 @@ def layers(device: str) -> None:
             assert all(r.isfinite().all() for r in (y, *gradients)), name
 
 
-def strict_interpreter(*tensors: torch.Tensor):
-    """The interpreter with its checks; without them it also fails on NumPy 2.4 and newer.
+def strict(device: str, *tensors: torch.Tensor):
+    """On a CPU, the interpreter with its checks; without them it also fails on NumPy 2.4 and newer.
 
     ``tensors``: those that kernels reach through a table of addresses.
     """
+    if device != "cpu":
+        return contextlib.nullcontext()
     from support import interpreter
 
     interpreter.install()
@@ -67,7 +69,7 @@ def model_pass(device: str) -> None:
     """All layers in one table."""
     weights = [torch.randn(s, device=device) for s in ((20, 1, 5, 5), (50, 20, 5, 5), (123, 300), (10, 123))]
     thresholds = [torch.full((len(w),), 0.7, device=device) for w in weights]
-    with strict_interpreter(*weights, *thresholds) if device == "cpu" else contextlib.nullcontext():
+    with strict(device, *weights, *thresholds):
         plans = ModelPass(weights, thresholds)()
     assert all(0 <= int(plan.count) <= plan.out for plan in plans)
 
@@ -105,7 +107,7 @@ def main() -> None:
         write_behind[(1,)](x, x.numel() + (1 << 20))
         torch.cuda.synchronize()
         return
-    with strict_interpreter() if options.device == "cpu" else contextlib.nullcontext():
+    with strict(options.device):
         layers(options.device)
     model_pass(options.device)
     extension = options.device == "cuda" and cuda_kernels()

@@ -21,11 +21,15 @@ order of additions in matrix products, and ptxas, which turns PTX into machine c
 bits of mantissa. An instruction that no kernel here generates is not there, and raises ``Unsupported``.
 """
 
+from ..compile_only import TARGETS as EVERY_TARGET
 from .errors import Hazard, Misaligned, OutOfBounds, PtxError, Stuck, Unsupported
 from .launch import executing
 from .machine import machine
 from .memory import Global
 
+TARGETS = {name: EVERY_TARGET[name] for name in ("sm_80", "sm_90")}  # whose instructions are there
+
 __all__ = [
-    "Global", "Hazard", "Misaligned", "OutOfBounds", "PtxError", "Stuck", "Unsupported", "executing", "machine"
+    "TARGETS", "Global", "Hazard", "Misaligned", "OutOfBounds", "PtxError", "Stuck", "Unsupported", "executing",
+    "machine",
 ]  # fmt: skip
