@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from . import native
-from .ops import backend, tables
+from .ops import backend
+from .tables import choices
 
 _PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime")
 
@@ -60,7 +61,7 @@ def _triton_backend() -> tuple[bool, str | None]:
 def _measured(gpu: str) -> str | None:
     """Where the table of choices of a GPU comes from, None without one, or what is wrong with it."""
     try:
-        table = tables.for_device(gpu)
+        table = choices.for_device(gpu)
     except ValueError as error:
         return f"not usable: {error}"
     return None if table is None else f"commit {table.made.get('commit', 'unknown')}, {table.made.get('time', '?')}"

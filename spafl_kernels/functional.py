@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .reference import Estimator, filter_scores
+from .tables.classes import DENSITIES, density_step
 from .threshold_layer import Planned, ThresholdLayer
 
 __all__ = [
@@ -199,7 +200,7 @@ def observe(model: nn.Module) -> dict[str, float]:
         return {}
     shares = torch.stack([layer.mask().double().mean() for layer in layers.values()]).tolist()
     for layer, share in zip(layers.values(), shares, strict=True):
-        layer.known_density = ops.tables.DENSITIES[ops.tables.density_step(share)]
+        layer.known_density = DENSITIES[density_step(share)]
     return dict(zip(layers, shares, strict=True))
 
 

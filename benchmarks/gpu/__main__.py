@@ -21,7 +21,8 @@ import time
 
 import torch
 
-from spafl_kernels.ops import tables
+from spafl_kernels import tables
+from spafl_kernels.tables.choices import load
 
 from . import choices, results, roofline, schedule, targets
 from .clock import Cuda, tf32
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{options.out}: {error}")
         for path in paths:
             print(path)
-            for miss in choices.misses(rows, tables.load(path)):
+            for miss in choices.misses(rows, load(path)):
                 print(f"  above 3 %: {miss}")
     if options.targets:
         print(*targets.judge(measured(options.out, parser)), sep="\n")

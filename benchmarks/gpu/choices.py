@@ -1,4 +1,4 @@
-"""Makes the tables by which ``auto`` picks a backend (:mod:`spafl_kernels.ops.tables`), from measured rows alone."""
+"""Makes the tables by which ``auto`` picks a backend, :mod:`spafl_kernels.tables.choices`, from measured rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import pathlib
 from collections.abc import Iterable
 
-from spafl_kernels.ops.tables import Choice, Table, Way, file_name
+from spafl_kernels.tables import file_name
+from spafl_kernels.tables.choices import SUBJECT, Choice, Table, Way
 
 from .results import latest
 
@@ -96,7 +97,7 @@ def write(rows: list[dict[str, str]], folder: pathlib.Path) -> list[pathlib.Path
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for table in make(rows):
-        path = folder / file_name(table.device)
+        path = folder / file_name(table.device, SUBJECT)
         path.write_text(json.dumps(table.to_json(), indent=1) + "\n")
         paths.append(path)
     return paths

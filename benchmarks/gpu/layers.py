@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, reference
 from spafl_kernels.ops import backend
-from spafl_kernels.ops.tables import shape_class
+from spafl_kernels.tables.classes import shape_class
 
 from .clock import Device, measure, tf32
 from .results import Row, finish

@@ -14,7 +14,6 @@ float16 or bfloat16: masks are always decided in the dtype of the weights, so au
 :func:`spafl_kernels.explain` says which implementation a layer uses on an input, and why.
 """
 
-from . import tables
 from ._backend import ready
 from .backend import Explanation
 from .channels import DirectExpandChannels, expand_channels

@@ -7,7 +7,7 @@ reference  the masked dense operator
 triton     the packed kernels
 narrow     dense operators on the active filters (:mod:`spafl_kernels.ops.narrow`)
 
-``auto``, the default, chooses by the tables of :mod:`spafl_kernels.ops.tables`; a choice of the dense operator by
+``auto``, the default, chooses by the tables of :mod:`spafl_kernels.tables.choices`; a choice of the dense operator by
 measurement is no fallback either. Where no table was measured the packed kernels run. On a CPU the masked reference is
 the implementation, not a fallback.
 """
@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from . import tables
+from ..tables import choices, classes
 
 Backend = Literal["reference", "triton", "narrow"]
 # Present does not mean imported: importing triton is left to the first kernel launch.
@@ -115,22 +115,22 @@ def unsupported(input: Tensor, weight: Tensor, groups: int = 1) -> str | None:
 
 
 @functools.cache
-def _table_of(index: int) -> tables.Table | None:
-    return tables.for_device(torch.cuda.get_device_name(index)) if torch.cuda.is_available() else None
+def _table_of(index: int) -> choices.Table | None:
+    return choices.for_device(torch.cuda.get_device_name(index)) if torch.cuda.is_available() else None
 
 
 def _measured(index: int) -> bool:
     """Whether there is a table for the device with this index."""
-    return (tables.given() or _table_of(index)) is not None
+    return (choices.given() or _table_of(index)) is not None
 
 
-def _look_up(index: int, way: tables.Way, *work: Any) -> tuple[Backend, str]:
+def _look_up(index: int, way: choices.Way, *work: Any) -> tuple[Backend, str]:
     """Choice and reason for the fields of a :class:`Work`; integers and words only, for ``torch.compile``."""
-    table = tables.given() or _table_of(index)
+    table = choices.given() or _table_of(index)
     assert table is not None
     high, wide, down, right, channels, out, positions, dtype, step = work
-    shape = tables.shape_class((high, wide), (down, right), channels, out, positions)
-    return table.look_up(shape, dtype, way, tables.DENSITIES[step])
+    shape = classes.shape_class((high, wide), (down, right), channels, out, positions)
+    return table.look_up(shape, dtype, way, classes.DENSITIES[step])
 
 
 # torch.compile calls them once and keeps the answers: a table does not change while a program runs.
@@ -173,13 +173,13 @@ def choose(input: Tensor, weight: Tensor, groups: int, work: Work) -> Explanatio
         )
     # By comparisons, so that a symbolic size of torch.compile becomes a number that holds for the whole class.
     sizes = (
-        *(tables.exact(n) for n in (*work.kernel, *work.stride)),
-        *(tables.power_up(work.channels), tables.power_up(work.out), tables.power_down(work.positions)),
+        *(classes.exact(n) for n in (*work.kernel, *work.stride)),
+        *(classes.power_up(work.channels), classes.power_up(work.out), classes.power_down(work.positions)),
     )
-    way: tables.Way = (
+    way: choices.Way = (
         "eager" if blind is None else "graph"
     )  # compiled code waits for launches no more than a graph does
-    found, why = _look_up(index, way, *sizes, work.dtype, tables.density_step(work.density))
+    found, why = _look_up(index, way, *sizes, work.dtype, classes.density_step(work.density))
     return Explanation(found, why)
 
 

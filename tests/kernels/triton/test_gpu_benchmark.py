@@ -11,7 +11,10 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import choices, clock, layers, results, roofline, schedule, shapes, steps, targets
-from spafl_kernels.ops import closed_form, cuda_ops, tables
+from spafl_kernels import tables
+from spafl_kernels.ops import closed_form, cuda_ops
+from spafl_kernels.tables import classes
+from spafl_kernels.tables.choices import load
 from spafl_kernels.triton.geometry import Geometry
 from spafl_kernels.triton.plan import Plan
 
@@ -130,7 +133,7 @@ def test_rows_of_a_layer(layer):
     assert {row["gate"] for row in rows if row["provider"] in layers.GATED} == {"pass"}
     for row in rows:
         n = 2 * layer.geometry.output[0] * layer.geometry.output[1]
-        assert row["shape_class"].endswith(f"positions{tables.power_down(n)}")
+        assert row["shape_class"].endswith(f"positions{classes.power_down(n)}")
         floor = roofline.floor_us(
             H200, layer, 2, "fp32", row["mode"], row["count"] / layer.out, row["provider"] == "compact"
         )
@@ -454,7 +457,8 @@ def test_tables_and_pictures_from_the_command(tmp_path, monkeypatch, capsys):
         recorder.add(measured("conv1", 100, 105, {1.0: 120, 0.5: 50}))
         recorder.add({**sample(5e4, provider=p), "kind": "cohort", "clients": "10"} for p in ("loop", "cohort"))
     assert command.main(["--tables", "--plots", "--out", str(path)]) == 0
-    assert tables.load(tmp_path / "tables" / "made-up-gpu.json").look_up("class a", "bf16", "graph", 0.5)[0] == "triton"
+    table = load(tmp_path / "tables" / "made-up-gpu.choices.json")
+    assert table.look_up("class a", "bf16", "graph", 0.5)[0] == "triton"
     drawn = {p.name for p in (tmp_path / "gpu").iterdir()}
     assert drawn == {"cohort.png", "layers-module-bf16-batch128-graph.png"}
     assert command.main(["--targets", "--out", str(path)]) == 0

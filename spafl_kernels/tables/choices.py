@@ -1,7 +1,6 @@
 """Tables of measured times, from which ``auto`` picks how a layer runs on a GPU.
 
-A table belongs to one device. It is a JSON file in ``spafl_kernels/ops/tables`` (or in the folder that the environment
-variable ``SPAFL_TABLES`` names), written by ``python -m benchmarks.gpu --tables`` from measured rows:
+A table belongs to one device. It is written by ``python -m benchmarks.gpu --tables`` from measured rows:
 
 .. code-block:: json
 
@@ -27,65 +26,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
-import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast, get_args
 
-FORMAT = 1
+from . import path_of, read
+
+FORMAT, SUBJECT = 1, "choices"
 Choice = Literal["triton", "narrow", "reference"]
 # How a choice is called in a reason.
 WORDS = {"triton": "the packed kernels", "narrow": "dense operators on the active filters"}
 Way = Literal["eager", "graph"]
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
-FOLDER = pathlib.Path(__file__).with_name("tables")
-# Densities that are measured. What the host knows of a density is rounded up to one of them, so that a compiled model
-# is traced for few values.
-DENSITIES = (0.1, 0.25, 0.5, 0.75, 1.0)
-
-
-def density_step(density: float) -> int:
-    """The place in :data:`DENSITIES` of the smallest that is not below ``density``; the last one above 1."""
-    for step, measured in enumerate(DENSITIES):
-        if density <= measured:
-            return step
-    return len(DENSITIES) - 1
-
-
-def power_up(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    power = 1
-    while power < n:
-        power *= 2
-    return power
-
-
-def power_down(n: int) -> int:
-    """The largest power of two that is at most ``n``; 1 below 1."""
-    power = 1
-    while 2 * power <= n:
-        power *= 2
-    return power
-
-
-def exact(n: int) -> int:
-    """``n``, at least 1, as a number even where it was symbolic; for small numbers."""
-    number = 1
-    while number < n:
-        number += 1
-    return number
-
-
-def shape_class(kernel: Sequence[int], stride: Sequence[int], channels: int, out: int, positions: int) -> str:
-    """The class of a layer: its times are taken to hold for all layers of the class.
-
-    Channels are rounded up to a power of two, as tiles are filled up; output positions (batch times height times width,
-    or rows of a linear layer) down.
-    """
-    step = f"/{stride[0]}" if stride[0] == stride[1] else f"/{stride[0]}x{stride[1]}"
-    sizes = f"in{power_up(channels)} out{power_up(out)} positions{power_down(positions)}"
-    return f"conv{kernel[0]}x{kernel[1]}{step} {sizes}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,23 +116,13 @@ def load(path: pathlib.Path) -> Table:
     Raises:
         ValueError: the file does not hold one.
     """
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return parse(data, str(path))
-
-
-def file_name(device: str) -> str:
-    """Name of the file of a device: its name in lower case, other characters than letters and digits as dashes."""
-    words = "".join(c if c.isalnum() else " " for c in device.lower()).split()
-    return "-".join(words) + ".json"
+    return parse(read(path), str(path))
 
 
 @functools.cache
 def for_device(name: str) -> Table | None:
     """The table of a device by its name, or None. Read once."""
-    path = pathlib.Path(os.environ.get("SPAFL_TABLES") or FOLDER) / file_name(name)
+    path = path_of(name, SUBJECT)
     return load(path) if path.is_file() else None
 
 
