@@ -1,13 +1,13 @@
 # make demo   set up and run the main job on embedded real data
 # make test   set up and run the tests
 # make bench  measure everything that needs no GPU, on an idle machine; rewrites the tables and pictures
-# make test-gpu, make bench-gpu   on a machine with a GPU, with the PyTorch it has; nothing is downloaded
+# make test-gpu, make bench-gpu, make tune-gpu   on a machine with a GPU, with the PyTorch it has; nothing is downloaded
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test bench test-gpu bench-gpu lint clean
+.PHONY: setup demo test bench test-gpu bench-gpu tune-gpu lint clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,12 @@ test-gpu:
 bench-gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	$(GPU_PATH) $(GPU_PYTHON) -m benchmarks.gpu
+
+# Once per device, before bench-gpu: writes the tile sizes that the kernels then use.
+tune-gpu:
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PATH) $(GPU_PYTHON) -m benchmarks.gpu --tune
+	$(GPU_PATH) $(GPU_PYTHON) -m benchmarks.gpu --tables
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,13 +9,14 @@ import json
 import os
 import platform
 import sys
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from . import native
 from .ops import backend
-from .tables import choices
+from .tables import choices, tiles
 
 _PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime")
 
@@ -58,10 +59,10 @@ def _triton_backend() -> tuple[bool, str | None]:
     return True, None
 
 
-def _measured(gpu: str) -> str | None:
-    """Where the table of choices of a GPU comes from, None without one, or what is wrong with it."""
+def _measured(gpu: str, subject: ModuleType) -> str | None:
+    """Where a GPU's table of choices or tiles comes from, None without one, or what is wrong with it."""
     try:
-        table = choices.for_device(gpu)
+        table = subject.for_device(gpu)
     except ValueError as error:
         return f"not usable: {error}"
     return None if table is None else f"commit {table.made.get('commit', 'unknown')}, {table.made.get('time', '?')}"
@@ -73,8 +74,9 @@ def report() -> dict[str, Any]:
     Returns:
         ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu`` (cores, threads, torch's capability,
         the instruction set of the compiled kernels and those it can run), ``gpus`` (names), ``measured`` (by GPU, the
-        origin of the table that ``auto`` chooses by, or None), ``request`` (``SPAFL_BACKEND``), ``strict``
-        (``SPAFL_STRICT``), ``extension`` (how it was built) and ``backends`` (name -> ``available``, ``reason``).
+        origin of the table that ``auto`` chooses by, or None), ``tiles`` (the same of the tile sizes), ``request``
+        (``SPAFL_BACKEND``), ``strict`` (``SPAFL_STRICT``), ``extension`` (how it was built) and ``backends`` (name ->
+        ``available``, ``reason``).
     """
     cpp, cpp_reason = _cpu_backend()
     backends = {
@@ -96,7 +98,8 @@ def report() -> dict[str, Any]:
             "kernels_possible": list(native.cpu_isas()) if cpp else [],
         },
         "gpus": gpus,
-        "measured": {gpu: _measured(gpu) for gpu in gpus},
+        "measured": {gpu: _measured(gpu, choices) for gpu in gpus},
+        "tiles": {gpu: _measured(gpu, tiles) for gpu in gpus},
         "request": backend.REQUESTED,
         "strict": backend.strict(),
         "extension": native.build_info(),
@@ -115,6 +118,7 @@ def _text(data: dict[str, Any]) -> str:
     lines.append(f"gpus        {', '.join(data['gpus']) or 'none'}")
     for gpu, origin in data["measured"].items():
         lines.append(f"choice      {gpu}: {origin or 'no times were measured; layers take the Triton kernels'}")
+        lines.append(f"tiles       {gpu}: {data['tiles'][gpu] or 'not measured; the kernels choose them by rule'}")
     lines.append(f"layers      SPAFL_BACKEND={data['request']}, SPAFL_STRICT={'1' if data['strict'] else '0'}")
     build = data["extension"]
     if build:

@@ -4,7 +4,8 @@
     python -m benchmarks.gpu --list          what would be measured, in order; needs no GPU
     python -m benchmarks.gpu --plots         pictures of what was measured, next to the CSV; needs no GPU
     python -m benchmarks.gpu --targets       what was aimed at, and whether it was reached; needs no GPU
-    python -m benchmarks.gpu --tables        the tables by which ``auto`` chooses, from what was measured; needs no GPU
+    python -m benchmarks.gpu --tune          measure tile sizes instead; before the rest, whose times depend on them
+    python -m benchmarks.gpu --tables        tables of tiles and of ``auto``'s choices from what was measured; no GPU
 
 Rows are appended to benchmarks/results/gpu.csv as they come, with device, versions and commit; losses are rows like any
 other. A run that is stopped keeps what it has. What a provider or a mode is: benchmarks/gpu/layers.py and steps.py.
@@ -24,7 +25,7 @@ import torch
 from spafl_kernels import tables
 from spafl_kernels.tables.choices import load
 
-from . import choices, results, roofline, schedule, targets
+from . import choices, results, roofline, schedule, targets, tiles
 from .clock import Cuda, tf32
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
@@ -63,7 +64,9 @@ def measure(options: argparse.Namespace, work: list[schedule.Job]) -> int:
     """Compile, measure, and say how it went; the exit code."""
     began = time.monotonic()
     if options.workers > 1:
-        warm_in_parallel(["--models", *options.models] if options.models else [], options.workers, options.seconds / 3)
+        arguments = ["--tune"] * options.tune + (["--models", *options.models] if options.models else [])
+        # Tiles are many kernels, each measured for a moment.
+        warm_in_parallel(arguments, options.workers, options.seconds / (2 if options.tune else 3))
         print(f"kernels compiled in {time.monotonic() - began:.0f} s", flush=True)
     device = Cuda()
     machine = roofline.machine(device.name)
@@ -71,7 +74,8 @@ def measure(options: argparse.Namespace, work: list[schedule.Job]) -> int:
     with results.Recorder(options.out, facts) as recorder:
         left = options.seconds - (time.monotonic() - began)
         outcome = schedule.run(work, device, machine, recorder, left, say=lambda line: print(line, flush=True))
-    print(*targets.judge(results.read([options.out])), sep="\n")
+    if not options.tune:
+        print(*targets.judge(results.read([options.out])), sep="\n")
     if outcome.left_out:
         print(f"no time for: {'; '.join(outcome.left_out)}")
     print(f"{outcome.rows} rows in {options.out}; {time.monotonic() - began:.0f} s; red: {len(outcome.red)}")
@@ -99,10 +103,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print what would be measured")
     parser.add_argument("--plots", action="store_true", help="draw what was measured")
     parser.add_argument("--targets", action="store_true", help="compare what was measured with what was aimed at")
-    parser.add_argument("--tables", action="store_true", help="write the tables of choices from what was measured")
+    parser.add_argument("--tune", action="store_true", help="measure tile sizes")
+    parser.add_argument(
+        "--tables", action="store_true", help="write tables of tiles and choices from what was measured"
+    )
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    work = schedule.jobs(schedule.SCHEDULE, options.models)
+    work = schedule.jobs(schedule.TUNING if options.tune else schedule.SCHEDULE, options.models)
     if options.list:
         for job in work:
             p = job.part
@@ -118,9 +125,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.tables:
         rows = measured(options.out, parser)
         try:
-            paths = choices.write(rows, tables.FOLDER)
+            tuned = tiles.write(rows, tables.FOLDER)
+            # A run that only measured tiles says nothing of choices.
+            only_tiles = bool(tuned) and all(r["kind"] == "tile" for r in rows)
+            paths = [] if only_tiles else choices.write(rows, tables.FOLDER)
         except ValueError as error:
             parser.error(f"{options.out}: {error}")
+        print(*tuned, sep="\n", end="\n" if tuned else "")
         for path in paths:
             print(path)
             for miss in choices.misses(rows, load(path)):

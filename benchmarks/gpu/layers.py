@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, reference
 from spafl_kernels.ops import backend
 from spafl_kernels.tables.classes import shape_class
+from spafl_kernels.tables.tiles import Tile
 
 from .clock import Device, measure, tf32
 from .results import Row, finish
@@ -124,19 +125,22 @@ class Case:
         assert dw is not None
         return y, dx, *reference.mask_gradients(self.weight, self.threshold, dw.view_as(self.weight), "identity")
 
-    def ours(self, mode: str) -> tuple[torch.Tensor | None, ...]:
-        """The same through the kernels; plan and packed weights are made once, except in ``whole``."""
-        g, w = self.layer.geometry, self.weight.unsqueeze(0)
+    def ours(self, mode: str, tile: Tile | None = None) -> tuple[torch.Tensor | None, ...]:
+        """The same through the kernels; plan and packed weights are made once, except in ``whole``.
+
+        ``tile``: for the products of the mode, instead of those that the kernels choose.
+        """
+        g, w, sizes = self.layer.geometry, self.weight.unsqueeze(0), {} if tile is None else {"tile": tile}
         if mode == "whole" or not hasattr(self, "state"):
             self.state = self.kernels.plan_layer(w, self.threshold.unsqueeze(0), "identity")[:2]
         plan, packed = self.state
         x, y, gradients = self.x.unsqueeze(0), None, (None, None, None, None)
         if mode in ("forward", "whole"):
-            y = self.kernels.layer_forward(x, packed, plan, None, g, tf32=self.tf32)[0]
+            y = self.kernels.layer_forward(x, packed, plan, None, g, tf32=self.tf32, **sizes)[0]
         if mode != "forward":
             gradients = self.kernels.layer_backward(
                 self.grad.unsqueeze(0), x, w, packed, plan, None, g, tf32=self.tf32, need_input=mode != "wgrad",
-                need_weight=mode != "dgrad",
+                need_weight=mode != "dgrad", **sizes,
             )  # type: ignore[assignment]  # fmt: skip
         dx, dw, dtau, _ = (None if r is None else r[0] for r in gradients)
         return y, dx, dw, dtau
@@ -169,30 +173,37 @@ class Case:
         gradients = torch.autograd.grad(y, (x, *layer.parameters()), self.grad.view_as(y))
         return y.detach(), *gradients
 
-    def gate(self) -> float:
-        """Largest relative error of ``whole`` and ``module`` against the masked reference in float32 without tf32.
-
-        ``module`` of ours and of narrow both, so that the times of neither are reported if one is wrong.
-        """
-        got, module, narrow = self.ours("whole"), self.module("ours"), self.module("narrow")
-        exact = Case.__new__(Case)
-        exact.__dict__ = {
+    @functools.cached_property
+    def exact(self) -> tuple[torch.Tensor | None, ...]:
+        """``(y, dx, dw, dtau)`` of the masked reference in float32 without tf32."""
+        case = Case.__new__(Case)
+        case.__dict__ = {
             k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in vars(self).items()
         }
         with tf32(False):
-            want = exact.masked("whole")
+            return case.masked("whole")
+
+    def error(self, got: Sequence[torch.Tensor | None]) -> float:
+        """Largest relative error of what there is of ``(y, dx, dw, dtau)``; infinite if a pruned output is not 0."""
         worst = 0.0
-        for a, b in zip((*got, *module, *narrow), want * 3, strict=True):
-            assert a is not None and b is not None
+        for a, b in zip(got, self.exact, strict=True):
+            if a is None:
+                continue
+            assert b is not None
             b = b.reshape(a.shape)
             error = float((a.float() - b).square().mean().sqrt() / b.square().mean().sqrt().clamp_min(1e-20))
             worst = max(worst, error if math.isfinite(error) else math.inf)
-        pruned = ~self.keep
-        y = got[0]
-        assert y is not None
-        if bool(pruned.any()) and float(y[:, pruned].abs().max()) != 0.0:
-            worst = math.inf
+        y, pruned = got[0], ~self.keep
+        if y is not None and bool(pruned.any()) and float(y.reshape(self.grad.shape)[:, pruned].abs().max()) != 0.0:
+            return math.inf
         return worst
+
+    def gate(self) -> float:
+        """Largest error of ``whole`` and ``module``.
+
+        ``module`` of ours and of narrow both, so that the times of neither are reported if one is wrong.
+        """
+        return max(self.error(got) for got in (self.ours("whole"), self.module("ours"), self.module("narrow")))
 
 
 def class_of(layer: Layer, n: int) -> str:

@@ -6,9 +6,11 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from . import layers, steps
+from spafl_kernels.tables.tiles import Operation
+
+from . import layers, steps, tiles
 from .clock import Device
 from .results import Recorder, Row
 from .roofline import Machine
@@ -23,7 +25,7 @@ OPERATIONS, WHOLE, EVERY = ("forward", "dgrad", "wgrad"), ("whole", "module"), l
 class Pass:
     """Cells that belong together. ``batch`` 0 is the published one; ``seconds`` is the most the pass may take."""
 
-    kind: Literal["layer", "step", "cohort"]
+    kind: Literal["layer", "step", "cohort", "tile"]
     models: tuple[str, ...]
     batch: int
     dtype: str
@@ -31,6 +33,11 @@ class Pass:
     modes: tuple[str, ...] = WHOLE
     graphs: tuple[bool, ...] = GRAPH
     seconds: float = 60.0
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """Those of the modes that are single products."""
+        return tuple(o for o in get_args(Operation) if o in self.modes)
 
 
 OURS, IMAGENET = MODEL_NAMES, ("resnet50",)
@@ -52,6 +59,12 @@ SCHEDULE = (
     Pass("layer", OURS, 128, "bf16", ALL, OPERATIONS, EAGER),
     Pass("layer", OURS, 16, "bf16", ALL, OPERATIONS, BOTH),
     Pass("layer", IMAGENET, 64, "bf16", ALL, OPERATIONS, EAGER),
+)
+# Measured before the rest, whose times depend on it.
+TUNING = (
+    Pass("tile", OURS, 128, "bf16", (0.5, 0.25), OPERATIONS, seconds=120),
+    Pass("tile", OURS, 128, "tf32", (0.5, 0.25), OPERATIONS, seconds=120),
+    Pass("tile", IMAGENET, 64, "bf16", (0.5, 0.25), OPERATIONS, seconds=120),
 )
 
 
@@ -76,6 +89,8 @@ class Job:
 
     def rows(self, device: Device, machine: Machine | None, kernels: Any = None) -> Iterator[Row]:
         p = self.part
+        if self.layer is not None and p.kind == "tile":
+            return tiles.tile_rows(device, self.layer, self.batch, p.dtype, p.densities, p.operations, kernels)
         if self.layer is not None:
             return layers.layer_rows(
                 device, machine, self.layer, self.batch, p.dtype, p.densities, p.modes, p.graphs, kernels
@@ -86,7 +101,9 @@ class Job:
 
     def warm(self, device: Device) -> None:
         """Run every kernel of the job once."""
-        if self.layer is not None:
+        if self.layer is not None and self.part.kind == "tile":
+            tiles.warm(self.layer, self.batch, self.part.dtype, self.part.operations, device.where)
+        elif self.layer is not None:
             layers.Case(self.layer, self.batch, self.part.dtype, 0.5, device.where).ours("whole")
         else:
             steps.warm(self.part.kind, self.model, self.batch, device.where)
@@ -101,7 +118,7 @@ def jobs(schedule: Sequence[Pass], models: Sequence[str] | None = None) -> list[
             if models is not None and model not in models:
                 continue
             batch = part.batch or steps.SETTINGS[model].batch
-            if part.kind == "layer":
+            if part.kind in ("layer", "tile"):
                 found += [Job(part, model, layer, batch) for layer in layers_of(model)]
             else:
                 found.append(Job(part, model, None, batch))

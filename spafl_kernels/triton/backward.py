@@ -55,7 +55,7 @@ def layer_backward(
         weight: ``(clients, out, in[, kH, kW])``, the unmasked weight.
         need_input: whether ``dL/dx`` is wanted.
         need_weight: whether ``dL/dw``, ``dL/dtau`` and ``dL/db`` are wanted.
-        tile: for both products, instead of those from the table.
+        tile: for both products, instead of the measured ones, or those of the rule.
         input_plan: as in the forward pass; ``dx`` and the columns of ``G`` of channels that are not listed are 0.
 
     Returns:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .forward import spread
 from .geometry import Geometry, empty_channels_last
 from .plan import HEADER, Plan, capacity, row_stride
-from .tiles import Tile, arithmetic, choose, power_of_two, precision
+from .tiles import Tile, arithmetic, choose, power_of_two, precision, rows_of
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def threshold_dgrad(
     total, stride, channels, row_tiles,
     HEADER: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, SHAPE: tl.constexpr, STEP_H: tl.constexpr,
     STEP_W: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """dL/dx; grid (row tiles * channel tiles, residue classes of positions, clients)."""
     C: tl.constexpr = SHAPE[0]
@@ -78,7 +78,10 @@ def threshold_dgrad(
         q = (w + PW - s * DW) // SW
         ok = live & (h + PH - r * DH >= 0) & (p < P) & (w + PW - s * DW >= 0) & (q < Q)
         at = tl.where(ok, base + (p * Q + q).to(OFFSET) * CAP, 0)
-        a = tl.load((collected + k0) + at[:, None] + lane[None, :], mask=ok[:, None], other=0.0)
+        a = (collected + k0) + at[:, None] + lane[None, :]
+        if PIECE > 0:
+            a = tl.max_contiguous(a, [1, PIECE])
+        a = tl.load(a, mask=ok[:, None], other=0.0)
         b = (packed + (tl.cast(k0, tl.int64) * stride + (r * S + s) * C)) + (lane[:, None] * stride + c[None, :])
         if C % TILE == 0:
             b = tl.load(b)
@@ -133,9 +136,8 @@ def input_gradient(
     inputs = plan.data if input_plan is None else input_plan.data
     dx = empty_channels_last(clients, n, channels, (g.height, g.width), packed.dtype, packed.device)
     kind = arithmetic(packed.dtype, tf32)
-    # Positions of one residue class modulo the stride.
-    positions = n * triton.cdiv(g.height, g.stride[0]) * triton.cdiv(g.width, g.stride[1])
-    tile = tile or choose("dgrad", kind, positions)
+    positions = rows_of("dgrad", g, n)
+    tile = tile or choose("dgrad", kind, g, plan.out, n, dx.device, listed=input_plan is not None)
     # With a list the epilogue spreads the tile: 128 columns of it took all registers and spilled.
     columns = min(tile.filters, max(16, power_of_two(g.channels)), 128 if input_plan is None else 64)
     row_tiles = triton.cdiv(positions, tile.rows)
@@ -144,6 +146,7 @@ def input_gradient(
         plan.data.stride(0), inputs.stride(0), positions, row_stride(g.n_in), channels, row_tiles,
         HEADER=HEADER, LISTED=input_plan is not None, GROUP=min(64, max(16, power_of_two(channels))),
         SHAPE=g.shape, STEP_H=g.step[0], STEP_W=g.step[1], PRECISION=precision(kind), CAP=cap, ROWS=tile.rows,
-        TILE=columns, DEPTH=min(tile.depth, cap), num_warps=tile.warps, num_stages=tile.stages,
+        TILE=columns, DEPTH=min(tile.depth, cap), PIECE=tile.piece(collected.dtype), num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     return dx

@@ -68,6 +68,7 @@ def _forward_tile(
     POINTWISE: tl.constexpr = MODE[1]
     FLAT: tl.constexpr = MODE[2]
     LISTED: tl.constexpr = MODE[5]
+    PIECE: tl.constexpr = MODE[6]
     live = rows < total
     position = tl.where(live, rows, 0)
     if POINTWISE:
@@ -113,6 +114,8 @@ def _forward_tile(
                 at = tl.where(ok, base + (h.to(OFFSET) * x_h + w.to(OFFSET) * x_w), 0)
             # Scalars are added to the pointer first: they stay out of the per-element address arithmetic.
             a = (x + c0) + at[:, None] + lane[None, :]
+            if PIECE > 0:
+                a = tl.max_contiguous(a, [1, PIECE])
             b = (packed + (first.to(tl.int64) * stride + tap * C + c0)) + filters[:, None] * stride + lane[None, :]
             if C % DEPTH == 0:
                 a = tl.load(a, mask=ok[:, None], other=0.0)
@@ -230,7 +233,7 @@ def layer_forward(
         geometry: sizes of the layer.
         mask_bias: leave out the bias of pruned filters.
         tf32: round float32 operands of the product to tf32.
-        tile: instead of the one from the table.
+        tile: instead of the measured one, or that of the rule.
         input_plan: plan over the ``C`` input channels, usually that of the layer before: only its active channels are
             read and multiplied, the others count as 0. That is the same function where they are 0 (a ReLU or nothing
             between the layers, no bias of pruned filters); see :func:`restrict` for its price.
@@ -252,7 +255,7 @@ def layer_forward(
     else:
         x = channels_last(x)
     kind = arithmetic(x.dtype, tf32)
-    tile = tile or choose("forward", kind, total)
+    tile = tile or choose("forward", kind, g, out, n, x.device, listed=input_plan is not None)
     filters = min(tile.filters, capacity(out))
     line = row_step(x)
     bias = None if bias is None else bias.contiguous()
@@ -271,7 +274,7 @@ def layer_forward(
         x.stride(0), packed.stride(0), 0 if bias is None else bias.stride(0), y.stride(0), plan.data.stride(0),
         inputs.stride(0), total, out, row_stride(g.n_in), x.stride(1), x.stride(2),
         line if pointwise else x.stride(3), row_tiles, HEADER=HEADER, SHAPE=g.shape,
-        MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias, input_plan is not None),
+        MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias, input_plan is not None, tile.piece(x.dtype)),
         PRECISION=precision(kind), ROWS=rows, TILE=filters, DEPTH=depth,
         GROUP=min(64, max(16, power_of_two(out))), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -12,26 +12,16 @@ in ``dgrad``), ``depth`` the reduction. The narrower dimensions shrink to fit th
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
 
 import torch
 
-Kind = Literal["half", "tf32", "ieee"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """``rows x filters`` outputs per program, reduced ``depth`` at a time."""
-
-    rows: int
-    filters: int
-    depth: int
-    warps: int
-    stages: int
-
+from ..tables import tiles as measured
+from ..tables.tiles import Kind, Operation, Tile
+from .geometry import Geometry
 
 # operation -> kind of arithmetic -> (least number of rows for which the tile is used, tile), widest first
-TILES: dict[str, dict[Kind, list[tuple[int, Tile]]]] = {
+TILES: dict[Operation, dict[Kind, list[tuple[int, Tile]]]] = {
     "forward": {
         "half": [(4096, Tile(128, 64, 64, 4, 3)), (33, Tile(64, 64, 64, 4, 3)), (0, Tile(16, 64, 64, 4, 3))],
         "tf32": [(4096, Tile(128, 64, 32, 4, 3)), (33, Tile(64, 64, 32, 4, 3)), (0, Tile(16, 64, 32, 4, 3))],
@@ -53,6 +43,38 @@ TILES: dict[str, dict[Kind, list[tuple[int, Tile]]]] = {
 }
 
 
+# What else may be faster, depending on the layer; which is, `python -m benchmarks.gpu --tune` measures. None takes more
+# shared memory or registers than a program may have, on any layer and architecture that the checks compile.
+CANDIDATES: dict[Operation, dict[Kind, tuple[Tile, ...]]] = {
+    "forward": {
+        "half": (
+            Tile(128, 64, 64, 4, 3, True), Tile(128, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4, True),
+            Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4, True), Tile(64, 128, 64, 4, 3),
+        ),
+        "tf32": (
+            Tile(128, 32, 32, 4, 3, True), Tile(64, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4, True),
+            Tile(64, 128, 32, 4, 3),
+        ),
+    },
+    "dgrad": {
+        "half": (
+            Tile(128, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4, True), Tile(128, 64, 64, 4, 3),
+            Tile(128, 64, 64, 4, 3, True), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4),
+        ),
+        "tf32": (
+            Tile(128, 64, 32, 4, 3, True), Tile(64, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4, True),
+            Tile(64, 128, 32, 4, 3),
+        ),
+    },
+    "wgrad": {
+        "half": (
+            Tile(128, 64, 64, 4, 3), Tile(128, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4), Tile(64, 128, 64, 4, 3),
+        ),
+        "tf32": (Tile(64, 64, 32, 4, 4), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 2)),
+    },
+}  # fmt: skip
+
+
 def arithmetic(dtype: torch.dtype, tf32: bool) -> Kind:
     """Which tables and which instruction precision a dtype uses."""
     if dtype == torch.float32:
@@ -69,9 +91,50 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def choose(operation: str, kind: Kind, rows: int) -> Tile:
-    """The first tile of the table whose least number of rows is reached."""
+def by_rule(operation: Operation, kind: Kind, rows: int) -> Tile:
+    """The first tile of the table above whose least number of rows is reached."""
     for least, tile in TILES[operation][kind]:
         if rows >= least:
             return tile
     raise AssertionError("every table ends with 0 rows")
+
+
+def rows_of(operation: Operation, geometry: Geometry, images: int) -> int:
+    """Size of an operation's large dimension, for one client."""
+    if operation == "forward":
+        return images * math.prod(geometry.output)
+    if operation == "wgrad":
+        return geometry.n_in
+    # Positions of one residue class modulo the stride.
+    return images * -(-geometry.height // geometry.stride[0]) * -(-geometry.width // geometry.stride[1])
+
+
+def choose(
+    operation: Operation, kind: Kind, geometry: Geometry, out: int, images: int, device: torch.device, listed: bool
+) -> Tile:
+    """The tile that was measured to be the fastest on the device for such a layer, else that of the rule.
+
+    Args:
+        images: of one client; a cohort takes the tiles that were measured for a single client.
+        listed: only listed input channels are read; those layers are not measured.
+    """
+    table, g = None if listed else measured.of(device), geometry
+    tile = None
+    if table is not None:
+        positions = images * math.prod(g.output)
+        tile = table.look_up(operation, kind, g.kernel, g.stride, g.channels, out, positions)
+    return tile or by_rule(operation, kind, rows_of(operation, g, images))
+
+
+def candidates(operation: Operation, kind: Kind, geometry: Geometry, out: int, images: int) -> list[Tile]:
+    """Tiles worth measuring: that of the rule first, then those that differ where the layer has something to fill."""
+    rows = rows_of(operation, geometry, images)
+    columns = max(16, power_of_two(geometry.channels if operation == "dgrad" else out))
+    rule = by_rule(operation, kind, rows)
+    # Few channels make wgrad walk taps and channels as one dimension: that takes the registers of larger tiles.
+    others = () if operation == "wgrad" and geometry.channels < 64 else CANDIDATES[operation].get(kind, ())
+    different: dict[Tile, Tile] = {}
+    for tile in (rule, *others):
+        if tile.rows <= max(64, power_of_two(rows)):
+            different.setdefault(dataclasses.replace(tile, filters=min(tile.filters, columns)), tile)
+    return list(different.values())

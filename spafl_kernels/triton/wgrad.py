@@ -255,12 +255,13 @@ def weight_gradients(
 
     line, kind, total = row_step(x), arithmetic(x.dtype, tf32), collected.shape[1]
     pointwise = g.pointwise and line is not None
-    tile = tile or choose("wgrad", kind, g.n_in)
+    tile = tile or choose("wgrad", kind, g, out, x.shape[1], x.device, listed=input_plan is not None)
     columns = min(tile.rows, max(16, power_of_two(g.n_in) if input_plan is None else g.channels))
     filters = min(tile.filters, cap)
-    per_tap = taps * triton.cdiv(g.channels, columns)
-    flat = input_plan is None and taps > 1 and 2 * triton.cdiv(g.n_in, columns) <= per_tap
-    column_tiles = triton.cdiv(g.n_in, columns) if flat else per_tap
+    narrow = min(columns, 64)  # addresses of single channels cost the registers of a wider tile
+    flat = input_plan is None and taps > 1 and 2 * triton.cdiv(g.n_in, narrow) <= taps * triton.cdiv(g.channels, narrow)
+    columns = narrow if flat else columns
+    column_tiles = triton.cdiv(g.n_in, columns) if flat else taps * triton.cdiv(g.channels, columns)
     tiles = column_tiles * triton.cdiv(out, filters)
     parts, chunk = split(total, tile.depth, tiles * clients, clients * cap * stride * 4)
     slabs = x.new_empty(clients, parts, cap, stride, dtype=torch.float32)

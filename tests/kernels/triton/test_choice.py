@@ -291,6 +291,7 @@ def test_the_environment_report_says_what_was_measured(monkeypatch, tmp_path, ca
         assert env.main([]) == 0
         text = capsys.readouterr().out
         assert "choice      made-up GPU: commit abc, ?" in text
+        assert "tiles       another GPU: not measured; the kernels choose them by rule" in text
         assert "choice      another GPU: no times were measured; layers take the Triton kernels" in text
         assert "the best GPU here has 7.5" in text and "SPAFL_BACKEND=auto, SPAFL_STRICT=0" in text
         choices.for_device.cache_clear()
