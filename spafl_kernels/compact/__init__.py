@@ -2,7 +2,8 @@
 
 from .audit import Audit, LayerAudit, audit
 from .export import export
-from .flow import Flow, trace_flow
+from .flow import Flow
+from .follow import trace_flow
 from .module import CompactModule
 from .trainer import CompactTrainer
 

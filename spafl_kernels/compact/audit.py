@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..layers import ThresholdLayer
 from ..reference import mask_weight_and_bias
-from .flow import trace_flow
+from .follow import trace_flow
 from .plan import Plan
 
 __all__ = ["Audit", "LayerAudit", "audit"]

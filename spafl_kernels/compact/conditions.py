@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .flow import Flow, Layout
+from .flow import Flow
+from .layout import Layout
 from .state import LayerState
 
 __all__ = ["Condition", "Constants"]

@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..layers import ThresholdLayer
-from .flow import Flow, Op, trace_flow
+from .flow import Flow, Op
+from .follow import trace_flow
+from .fusion import single_user
 from .plan import Channels, Plan
-from .program import single_user
 
 __all__ = ["export"]
 

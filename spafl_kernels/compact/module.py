@@ -15,10 +15,15 @@ from ..layers import ThresholdLayer
 from ..reference import WINDOW, filter_scores
 from ..training import Unsupported
 from .conditions import Condition
-from .flow import Flow, Layout, check_traceable, trace_flow
+from .flow import Flow
+from .follow import trace_flow
+from .fusion import always_fused, prefers_channels_last
+from .layout import Layout
 from .plan import Channels, Plan
-from .program import LayerSlot, NormSlot, Program, always_fused, prefers_channels_last
+from .program import Program
+from .slots import LayerSlot, NormSlot
 from .state import LayerState, all_channels, per_filter, put_rows
+from .trace import check_traceable
 
 __all__ = ["CompactModule"]
 

@@ -19,10 +19,12 @@ from ..training import SGDOptions
 from .arena import Arena, attach, shares_of
 from .conditions import Condition
 from .dropped import DroppedRows
-from .flow import Flow, Layout
+from .flow import Flow
+from .fusion import always_fused, prefers_channels_last
+from .layout import Layout
 from .memory import Memory
 from .plan import Channels, Plan
-from .program import Program, always_fused, prefers_channels_last
+from .program import Program
 from .state import LayerState, NormState, Tensors, all_channels, per_filter, same_channels
 from .update import CompiledUpdate, Loose, PlainUpdate, Update
 

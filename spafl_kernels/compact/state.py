@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import ThresholdLayer
-from .flow import Layout
+from .layout import Layout
 from .plan import Channels
-from .program import LayerSlot, NormSlot
+from .slots import LayerSlot, NormSlot
 
 __all__ = [
     "LayerState", "NormState", "Tensors", "all_channels", "full_name", "per_filter", "put_rows", "same_channels",

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from ..layers import ThresholdLayer
 from ..training import Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
-from .flow import Flow, check_traceable, trace_flow
+from .flow import Flow
+from .follow import trace_flow
 from .memory import pages
 from .momentum import OwnMomentum
 from .session import Session, settings_of
+from .trace import check_traceable
 
 __all__ = ["CompactTrainer"]
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from spafl.models import Conv4, LeNet5, ResNet18, ViT
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, native, threshold_layers
-from spafl_kernels.compact import CompactTrainer, program
-from spafl_kernels.compact.flow import trace_flow
+from spafl_kernels.compact import CompactTrainer, fusion
+from spafl_kernels.compact.builders import norms
+from spafl_kernels.compact.follow import trace_flow
 from spafl_kernels.engines import make_trainer
 from spafl_kernels.training import SGDOptions, Unsupported
 
@@ -229,8 +230,8 @@ def test_first_layer_with_relu_and_pool(window, padding, bias, mask_bias, compil
 def test_norm_with_relu_and_pool(window, estimator, compiled, monkeypatch):
     """The fused calls: with the pool (2), without one a kernel knows, and 1-dimensional."""
     calls = []
-    apply = program.DirectBatchNormRelu.apply
-    monkeypatch.setattr(program.DirectBatchNormRelu, "apply", lambda *a: calls.append(a[-1]) or apply(*a))
+    apply = norms.DirectBatchNormRelu.apply
+    monkeypatch.setattr(norms.DirectBatchNormRelu, "apply", lambda *a: calls.append(a[-1]) or apply(*a))
     torch.manual_seed(16)
     model = nn.Sequential(
         ThresholdConv2d(2, 17, 3, bias=False),
@@ -284,9 +285,9 @@ def test_a_shape_in_front_of_a_pool_is_that_of_the_map(normed, reads):
 def test_norms_behind_a_kept_bias_are_left_to_torch():
     """There ReLU asks for the sign of a rounding error, which must be the masked model's."""
     image = (2, 7, 8)
-    assert program.fused_norms(trace_flow(Padded(False, False).double(), image))
-    assert program.fused_norms(trace_flow(Padded(True, True).double(), image))
-    assert not program.fused_norms(trace_flow(Padded(True, False).double(), image))
+    assert fusion.fused_norms(trace_flow(Padded(False, False).double(), image))
+    assert fusion.fused_norms(trace_flow(Padded(True, True).double(), image))
+    assert not fusion.fused_norms(trace_flow(Padded(True, False).double(), image))
 
 
 def test_norm_without_affine_part():

@@ -1,0 +1,74 @@
+"""Calls of sums, whose operands may have different channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..flow import Op
+from ..plan import Channels
+from ..spread import Spread, Summand
+
+if TYPE_CHECKING:
+    from ..program import Program, Run
+
+
+def add(program: Program, op: Op, i: int) -> Run:
+    n = program.count
+    a, b = (program.op(s.name) for s in op.node.args)
+    ja, jb = program.index[a.name], program.index[b.name]
+    if a.layout == b.layout:
+
+        def run(env: list[Any], training: bool) -> None:
+            env[i] = env[ja] + env[jb]
+            ca, cb = env[n + ja], env[n + jb]
+            env[n + i] = cb if ca is None else ca if cb is None else ca + cb
+
+        return run
+    after = program.channels(op)
+    if after is not None:
+        return _add_channels(program, a, b, after, i)
+    fa, fb = program.full(a.name), program.full(b.name)
+    ca, cb = program.channels(a), program.channels(b)
+    # Add a compact operand into the channels it has.
+    if cb is not None and not cb.full:
+        return _add_into(program, fa, jb, b, cb, i)
+    if ca is not None and not ca.full:
+        return _add_into(program, fb, ja, a, ca, i)
+
+    def wide(env: list[Any], training: bool) -> None:
+        env[i] = fa(env) + fb(env)
+
+    return wide
+
+
+def _add_into(program: Program, full: Callable[[list[Any]], Any], j: int, part: Op, channels: Channels, i: int) -> Run:
+    assert part.layout is not None
+    n, spread = program.count, Spread(channels.kept, channels.width, part.layout.dim, program.native)
+
+    def run(env: list[Any], training: bool) -> None:
+        env[i] = spread(env[j], env[n + j], full(env))
+
+    return run
+
+
+def _add_channels(program: Program, a: Op, b: Op, after: Channels, i: int) -> Run:
+    """A sum of different channels: it has those that one of the operands has."""
+    n, ja, jb = program.count, program.index[a.name], program.index[b.name]
+    first, second = (_summand(program, op, after) for op in (a, b))
+    if second.spread is None:
+        ja, jb, first, second = jb, ja, second, first
+
+    def run(env: list[Any], training: bool) -> None:
+        ca, cb = env[n + ja], env[n + jb]
+        env[i] = second(env[jb], cb, first(env[ja], ca, None))
+        ca, cb = first.left(ca), second.left(cb)
+        env[n + i] = cb if ca is None else ca if cb is None else ca + cb
+
+    return run
+
+
+def _summand(program: Program, op: Op, after: Channels) -> Summand:
+    channels = program.channels(op)
+    assert channels is not None and op.layout is not None
+    return Summand(channels, after, op.layout.dim, program.native)
