@@ -9,14 +9,13 @@ import json
 import os
 import platform
 import sys
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from . import native
 from .ops import backend
-from .tables import choices, tiles
+from .tables import Shelf, choices, tiles
 
 _PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime")
 
@@ -59,10 +58,10 @@ def _triton_backend() -> tuple[bool, str | None]:
     return True, None
 
 
-def _measured(gpu: str, subject: ModuleType) -> str | None:
+def _measured(gpu: str, shelf: Shelf[Any]) -> str | None:
     """Where a GPU's table of choices or tiles comes from, None without one, or what is wrong with it."""
     try:
-        table = subject.for_device(gpu)
+        table = shelf.for_device(gpu)
     except ValueError as error:
         return f"not usable: {error}"
     return None if table is None else f"commit {table.made.get('commit', 'unknown')}, {table.made.get('time', '?')}"
@@ -98,8 +97,8 @@ def report() -> dict[str, Any]:
             "kernels_possible": list(native.cpu_isas()) if cpp else [],
         },
         "gpus": gpus,
-        "measured": {gpu: _measured(gpu, choices) for gpu in gpus},
-        "tiles": {gpu: _measured(gpu, tiles) for gpu in gpus},
+        "measured": {gpu: _measured(gpu, choices.SHELF) for gpu in gpus},
+        "tiles": {gpu: _measured(gpu, tiles.SHELF) for gpu in gpus},
         "request": backend.REQUESTED,
         "strict": backend.strict(),
         "extension": native.build_info(),

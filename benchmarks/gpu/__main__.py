@@ -23,7 +23,7 @@ import time
 import torch
 
 from spafl_kernels import tables
-from spafl_kernels.tables.choices import load
+from spafl_kernels.tables.choices import SHELF
 
 from . import choices, results, roofline, schedule, targets, tiles
 from .clock import Cuda, tf32
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         print(*tuned, sep="\n", end="\n" if tuned else "")
         for path in paths:
             print(path)
-            for miss in choices.misses(rows, load(path)):
+            for miss in choices.misses(rows, SHELF.load(path)):
                 print(f"  above 3 %: {miss}")
     if options.targets:
         print(*targets.judge(measured(options.out, parser)), sep="\n")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterable
 
-from spafl_kernels.tables import file_name
-from spafl_kernels.tables.choices import SUBJECT, Choice, Table, Way
+from spafl_kernels.tables.choices import SHELF, Choice, Table, Way
 
 from .results import latest
 
@@ -94,10 +92,4 @@ def misses(rows: Iterable[dict[str, str]], table: Table) -> list[str]:
 
 def write(rows: list[dict[str, str]], folder: pathlib.Path) -> list[pathlib.Path]:
     """Write the table of every device in ``rows``; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for table in make(rows):
-        path = folder / file_name(table.device, SUBJECT)
-        path.write_text(json.dumps(table.to_json(), indent=1) + "\n")
-        paths.append(path)
-    return paths
+    return [SHELF.write(table, folder) for table in make(rows)]

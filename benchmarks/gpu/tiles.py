@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from spafl_kernels.tables import file_name
-from spafl_kernels.tables.tiles import SUBJECT, Kind, Operation, Table, Tile
+from spafl_kernels.tables.tiles import SHELF, Kind, Operation, Table, Tile
 from spafl_kernels.triton.tiles import CANDIDATES, TILES, arithmetic, candidates
 
 from .clock import Device, in_words, measure
@@ -144,9 +142,4 @@ def _fastest(cells: Sequence[dict[str, str]]) -> str | None:
 
 def write(rows: list[dict[str, str]], folder: pathlib.Path) -> list[pathlib.Path]:
     """Write the table of every device in ``rows``; returns the files."""
-    paths = []
-    for table in make(rows):
-        folder.mkdir(parents=True, exist_ok=True)
-        paths.append(folder / file_name(table.device, SUBJECT))
-        paths[-1].write_text(json.dumps(table.to_json(), indent=1) + "\n")
-    return paths
+    return [SHELF.write(table, folder) for table in make(rows)]

@@ -23,16 +23,12 @@ The rule of a look-up, and the reason it gives:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
-from . import path_of, read
+from . import Shelf
 
-FORMAT, SUBJECT = 1, "choices"
 Choice = Literal["triton", "narrow", "reference"]
 # How a choice is called in a reason.
 WORDS = {"triton": "the packed kernels", "narrow": "dense operators on the active filters"}
@@ -62,15 +58,14 @@ class Table:
         return row[at], f"{said} measured to be faster than masked dense {where} (commit {commit})"
 
     def to_json(self) -> dict[str, Any]:
-        """What a file holds."""
-        entries = {
+        """Entries as a file has them."""
+        return {
             shape: {
                 dtype: {way: {f"{d:g}": c for d, c in sorted(row.items())} for way, row in sorted(ways.items())}
                 for dtype, ways in sorted(dtypes.items())
             }
             for shape, dtypes in sorted(self.entries.items())
         }
-        return {"format": FORMAT, "device": self.device, "made": dict(self.made), "entries": entries}
 
 
 def _allowed(way: str) -> tuple[str, ...]:
@@ -78,67 +73,23 @@ def _allowed(way: str) -> tuple[str, ...]:
     return tuple(choice for choice in get_args(Choice) if way == "eager" or choice != "narrow")
 
 
-def parse(data: Any, source: str) -> Table:
-    """A table from the contents of its file.
-
-    Raises:
-        ValueError: the contents are not a table; the message names ``source`` and what is wrong.
-    """
-
-    def refuse(problem: str) -> ValueError:
-        return ValueError(f"{source} is not a table of measured choices: {problem}")
-
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise refuse(f"format must be {FORMAT}; got {data.get('format') if isinstance(data, dict) else data!r}")
-    if not isinstance(data.get("device"), str) or not isinstance(data.get("entries"), dict):
-        raise refuse("it needs a device and entries")
+def _parse(device: str, made: dict[str, str], found: dict[str, Any]) -> Table:
     entries: dict[str, dict[str, dict[str, dict[float, Choice]]]] = {}
-    for shape, dtypes in data["entries"].items():
+    for shape, dtypes in found.items():
         for dtype, ways in dtypes.items():
             if dtype not in DTYPES:
-                raise refuse(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+                raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
             for way, row in ways.items():
                 if way not in get_args(Way):
-                    raise refuse(f"a way to run must be one of {', '.join(get_args(Way))}; got {way!r}")
+                    raise ValueError(f"a way to run must be one of {', '.join(get_args(Way))}; got {way!r}")
                 for density, choice in row.items():
                     if choice not in _allowed(way):
-                        raise refuse(f"a choice must be one of {', '.join(_allowed(way))}; got {choice!r}")
+                        raise ValueError(f"a choice must be one of {', '.join(_allowed(way))}; got {choice!r}")
                     if not 0 < float(density) <= 1:
-                        raise refuse(f"a density must be in (0, 1]; got {density}")
+                        raise ValueError(f"a density must be in (0, 1]; got {density}")
                     places = entries.setdefault(shape, {}).setdefault(dtype, {}).setdefault(way, {})
                     places[float(density)] = cast(Choice, choice)
-    return Table(data["device"], data.get("made", {}), entries)
+    return Table(device, made, entries)
 
 
-def load(path: pathlib.Path) -> Table:
-    """The table of a file.
-
-    Raises:
-        ValueError: the file does not hold one.
-    """
-    return parse(read(path), str(path))
-
-
-@functools.cache
-def for_device(name: str) -> Table | None:
-    """The table of a device by its name, or None. Read once."""
-    path = path_of(name, SUBJECT)
-    return load(path) if path.is_file() else None
-
-
-_given: list[Table] = []
-
-
-@contextlib.contextmanager
-def using(table: Table) -> Iterator[None]:
-    """Choose by this table, whatever the device, while the context is open."""
-    _given.append(table)
-    try:
-        yield
-    finally:
-        _given.pop()
-
-
-def given() -> Table | None:
-    """The table of the innermost :func:`using`, or None."""
-    return _given[-1] if _given else None
+SHELF = Shelf("choices", "a table of measured choices", 1, _parse)

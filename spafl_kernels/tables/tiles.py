@@ -15,19 +15,16 @@ alone, by a factor of 4 at most. Elsewhere, and on a device without a file, the 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 
-from . import path_of, read
+from . import Shelf
 from .classes import power_down, shape_class
 
-FORMAT, SUBJECT = 1, "tiles"
 Operation = Literal["forward", "dgrad", "wgrad"]
 Kind = Literal["half", "tf32", "ieee"]
 # By how much the positions of a layer may differ from those that were measured, nearest first.
@@ -75,100 +72,58 @@ class Table:
         return next((row[c] for n in near if (c := shape_class(kernel, stride, channels, out, n)) in row), None)
 
     def to_json(self) -> dict[str, Any]:
-        """What a file holds."""
-        entries = {
+        """Entries as a file has them."""
+        return {
             operation: {
                 kind: {shape: dataclasses.asdict(tile) for shape, tile in sorted(row.items())}
                 for kind, row in sorted(kinds.items())
             }
             for operation, kinds in sorted(self.entries.items())
         }
-        return {"format": FORMAT, "device": self.device, "made": dict(self.made), "entries": entries}
 
 
 _SIZES = {"rows": (16, 256), "filters": (16, 256), "depth": (16, 256), "warps": (4, 4), "stages": (1, 8)}
 
 
-def _tile(data: Any) -> Tile | str:
-    """A tile, or what is wrong with it."""
+def _tile(data: Any) -> Tile:
     names = [f.name for f in dataclasses.fields(Tile)]
     if not isinstance(data, dict) or set(data) != set(names):
-        return f"a tile needs {', '.join(names)}; got {data!r}"
+        raise ValueError(f"a tile needs {', '.join(names)}; got {data!r}")
     if not isinstance(data["cache_l1"], bool):
-        return f"cache_l1 must be true or false; got {data['cache_l1']!r}"
+        raise ValueError(f"cache_l1 must be true or false; got {data['cache_l1']!r}")
     for name, (low, high) in _SIZES.items():
         size = data[name]
         if type(size) is not int or not low <= size <= high or (name != "stages" and size & (size - 1)):
             power = "" if name == "stages" else "a power of two "
-            return f"{name} must be {power}in [{low}, {high}]; got {size!r}"
+            raise ValueError(f"{name} must be {power}in [{low}, {high}]; got {size!r}")
     return Tile(**data)
 
 
-def parse(data: Any, source: str) -> Table:
-    """A table from the contents of its file.
-
-    Raises:
-        ValueError: the contents are not a table; the message names ``source`` and what is wrong.
-    """
-
-    def refuse(problem: str) -> ValueError:
-        return ValueError(f"{source} is not a table of measured tiles: {problem}")
-
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise refuse(f"format must be {FORMAT}; got {data.get('format') if isinstance(data, dict) else data!r}")
-    if not isinstance(data.get("device"), str) or not isinstance(data.get("entries"), dict):
-        raise refuse("it needs a device and entries")
+def _parse(device: str, made: dict[str, str], found: dict[str, Any]) -> Table:
     entries: dict[str, dict[str, dict[str, Tile]]] = {}
-    for operation, kinds in data["entries"].items():
+    for operation, kinds in found.items():
         if operation not in get_args(Operation):
-            raise refuse(f"an operation must be one of {', '.join(get_args(Operation))}; got {operation!r}")
+            raise ValueError(f"an operation must be one of {', '.join(get_args(Operation))}; got {operation!r}")
         for kind, row in kinds.items():
             if kind not in get_args(Kind):
-                raise refuse(f"an arithmetic must be one of {', '.join(get_args(Kind))}; got {kind!r}")
+                raise ValueError(f"an arithmetic must be one of {', '.join(get_args(Kind))}; got {kind!r}")
             for shape, sizes in row.items():
-                tile = _tile(sizes)
-                if isinstance(tile, str):
-                    raise refuse(f"{operation}, {kind}, {shape}: {tile}")
+                try:
+                    tile = _tile(sizes)
+                except ValueError as error:
+                    raise ValueError(f"{operation}, {kind}, {shape}: {error}") from None
                 entries.setdefault(operation, {}).setdefault(kind, {})[shape] = tile
-    return Table(data["device"], data.get("made", {}), entries)
+    return Table(device, made, entries)
 
 
-def load(path: pathlib.Path) -> Table:
-    """The table of a file.
-
-    Raises:
-        ValueError: the file does not hold one.
-    """
-    return parse(read(path), str(path))
-
-
-@functools.cache
-def for_device(name: str) -> Table | None:
-    """The table of a device by its name, or None. Read once."""
-    path = path_of(name, SUBJECT)
-    return load(path) if path.is_file() else None
+SHELF = Shelf("tiles", "a table of measured tiles", 1, _parse)
 
 
 @functools.cache
 def _of_index(index: int) -> Table | None:
-    return for_device(torch.cuda.get_device_name(index)) if torch.cuda.is_available() else None
+    return SHELF.for_device(torch.cuda.get_device_name(index)) if torch.cuda.is_available() else None
 
 
 def of(device: torch.device) -> Table | None:
-    """The table for tensors of a device: that of the innermost :func:`using`, else the device's own, or None."""
-    if _given:
-        return _given[-1]
-    return _of_index(device.index or 0) if device.type == "cuda" else None
-
-
-_given: list[Table] = []
-
-
-@contextlib.contextmanager
-def using(table: Table) -> Iterator[None]:
-    """Take tiles from this table, whatever the device, while the context is open."""
-    _given.append(table)
-    try:
-        yield
-    finally:
-        _given.pop()
+    """The table for tensors of a device: the one in use whatever the device, else the device's own, or None."""
+    return SHELF.given() or (_of_index(device.index or 0) if device.type == "cuda" else None)

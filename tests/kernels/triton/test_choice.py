@@ -87,15 +87,15 @@ def test_a_file_comes_back_as_it_was(tmp_path, monkeypatch):
     table = made_up()
     path = tmp_path / file_name("NVIDIA H200 (80 GB)", "choices")
     assert path.name == "nvidia-h200-80-gb.choices.json"
-    path.write_text(json.dumps(table.to_json()))
-    assert choices.load(path) == table
+    path.write_text(json.dumps(choices.SHELF.contents(table)))
+    assert choices.SHELF.load(path) == table
     monkeypatch.setenv("SPAFL_TABLES", str(tmp_path))
-    choices.for_device.cache_clear()
+    choices.SHELF.for_device.cache_clear()
     try:
-        assert choices.for_device("NVIDIA H200 (80 GB)") == table
-        assert choices.for_device("another") is None
+        assert choices.SHELF.for_device("NVIDIA H200 (80 GB)") == table
+        assert choices.SHELF.for_device("another") is None
     finally:
-        choices.for_device.cache_clear()
+        choices.SHELF.for_device.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -124,21 +124,21 @@ def test_a_file_comes_back_as_it_was(tmp_path, monkeypatch):
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path, change, message):
     path = tmp_path / "gpu.json"
-    path.write_text(json.dumps({**made_up().to_json(), **change}))
+    path.write_text(json.dumps({**choices.SHELF.contents(made_up()), **change}))
     with pytest.raises(ValueError, match=f"gpu.json is not a table of measured choices: {message}"):
-        choices.load(path)
+        choices.SHELF.load(path)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"gpu.json is not JSON"):
-        choices.load(path)
+        choices.SHELF.load(path)
 
 
 def test_a_linear_layer_runs_what_the_table_says_and_gives_the_same(calls):
     layer, x = ThresholdLinear(7, 6), torch.randn(5, 7)
     results = []
-    with choices.using(made_up()):
+    with choices.SHELF.using(made_up()):
         for layer.known_density in (1.0, 0.5, 0.25, 0.75):
             results.append(run(layer, x))
-    with choices.using(made_up({1.0: "narrow"})):
+    with choices.SHELF.using(made_up({1.0: "narrow"})):
         results.append(run(layer, x))
     assert calls == ["reference", "triton", "triton", "reference", "narrow"]
     for other in results[1:]:
@@ -150,7 +150,7 @@ def test_a_linear_layer_runs_what_the_table_says_and_gives_the_same(calls):
 @pytest.mark.parametrize("padding", [1, "valid"])
 def test_a_convolution_is_filed_by_its_output_positions(calls, padding):
     layer, side = ThresholdConv2d(3, 6, 3, stride=2, padding=padding), 8 if padding == 1 else 9
-    with choices.using(made_up({1.0: "triton"}, shape=CONV)):
+    with choices.SHELF.using(made_up({1.0: "triton"}, shape=CONV)):
         run(layer, torch.randn(1, 3, side, side))  # 4x4 outputs
         run(layer, torch.randn(1, 3, 2 * side, 2 * side))
         run(layer, torch.randn(3, side, side))
@@ -164,7 +164,7 @@ def test_same_padding_keeps_the_size():
 
 def test_arithmetic_and_way_are_told_apart(calls, monkeypatch):
     layer, x = ThresholdLinear(7, 6), torch.randn(5, 7)
-    with choices.using(made_up({1.0: "triton"}, dtype="tf32", way="graph")):
+    with choices.SHELF.using(made_up({1.0: "triton"}, dtype="tf32", way="graph")):
         run(layer, x)
         monkeypatch.setattr(backend, "tf32", lambda conv: True)
         run(layer, x)
@@ -180,9 +180,9 @@ def test_arithmetic_and_way_are_told_apart(calls, monkeypatch):
 
 def test_a_request_is_stronger_than_a_table(calls):
     layer, x = ThresholdLinear(7, 6), torch.randn(5, 7)
-    with choices.using(made_up({1.0: "reference"})), backend.requesting("triton"):
+    with choices.SHELF.using(made_up({1.0: "reference"})), backend.requesting("triton"):
         run(layer, x)
-    with choices.using(made_up({1.0: "triton"})), backend.requesting("reference"):
+    with choices.SHELF.using(made_up({1.0: "triton"})), backend.requesting("reference"):
         run(layer, x)
     assert calls == ["triton", "reference"]
     assert backend.REQUESTED == "auto"
@@ -206,14 +206,14 @@ def test_narrow_needs_a_host_that_can_look(calls, monkeypatch):
 
 def test_a_dense_choice_is_no_fallback(calls, monkeypatch, recwarn):
     monkeypatch.setenv("SPAFL_STRICT", "1")
-    with choices.using(made_up({1.0: "reference"})):
+    with choices.SHELF.using(made_up({1.0: "reference"})):
         run(ThresholdLinear(7, 6), torch.randn(5, 7))
     assert calls == ["reference"] and not recwarn.list
 
 
 def test_a_cohort_takes_the_kernels(calls):
     x, w, t = torch.randn(2, 5, 7), torch.randn(2, 6, 7), torch.zeros(2, 6)
-    with choices.using(made_up({1.0: "reference"})):
+    with choices.SHELF.using(made_up({1.0: "reference"})):
         torch.func.vmap(lambda x, w, t: ops.linear(x, w, t, None, "identity", False, 1.0))(x, w, t)
     assert calls == ["triton"]
 
@@ -228,7 +228,7 @@ def test_a_compiled_layer_keeps_the_choice():
             return graph.forward
 
         torch._dynamo.reset()
-        with choices.using(made_up({1.0: choice}, way="graph")):
+        with choices.SHELF.using(made_up({1.0: choice}, way="graph")):
             got = torch.compile(lambda x: run(layer, x), fullgraph=True, backend=keep, dynamic=True)(x)
         assert ("spafl" in graphs[0]) == (choice == "triton")
         torch.testing.assert_close(got, layer(x))
@@ -258,7 +258,7 @@ def test_explain_tells_the_choice_and_the_measurement(monkeypatch):
             layer.weight = torch.nn.Parameter(torch.empty(layer.weight.shape, device="cuda"))
         x, rows = torch.empty(1, 3, 8, 8, device="cuda"), torch.empty(5, 7, device="cuda")
         assert "no times were measured on this device" in spafl_kernels.explain(conv, x).reason
-        with choices.using(made_up({0.5: "triton", 1.0: "reference"}, shape=CONV)):
+        with choices.SHELF.using(made_up({0.5: "triton", 1.0: "reference"}, shape=CONV)):
             said = spafl_kernels.explain(conv, x)
             assert said.backend == "reference" and not said.fallback
             assert "nothing was measured to be faster than masked dense at density 1" in said.reason
@@ -273,7 +273,7 @@ def test_explain_tells_the_choice_and_the_measurement(monkeypatch):
 def test_nothing_ships_that_nobody_measured():
     """Tables that ship say on what, with what and when they were measured."""
     for path in FOLDER.glob("*.choices.json"):
-        table = choices.load(path)
+        table = choices.SHELF.load(path)
         assert path.name == file_name(table.device, "choices")
         assert {"commit", "torch", "triton", "time"} <= table.made.keys()
 
@@ -284,9 +284,9 @@ def test_the_environment_report_says_what_was_measured(monkeypatch, tmp_path, ca
     for name, value in {"device_count": 2, "is_available": True, "get_device_capability": (7, 5)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("made-up GPU", "another GPU")[i])
-    (tmp_path / "made-up-gpu.choices.json").write_text(json.dumps(made_up().to_json()))
+    (tmp_path / "made-up-gpu.choices.json").write_text(json.dumps(choices.SHELF.contents(made_up())))
     monkeypatch.setenv("SPAFL_TABLES", str(tmp_path))
-    choices.for_device.cache_clear()
+    choices.SHELF.for_device.cache_clear()
     try:
         assert env.main([]) == 0
         text = capsys.readouterr().out
@@ -294,8 +294,8 @@ def test_the_environment_report_says_what_was_measured(monkeypatch, tmp_path, ca
         assert "tiles       another GPU: not measured; the kernels choose them by rule" in text
         assert "choice      another GPU: no times were measured; layers take the Triton kernels" in text
         assert "the best GPU here has 7.5" in text and "SPAFL_BACKEND=auto, SPAFL_STRICT=0" in text
-        choices.for_device.cache_clear()
+        choices.SHELF.for_device.cache_clear()
         (tmp_path / "another-gpu.choices.json").write_text("{}")
         assert "not usable" in env.report()["measured"]["another GPU"]
     finally:
-        choices.for_device.cache_clear()
+        choices.SHELF.for_device.cache_clear()

@@ -14,7 +14,7 @@ from benchmarks.gpu import choices, clock, layers, results, roofline, schedule, 
 from spafl_kernels import tables
 from spafl_kernels.ops import closed_form, cuda_ops
 from spafl_kernels.tables import classes
-from spafl_kernels.tables.choices import load
+from spafl_kernels.tables.choices import SHELF
 from spafl_kernels.triton.geometry import Geometry
 from spafl_kernels.triton.plan import Plan
 
@@ -457,7 +457,7 @@ def test_tables_and_pictures_from_the_command(tmp_path, monkeypatch, capsys):
         recorder.add(measured("conv1", 100, 105, {1.0: 120, 0.5: 50}))
         recorder.add({**sample(5e4, provider=p), "kind": "cohort", "clients": "10"} for p in ("loop", "cohort"))
     assert command.main(["--tables", "--plots", "--out", str(path)]) == 0
-    table = load(tmp_path / "tables" / "made-up-gpu.choices.json")
+    table = SHELF.load(tmp_path / "tables" / "made-up-gpu.choices.json")
     assert table.look_up("class a", "bf16", "graph", 0.5)[0] == "triton"
     drawn = {p.name for p in (tmp_path / "gpu").iterdir()}
     assert drawn == {"cohort.png", "layers-module-bf16-batch128-graph.png"}

@@ -38,7 +38,7 @@ def chosen(images=128, operation="forward", kind="half", geometry=CONV, out=64, 
 def test_a_layer_takes_what_was_measured_near_it_and_else_follows_the_rule():
     rule = by_rule("forward", "half", 128 * 32 * 32)
     assert chosen() == rule
-    with measured.using(made_up()):
+    with measured.SHELF.using(made_up()):
         assert [chosen(n) for n in (128, 255, 256, 511, 64, 32)] == [BEST] * 6  # positions by a factor of 4 at most
         assert chosen(1024) == chosen(31) == rule
         assert chosen(geometry=dataclasses.replace(CONV, channels=48), out=33) == BEST  # the same class
@@ -52,7 +52,7 @@ def test_a_layer_takes_what_was_measured_near_it_and_else_follows_the_rule():
 
 def test_the_nearest_measurement_counts():
     near = {CLASS: BEST, CLASS.replace("131072", "65536"): dataclasses.replace(BEST, stages=2)}
-    with measured.using(made_up(forward={"half": near})):
+    with measured.SHELF.using(made_up(forward={"half": near})):
         assert [chosen(n).stages for n in (128, 64, 32, 16, 256, 512)] == [4, 2, 2, 2, 4, 4]
 
 
@@ -64,18 +64,18 @@ def test_tensors_elsewhere_than_on_a_gpu_follow_the_rule(device):
 def test_a_gpu_finds_its_file(tmp_path, monkeypatch):
     path = tmp_path / "made-up-gpu.tiles.json"
     assert path.name == file_name("made-up GPU", "tiles")
-    path.write_text(json.dumps(made_up().to_json()))
-    assert measured.load(path) == made_up()
+    path.write_text(json.dumps(measured.SHELF.contents(made_up())))
+    assert measured.SHELF.load(path) == made_up()
     monkeypatch.setenv("SPAFL_TABLES", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("another GPU", "made-up GPU")[i])
-    for cache in (measured.for_device, measured._of_index):
+    for cache in (measured.SHELF.for_device, measured._of_index):
         cache.cache_clear()
     try:
         assert measured.of(torch.device("cuda")) is None
         assert measured.of(torch.device("cuda", 1)) == made_up()
     finally:
-        for cache in (measured.for_device, measured._of_index):
+        for cache in (measured.SHELF.for_device, measured._of_index):
             cache.cache_clear()
 
 
@@ -102,14 +102,14 @@ GOOD = dataclasses.asdict(BEST)
 )  # fmt: skip
 def test_a_wrong_file_is_refused_by_name(tmp_path, change, message):
     path = tmp_path / "gpu.json"
-    path.write_text(json.dumps({**made_up().to_json(), **change}))
+    path.write_text(json.dumps({**measured.SHELF.contents(made_up()), **change}))
     with pytest.raises(ValueError, match=rf"gpu\.json is not a table of measured tiles: .*{message}"):
-        measured.load(path)
+        measured.SHELF.load(path)
 
 
 def test_nothing_ships_that_nobody_measured():
     for path in FOLDER.glob("*.tiles.json"):
-        table = measured.load(path)
+        table = measured.SHELF.load(path)
         assert path.name == file_name(table.device, "tiles")
         assert {"commit", "torch", "triton", "time"} <= table.made.keys()
 
@@ -282,5 +282,5 @@ def test_the_command_measures_and_writes_tables(tmp_path, monkeypatch, capsys):
     assert "red: 0" in capsys.readouterr().out
     assert command.main(["--tables", "--out", str(path)]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "made-up-gpu.tiles.json")]
-    found = measured.load(tmp_path / "made-up-gpu.tiles.json").entries["forward"]["tf32"]
+    found = measured.SHELF.load(tmp_path / "made-up-gpu.tiles.json").entries["forward"]["tf32"]
     assert found == {"conv3x3/1 in64 out64 positions64": fast}
