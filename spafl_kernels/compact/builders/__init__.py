@@ -1,17 +1,14 @@
-"""How ops become calls, by their kind: ``builder(program, op, index of the op)`` gives the call."""
+"""How ops become calls, by their kind: ``builder(scope, op, index of the op)`` gives the call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from ..flow import Op
+from ..scope import Run, Scope
 from . import attention, layers, moves, norms, other, sums
 
-if TYPE_CHECKING:
-    from ..flow import Op
-    from ..program import Program, Run
-
-BUILDERS: dict[str, Callable[[Program, Op, int], Run]] = {
+BUILDERS: dict[str, Callable[[Scope, Op, int], Run]] = {
     "layer": layers.layer,
     "depthwise": layers.depthwise,
     "norm": norms.norm,

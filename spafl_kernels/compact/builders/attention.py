@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..flow import Op
 from ..heads import Heads, attend
 from ..plan import Channels
+from ..scope import Run, Scope
 from ..spread import Pick, Spread
 
-if TYPE_CHECKING:
-    from ..program import Program, Run
 
-
-def attention(program: Program, op: Op, i: int) -> Run:
+def attention(scope: Scope, op: Op, i: int) -> Run:
     attention, shape = op.data, op.shape or ()
-    ops = [program.op(name) for name in op.sources]
+    ops = [scope.op(name) for name in op.sources]
     # A channel that is dropped and not 0 must be there.
-    known = [None if source.const else program.channels(source) for source in ops]
-    device = next(program.flow.model.parameters()).device
+    known = [None if source.const else scope.channels(source) for source in ops]
+    device = next(scope.flow.model.parameters()).device
     widths = (ops[0].shape or ())[2], (ops[2].shape or ())[2]
-    heads = Heads(known, widths, attention.heads, program.plan.multiple > 1, device)
+    heads = Heads(known, widths, attention.heads, scope.plan.multiple > 1, device)
     reads: list[Callable[[list[Any]], Tensor]] = [
-        _pack(program, source, channels, pick, place, heads.width * attention.heads)
+        _pack(scope, source, channels, pick, place, heads.width * attention.heads)
         for source, channels, pick, place in zip(ops, known, heads.picks, heads.places)
     ]
-    after, width = program.channels(op), heads.width * attention.heads
+    after, width = scope.channels(op), heads.width * attention.heads
     unpack, stored = None, shape[2] if after is None else after.stored
     if not len(heads.places[2]) == width == stored:
-        unpack = Pick(heads.places[2], stored, 2, program.native)
+        unpack = Pick(heads.places[2], stored, 2, scope.native)
     tokens = (ops[1].shape or ())[1]
-    program.macs += 6 * shape[1] * tokens * width
-    fused = program.native
+    scope.macs += 6 * shape[1] * tokens * width
+    fused = scope.native
 
     def run(env: list[Any], training: bool) -> None:
         q, k, v = (read(env) for read in reads)
@@ -45,15 +43,15 @@ def attention(program: Program, op: Op, i: int) -> Run:
 
 
 def _pack(
-    program: Program, source: Op, channels: Channels | None, pick: Tensor, place: Tensor, width: int
+    scope: Scope, source: Op, channels: Channels | None, pick: Tensor, place: Tensor, width: int
 ) -> Callable[[list[Any]], Tensor]:
     """Reads the channels ``pick`` of a value, in their places among ``width``."""
-    j, stored = program.index[source.name], (source.shape or ())[2] if channels is None else channels.stored
-    read = program.full(source.name) if channels is None else lambda env: env[j]
+    j, stored = scope.index[source.name], (source.shape or ())[2] if channels is None else channels.stored
+    read = scope.full(source.name) if channels is None else lambda env: env[j]
     if len(pick) == width == stored:
         return read
-    spread = Spread(place, width, 2, program.native)
+    spread = Spread(place, width, 2, scope.native)
     if len(pick) == (stored if channels is None else len(channels.kept)):
         return lambda env: spread(read(env), None, None)
-    take = Pick(pick, max(len(pick), 1), 2, program.native)
+    take = Pick(pick, max(len(pick), 1), 2, scope.native)
     return lambda env: spread(take(read(env)), None, None)

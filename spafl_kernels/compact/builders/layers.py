@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +16,24 @@ from ...ops.conv_pool import MAX_IN_CHANNELS, DirectConvReluPool
 from ...ops.image_conv import DirectImageConv, Passes, image_passes
 from ..flow import Op
 from ..plan import Channels
+from ..scope import Run, Scope
 from ..slots import LayerSlot
 from ..spread import pixels
 
-if TYPE_CHECKING:
-    from ..program import Program, Run
 
-
-def layer(program: Program, op: Op, i: int) -> Run:
-    m, n = op.module, program.count
-    name = program.names[id(m)]
-    slot = program.layers[name]
-    source = program.op(op.sources[0])
+def layer(scope: Scope, op: Op, i: int) -> Run:
+    m, n = op.module, scope.count
+    name = scope.names[id(m)]
+    slot = scope.layers[name]
+    source = scope.op(op.sources[0])
     mask_bias = isinstance(m, ThresholdLayer) and m.mask_bias
-    drops = program.channels(op) is not None and len(program.plan.rows[name].dropped) > 0
+    drops = scope.channels(op) is not None and len(scope.plan.rows[name].dropped) > 0
     const_out = op.const and drops
-    columns = None if op.data is None else program.plan.channels(op.data)
-    read = program.full(source.name) if columns is None else None
-    j = program.index[source.name]
+    columns = None if op.data is None else scope.plan.channels(op.data)
+    read = scope.full(source.name) if columns is None else None
+    j = scope.index[source.name]
     const_in = columns is not None and source.const and len(columns.dropped) > 0
-    _count_macs(program, op, source, slot, const_in)
+    _count_macs(scope, op, source, slot, const_in)
     conv = isinstance(m, nn.Conv2d)
     pad_first: list[int] | None = None
     padded = False
@@ -56,12 +54,12 @@ def layer(program: Program, op: Op, i: int) -> Run:
 
     # Few enough input channels are a matter of the plan: a later layer comes within reach once inputs are pruned.
     within_reach = conv and not const_in and slot.weight.shape[1] <= MAX_IN_CHANNELS
-    fused = program.fused_pools.get(name) if within_reach else None
+    fused = scope.fused_pools.get(name) if within_reach else None
     if fused is not None:
-        pooled, window = program.index[fused[0]], fused[1]
+        pooled, window = scope.index[fused[0]], fused[1]
         pad_h, pad_w = m.padding
 
-    used, passes = _passes(program, name, columns) if conv else ((0, 0), None)
+    used, passes = _passes(scope, name, columns) if conv else ((0, 0), None)
 
     def run(env: list[Any], training: bool) -> None:
         x = env[j] if read is None else read(env)
@@ -112,29 +110,29 @@ def layer(program: Program, op: Op, i: int) -> Run:
 
 
 def _passes(
-    program: Program, name: str, columns: Channels | None
+    scope: Scope, name: str, columns: Channels | None
 ) -> tuple[tuple[int, int], Callable[[int], Passes] | None]:
     """The channels of a convolution that are not padding, and by batch size the passes for :func:`image_conv`."""
-    m, rows = program.flow.layers[name].module, program.plan.rows.get(name)
+    m, rows = scope.flow.layers[name].module, scope.plan.rows.get(name)
     inputs = m.in_channels if columns is None else len(columns.kept)
     outputs = m.out_channels if rows is None else len(rows.kept)
     used = max(inputs, 1), max(outputs, 1)
     plain = m.padding_mode == "zeros" and not isinstance(m.padding, str) and m.dilation == (1, 1) and m.groups == 1
-    if not (program.native and program.channels_last and plain):
+    if not (scope.native and scope.channels_last and plain):
         return used, None
     dtype = m.weight.dtype
     return used, functools.cache(lambda batch: image_passes(batch, *used, dtype))
 
 
-def depthwise(program: Program, op: Op, i: int) -> Run:
+def depthwise(scope: Scope, op: Op, i: int) -> Run:
     """Channel by channel: only the kept filters' input channels are read, constants included."""
-    m, n = op.module, program.count
-    name = program.names[id(m)]
-    slot, source = program.layers[name], program.op(op.sources[0])
-    _count_macs(program, op, source, slot, False)
-    rows = program.plan.rows.get(name)
-    before = None if op.data is None else program.plan.channels(op.data)
-    read, j = program.full(source.name), program.index[source.name]
+    m, n = op.module, scope.count
+    name = scope.names[id(m)]
+    slot, source = scope.layers[name], scope.op(op.sources[0])
+    _count_macs(scope, op, source, slot, False)
+    rows = scope.plan.rows.get(name)
+    before = None if op.data is None else scope.plan.channels(op.data)
+    read, j = scope.full(source.name), scope.index[source.name]
     mask_bias = isinstance(m, ThresholdLayer) and m.mask_bias
     const_out = op.const and rows is not None and len(rows.dropped) > 0
     # Without constants a dropped input channel is 0; then only channels kept on both sides are moved.
@@ -171,11 +169,11 @@ def depthwise(program: Program, op: Op, i: int) -> Run:
     return run
 
 
-def _count_macs(program: Program, op: Op, source: Op, slot: LayerSlot, const_in: bool) -> None:
+def _count_macs(scope: Scope, op: Op, source: Op, slot: LayerSlot, const_in: bool) -> None:
     passes = 3 if source.grad else 2
-    program.macs += passes * slot.weight.numel() * op.positions
+    scope.macs += passes * slot.weight.numel() * op.positions
     if const_in and slot.weight_dropped is not None:
-        program.macs_fixed += 3 * slot.weight_dropped.numel()
+        scope.macs_fixed += 3 * slot.weight_dropped.numel()
 
 
 class _AddMap(torch.autograd.Function):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ..flow import Op
-
-if TYPE_CHECKING:
-    from ..program import Program, Run
+from ..scope import Run, Scope
 
 
-def same(program: Program, op: Op, i: int) -> Run:
-    n, j = program.count, program.index[op.sources[0]]
+def same(scope: Scope, op: Op, i: int) -> Run:
+    n, j = scope.count, scope.index[op.sources[0]]
 
     def run(env: list[Any], training: bool) -> None:
         env[i], env[n + i] = env[j], env[n + j]
@@ -22,9 +20,9 @@ def same(program: Program, op: Op, i: int) -> Run:
     return run
 
 
-def flatten(program: Program, op: Op, i: int) -> Run:
-    n, j = program.count, program.index[op.sources[0]]
-    before, after = program.channels(program.op(op.sources[0])), program.channels(op)
+def flatten(scope: Scope, op: Op, i: int) -> Run:
+    n, j = scope.count, scope.index[op.sources[0]]
+    before, after = scope.channels(scope.op(op.sources[0])), scope.channels(op)
     assert before is not None and after is not None
 
     def run(env: list[Any], training: bool) -> None:
@@ -39,9 +37,9 @@ def flatten(program: Program, op: Op, i: int) -> Run:
     return run
 
 
-def dropout(program: Program, op: Op, i: int) -> Run:
-    p, j = op.data, program.index[op.sources[0]]
-    channels = program.channels(op)
+def dropout(scope: Scope, op: Op, i: int) -> Run:
+    p, j = op.data, scope.index[op.sources[0]]
+    channels = scope.channels(op)
     assert channels is not None and op.layout is not None
     dim = op.layout.dim
 
@@ -61,17 +59,17 @@ def dropout(program: Program, op: Op, i: int) -> Run:
     return run
 
 
-def cat(program: Program, op: Op, i: int) -> Run:
-    n, dim = program.count, op.data
-    after = program.channels(op)
+def cat(scope: Scope, op: Op, i: int) -> Run:
+    n, dim = scope.count, op.data
+    after = scope.channels(op)
     assert after is not None
     parts = []
     for s in op.node.args[0]:
-        source = program.op(s.name)
-        channels = program.channels(source)
+        source = scope.op(s.name)
+        channels = scope.channels(source)
         width = (source.shape or ())[dim]
         parts.append(
-            (program.index[source.name], width if channels is None else len(channels.kept),
+            (scope.index[source.name], width if channels is None else len(channels.kept),
              0 if channels is None else len(channels.dropped))
         )  # fmt: skip
 
@@ -90,10 +88,10 @@ def cat(program: Program, op: Op, i: int) -> Run:
     return run
 
 
-def split(program: Program, op: Op, i: int) -> Run:
+def split(scope: Scope, op: Op, i: int) -> Run:
     """A tuple of tensors and one of constants: one backward for all of them, where slices would have one each."""
-    n, j, before = program.count, program.index[op.sources[0]], program.channels(program.op(op.sources[0]))
-    layout = program.op(op.sources[0]).layout
+    n, j, before = scope.count, scope.index[op.sources[0]], scope.channels(scope.op(op.sources[0]))
+    layout = scope.op(op.sources[0]).layout
     assert before is not None and layout is not None
     ends = torch.tensor([high for _, high in op.data], device=before.kept.device)
     sizes, lost = (
@@ -108,11 +106,11 @@ def split(program: Program, op: Op, i: int) -> Run:
     return run
 
 
-def item(program: Program, op: Op, i: int) -> Run:
-    n, j, index = program.count, program.index[op.sources[0]], op.node.args[1]
-    after = program.channels(op)
+def item(scope: Scope, op: Op, i: int) -> Run:
+    n, j, index = scope.count, scope.index[op.sources[0]], op.node.args[1]
+    after = scope.channels(op)
     assert after is not None and op.layout is not None
-    index, dim, pads = index % len(program.op(op.sources[0]).data), op.layout.dim, after.pads
+    index, dim, pads = index % len(scope.op(op.sources[0]).data), op.layout.dim, after.pads
 
     def run(env: list[Any], training: bool) -> None:
         x, c = env[j][index], env[n + j]

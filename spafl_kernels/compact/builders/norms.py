@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -12,21 +12,19 @@ from ...ops.norm import DirectBatchNormRelu
 from ...ops.norm import pools as takes_pool
 from ..flow import Op
 from ..fusion import is_max, plain_window, single_user
-
-if TYPE_CHECKING:
-    from ..program import Program, Run
+from ..scope import Run, Scope
 
 
-def norm(program: Program, op: Op, i: int) -> Run:
-    m, n = op.module, program.count
-    slot = program.norms[program.names[id(m)]]
+def norm(scope: Scope, op: Op, i: int) -> Run:
+    m, n = op.module, scope.count
+    slot = scope.norms[scope.names[id(m)]]
     momentum, eps = m.momentum, m.eps
-    channels = None if op.data is None else program.plan.channels(op.data)
-    read = program.full(op.sources[0]) if channels is None else None
+    channels = None if op.data is None else scope.plan.channels(op.data)
+    read = scope.full(op.sources[0]) if channels is None else None
     drops = channels is not None and len(channels.dropped) > 0
-    j = program.index[op.sources[0]]
-    relu, pool, window = program.fused_norms.get(op.name, ("", "", 1))
-    after_relu, after_pool = (3 * n + program.index[name] if name else 0 for name in (relu, pool))
+    j = scope.index[op.sources[0]]
+    relu, pool, window = scope.fused_norms.get(op.name, ("", "", 1))
+    after_relu, after_pool = (3 * n + scope.index[name] if name else 0 for name in (relu, pool))
     assert momentum is not None
 
     def run(env: list[Any], training: bool) -> None:
@@ -62,21 +60,21 @@ def norm(program: Program, op: Op, i: int) -> Run:
     return run
 
 
-def relu(program: Program, op: Op, i: int) -> Run:
-    apply, n, j = op.apply, program.count, program.index[op.sources[0]]
+def relu(scope: Scope, op: Op, i: int) -> Run:
+    apply, n, j = op.apply, scope.count, scope.index[op.sources[0]]
     assert apply is not None
-    source = program.op(op.sources[0])
-    users = [program.op(u.name) for u in op.node.users]
+    source = scope.op(op.sources[0])
+    users = [scope.op(u.name) for u in op.node.users]
     if op.kind == "relu" and len(users) == 1 and users[0].kind == "pool" and is_max(users[0]):
         # ReLU after the max-pool is the same function with the same gradient, on a quarter of the elements. What
         # falls anywhere, as GELU does, would be another function there.
-        program.pooled_first.add(op.name)
+        scope.pooled_first.add(op.name)
 
         def pass_on(env: list[Any], training: bool) -> None:
             env[i], env[n + i] = env[j], env[n + j]
 
         return pass_on
-    inside = source.kind in ("layer", "depthwise", "norm", "pool", "add") and single_user(program.flow, source)
+    inside = source.kind in ("layer", "depthwise", "norm", "pool", "add") and single_user(scope.flow, source)
     if inside and apply is F.relu:
         apply = torch.relu_
     outside: Any = op.apply
@@ -90,15 +88,15 @@ def relu(program: Program, op: Op, i: int) -> Run:
     return run
 
 
-def pool(program: Program, op: Op, i: int) -> Run:
-    apply, n, j = op.apply, program.count, program.index[op.sources[0]]
+def pool(scope: Scope, op: Op, i: int) -> Run:
+    apply, n, j = op.apply, scope.count, scope.index[op.sources[0]]
     assert apply is not None
-    source = program.op(op.sources[0])
-    relu = source.apply if source.name in program.pooled_first else None
+    source = scope.op(op.sources[0])
+    relu = source.apply if source.name in scope.pooled_first else None
     inner: Any = torch.relu_ if relu is F.relu else relu
     done = 3 * n + j  # ReLU is part of the norm before it
     window = plain_window(op)
-    direct = relu is F.relu and program.native and window is not None
+    direct = relu is F.relu and scope.native and window is not None
 
     def run(env: list[Any], training: bool) -> None:
         y, c = env[j], env[n + j]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..flow import Op
-
-if TYPE_CHECKING:
-    from ..program import Program, Run
+from ..scope import Run, Scope
 
 
-def shape(program: Program, op: Op, i: int) -> Run:
-    source = program.op(op.sources[0])
-    j, layout = program.index[source.name], source.layout
+def shape(scope: Scope, op: Op, i: int) -> Run:
+    source = scope.op(op.sources[0])
+    j, layout = scope.index[source.name], source.layout
     args = op.node.args[1:] if op.node.op == "call_method" else ()
 
     def run(env: list[Any], training: bool) -> None:
@@ -27,10 +25,10 @@ def shape(program: Program, op: Op, i: int) -> Run:
     return run
 
 
-def other(program: Program, op: Op, i: int) -> Run:
+def other(scope: Scope, op: Op, i: int) -> Run:
     """Any other node, as the trace has it, on full-width inputs."""
-    node, model = op.node, program.flow.model
-    program.macs += op.macs * 3
+    node, model = op.node, scope.flow.model
+    scope.macs += op.macs * 3
     if node.op == "get_attr":
         parent, _, leaf = str(node.target).rpartition(".")
         owner = model.get_submodule(parent)
@@ -39,7 +37,7 @@ def other(program: Program, op: Op, i: int) -> Run:
             env[i] = getattr(owner, leaf)
 
         return attribute
-    reads = {s.name: program.full(s.name) for s in node.all_input_nodes}
+    reads = {s.name: scope.full(s.name) for s in node.all_input_nodes}
     flag = "training" in node.kwargs
     target = op.module if node.op == "call_module" else node.target
 

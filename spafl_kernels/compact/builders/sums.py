@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..flow import Op
 from ..plan import Channels
+from ..scope import Run, Scope
 from ..spread import Spread, Summand
 
-if TYPE_CHECKING:
-    from ..program import Program, Run
 
-
-def add(program: Program, op: Op, i: int) -> Run:
-    n = program.count
-    a, b = (program.op(s.name) for s in op.node.args)
-    ja, jb = program.index[a.name], program.index[b.name]
+def add(scope: Scope, op: Op, i: int) -> Run:
+    n = scope.count
+    a, b = (scope.op(s.name) for s in op.node.args)
+    ja, jb = scope.index[a.name], scope.index[b.name]
     if a.layout == b.layout:
 
         def run(env: list[Any], training: bool) -> None:
@@ -25,16 +23,16 @@ def add(program: Program, op: Op, i: int) -> Run:
             env[n + i] = cb if ca is None else ca if cb is None else ca + cb
 
         return run
-    after = program.channels(op)
+    after = scope.channels(op)
     if after is not None:
-        return _add_channels(program, a, b, after, i)
-    fa, fb = program.full(a.name), program.full(b.name)
-    ca, cb = program.channels(a), program.channels(b)
+        return _add_channels(scope, a, b, after, i)
+    fa, fb = scope.full(a.name), scope.full(b.name)
+    ca, cb = scope.channels(a), scope.channels(b)
     # Add a compact operand into the channels it has.
     if cb is not None and not cb.full:
-        return _add_into(program, fa, jb, b, cb, i)
+        return _add_into(scope, fa, jb, b, cb, i)
     if ca is not None and not ca.full:
-        return _add_into(program, fb, ja, a, ca, i)
+        return _add_into(scope, fb, ja, a, ca, i)
 
     def wide(env: list[Any], training: bool) -> None:
         env[i] = fa(env) + fb(env)
@@ -42,9 +40,9 @@ def add(program: Program, op: Op, i: int) -> Run:
     return wide
 
 
-def _add_into(program: Program, full: Callable[[list[Any]], Any], j: int, part: Op, channels: Channels, i: int) -> Run:
+def _add_into(scope: Scope, full: Callable[[list[Any]], Any], j: int, part: Op, channels: Channels, i: int) -> Run:
     assert part.layout is not None
-    n, spread = program.count, Spread(channels.kept, channels.width, part.layout.dim, program.native)
+    n, spread = scope.count, Spread(channels.kept, channels.width, part.layout.dim, scope.native)
 
     def run(env: list[Any], training: bool) -> None:
         env[i] = spread(env[j], env[n + j], full(env))
@@ -52,10 +50,10 @@ def _add_into(program: Program, full: Callable[[list[Any]], Any], j: int, part: 
     return run
 
 
-def _add_channels(program: Program, a: Op, b: Op, after: Channels, i: int) -> Run:
+def _add_channels(scope: Scope, a: Op, b: Op, after: Channels, i: int) -> Run:
     """A sum of different channels: it has those that one of the operands has."""
-    n, ja, jb = program.count, program.index[a.name], program.index[b.name]
-    first, second = (_summand(program, op, after) for op in (a, b))
+    n, ja, jb = scope.count, scope.index[a.name], scope.index[b.name]
+    first, second = (_summand(scope, op, after) for op in (a, b))
     if second.spread is None:
         ja, jb, first, second = jb, ja, second, first
 
@@ -68,7 +66,7 @@ def _add_channels(program: Program, a: Op, b: Op, after: Channels, i: int) -> Ru
     return run
 
 
-def _summand(program: Program, op: Op, after: Channels) -> Summand:
-    channels = program.channels(op)
+def _summand(scope: Scope, op: Op, after: Channels) -> Summand:
+    channels = scope.channels(op)
     assert channels is not None and op.layout is not None
-    return Summand(channels, after, op.layout.dim, program.native)
+    return Summand(channels, after, op.layout.dim, scope.native)
