@@ -103,7 +103,17 @@ def plain_window(op: Op) -> int | None:
     return window if square and window in POOLS and m.padding in (0, (0, 0)) and m.dilation in (1, (1, 1)) else None
 
 
-def is_max(op: Op) -> bool:
+def after_its_pool(flow: Flow, op: Op) -> bool:
+    """Whether a ReLU waits for the max-pool that is its only user.
+
+    It is the same function with the same gradient there, on a quarter of the elements. What falls anywhere, as GELU
+    does, would be another function.
+    """
+    pool = _only_user(flow, op)
+    return op.kind == "relu" and pool is not None and pool.kind == "pool" and _is_max(pool)
+
+
+def _is_max(op: Op) -> bool:
     if isinstance(op.module, nn.MaxPool2d):
         return True
     return op.node.op == "call_function" and op.node.target in (F.max_pool2d, torch.max_pool2d)

@@ -21,6 +21,7 @@ from .fusion import always_fused, prefers_channels_last
 from .layout import Layout
 from .plan import Channels, Plan
 from .program import Program
+from .scope import Scope
 from .slots import LayerSlot, NormSlot
 from .state import LayerState, all_channels, per_filter, put_rows
 from .trace import check_traceable
@@ -308,7 +309,7 @@ class _Made:
         for slot in self.layers.values():
             slot.weight_dropped = None
         self._prime()
-        self.program = Program(flow, plan, self.layers, self.norms, prefers_channels_last(flow), compiled)
+        self.program = Program(Scope(flow, plan, self.layers, self.norms, prefers_channels_last(flow), compiled))
         self.release()
 
     def _prime(self) -> None:

@@ -13,27 +13,15 @@ import torch
 from torch import Tensor
 
 from .builders import BUILDERS
-from .flow import Flow
-from .plan import Plan
 from .scope import Run, Scope
-from .slots import LayerSlot, NormSlot
 
 
 class Program:
-    """Runs ``flow`` under ``plan``. ``macs`` are executed per sample by one training step, ``macs_fixed`` per step."""
+    """Runs a flow under a plan. ``macs`` are executed per sample by one training step, ``macs_fixed`` per step."""
 
-    def __init__(
-        self,
-        flow: Flow,
-        plan: Plan,
-        layers: dict[str, LayerSlot],
-        norms: dict[str, NormSlot],
-        channels_last: bool = False,
-        compiled: bool = True,
-    ) -> None:
-        scope = Scope(flow, plan, layers, norms, channels_last, compiled)
-        index, n = scope.index, scope.count
-        self._channels_last, self._places = channels_last, 4 * n
+    def __init__(self, scope: Scope) -> None:
+        flow, index, n = scope.flow, scope.index, scope.count
+        self._channels_last, self._places = scope.channels_last, 4 * n
         self._calls: list[tuple[Run, tuple[int, ...]]] = []
         last = {name: op.name for op in flow.ops.values() for name in op.sources}
         last[flow.output] = ""

@@ -34,8 +34,8 @@ class Scope:
         plan: Plan,
         layers: dict[str, LayerSlot],
         norms: dict[str, NormSlot],
-        channels_last: bool,
-        compiled: bool,
+        channels_last: bool = False,
+        compiled: bool = True,
     ) -> None:
         self.flow, self.plan, self.layers, self.norms = flow, plan, layers, norms
         self.channels_last = channels_last
@@ -48,7 +48,6 @@ class Scope:
         self.index = {name: i for i, name in enumerate(flow.ops)}
         self.count = len(self.index)
         self.names = {id(op.module): name for ops in (flow.layers, flow.norms) for name, op in ops.items()}
-        self.pooled_first: set[str] = set()
 
     def channels(self, op: Op) -> Channels | None:
         """Which channels of an op's result are kept; None at full width."""

@@ -25,6 +25,7 @@ from .layout import Layout
 from .memory import Memory
 from .plan import Channels, Plan
 from .program import Program
+from .scope import Scope
 from .state import LayerState, NormState, Tensors, all_channels, per_filter, same_channels
 from .update import CompiledUpdate, Loose, PlainUpdate, Update
 
@@ -339,7 +340,7 @@ class Session:
         self._update.begin(self._loose, self.options)
         layer_slots = {name: layer.slot for name, layer in self._layers.items()}
         norm_slots = {name: norm.slot for name, norm in self._norms.items()}
-        self.program = Program(flow, plan, layer_slots, norm_slots, self._channels_last, self.compiled)
+        self.program = Program(Scope(flow, plan, layer_slots, norm_slots, self._channels_last, self.compiled))
         self._arena = arena
 
     def _whole(self, width: int) -> Channels:

@@ -11,8 +11,9 @@ from ...ops.conv_pool import DirectReluPool
 from ...ops.norm import DirectBatchNormRelu
 from ...ops.norm import pools as takes_pool
 from ..flow import Op
-from ..fusion import is_max, plain_window, single_user
+from ..fusion import after_its_pool, plain_window, single_user
 from ..scope import Run, Scope
+from .moves import same
 
 
 def norm(scope: Scope, op: Op, i: int) -> Run:
@@ -64,16 +65,8 @@ def relu(scope: Scope, op: Op, i: int) -> Run:
     apply, n, j = op.apply, scope.count, scope.index[op.sources[0]]
     assert apply is not None
     source = scope.op(op.sources[0])
-    users = [scope.op(u.name) for u in op.node.users]
-    if op.kind == "relu" and len(users) == 1 and users[0].kind == "pool" and is_max(users[0]):
-        # ReLU after the max-pool is the same function with the same gradient, on a quarter of the elements. What
-        # falls anywhere, as GELU does, would be another function there.
-        scope.pooled_first.add(op.name)
-
-        def pass_on(env: list[Any], training: bool) -> None:
-            env[i], env[n + i] = env[j], env[n + j]
-
-        return pass_on
+    if after_its_pool(scope.flow, op):
+        return same(scope, op, i)
     inside = source.kind in ("layer", "depthwise", "norm", "pool", "add") and single_user(scope.flow, source)
     if inside and apply is F.relu:
         apply = torch.relu_
@@ -92,7 +85,7 @@ def pool(scope: Scope, op: Op, i: int) -> Run:
     apply, n, j = op.apply, scope.count, scope.index[op.sources[0]]
     assert apply is not None
     source = scope.op(op.sources[0])
-    relu = source.apply if source.name in scope.pooled_first else None
+    relu = source.apply if after_its_pool(scope.flow, source) else None
     inner: Any = torch.relu_ if relu is F.relu else relu
     done = 3 * n + j  # ReLU is part of the norm before it
     window = plain_window(op)
