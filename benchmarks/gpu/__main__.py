@@ -23,7 +23,8 @@ import time
 import torch
 
 from spafl_kernels import tables
-from spafl_kernels.tables.choices import SHELF
+from spafl_kernels.tables.choices import SHELF as CHOICES
+from spafl_kernels.tables.tiles import SHELF as TILES
 
 from . import choices, results, roofline, schedule, targets, tiles
 from .clock import Cuda, tf32
@@ -125,16 +126,16 @@ def main(argv: list[str] | None = None) -> int:
     if options.tables:
         rows = measured(options.out, parser)
         try:
-            tuned = tiles.write(rows, tables.FOLDER)
+            tuned = [TILES.write(table, tables.FOLDER) for table in tiles.make(rows)]
             # A run that only measured tiles says nothing of choices.
             only_tiles = bool(tuned) and all(r["kind"] == "tile" for r in rows)
-            paths = [] if only_tiles else choices.write(rows, tables.FOLDER)
+            chosen = [] if only_tiles else choices.make(rows)
         except ValueError as error:
             parser.error(f"{options.out}: {error}")
         print(*tuned, sep="\n", end="\n" if tuned else "")
-        for path in paths:
-            print(path)
-            for miss in choices.misses(rows, SHELF.load(path)):
+        for table in chosen:
+            print(CHOICES.write(table, tables.FOLDER))
+            for miss in choices.misses(rows, table):
                 print(f"  above 3 %: {miss}")
     if options.targets:
         print(*targets.judge(measured(options.out, parser)), sep="\n")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterable
 
-from spafl_kernels.tables.choices import SHELF, Choice, Table, Way
+from spafl_kernels.tables.choices import Choice, Table, Way
 
-from .results import latest
+from .results import latest, origin
 
 # A choice may cost at most this much more than dense, on any measured layer; see `misses`.
 ALLOWED = 1.03
@@ -50,7 +49,7 @@ def make(rows: Iterable[dict[str, str]]) -> list[Table]:
         verdict = float(row["us"]) / float(dense["us"]), float(row["us_p80"]) < float(dense["us_p20"])
         cell = verdicts.setdefault((gpu, shape, dtype, way, float(density)), {})
         cell.setdefault(SPEAKERS[provider], []).append(verdict)
-        made[gpu] = {k: row[k] for k in ("commit", "torch", "triton", "cuda", "time")}
+        made[gpu] = origin(row)
     if not verdicts:
         raise ValueError("no layer has the times of both the packed kernels and masked dense in mode module")
     tables: dict[str, dict[str, dict[str, dict[str, dict[float, Choice]]]]] = {}
@@ -88,8 +87,3 @@ def misses(rows: Iterable[dict[str, str]], table: Table) -> list[str]:
                 "as long as plain dense"
             )
     return found
-
-
-def write(rows: list[dict[str, str]], folder: pathlib.Path) -> list[pathlib.Path]:
-    """Write the table of every device in ``rows``; returns the files."""
-    return [SHELF.write(table, folder) for table in make(rows)]

@@ -93,6 +93,11 @@ def latest(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
     return list({tuple(row[c] for c in cell): row for row in rows}.values())
 
 
+def origin(row: dict[str, str]) -> dict[str, str]:
+    """What a table says of how it was made."""
+    return {k: row[k] for k in ("commit", "torch", "triton", "cuda", "time")}
+
+
 def finish(row: Row, dense_us: float | None) -> Row:
     """Add what follows from ``us``: share of the floor, and speed-up over dense if dense was measured."""
     us, floor = row.get("us"), row.get("floor_us")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import collections
 import functools
 import math
-import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from spafl_kernels.tables.tiles import SHELF, Kind, Operation, Table, Tile
-from spafl_kernels.triton.tiles import CANDIDATES, TILES, arithmetic, candidates
+from spafl_kernels.tables.tiles import Kind, Operation, Table, Tile
+from spafl_kernels.triton.tiles import TILES, arithmetic, candidates, every
 
 from .clock import Device, in_words, measure
 from .layers import GATE, Case, class_of
-from .results import Row
+from .results import Row, origin
 from .roofline import DTYPES
 from .shapes import Layer
 
@@ -30,8 +29,7 @@ def name_of(tile: Tile) -> str:
 
 KNOWN = {
     name_of(tile): tile
-    for operation in TILES for kind in TILES[operation]
-    for tile in (*(t for _, t in TILES[operation][kind]), *CANDIDATES[operation].get(kind, ()))
+    for operation, kinds in TILES.items() for kind in kinds for tile in every(operation, kind)
 }  # fmt: skip
 
 
@@ -114,7 +112,7 @@ def make(rows: Iterable[dict[str, str]]) -> list[Table]:
         if runs.get(group + cell) != r["time"]:
             runs[group + cell], cells[cell] = r["time"], {}
         cells[cell][r["provider"]] = r["us"]
-        made[r["gpu"]] = {k: r[k] for k in ("commit", "torch", "triton", "cuda", "time")}
+        made[r["gpu"]] = origin(r)
     entries: dict[str, Any] = {}
     for (gpu, operation, dtype, shape), cells in groups.items():
         fastest = _fastest(list(cells.values()))
@@ -138,8 +136,3 @@ def _fastest(cells: Sequence[dict[str, str]]) -> str | None:
             means[name] = math.exp(sum(ratios) / len(ratios))
     best = min(means, key=means.__getitem__) if means else rules[0]
     return best if means.get(best, 1.0) < MARGIN else rules[0]
-
-
-def write(rows: list[dict[str, str]], folder: pathlib.Path) -> list[pathlib.Path]:
-    """Write the table of every device in ``rows``; returns the files."""
-    return [SHELF.write(table, folder) for table in make(rows)]

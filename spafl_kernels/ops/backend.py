@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import os
 import warnings
@@ -114,19 +113,14 @@ def unsupported(input: Tensor, weight: Tensor, groups: int = 1) -> str | None:
     return None
 
 
-@functools.cache
-def _table_of(index: int) -> choices.Table | None:
-    return choices.SHELF.for_device(torch.cuda.get_device_name(index)) if torch.cuda.is_available() else None
-
-
 def _measured(index: int) -> bool:
     """Whether there is a table for the device with this index."""
-    return (choices.SHELF.given() or _table_of(index)) is not None
+    return (choices.SHELF.given() or choices.SHELF.for_index(index)) is not None
 
 
 def _look_up(index: int, way: choices.Way, *work: Any) -> tuple[Backend, str]:
     """Choice and reason for the fields of a :class:`Work`; integers and words only, for ``torch.compile``."""
-    table = choices.SHELF.given() or _table_of(index)
+    table = choices.SHELF.given() or choices.SHELF.for_index(index)
     assert table is not None
     high, wide, down, right, channels, out, positions, dtype, step = work
     shape = classes.shape_class((high, wide), (down, right), channels, out, positions)

@@ -15,6 +15,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
 FOLDER = pathlib.Path(__file__).parent
 
 
@@ -54,7 +56,7 @@ class Shelf(Generic[T]):
     ) -> None:
         self.subject, self.what, self.format, self._parse = subject, what, format, parse
         self._given: list[T] = []
-        self.for_device = functools.cache(self._for_device)
+        self.for_device, self.for_index = functools.cache(self._for_device), functools.cache(self._for_index)
 
     def load(self, path: pathlib.Path) -> T:
         """The table of a file.
@@ -91,6 +93,10 @@ class Shelf(Generic[T]):
         """The table of a device by its name, or None. Read once."""
         path = pathlib.Path(os.environ.get("SPAFL_TABLES") or FOLDER) / file_name(name, self.subject)
         return self.load(path) if path.is_file() else None
+
+    def _for_index(self, index: int) -> T | None:
+        """The table of the CUDA device with this index, or None."""
+        return self.for_device(torch.cuda.get_device_name(index)) if torch.cuda.is_available() else None
 
     @contextlib.contextmanager
     def using(self, table: T) -> Iterator[None]:

@@ -16,7 +16,6 @@ alone, by a factor of 4 at most. Elsewhere, and on a device without a file, the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -119,11 +118,6 @@ def _parse(device: str, made: dict[str, str], found: dict[str, Any]) -> Table:
 SHELF = Shelf("tiles", "a table of measured tiles", 1, _parse)
 
 
-@functools.cache
-def _of_index(index: int) -> Table | None:
-    return SHELF.for_device(torch.cuda.get_device_name(index)) if torch.cuda.is_available() else None
-
-
 def of(device: torch.device) -> Table | None:
     """The table for tensors of a device: the one in use whatever the device, else the device's own, or None."""
-    return SHELF.given() or (_of_index(device.index or 0) if device.type == "cuda" else None)
+    return SHELF.given() or (SHELF.for_index(device.index or 0) if device.type == "cuda" else None)

@@ -126,6 +126,11 @@ def choose(
     return tile or by_rule(operation, kind, rows_of(operation, g, images))
 
 
+def every(operation: Operation, kind: Kind) -> list[Tile]:
+    """All tiles of an operation: those of the rule, then the other candidates."""
+    return [*(tile for _, tile in TILES[operation][kind]), *CANDIDATES[operation].get(kind, ())]
+
+
 def candidates(operation: Operation, kind: Kind, geometry: Geometry, out: int, images: int) -> list[Tile]:
     """Tiles worth measuring: that of the rule first, then those that differ where the layer has something to fill."""
     rows = rows_of(operation, geometry, images)

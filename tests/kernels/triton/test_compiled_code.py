@@ -29,7 +29,7 @@ else:
 
     from spafl_kernels.ops import closed_form
     from spafl_kernels.triton import Geometry, ModelPass, Plan, layer_backward, layer_forward, plan_layer
-    from spafl_kernels.triton.tiles import CANDIDATES, TILES
+    from spafl_kernels.triton.tiles import TILES, every
 
     HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
     MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async"}
@@ -181,8 +181,7 @@ else:
     # ------------------------------------------------------------------------------------------- tiles and shapes
     EVERY_TILE = [
         (target, operation, kind, tile)
-        for target in TARGETS for operation, kinds in TILES.items() for kind, rows in kinds.items()
-        for tile in (*(t for _, t in rows), *CANDIDATES[operation].get(kind, ()))
+        for target in TARGETS for operation, kinds in TILES.items() for kind in kinds for tile in every(operation, kind)
     ]  # fmt: skip
     # The large tiles of real sizes, which small layers do not choose.
     LARGE = [entry for entry in EVERY_TILE if entry[0] == "sm_90" and entry[3].rows == 128 and entry[2] == "half"]

@@ -26,7 +26,7 @@ else:
     from spafl_kernels.ops import closed_form, library
     from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
     from spafl_kernels.triton.plan import HEADER, Plan
-    from spafl_kernels.triton.tiles import CANDIDATES, TILES
+    from spafl_kernels.triton.tiles import TILES, every
 
     checks.install()
     HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -351,8 +351,7 @@ else:
 
     # ------------------------------------------------------------------------------------------- tiles and sizes
     ALL_TILES = sorted(
-        {(op, tile) for op, kinds in TILES.items() for rows in kinds.values() for _, tile in rows}
-        | {(op, tile) for op, kinds in CANDIDATES.items() for row in kinds.values() for tile in row},
+        {(op, tile) for op, kinds in TILES.items() for kind in kinds for tile in every(op, kind)},
         key=lambda entry: (entry[0], dataclasses.astuple(entry[1])),
     )
 
