@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import native
-from .ops import backend
+from .ops import backend, cuda_ops
 from .tables import Shelf, choices, tiles
 
 _PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime")
@@ -42,7 +42,7 @@ def _cuda_backend(cpp: bool) -> tuple[bool, str | None]:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         return False, "torch sees no CUDA device" if built else "this torch is a CPU build"
-    return True, None
+    return cuda_ops.available(), cuda_ops.why_not()
 
 
 def _triton_backend() -> tuple[bool, str | None]:
