@@ -29,7 +29,8 @@ def run(visit: Visit, *names: str) -> None:
     late = 0
     for process in running:
         try:
-            process.wait(max(0.0, visit.left()))
+            if process.wait(max(0.0, visit.left())):
+                visit.wrong(f"a process that compiles ended with {process.returncode}")
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -63,4 +64,4 @@ def _launch(calls: list[tuple[str, Callable[[], object]]], visit: Visit) -> None
             with tf32(True):
                 call()
         except Exception as error:
-            print(f"{label}: {type(error).__name__}: {error}"[:300], flush=True)
+            visit.wrong(f"{label}: {type(error).__name__}: {error}"[:300])

@@ -35,10 +35,12 @@ class Ended:
     code: int | None
 
 
-def environment(stage: Stage) -> dict[str, str]:
+def environment(stage: Stage, rehearsal: bool) -> dict[str, str]:
     """Variables of a stage's process."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **stage.environment}
+    # Triton reads it when a kernel is defined.
+    interpreted = {"TRITON_INTERPRET": "1"} if rehearsal and stage.interpreted else {}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **stage.environment, **interpreted}
 
 
 def run_one(stage: Stage, folder: Folder, command: Sequence[str], seconds: float) -> Ended:
@@ -46,8 +48,8 @@ def run_one(stage: Stage, folder: Folder, command: Sequence[str], seconds: float
     began = time.monotonic()
     with tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(
-            command, env=environment(stage), stdout=printed, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            start_new_session=True,
+            command, env=environment(stage, "--rehearse" in command), stdout=printed, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         late = False
         try:

@@ -24,6 +24,7 @@ class Stage:
         arguments: handed to it.
         only_if_red: it runs only where this other stage failed.
         environment: variables of its process.
+        interpreted: in a rehearsal its kernels run, in Triton's interpreter.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Stage:
     arguments: tuple[Any, ...] = ()
     only_if_red: str | None = None
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    interpreted: bool = False
 
     def load(self) -> Callable[..., None]:
         return importlib.import_module(f"{__package__}.{self.module}").run
@@ -44,8 +46,10 @@ STAGES = (
         "compile", 90, "kernels that no cache holds, on all cores", "compile",
         ("values", "steps-lenet5", "cohort-lenet5", "steps-conv4", "cohort-conv4", "steps-conv4-128",
          "steps-resnet18-128", "layers"),
+        interpreted=True,
     ),
-    Stage("values", 60, "every kernel against the definition, and the same bits in every run", "values"),
+    Stage("values", 60, "every kernel against the definition, and the same bits in every run", "values",
+          interpreted=True),
     Stage(
         "values-ptxas", 60, "red values once more with the CUDA toolkit's own assembler", "values",
         only_if_red="values", environment={"SPAFL_TOOLKIT_PTXAS": "1"},

@@ -34,7 +34,7 @@ def run(visit: Visit, kind: str, model: str = "", batch: int = 0) -> None:
     visit.add("timed", rows=outcome.rows, left_out=outcome.left_out)
 
 
-def jobs(kind: str, model: str, batch: int) -> list[Job]:
+def jobs(kind: str, model: str = "", batch: int = 0) -> list[Job]:
     """What a stage measures, in order."""
     if kind in ("step", "cohort"):
         densities = DENSITIES if kind == "step" else (0.5, 0.25)

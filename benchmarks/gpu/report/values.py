@@ -34,7 +34,6 @@ def _find_tests(rehearsal: bool) -> None:
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
     if rehearsal:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported, below
         from support import interpreter
 
         interpreter.install()
