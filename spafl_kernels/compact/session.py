@@ -166,15 +166,18 @@ class Session:
     @torch.no_grad()
     def refresh(self) -> None:
         """What happens at the start of a forward: guard, masks, and a new plan if a row's class changed."""
-        for layer in self._collapsed:
-            self._tau[layer.part] = 0
-            self._stale = True
+        self.guard()
         if not self._stale:
             return
         scores, tau = self._scores, self._tau
         revived = False
         if self._loaded:
             self._update.rescore()
+            # Elsewhere than on a CPU every question below waits for the device; mostly this one answers all.
+            asks = self._device.type != "cpu" and self._idle_steps < self.patience and not self._collapsed
+            if asks and not bool(self.drift(self._dropped.clock, self._dropped.clock)):
+                self._stale = False
+                return
             revived = self._dropped.moving and self._dropped.look(tau, ~self._keep, self._window)
         far = None
         if self._window is not None:
@@ -186,7 +189,7 @@ class Session:
             self._stale = False
             return
         active = scores > tau
-        keep = self._kept_rows(active, far)
+        keep = self._kept_rows(active, self._far_rows(far))
         made = True
         if not self._loaded:
             made = self._begin(keep)
@@ -201,15 +204,58 @@ class Session:
         self._collapsed = self._find_collapsed()
         self._update.set_masks(active)
 
+    @torch.no_grad()
+    def guard(self) -> None:
+        """The collapse guard: thresholds of layers that the last forward left hardly any filter."""
+        for layer in self._collapsed:
+            self._tau[layer.part] = 0
+            self._stale = True
+
+    @torch.no_grad()
+    def rescore(self) -> None:
+        """Bring the scores of the kept rows up to date after a step; :meth:`refresh` does so itself."""
+        self._update.rescore()
+
+    @torch.no_grad()
+    def drift(self, clock: Tensor | int, most: int) -> Tensor:
+        """Whether the next forward may want other masks or rows than the present plan has: a bool, on the device.
+
+        Never False where they changed; True without need where a dropped row moves and its bound exceeds its threshold.
+        Nothing waits for the device, nor depends on what the host knows of the steps but its arguments, so the call can
+        be recorded into a CUDA graph.
+
+        Args:
+            clock: steps of this training so far; int64 scalar on the device, or a number.
+            most: the largest ``clock`` that can be judged; above it the answer is True if dropped rows move.
+        """
+        scores, tau = self._scores, self._tau
+        active = scores > tau
+        changed = active != self._active
+        if self._window is not None:
+            far = ((scores - tau).abs() > WINDOW) & self._window
+            changed |= far if self._far is None else far != self._far
+        if not self._steady:
+            far_rows = {la.name: la.far for la in self._pruned if la.window and la.signed and la.far is not None}
+            changed |= self._kept_rows(active, far_rows) & ~self._needed
+        if self._dropped.moving:
+            changed |= self._dropped.suspects(tau, ~self._keep, self._window, clock, most)
+        return changed.any()
+
     def _bears(self, keep: Tensor) -> bool:
         """Whether the present plan has all that is to be kept, and more for not too long."""
         return self._idle_steps < self.patience and not bool((keep & ~self._keep).any())
 
-    def _kept_rows(self, active: Tensor, far: Tensor | None) -> Tensor:
+    def _far_rows(self, far: Tensor | None) -> dict[str, Tensor]:
+        """By window layer, where the window lets gradients through; layers without any are left out."""
+        if far is None:
+            return {}
+        return {la.name: rows for la in self._pruned if la.window and bool((rows := far[la.part]).any())}
+
+    def _kept_rows(self, active: Tensor, far: Mapping[str, Tensor]) -> Tensor:
         keep = active
         for condition in self._conditions:
             layer = condition.layer
-            carry = condition.carry(self, None if far is None or not layer.window else far[layer.part])
+            carry = condition.carry(self, far.get(layer.name))
             if carry is not None:
                 if keep is active:
                     keep = active.clone()
@@ -413,8 +459,13 @@ class Session:
         grads.clear()
         self._update(weights, others, masks)
 
-    def store(self) -> None:
-        """Write the whole state into the model's tensors, and into the momentum unless that began fresh."""
+    def store(self, steps: int | None = None) -> None:
+        """Write the whole state into the model's tensors, and into the momentum unless that began fresh.
+
+        ``steps``: of this training, where some were taken without :meth:`advance` being called, from a CUDA graph.
+        """
+        if steps is not None:
+            self._dropped.clock = steps
         arena, steps = self._arena, self._dropped.clock
         if not self._loaded or arena is None:
             return
