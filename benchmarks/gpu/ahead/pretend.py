@@ -2,7 +2,7 @@
 
 Tensors are real and on the CPU, so sizes, strides and alignment are what they are; what a kernel would have written is
 whatever was in memory. The library's operators run their CUDA implementations. Give ``"cpu"`` where a device is asked
-for. Needs a process without ``TRITON_INTERPRET``; not safe between threads.
+for, or open :func:`cuda_calls` too. Needs a process without ``TRITON_INTERPRET``; not safe between threads.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 import triton
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -124,3 +126,43 @@ def gpu(target: GPUTarget = HOPPER) -> Iterator[Cpu]:
         finally:
             JITFunction.run = run
             del torch.Tensor.is_cuda
+
+
+class _Here(TorchFunctionMode):
+    """Where PyTorch is told "cuda", it takes the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        def here(value: Any) -> Any:
+            return "cpu" if isinstance(value, str | torch.device) and str(value).startswith("cuda") else value
+
+        return func(*map(here, args), **{name: here(value) for name, value in (kwargs or {}).items()})
+
+
+# What the library and its tests call of torch.cuda, and what they are told.
+_ANSWERS: dict[str, Any] = {
+    "is_available": True,
+    "is_current_stream_capturing": False,
+    "get_device_capability": (9, 0),
+    "get_device_name": Cpu.name,
+}
+_WITHOUT_EFFECT = (
+    "CUDAGraph", "Stream", "current_stream", "graph", "set_sync_debug_mode", "stream", "synchronize",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def cuda_calls() -> Iterator[None]:
+    """For code that asks for CUDA by name: ``"cuda"`` is the CPU, and streams and graphs have no effect."""
+    cuda, autocast = torch.cuda, torch.autocast
+    with contextlib.ExitStack() as patches:
+        for name in _WITHOUT_EFFECT:
+            patches.enter_context(mock.patch.object(cuda, name, mock.MagicMock()))
+        for name, answer in _ANSWERS.items():
+            patches.enter_context(mock.patch.object(cuda, name, mock.Mock(return_value=answer)))
+        for kind in (torch.Tensor, torch.nn.Module):
+            patches.enter_context(mock.patch.object(kind, "cuda", lambda self, *_, **__: self))
+        patches.enter_context(mock.patch.object(torch, "autocast", lambda _, **named: autocast("cpu", **named)))
+        patches.enter_context(_Here())
+        yield

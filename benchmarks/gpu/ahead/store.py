@@ -11,17 +11,21 @@ Needs no PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import cache as triton_cache
+
+from .spec import Spec
 
 # The only version whose builds for different Python versions were compared.
 VERSION = "3.6.0"
@@ -59,6 +63,11 @@ class Store(triton_cache.FileCacheManager):
         # All or nothing: a kernel without one of its files is compiled again.
         return group if all(os.path.exists(path) for path in group.values()) else None
 
+    def put(self, data: Any, filename: str, binary: bool = True) -> str:
+        if filename.endswith(".so"):  # a stub: Triton says nothing of those
+            _log({"kernel": filename.partition(".")[0], "loaded": False, "seconds": 0.0})
+        return super().put(data, filename, binary)
+
     def put_group(self, filename: str, group: dict[str, str]) -> str:
         # Without the intermediate text that Triton always writes, so that a packed cache can leave it out.
         return super().put_group(filename, {name: name for name in group if not name.endswith(TEXT)})
@@ -75,6 +84,16 @@ def use(cache: pathlib.Path) -> None:
     _begin()
 
 
+@contextlib.contextmanager
+def naming() -> Iterator[None]:
+    """Kernels are named by :func:`portable_key` while the context is open."""
+    before, triton_cache.triton_key = triton_cache.triton_key, portable_key
+    try:
+        yield
+    finally:
+        triton_cache.triton_key = before
+
+
 def _begin() -> None:
     """In a process that :func:`use` prepared: name kernels, and count them. Triton imports this module before it names
     the first kernel, for its driver's stubs are in the same cache."""
@@ -86,7 +105,8 @@ def _begin() -> None:
 class Counts:
     """What a log holds: names of kernels ``loaded`` and ``compiled``, and the ``seconds`` that compiling took.
 
-    ``specs``: lines of the compiled ones, to be compiled ahead the next time.
+    ``specs``: lines of the compiled ones of this project, to be compiled ahead the next time. Launching stubs count as
+    compiled, without seconds.
     """
 
     def __init__(self) -> None:
@@ -108,26 +128,26 @@ def counts(log: pathlib.Path) -> Counts:
         (found.loaded if entry["loaded"] else found.compiled).append(entry["kernel"])
         if not entry["loaded"]:
             found.seconds += entry["seconds"]
-            found.specs.append(json.dumps(entry["spec"]))
+            found.specs += [json.dumps(entry["spec"])] if "spec" in entry else []
     return found
+
+
+def _log(entry: dict[str, Any]) -> None:
+    log = os.environ.get(LOG)
+    if log:
+        with open(log, "a") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 def _note(*, src: Any, metadata: dict[str, Any], times: Any, cache_hit: bool, **_: Any) -> None:
     """Called by Triton after each load and each compilation."""
-    log = os.environ.get(LOG)
-    if not log:
-        return
     entry: dict[str, Any] = {"kernel": src.name, "loaded": cache_hit, "seconds": round(times.total / 1e6, 4)}
     if not cache_hit:
-        from .spec import Spec
-
-        target = metadata["target"]
         try:
-            entry["spec"] = json.loads(Spec.of(src, metadata, target).text)
-        except Exception as error:  # kernels of other libraries: counted, and not of interest here
-            entry["spec"] = {"not written down": f"{type(error).__name__}: {error}"}
-    with open(log, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+            entry["spec"] = json.loads(Spec.of(src, metadata, metadata["target"]).text)
+        except Exception as error:  # a kernel of another library: counted, and not to be compiled ahead
+            entry["why"] = f"{type(error).__name__}: {error}"
+    _log(entry)
 
 
 def install(cache: pathlib.Path, log: pathlib.Path | None = None) -> str:
