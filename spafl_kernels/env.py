@@ -38,7 +38,8 @@ def _cuda_backend(cpp: bool) -> tuple[bool, str | None]:
     if not cpp:
         return False, "it is part of the C++ extension"
     if not native.build_info().get("cuda"):
-        return False, f"the extension was built without CUDA: {native.build_record().get('cuda_reason') or 'no nvcc'}"
+        reason = native.build_record().get("cuda_reason")
+        return False, f"the extension was built without CUDA{': ' + reason if reason else ''}"
     if not torch.cuda.is_available():
         built = torch.version.cuda
         return False, "torch sees no CUDA device" if built else "this torch is a CPU build"
@@ -74,8 +75,8 @@ def report() -> dict[str, Any]:
         ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu`` (cores, threads, torch's capability,
         the instruction set of the compiled kernels and those it can run), ``gpus`` (names), ``measured`` (by GPU, the
         origin of the table that ``auto`` chooses by, or None), ``tiles`` (the same of the tile sizes), ``request``
-        (``SPAFL_BACKEND``), ``strict`` (``SPAFL_STRICT``), ``extension`` (how it was built) and ``backends`` (name ->
-        ``available``, ``reason``).
+        (``SPAFL_BACKEND``), ``strict`` (``SPAFL_STRICT``), ``extension`` (how it was built; ``kept``: why it is that of
+        an earlier build) and ``backends`` (name -> ``available``, ``reason``).
     """
     cpp, cpp_reason = _cpu_backend()
     backends = {
@@ -84,6 +85,9 @@ def report() -> dict[str, Any]:
         "cuda": _cuda_backend(cpp),
         "triton": _triton_backend(),
     }
+    extension = native.build_info()
+    if extension and (kept := native.build_record().get("kept")):
+        extension["kept"] = kept
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
@@ -101,7 +105,7 @@ def report() -> dict[str, Any]:
         "tiles": {gpu: _measured(gpu, tiles.SHELF) for gpu in gpus},
         "request": backend.REQUESTED,
         "strict": backend.strict(),
-        "extension": native.build_info(),
+        "extension": extension,
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends.items()},
     }
 
@@ -123,6 +127,8 @@ def _text(data: dict[str, Any]) -> str:
     if build:
         archs = build.get("cuda") or "none"
         lines.append(f"extension   built with torch {build.get('torch')}, CUDA architectures: {archs}")
+        if "kept" in build:
+            lines.append(f"            of an earlier build, kept: {build['kept']}")
     lines.append("backends")
     lines += [
         f"  {name:<9} {'yes' if state['available'] else 'no: ' + str(state['reason'])}"
