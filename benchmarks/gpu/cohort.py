@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,17 @@ __all__ = ["Cohort", "Loop"]
 def runs_triton(weight: Tensor) -> bool:
     """Whether the packed kernels run on this tensor: on a GPU, and on a CPU in Triton's interpreter."""
     return weight.dtype in backend.DTYPES and (weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """cuDNN's BatchNorm copies gradients in an order of memory that vmap refuses; PyTorch's own does not."""
+    before = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(before)
 
 
 class Cohort:
@@ -91,7 +103,8 @@ class Cohort:
         planned = self._guard()
         gradient = vmap(grad_and_value(self._loss, has_aux=True), randomness="different")
         try:
-            grads, (losses, buffers) = gradient(self.params, self.buffers, planned, x, y)
+            with _without_cudnn():
+                grads, (losses, buffers) = gradient(self.params, self.buffers, planned, x, y)
         finally:
             for name in planned:  # what a layer holds belongs to the transform that is over
                 self.skeleton.get_submodule(name).planned = None  # type: ignore[assignment]
