@@ -35,14 +35,22 @@ class Spread:
             row = constants.new_zeros(self.width).index_copy(0, self.others, constants)
             row = row.view([-1 if d == self.dim else 1 for d in range(x.dim())])
             stream = row if stream is None else stream + row
-        if is_channels_last(x):
-            # A product with a 0/1 matrix costs one pass over the result; index_add costs one per channel.
-            flat, matrix = pixels(x), self.matrix(x)
-            return _image(flat @ matrix if stream is None else torch.addmm(pixels(stream), flat, matrix), x)
-        shape = list(x.shape)
-        shape[self.dim] = self.width
-        base = x.new_zeros(shape) if stream is None else stream.expand(shape)
-        return base.index_add(self.dim, self.place, x.narrow(self.dim, 0, len(self.place)))
+        if not is_channels_last(x):
+            return self._moved(x, stream, self.dim)
+        flat, wide = pixels(x), None if stream is None else pixels(stream)
+        if x.device.type != "cpu":  # where a product may round what is only to be moved, as tf32 does
+            return _image(self._moved(flat, wide, 1), x)
+        # A product with a 0/1 matrix costs one pass over the result; index_add costs one per channel.
+        matrix = self.matrix(x)
+        return _image(flat @ matrix if wide is None else torch.addmm(wide, flat, matrix), x)
+
+    def _moved(self, x: Tensor, stream: Tensor | None, dim: int) -> Tensor:
+        shape, there = list(x.shape), x.narrow(dim, 0, len(self.place))
+        shape[dim] = self.width
+        if stream is None:
+            return x.new_zeros(shape).index_copy(dim, self.place, there)
+        kind = torch.promote_types(stream.dtype, there.dtype)  # under autocast they may differ
+        return stream.to(kind).expand(shape).index_add(dim, self.place, there.to(kind))
 
     @property
     def others(self) -> Tensor:

@@ -9,6 +9,7 @@ from pretended import Accelerator, back, moved
 
 from spafl.models import LeNet5, ResNet18, ViT
 from spafl_kernels.compact import CompactTrainer
+from spafl_kernels.compact.spread import Spread
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
 EVERYTHING = SGDOptions(lr=0.02, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.003, collapse_floor=0.01)
@@ -42,3 +43,26 @@ def test_a_step_waits_once_while_the_masks_stay(name, spread):
         torch.testing.assert_close(got, want.detach(), rtol=1e-9, atol=1e-9, msg=lambda text, k=key: f"{k}: {text}")
     # The second also makes the table of powers that pruned rows move by.
     assert waits[1:] == [2 if name != "vit" else 1, 1, 1]
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("constants, stream", [(False, False), (True, False), (False, True), (True, True)])
+def test_channels_are_moved_without_a_product(order, constants, stream):
+    """A product in tf32 would round them."""
+    torch.manual_seed(0)
+    place = torch.tensor([1, 2, 5])
+    x, c, into = torch.randn(2, 4, 3, 3).to(memory_format=order), torch.randn(3), torch.randn(2, 6, 3, 3)
+    want = into.to(memory_format=order) if stream else torch.zeros(2, 6, 3, 3)
+    want = want.index_add(1, place, x[:, :3])
+    if constants:
+        want = want.index_add(1, torch.tensor([0, 3, 4]), c.view(1, 3, 1, 1).expand(2, 3, 3, 3))
+    with Accelerator() as device:
+        spread = Spread(moved(place), 6, 1, False)
+        leaves = [moved(t).requires_grad_() for t in (x, c, into)]
+        got = spread(leaves[0], leaves[1] if constants else None, leaves[2] if stream else None)
+        assert torch.equal(got.detach().held, want)
+        assert got.is_contiguous(memory_format=order)
+        used = [leaf for leaf, there in zip(leaves, (True, constants, stream)) if there]
+        grads = torch.autograd.grad(got.sum(), used)
+        assert torch.equal(grads[0].held[:, :3], torch.ones(2, 3, 3, 3)) and not grads[0].held[:, 3].any()
+        assert not any("mm" in str(op) for op in device.ran)
