@@ -9,8 +9,9 @@
 ``launchers``  Triton's C stubs, which it would build with a C compiler at the first launch
 ``store``      the cache where it is used: found under other paths, hits and misses counted
 ``pack``       everything that the other machine needs, in one folder below a size
+``unpack``     there: kernels, extension and Python packages from that folder
 =============  =======================================================================================
 
-On the machine without a GPU ``python -m benchmarks.gpu.ahead.pack`` does all of it; on the one with a GPU a program
-calls :func:`benchmarks.gpu.ahead.store.install` before its first launch.
+On the machine without a GPU ``python -m benchmarks.gpu.ahead.pack`` does all of it. On the one with a GPU a program
+calls :func:`unpack.unpack`, and :func:`store.install` before it launches anything or starts processes that do.
 """

@@ -106,11 +106,33 @@ def wheels(into: pathlib.Path) -> None:
     run(command)
 
 
+def with_triton(python: str, environment: pathlib.Path) -> str:
+    """The interpreter itself if it has Triton, else that of an environment made from it, with Triton alone."""
+    own = environment / "bin" / "python"
+    for candidate in (python, str(own)):
+        if candidate != python and not own.exists():
+            run([python, "-m", "venv", str(environment)])
+            run([candidate, "-m", "pip", "install", "--quiet", f"triton=={store.VERSION}"])
+        ask = "import sys, triton; print(triton.__version__, '{}.{}'.format(*sys.version_info))"
+        done = subprocess.run([candidate, "-c", ask], capture_output=True, text=True)
+        if done.stdout.split()[:1] == [store.VERSION]:
+            if done.stdout.split()[1] != PYTHON:
+                print(f"Python {done.stdout.split()[1]} compiles: Python {PYTHON} will build launching stubs itself")
+            return candidate
+    raise SystemExit(f"error: {python} has no Triton {store.VERSION}, nor has the environment that was made from it")
+
+
 def tree() -> int:
     """Bytes of the checkout that travel: files that git tracks or does not ignore."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     return sum((ROOT / name).stat().st_size for name in filter(None, names) if (ROOT / name).is_file())
+
+
+def commit() -> str:
+    """What git calls the checkout; the copy has no history to ask."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def sizes(folder: pathlib.Path, checkout: int, limit: int = LIMIT) -> list[str]:
@@ -140,8 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--python", default=sys.executable,
-        help="interpreter that compiles, with Triton alone; of the Python version of the machine with the GPU its\n"
-        "launching stubs are compiled too (default: this one)",
+        help="interpreter that compiles (default: this one); best of the Python version of the machine with the GPU,\n"
+        f"{PYTHON}, whose launching stubs are then compiled too. Without Triton {store.VERSION} it gets an environment",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--cache", type=pathlib.Path, default=ROOT / "build" / "ahead", help="kept between calls")
@@ -155,13 +177,15 @@ def main(argv: list[str] | None = None) -> int:
     specs = list({one.text: one for one in [*specs, *brought]}.values())
     spec.write(specs, listed)
     cache = options.cache / "cache"
-    command = [options.python, "-m", f"{__package__}.compile", str(listed), "--cache", str(cache)]
+    python = with_triton(options.python, options.cache / "python")
+    command = [python, "-m", f"{__package__}.compile", str(listed), "--cache", str(cache)]
     run([*command, "--workers", str(options.workers)], PYTHONPATH=str(ROOT))
     fresh = pathlib.Path(tempfile.mkdtemp(dir=options.cache))
     try:
         archive(fresh / KERNELS, kernels(cache, specs))
         archive(fresh / EXTENSION, extension())
         wheels(fresh / WHEELS)
+        (fresh / "COMMIT").write_text(commit() + "\n")
         print(*sizes(fresh, tree()), sep="\n")
         target = ROOT / PACKED
         shutil.rmtree(target, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import hashlib
 import os
 import pathlib
@@ -26,7 +27,7 @@ class Unpacked:
     Attributes:
         cache: folder of kernels, for :func:`benchmarks.gpu.ahead.store.install`.
         packages: folder of Python packages, on the path of processes started from now on.
-        extension: whether the packed one was put into the library; it was not if there was one before.
+        extension: whether the extension in the library is the packed one, and not one that was built here.
     """
 
     cache: pathlib.Path
@@ -37,34 +38,51 @@ class Unpacked:
 def unpack(root: pathlib.Path = ROOT) -> Unpacked | None:
     """Unpack what travelled with a checkout, unless that was done before; None if nothing did.
 
-    The extension is only copied to its place. Whether it loads in the PyTorch that is here, its first use shows.
+    A new pack replaces the extension in the library; the same pack leaves one that was built here since. The packed one
+    is only copied to its place: whether it loads in the PyTorch that is here, its first use shows.
     """
     packed, target = root / PACKED, root / UNPACKED
     if not (packed / KERNELS).is_file():
         return None
     stamp = _stamp(packed)
-    if not (target / "stamp").is_file() or (target / "stamp").read_text() != stamp:
+    fresh = not (target / "stamp").is_file() or (target / "stamp").read_text() != stamp
+    if fresh:
         target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = pathlib.Path(tempfile.mkdtemp(dir=target.parent))
-        _archive(packed / KERNELS, fresh / "cache")
+        made = pathlib.Path(tempfile.mkdtemp(dir=target.parent))
+        _archive(packed / KERNELS, made / "cache")
+        _archive(packed / EXTENSION, made / "extension")
         for wheel in sorted((packed / WHEELS).glob("*.whl")):
             with zipfile.ZipFile(wheel) as file:
-                file.extractall(fresh / "packages")
-        (fresh / "stamp").write_text(stamp)
+                file.extractall(made / "packages")
+        (made / "stamp").write_text(stamp)
+        made.chmod(0o755)
         shutil.rmtree(target, ignore_errors=True)
-        fresh.rename(target)
-    there = any((root / "spafl_kernels").glob("_C*.so"))
-    if not there and (packed / EXTENSION).is_file():
-        _archive(packed / EXTENSION, root / "spafl_kernels")
+        made.rename(target)
     packages = target / "packages"
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if packages.is_dir() and str(packages) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), str(packages)])
-    return Unpacked(target / "cache", packages, not there and (packed / EXTENSION).is_file())
+    return Unpacked(target / "cache", packages, _place(target / "extension", root / "spafl_kernels", fresh))
+
+
+def _place(extension: pathlib.Path, library: pathlib.Path, replace: bool) -> bool:
+    """Put the extension and its record into the library; whether it is there then."""
+    (packed,) = extension.glob("_C*.so")
+    if replace or not any(library.glob("_C*.so")):
+        for source in extension.iterdir():
+            if not _same(source, library / source.name):
+                # Not in place: another process may have it loaded.
+                copy = library / f".{source.name}"
+                shutil.copyfile(source, copy)
+                copy.rename(library / source.name)
+    return _same(packed, library / packed.name)
+
+
+def _same(a: pathlib.Path, b: pathlib.Path) -> bool:
+    return b.is_file() and filecmp.cmp(a, b, shallow=False)
 
 
 def _archive(path: pathlib.Path, into: pathlib.Path) -> None:
-    into.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path) as archive:
         archive.extractall(into, filter="data")
 

@@ -25,53 +25,67 @@ def process(root, *arguments):
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def ahead(tmp_path_factory):
-    """A cache that was compiled here, and its kernels."""
-    folder = tmp_path_factory.mktemp("ahead")
-    done = process(ROOT, "compile", folder / "cache")
-    assert done.returncode == 0, done.stderr[-3000:]
-    specs = spec.read(folder / "specs.jsonl")
-    assert int(done.stdout) == len(specs) >= 2
-    return folder / "cache", specs
-
-
-@pytest.fixture(scope="module")
-def elsewhere(ahead, tmp_path_factory):
-    """A copy of the checkout at another path, with the packed kernels; the cache they came from has moved."""
-    cache, specs = ahead
-    root = tmp_path_factory.mktemp("elsewhere") / "checkout"
+def checkout(root):
+    """A copy of what the rehearsal needs of the checkout."""
     leave = shutil.ignore_patterns("*.so", "__pycache__", "results", "*.json")
     for part in ("benchmarks", "spafl_kernels", "tests/kernels/triton/support"):
         shutil.copytree(ROOT / part, root / part, ignore=leave)
-    pack.archive(root / unpack.PACKED / unpack.KERNELS, pack.kernels(cache, specs))
-    shutil.move(cache, cache.with_name("moved"))
-    yield root
-    shutil.move(cache.with_name("moved"), cache)
 
 
+def packed(root, kernels):
+    """Kernels and an extension where a checkout carries them."""
+    library = root.parent / "_C.abi3.so"
+    library.write_bytes(b"packed")
+    pack.archive(root / unpack.PACKED / unpack.KERNELS, kernels)
+    pack.archive(root / unpack.PACKED / unpack.EXTENSION, [(library, library.name)])
+
+
+# One test, so that what it compiles is compiled once however tests are spread over processes.
 @pytest.mark.compile_only
-def test_another_checkout_loads_what_was_compiled_here(ahead, elsewhere):
+def test_another_checkout_loads_what_was_compiled_here_and_nothing_else(tmp_path):
+    cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere" / "checkout"
+    done = process(ROOT, "compile", cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    specs = spec.read(tmp_path / "specs.jsonl")
+    assert int(done.stdout) == len(specs) >= 2
+    checkout(elsewhere)
+    packed(elsewhere, pack.kernels(cache, specs))
+    shutil.rmtree(cache)
+
     unpacked = unpack.unpack(elsewhere)
     done = process(elsewhere, "load", unpacked.cache)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout) == [len(ahead[1]), 0]
-    assert done.stderr.startswith(f"{len(ahead[1])} kernels compiled ahead for cuda 90")
+    assert json.loads(done.stdout) == [len(specs), 0]
+    assert done.stderr.startswith(f"{len(specs)} kernels compiled ahead for cuda 90")
 
-
-@pytest.mark.compile_only
-def test_a_kernel_with_another_source_is_not_taken_for_the_packed_one(elsewhere):
-    unpacked = unpack.unpack(elsewhere)
+    # A kernel with another source is not taken for the packed one.
     path = elsewhere / "spafl_kernels" / "triton" / "forward.py"
-    before = path.read_text()
     line = "    client = tl.program_id(1).to(tl.int64)\n"
+    before = path.read_text()
     assert line in before
     path.write_text(before.replace(line, f"{line}    client += 0\n", 1))
-    try:
-        done = process(elsewhere, "load", unpacked.cache)
-    finally:
-        path.write_text(before)
+    done = process(elsewhere, "load", unpacked.cache)
     assert done.returncode != 0 and "a kernel is compiled" in done.stderr
+
+
+def test_a_kernel_that_is_not_in_the_cache_is_not_packed_over(tmp_path):
+    one = Spec("spafl_kernels.triton.narrowest", "narrowest", {}, (), (), {})
+    with pytest.raises(ValueError, match="1 of 1 kernels are not in"):
+        pack.kernels(tmp_path, [one])
+
+
+def test_a_new_pack_replaces_the_extension_and_the_same_pack_does_not(tmp_path):
+    root = tmp_path / "checkout"
+    library = root / "spafl_kernels" / "_C.abi3.so"
+    library.parent.mkdir(parents=True)
+    manifest = tmp_path / store.MANIFEST
+    manifest.write_text("{}")
+    packed(root, [(manifest, manifest.name)])
+    assert unpack.unpack(root).extension and library.read_bytes() == b"packed"
+    library.write_bytes(b"built here")
+    assert not unpack.unpack(root).extension and library.read_bytes() == b"built here"
+    (root / unpack.PACKED / "COMMIT").write_text("abc")
+    assert unpack.unpack(root).extension and library.read_bytes() == b"packed"
 
 
 def test_a_process_that_only_inherits_the_environment_names_kernels_alike(tmp_path, monkeypatch):
