@@ -200,7 +200,9 @@ def threshold_linear_backward(
     need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`threshold_linear`: ``(dinput, dweight, dthreshold, dbias)``; empty where not needed."""
-    dx, dw, dtau, db = closed_form.backward(grad, input, weight, Plan(plan, weight.shape[1]), bias, mask_bias, None)
+    dx, dw, dtau, db = closed_form.backward(
+        grad, input, weight, Plan(plan, weight.shape[1]), bias, mask_bias, None, (need_input, need_weight)
+    )
     return _or_empty(
         weight, dx if need_input else None, *((dw, dtau) if need_weight else (None, None)),
         db if need_weight and bias is not None else None,
@@ -283,7 +285,9 @@ def threshold_conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`threshold_conv2d`: ``(dinput, dweight, dthreshold, dbias)``; empty where not needed."""
     g = _geometry(input, weight, stride, padding, dilation)
-    dx, dw, dtau, db = closed_form.backward(grad, input, weight, Plan(plan, weight.shape[1]), bias, mask_bias, g)
+    dx, dw, dtau, db = closed_form.backward(
+        grad, input, weight, Plan(plan, weight.shape[1]), bias, mask_bias, g, (need_input, need_weight)
+    )
     dx = _empty_input_gradient(input).copy_(dx)
     dw = like_rows(weight).copy_(dw)
     return _or_empty(

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..executed import note
 from .collect import collect_channels
 from .dgrad import input_gradient
 from .forward import restrict
@@ -76,6 +77,8 @@ def layer_backward(
     partial = statistics_buffer(grad) if need_weight else None
     collected = collect_channels(grad, plan, partial=partial)
     if need_input:
+        cost = collected.shape[1] * g.kernel[0] * g.kernel[1]
+        note(plan.count, cost, g.channels if input_plan is None else input_plan.count)
         dx = input_gradient(collected, packed, plan, g, n, tf32, tile, input_plan)
     if partial is not None:
         dw, dtau, dbias = weight_gradients(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..executed import note
 from .collect import collect_channels
 from .geometry import Geometry, channels_last, empty_channels_last, row_step
 from .kinds import is_wide
@@ -250,6 +251,7 @@ def layer_forward(
         return y
     if max(total, n * g.height * g.width) >= 2**31:
         raise ValueError(f"x must have fewer than 2**31 positions per client; got N={n}, {(g.height, g.width)} pixels")
+    note(plan.count, total * g.kernel[0] * g.kernel[1], g.channels if input_plan is None else input_plan.count)
     if input_plan is not None:
         x, packed, g = restrict(x, packed, input_plan, g)
     else:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..executed import note
 from .collect import COLLECT_ROWS, collect_channels
 from .geometry import Geometry, like_rows, row_order, row_step
 from .kinds import is_wide
@@ -254,6 +255,8 @@ def weight_gradients(
     collect_channels(grad, plan, extended, into=collected)
 
     line, kind, total = row_step(x), arithmetic(x.dtype, tf32), collected.shape[1]
+    # The active filters, and the pruned ones whose row is needed.
+    note(extended[:, 0], total * taps, g.channels if input_plan is None else input_plan.count)
     pointwise = g.pointwise and line is not None
     tile = tile or choose("wgrad", kind, g, out, x.shape[1], x.device, listed=input_plan is not None)
     columns = min(tile.rows, max(16, power_of_two(g.n_in) if input_plan is None else g.channels))
