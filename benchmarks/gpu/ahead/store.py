@@ -150,6 +150,12 @@ def _note(*, src: Any, metadata: dict[str, Any], times: Any, cache_hit: bool, **
     _log(entry)
 
 
+def fits(cache: pathlib.Path) -> bool:
+    """Whether the kernels of a cache are those of the Triton that is here."""
+    manifest = cache / MANIFEST
+    return manifest.is_file() and json.loads(manifest.read_text())["key"] == portable_key()
+
+
 def install(cache: pathlib.Path, log: pathlib.Path | None = None) -> str:
     """Use the kernels of ``cache`` in this process and those it starts; call it before the first launch.
 

@@ -21,6 +21,9 @@ import torch
 
 from .. import layers, schedule, steps
 from ..clock import tf32
+from ..report.environment import layer_calls
+from ..report.stages import STAGES
+from ..report.timing import LAYERS
 from ..shapes import layers_of
 from .pretend import Cpu, cuda_calls
 
@@ -122,16 +125,21 @@ def tuning(models: Sequence[str], dtypes: Iterable[str], device: Cpu) -> None:
             job.warm(device)
 
 
-STEPS = (
-    ("step", "lenet5", 64), ("cohort", "lenet5", 64), ("step", "conv4", 16), ("cohort", "conv4", 16),
-    ("step", "conv4", 128), ("step", "resnet18-full", 128),
-)  # fmt: skip
-LAYERS = (
-    ("conv4", "conv2"), ("resnet18-full", "layer1.0.conv1"), ("resnet18-full", "layer3.0.conv2"),
-    ("resnet18-full", "layer4.0.conv2"), ("resnet50", "stage3.expand"), ("lenet5", "conv1"),
-    ("resnet18-full", "layer2.0.conv2"), ("vit", "transformer.layers.0.0.fn.to_qkv"),
-)  # fmt: skip
+def environment(device: Cpu) -> None:
+    """The small layers whose calls are timed on the host."""
+    with cuda_calls():
+        for _, both, forward in layer_calls(device.where):
+            both()
+            forward()
+
+
+# Kind, model, batch of the steps that the report times.
+STEPS = [
+    (kind, model, batch or steps.SETTINGS[model].batch)
+    for kind, model, batch in (s.arguments for s in STAGES if s.module == "timing" and len(s.arguments) == 3)
+]
 WORK: dict[str, Work] = {
+    "environment": environment,
     "values": values,
     **{f"{kind}-{model}-{batch}": functools.partial(step, kind, model, batch) for kind, model, batch in STEPS},
     "layers": functools.partial(some_layers, LAYERS, ("bf16", "tf32"), 128),

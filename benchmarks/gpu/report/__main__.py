@@ -13,9 +13,10 @@ import argparse
 import faulthandler
 import pathlib
 import sys
+import tempfile
 import time
 
-from . import runner, stages, summary
+from . import prepare, runner, stages, summary
 from .folder import FILES, Folder
 
 
@@ -65,14 +66,25 @@ def main(argv: list[str] | None = None) -> int:
         if not torch.cuda.is_available():
             print("error: the report measures a CUDA GPU and this machine has none (--rehearse)", file=sys.stderr)
             return 2
-    chosen = [s for s in stages.STAGES if options.stages is None or s.name in options.stages]
+    fits = prepare.prepare(folder)
+    chosen = [
+        s for s in stages.STAGES
+        if (options.stages is None and not (fits and s.name == prepare.COMPILE)) or s.name in (options.stages or ())
+    ]  # fmt: skip
     arguments = ["--out", str(options.out), "--files", str(options.files), "--megabytes", str(options.megabytes)]
     arguments += ["--rehearse"] * options.rehearse
     began = time.monotonic()
-    ended = runner.run(
-        folder, chosen, options.seconds, arguments, say=lambda line: print(line, flush=True),
-        after=lambda: folder.summarise(summary.text(folder.rows())),
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        compilations = prepare.Compilations(folder, pathlib.Path(scratch))
+
+        def after(stage: str) -> None:
+            compilations.end(stage)
+            folder.summarise(summary.text(folder.rows()))
+
+        ended = runner.run(
+            folder, chosen, options.seconds, arguments, say=lambda line: print(line, flush=True),
+            before=compilations.begin, after=after,
+        )  # fmt: skip
     print(summary.text(folder.rows()))
     print(f"{time.monotonic() - began:.0f} s; {options.out}")
     return 1 if any(e.state not in ("ok", "no time") for e in ended) else 0

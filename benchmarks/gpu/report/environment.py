@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -140,8 +141,6 @@ def _copy(device: Device, rehearsal: bool) -> dict[str, float]:
 
 def _launches(visit: Visit, device: Device) -> None:
     """Microseconds that the host spends on a launch of PyTorch's, and on a layer as a user calls it."""
-    import spafl_kernels
-
     x = torch.zeros(64, device=device.where)
     count = 3 if visit.rehearsal else 300
 
@@ -162,16 +161,28 @@ def _launches(visit: Visit, device: Device) -> None:
         host_us=host(lambda: x.add_(1)),
         device_us=median_us(device, lambda: x.add_(1), True),
     )
+    for name, both, forward in layer_calls(device.where):
+        both()
+        visit.add("launch", what=f"{name} forward and backward", host_us=host(both))
+        visit.add("launch", what=f"{name} forward", host_us=host(forward))
+
+
+def layer_calls(where: str) -> list[tuple[str, Callable[[], object], Callable[[], object]]]:
+    """Name, forward with backward, and forward of two small layers, as a user calls them."""
+    import spafl_kernels
+
+    found = []
     for layer, shape in ((spafl_kernels.ThresholdLinear(64, 64), (8, 64)),
                          (spafl_kernels.ThresholdConv2d(16, 16, 3), (2, 16, 8, 8))):  # fmt: skip
-        layer = layer.to(device.where)
-        data = torch.randn(*shape, device=device.where, requires_grad=True)
+        layer = layer.to(where)
+        data = torch.randn(*shape, device=where, requires_grad=True)
 
         def both(layer: Any = layer, data: torch.Tensor = data) -> None:
             layer(data).sum().backward()
 
-        both()
-        name = type(layer).__name__
-        visit.add("launch", what=f"{name} forward and backward", host_us=host(both))
-        with torch.no_grad():
-            visit.add("launch", what=f"{name} forward", host_us=host(lambda layer=layer, data=data: layer(data)))
+        @torch.no_grad()
+        def forward(layer: Any = layer, data: torch.Tensor = data) -> None:
+            layer(data)
+
+        found.append((type(layer).__name__, both, forward))
+    return found

@@ -4,6 +4,7 @@
 ``gpu.csv``       the benchmark rows once more, as ``python -m benchmarks.gpu`` writes them
 ``summary.txt``   the table at the end
 ``log.txt``       what the stages printed
+``kernels.jsonl`` kernels that had to be compiled, for the next pack (``benchmarks.gpu.ahead.pack --log``)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from ..results import Recorder, Row
 
 # The most important first: a folder that may hold fewer files leaves out the last ones.
-FILES = ("report.jsonl", "gpu.csv", "summary.txt", "log.txt")
+FILES = ("report.jsonl", "gpu.csv", "summary.txt", "log.txt", "kernels.jsonl")
 
 
 class Folder:
@@ -25,7 +26,7 @@ class Folder:
 
     Args:
         path: made if it is not there.
-        files: how many files it may hold, 1 to 4.
+        files: how many files it may hold, 1 to 5.
         megabytes: how large each may become; then nothing more is added, and a line says so.
     """
 
@@ -61,6 +62,11 @@ class Folder:
     def log(self, text: str) -> None:
         """More of what was printed."""
         self._append("log.txt", text)
+
+    def compiled(self, lines: str) -> None:
+        """More kernels that had to be compiled."""
+        if lines:
+            self._append("kernels.jsonl", lines)
 
     def summarise(self, text: str) -> None:
         """Write the summary anew."""

@@ -101,14 +101,15 @@ def run(
     arguments: Sequence[str],
     say: Callable[[str], None],
     command: Callable[[str, list[str]], list[str]] = stages.command,
-    after: Callable[[], None] = lambda: None,
+    before: Callable[[str], None] = lambda stage: None,
+    after: Callable[[str], None] = lambda stage: None,
 ) -> list[Ended]:
     """Run these stages for at most ``seconds`` in all.
 
     Args:
         arguments: for every stage's process.
         say: takes a line after every stage.
-        after: called after every stage, for the summary.
+        before, after: called with the name of a stage before and after it.
     """
     deadline, ended = time.monotonic() + seconds, list[Ended]()
     for stage in chosen:
@@ -120,9 +121,10 @@ def run(
         else:
             limit = min(stage.seconds, left)
             line = command(stage.name, [*arguments, "--seconds", f"{limit:.0f}"])
+            before(stage.name)
             done = run_one(stage, folder, line, limit)
         ended.append(done)
         folder.add(stage.name, "stage", state=done.state, seconds=round(done.seconds, 1), code=done.code)
         say(f"{done.seconds:5.0f} s  {done.state:<7}  {stage.name}: {stage.about}")
-        after()
+        after(stage.name)
     return ended

@@ -24,14 +24,15 @@ def _number(value: Any) -> str:
 
 
 def _stages(rows: Rows) -> Iterator[str]:
+    kernels = {r["stage"]: f"  {r['loaded']} kernels loaded, {r['compiled']} compiled" for r in _of(rows, "kernels")}
     for r in _of(rows, "stage"):
-        yield f"{r['stage']:<20} {r['state']:<8} {r['seconds']:6.0f} s"
+        yield f"{r['stage']:<20} {r['state']:<8} {r['seconds']:6.0f} s{kernels.get(r['stage'], '')}"
 
 
 def _device(rows: Rows) -> Iterator[str]:
     for r in _of(rows, "device"):
         yield ", ".join(f"{k} {v}" for k, v in r.items() if k not in ("stage", "kind"))
-    for kind in ("extension", "triton", "ceiling", "launch", "kernels compiled"):
+    for kind in ("packed", "extension", "triton", "ceiling", "launch"):
         for r in _of(rows, kind):
             yield f"{kind}: " + ", ".join(f"{k} {_number(v)}" for k, v in r.items() if k not in ("stage", "kind"))
 
