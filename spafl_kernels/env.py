@@ -15,7 +15,7 @@ import torch
 
 from . import native
 from .ops import backend, cuda_ops
-from .tables import Shelf, choices, tiles
+from .tables import Shelf, choices, engines, tiles
 
 _PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime")
 
@@ -60,7 +60,7 @@ def _triton_backend() -> tuple[bool, str | None]:
 
 
 def _measured(gpu: str, shelf: Shelf[Any]) -> str | None:
-    """Where a GPU's table of choices or tiles comes from, None without one, or what is wrong with it."""
+    """Where a table of a GPU comes from, None without one, or what is wrong with it."""
     try:
         table = shelf.for_device(gpu)
     except ValueError as error:
@@ -74,9 +74,10 @@ def report() -> dict[str, Any]:
     Returns:
         ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu`` (cores, threads, torch's capability,
         the instruction set of the compiled kernels and those it can run), ``gpus`` (names), ``measured`` (by GPU, the
-        origin of the table that ``auto`` chooses by, or None), ``tiles`` (the same of the tile sizes), ``request``
-        (``SPAFL_BACKEND``), ``strict`` (``SPAFL_STRICT``), ``extension`` (how it was built; ``kept``: why it is that of
-        an earlier build) and ``backends`` (name -> ``available``, ``reason``).
+        origin of the table that ``auto`` chooses by, or None), ``tiles`` and ``engines`` (the same of the tile sizes
+        and of the speeds of simulations), ``request`` (``SPAFL_BACKEND``), ``strict`` (``SPAFL_STRICT``), ``extension``
+        (how it was built; ``kept``: why it is that of an earlier build) and ``backends`` (name -> ``available``,
+        ``reason``).
     """
     cpp, cpp_reason = _cpu_backend()
     backends = {
@@ -103,6 +104,7 @@ def report() -> dict[str, Any]:
         "gpus": gpus,
         "measured": {gpu: _measured(gpu, choices.SHELF) for gpu in gpus},
         "tiles": {gpu: _measured(gpu, tiles.SHELF) for gpu in gpus},
+        "engines": {gpu: _measured(gpu, engines.SHELF) for gpu in gpus},
         "request": backend.REQUESTED,
         "strict": backend.strict(),
         "extension": extension,
@@ -122,6 +124,7 @@ def _text(data: dict[str, Any]) -> str:
     for gpu, origin in data["measured"].items():
         lines.append(f"choice      {gpu}: {origin or 'no times were measured; layers take the Triton kernels'}")
         lines.append(f"tiles       {gpu}: {data['tiles'][gpu] or 'not measured; the kernels choose them by rule'}")
+        lines.append(f"simulator   {gpu}: {data['engines'][gpu] or 'not measured; device = auto takes the CPU'}")
     lines.append(f"layers      SPAFL_BACKEND={data['request']}, SPAFL_STRICT={'1' if data['strict'] else '0'}")
     build = data["extension"]
     if build:
