@@ -77,7 +77,7 @@ def threshold_conv2d(
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
     _check(weight, threshold, estimator)
-    if weight.is_cuda:
+    if ops.backend.on_gpu(weight):
         return ops.conv2d(
             input,
             weight,
@@ -125,7 +125,7 @@ def threshold_linear(
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
     _check(weight, threshold, estimator)
-    if weight.is_cuda:
+    if ops.backend.on_gpu(weight):
         return ops.linear(input, weight, threshold, bias, estimator, mask_bias, known_density, planned)
     return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
 

@@ -12,6 +12,8 @@
 ``results``    the rows: columns, environment, appending to the CSV
 ``plots``      pictures, from the CSV alone
 ``targets``    what was aimed at, against the CSV
+``host``       what the host does for one layer, without a GPU (``python -m benchmarks.gpu.host``)
+``pretended``  the GPU that is not there for that
 ``choices``    the tables by which ``auto`` picks a backend, from the CSV alone
 =============  =======================================================================================
 """

@@ -171,10 +171,11 @@ def test_what_is_timed():
 
 
 def test_the_summary_holds_what_the_rows_say():
+    cell = {"model": "conv4", "layer": "conv2", "batch": 16, "clients": 10, "dtype": "bf16", "mode": "whole"}
+
     def row(what, provider, us, **rest):
-        return {"stage": "s", "kind": "row", "what": what, "model": "conv4", "layer": "conv2", "batch": 16,
-                "clients": 10, "dtype": "bf16", "mode": "whole", "density": 0.5, "provider": provider, "graph": 1, "gate": "pass",
-                "us": us, **rest}  # fmt: skip
+        about = {"stage": "s", "kind": "row", "what": what, "provider": provider, "us": us, "gate": "pass", "graph": 1}
+        return {**cell, "density": 0.5, **about, **rest}
 
     rows = [
         {"stage": "values", "kind": "stage", "state": "red", "seconds": 12.0, "code": 3},

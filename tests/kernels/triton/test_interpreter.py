@@ -461,7 +461,7 @@ else:
         steps = () if linear else (geometry.stride, geometry.padding, geometry.dilation)
         op = library.threshold_linear if linear else library.threshold_conv2d
         arguments = (x, w, case.threshold, case.bias, *steps, "identity", True)
-        results = op._backend_fns["cuda"](*arguments), op(*arguments)
+        results = library.CUDA[op](*arguments), op(*arguments)
         for a, b in zip(*results, strict=True):
             assert a.stride() == b.stride() and a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -469,7 +469,7 @@ else:
         op = library.threshold_linear_backward if linear else library.threshold_conv2d_backward
         for needs in ((True, True), (True, False), (False, True)):
             arguments = (dy, x, w, packed, plan, case.bias, *steps, True, *needs)
-            for a, b in zip(op._backend_fns["cuda"](*arguments), op(*arguments), strict=True):
+            for a, b in zip(library.CUDA[op](*arguments), op(*arguments), strict=True):
                 assert a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
