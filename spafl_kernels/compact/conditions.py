@@ -11,7 +11,7 @@ from .flow import Flow
 from .layout import Layout
 from .state import LayerState
 
-__all__ = ["Condition", "Constants"]
+__all__ = ["Condition", "Constants", "rows_in_words"]
 
 
 class Constants(Protocol):
@@ -52,6 +52,19 @@ class Condition:
             return None
         return cls(layer, proof, noisy)
 
+    @property
+    def reason(self) -> str:
+        """Why rows may be computed although they are pruned."""
+        if self.layer.all_rows:
+            return "a convolution in groups keeps its rows"
+        if not self.layer.window or self.proof is None:
+            where = "" if self.proof is not None else ": no ReLU behind the layer makes it 0"
+            rule = (
+                "where the threshold is far, " if self.layer.window else f"estimator {self.layer.module.estimator!r}, "
+            )
+            return f"{rule}the gradient of a pruned row may not be 0{where}"
+        return "BatchNorm of a kept bias"
+
     def carry(self, constants: Constants, far: Tensor | None) -> Tensor | None:
         """Rows to keep though pruned (also set for active ones): bool ``(rows,)`` or None.
 
@@ -75,3 +88,10 @@ class Condition:
             zero = constants.in_front(layer, norm, layout, zero=True) > 0
             result = zero if result is None else result | zero
         return result
+
+
+def rows_in_words(name: str, active: Tensor, kept: Tensor, reason: str) -> str:
+    """How many rows of a layer are computed; ``active`` and ``kept`` are bool ``(rows,)``."""
+    count, computed, rows = int(active.sum()), int((kept | active).sum()), len(active)
+    text = f"{name}: {computed} of {rows} rows are computed, {count} are active"
+    return f"{text}; {reason or 'others are needed'}" if computed > count else text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ..convert import to_dense
 from ..layers import ThresholdLayer
+from ..training import Unsupported
+from .calls import Bound
 from .flow import Flow, Op
 from .follow import trace_flow
 from .fusion import single_user
 from .plan import Channels, Plan
+from .trace import check_traceable, copy_of, kept_random_state
+from .verify import compared, differs
 
 __all__ = ["export"]
 
@@ -34,11 +40,37 @@ def export(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
     Returns:
         The model; ``(N, *image)`` gives the output of ``model.eval()`` up to rounding.
 
+    The result is compared with the model before it is returned: exports of float64 copies under random masks, at two
+    batch sizes, and the result itself.
+
     Raises:
-        Unsupported: the model cannot be traced (:func:`spafl_kernels.to_dense` still gives a dense model).
+        Unsupported: the model cannot be traced (:func:`spafl_kernels.to_dense` still gives a dense model), or the result
+            would not be the model's; a parameter or buffer is not finite.
     """
-    flow = trace_flow(model, image)
-    with torch.no_grad():
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise Unsupported(f"{name!r} is not finite")
+    flow = trace_flow(model, image, check_traceable(model, "eval", gradients=False))
+    small = _small(flow)
+    for batch in (3, 1):
+        x = torch.randn(batch, *image, dtype=torch.float64, device=next(model.parameters()).device)
+        if (found := differs(flow, x, lambda twin, t: _exported(twin, image)(t), gradients=False)) is not None:
+            raise Unsupported(f"the exported model is not the model: {found}")
+    with torch.no_grad(), kept_random_state():
+        twin = copy_of(model).eval()
+        x = x.to(next(model.parameters()).dtype)
+        tolerance = 1e-9 if x.dtype == torch.float64 else 1e-3
+        if (found := compared(lambda: small(x), lambda: twin(x), tolerance)) is not None:
+            raise Unsupported(f"the exported model is not the model: {found}")
+    return small
+
+
+def _exported(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
+    return _small(trace_flow(model, image, check_traceable(model, "eval", gradients=False)))
+
+
+def _small(flow: Flow) -> nn.Module:
+    with torch.inference_mode(False), torch.no_grad():
         return _Exporter(flow).run()
 
 
@@ -89,8 +121,7 @@ class _Exporter:
         for name, op in flow.layers.items():
             m = op.module
             if isinstance(m, ThresholdLayer):
-                grouped = op.kind == "layer" and getattr(m, "groups", 1) > 1
-                keep[name] = torch.ones_like(m.mask()) if grouped else m.mask()
+                keep[name] = m.mask()
         keep |= _rows_that_cost_less_than_a_gather(flow, keep)
         self.plan = Plan(flow, keep, multiple=1)
         self.root = nn.Module()
@@ -108,7 +139,7 @@ class _Exporter:
     def run(self) -> nn.Module:
         for op in self.flow.ops.values():
             if op.kind == "output":
-                self.graph.output(self.full(self.flow.output))
+                self.graph.output(fx.node.map_arg(self.flow.outputs, lambda node: self.full(node.name)))
             elif op.name not in self.values:
                 getattr(self, f"emit_{op.kind}", self.emit_channelwise)(op)
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
@@ -296,15 +327,16 @@ class _Exporter:
         self.values[op.name] = _Value(self.module(self.names[id(m)], small, node), channels, after)
 
     def emit_channelwise(self, op: Op) -> None:
-        """relu, unary, pool, same, dropout (nothing in eval mode), and split (items are cut where they are read)."""
+        """relu, unary, pool, same, and split (items are cut where they are read)."""
         source = self.first(op)
         channels, constants = self.channels(op), source.constants
-        if op.kind in ("same", "dropout", "split"):
+        if op.kind in ("same", "split"):
             node = source.node
         elif op.module is not None:
-            node = self.module(op.name, copy.deepcopy(op.module), source.node)
+            node = self.module(op.name, _out_of_place(op.module), source.node)
         else:
-            node = self.graph.node_copy(op.node, lambda n: self.values[n.name].node)
+            function, arguments = _function(op.apply)
+            node = self.graph.call_function(function, (source.node,), arguments)
         if op.kind in ("relu", "unary") and constants is not None:
             assert op.apply is not None
             constants = op.apply(constants)
@@ -385,35 +417,95 @@ class _Exporter:
                 constants = constants[start : start + len(after.dropped)]
         self.values[op.name] = _Value(node, after, constants)
 
+    def emit_dropout(self, op: Op) -> None:
+        """Nothing, unless it is on in eval mode; then the same numbers are drawn as at full width."""
+        source = self.first(op)
+        p, (on,) = op.data
+        if not on:
+            self.values[op.name] = _Value(source.node, self.channels(op), source.constants)
+            return
+        assert op.layout is not None
+        node = self.graph.call_function(F.dropout, (self.full(op.sources[0]), p, True))
+        self.narrow(op, node, op.layout.dim)
+
     def emit_other(self, op: Op) -> None:
         node = op.node
+
+        def read(source: fx.Node) -> fx.Node:
+            return self.full(source.name)
+
+        args, kwargs = (fx.node.map_arg(part, read) for part in (node.args, node.kwargs))
+        if op.writes:
+            first = args[0] if args else kwargs["input"]
+            first = self.graph.call_method("clone", (first,))
+            args, kwargs = ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "input": first})
         if node.op == "get_attr":
+            trace = self.flow.trace
+            assert trace is not None
             parent, _, leaf = str(node.target).rpartition(".")
-            value = getattr(self.flow.model.get_submodule(parent), leaf)
+            value = trace.constants.get(str(node.target))
+            value = getattr(self.flow.model.get_submodule(parent), leaf) if value is None else value
             new = self.buffer(str(node.target), value.detach())
         elif node.op == "call_module":
-            args = [self.full(s.name) for s in node.all_input_nodes]
-            new = self.module(op.name, copy.deepcopy(op.module), *args)
+            assert self.flow.trace is not None
+            if self.flow.trace.of(op.module)[0]:  # whoever calls eval() on the result would switch it off
+                if type(op.module) is not nn.Dropout:
+                    raise Unsupported(f"{node.target!r} is in training mode though the model is in eval mode")
+                new = self.graph.call_function(F.dropout, (*args, *kwargs.values(), op.module.p, True))
+            else:
+                new = self.call(op.name, _dense(op.module), args, kwargs)
         else:
-            new = self.graph.node_copy(node, lambda s: self.full(s.name))
-            if "training" in new.kwargs:
-                new.kwargs = {**new.kwargs, "training": False}
+            new = self.graph.node_copy(node, read)
+            new.args, new.kwargs = args, kwargs
+            if node.op == "call_method" and node.target == "view":
+                if not any(isinstance(a, torch.dtype) for a in node.args):
+                    new.target = "reshape"  # here a tensor may lie in memory otherwise
         self.values[op.name] = _Value(new, None)
+
+    def call(self, name: str, m: nn.Module, args: Any, kwargs: Any) -> fx.Node:
+        target = name.replace(".", "_")
+        self.root.add_module(target, m)
+        return self.graph.call_module(target, args, kwargs)
 
     emit_shape = emit_inner = emit_other
 
     def emit_attention(self, op: Op) -> None:
         """As it stands, at full width; then the channels that are kept."""
         self.emit_other(op)
-        channels, node = self.channels(op), self.values[op.name].node
-        if channels is None or channels.full:
-            return
-        node = self.graph.call_function(
-            torch.index_select, (node, 2, self.buffer(f"{op.name}_channels", channels.kept))
-        )
-        if channels.pads:
-            node = self.graph.call_function(F.pad, (node, [0, channels.pads]))
+        self.narrow(op, self.values[op.name].node, 2)
+
+    def narrow(self, op: Op, node: fx.Node, dim: int) -> None:
+        """The channels of ``op`` that are kept, of a value at full width."""
+        channels = self.channels(op)
+        if channels is not None and not channels.full:
+            index = self.buffer(f"{op.name}_channels", channels.kept)
+            node = self.graph.call_function(torch.index_select, (node, dim, index))
+            if channels.pads:
+                pads = [0, 0] * (len(op.shape or ()) - 1 - dim) + [0, channels.pads]
+                node = self.graph.call_function(F.pad, (node, pads))
         self.values[op.name] = _Value(node, channels)
+
+
+def _out_of_place(module: nn.Module) -> nn.Module:
+    """A copy that does not write to its input, which others may read."""
+    small = copy.deepcopy(module)
+    if getattr(small, "inplace", False):
+        small.inplace = False  # type: ignore[assignment]
+    return small
+
+
+def _dense(module: nn.Module) -> nn.Module:
+    """A copy that needs nothing of this package, with its mask burnt in."""
+    return to_dense(_out_of_place(module))
+
+
+def _function(apply: Any) -> tuple[Any, dict[str, Any]]:
+    """A function and its arguments behind the tensor."""
+    if isinstance(apply, Bound):
+        return apply.function, dict(apply.rest)
+    if isinstance(apply, functools.partial):
+        return apply.func, dict(apply.keywords)
+    return apply, {}
 
 
 def _rows(full: Tensor, rows: Channels) -> Tensor:

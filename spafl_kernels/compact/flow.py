@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from .layout import Layout
+from .trace import Trace
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Op:
         apply: the function of a ``relu``, ``unary``, ``pool`` or ``same`` op.
         shape: of the result at batch 2; None if it is not a tensor.
         macs: of an ``other`` op, per sample, forward only.
+        data: what the kind needs; of an ``other`` op that could be followed, why it is not.
+        writes: an ``other`` op that writes to its first argument, which must be a copy.
     """
 
     node: Any  # fx.Node, whose arguments are typed too widely to be of help
@@ -50,6 +53,7 @@ class Op:
     shape: tuple[int, ...] | None = None
     macs: int = 0
     data: Any = None
+    writes: bool = False
 
     @property
     def name(self) -> str:
@@ -73,7 +77,11 @@ class Flow:
             ``(norm name or "", layout of the norm's input or None)``; blocked where the constant in front of the ReLU
             is <= 0.
         stops: ``(edge, reason)`` where channels could not be followed.
-        loose: names of parameters that are used at full width (not in ``layers`` or ``norms``).
+        loose: names of parameters that are used at full width (not in ``layers`` or ``norms``) and have a gradient.
+        unused: names of thresholds that nothing in the result depends on; only a penalty moves them.
+        apart: threshold layers that are not in ``layers``, and why: they run as they are.
+        output, outputs: the first node that is returned, and all of them as ``forward`` returns them.
+        trace: what was read, and what it holds good for.
     """
 
     model: nn.Module
@@ -84,7 +92,11 @@ class Flow:
     proofs: dict[str, tuple[tuple[str, Layout | None], ...] | None] = field(default_factory=dict)
     stops: list[tuple[str, str]] = field(default_factory=list)
     loose: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    apart: dict[str, str] = field(default_factory=dict)
     output: str = ""
+    outputs: Any = None
+    trace: Trace | None = None
 
     def explain(self) -> str:
         lines = []
@@ -93,6 +105,7 @@ class Flow:
             if (layout := self.layout_in(name)) is not None:
                 origin = "input columns from " + ", ".join(source or "(dense)" for source in layout.sources)
             lines.append(f"{name}: {origin}")
+        lines += [f"{name}: as it stands, at full width: {reason}" for name, reason in self.apart.items()]
         for edge, reason in self.stops:
             lines.append(f"full width at {edge}: {reason}")
         return "\n".join(lines)

@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 from ..layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
 from ..training import Unsupported
+from .aliases import give_writes_a_value
 from .attention import find_attention
+from .calls import bind, bound, is_literal
 from .flow import Flow, Op
 from .layout import Layout, Segment
-from .trace import Shapes, check_traceable, target_of
+from .trace import Shapes, Trace, check_traceable, copy_of, kept_random_state, target_of
 
 _RELU: dict[Any, Callable[..., Tensor]] = {nn.ReLU: F.relu, nn.ReLU6: F.relu6}
 _UNARY: dict[type, Callable[[Any], Callable[..., Tensor]]] = {
@@ -29,63 +31,75 @@ _UNARY: dict[type, Callable[[Any], Callable[..., Tensor]]] = {
     nn.Mish: lambda m: F.mish,
     nn.Softsign: lambda m: F.softsign,
 }
-_RELU_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
-    F.relu: F.relu, torch.relu: F.relu, F.relu6: F.relu6, F.relu_: F.relu, torch.relu_: F.relu,
+_RELU_FUNCTIONS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "relu6": F.relu6}
+_UNARY_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "leaky_relu": F.leaky_relu, "elu": F.elu,
+    "hardswish": F.hardswish, "mish": F.mish, "softsign": F.softsign,
 }  # fmt: skip
-_UNARY_FUNCTIONS = {F.gelu, F.silu, F.tanh, torch.tanh, F.leaky_relu, F.elu, F.hardswish, F.mish, F.softsign}
-_POOL_FUNCTIONS = {F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
-_ADD = {operator.add, operator.iadd, torch.add}
-_IN_PLACE = {operator.setitem, operator.imul, operator.isub, operator.itruediv, operator.iadd}
+_POOL_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "max_pool2d": F.max_pool2d, "avg_pool2d": F.avg_pool2d, "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
+    "adaptive_max_pool2d": F.adaptive_max_pool2d,
+}  # fmt: skip
+# Their results depend on how a tensor lies in memory, which is not the engine's to keep.
+_OF_MEMORY = {
+    "as_strided",
+    "stride",
+    "storage_offset",
+    "is_contiguous",
+    "data_ptr",
+    "untyped_storage",
+    "storage",
+    "set_",
+}
 
 
-def trace_flow(model: nn.Module, image: tuple[int, ...]) -> Flow:
+def trace_flow(
+    model: nn.Module, image: tuple[int, ...], trace: Trace | None = None, dtype: torch.dtype | None = None
+) -> Flow:
     """Trace ``model`` and follow its channels.
 
     Args:
-        model: the model; not changed.
+        model: the model; not changed, and its ``forward`` does not run.
         image: shape of one input sample, without the batch.
+        trace: of this model; by default one for training and evaluation is made.
+        dtype: of the input; by default that of the parameters.
 
     Raises:
         Unsupported: the model cannot be traced, or does something a compact engine cannot do exactly.
     """
-    graph = check_traceable(model)
-    flow = Flow(model, tuple(image))
-    _Follower(flow, graph).run()
+    trace = check_traceable(model) if trace is None else trace
+    with torch.inference_mode(False):
+        flow = Flow(model, tuple(image), trace=trace)
+        _Follower(flow, trace.graph, dtype).run()
     return flow
 
 
 class _Follower:
-    def __init__(self, flow: Flow, graph: fx.Graph) -> None:
-        self.flow, self.graph, self.model = flow, graph, flow.model
+    def __init__(self, flow: Flow, graph: fx.Graph, dtype: torch.dtype | None = None) -> None:
+        self.flow, self.graph, self.model, self.dtype = flow, graph, flow.model, dtype
+        assert flow.trace is not None
+        self.trace: Trace = flow.trace
         self.modules = dict(self.model.named_modules())
         # A module registered under two names is one module: name it as named_modules does.
         self.names = {id(m): name for name, m in self.modules.items()}
+        self.writers: set[str] = set()
 
     def run(self) -> None:
         flow = self.flow
-        reference = next(self.model.parameters(), torch.zeros(()))
-        zeros = torch.zeros((2, *flow.image), dtype=reference.dtype, device=reference.device)
-        modes = {m: m.training for m in self.model.modules()}
-        shapes = Shapes(fx.GraphModule(self.model, self.graph))
-        try:
-            self.model.eval()
-            with torch.no_grad():
-                shapes.run(zeros)
-        except Exception as error:
-            raise Unsupported(
-                f"input of shape {tuple(flow.image)} does not fit: {str(error).splitlines()[0]}"
-            ) from error
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        shapes = self.shapes()
+        self.writers = give_writes_a_value(self.graph, shapes.places, self.model)
+        self.apart = self.parts_at_full_width()
         for node in self.graph.nodes:
             op = self.classify(node)
             op.shape, op.macs = shapes.shapes[node.name], shapes.macs[node.name]
             op.sources = tuple(n.name for n in node.all_input_nodes)
             flow.ops[node.name] = op
         for name, attention in find_attention(self.graph, shapes.shapes, self.model).items():
-            for inner in attention.inner:
-                flow.ops[inner].kind, flow.ops[inner].sources = "inner", ()
+            inner = [flow.ops[n] for n in attention.inner]
+            if any("otherwise" in op.node.meta for op in (*inner, flow.ops[name])):
+                continue
+            for op in inner:
+                op.kind, op.sources = "inner", ()
             op = flow.ops[name]
             op.kind, op.data, op.sources = "attention", attention, (attention.q, attention.k, attention.v)
         for op in flow.ops.values():
@@ -96,6 +110,64 @@ class _Follower:
             if isinstance(op.module, ThresholdLayer):
                 flow.proofs[name] = self.proof(op)
 
+    def shapes(self) -> Shapes:
+        """Run the trace on a copy of the model."""
+        reference = next(self.model.parameters(), torch.zeros(()))
+        dtype = self.dtype or reference.dtype
+        zeros = torch.zeros((2, *self.flow.image), dtype=dtype, device=reference.device)
+        with kept_random_state(), torch.no_grad():
+            twin = copy_of(self.model).eval()
+            for name, value in self.trace.constants.items():
+                setattr(twin, name, value)
+            shapes = Shapes(fx.GraphModule(twin, self.graph))
+            try:
+                shapes.run(zeros)
+            except Exception as error:
+                text = str(error).splitlines() or [type(error).__name__]
+                raise Unsupported(f"input of shape {tuple(self.flow.image)} does not fit: {text[0]}") from error
+        return shapes
+
+    def parts_at_full_width(self) -> dict[str, str]:
+        """Modules that run as they are, and why, though their kind is known."""
+        apart: dict[str, str] = {}
+        calls: dict[str, int] = {}
+        self.live = self.reached()
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                name = self.names[id(self.model.get_submodule(str(node.target)))]
+                calls[name] = calls.get(name, 0) + 1
+                if node not in self.live and any(True for _ in self.modules[name].parameters()):
+                    apart[name] = "its result is not used"
+        owners: dict[int, list[str]] = {}
+        for name, m in self.modules.items():
+            if calls.get(name, 0) > 1 and any(True for _ in m.parameters()):
+                apart.setdefault(name, "it is used twice")
+            for key, p in m._parameters.items():
+                if p is None:
+                    continue
+                owners.setdefault(id(p), []).append(name)
+                if not p.requires_grad and self.trace.trains:
+                    apart.setdefault(name, f"its {key} is frozen")
+        read = {id(self.attribute(str(n.target))) for n in self.graph.nodes if n.op == "get_attr"}
+        for key, names in owners.items():
+            if len(names) > 1:
+                apart |= {name: "it shares a parameter with another module" for name in names if name not in apart}
+            if key in read:
+                apart |= {name: "its parameter is read outside it" for name in names if name not in apart}
+        return apart
+
+    def reached(self) -> set[fx.Node]:
+        """Nodes whose values, not their sizes alone, can be in the result."""
+        found: set[fx.Node] = set()
+        pending = [node for node in self.graph.nodes if node.op == "output"]
+        while pending:
+            node = pending.pop()
+            if node not in found:
+                found.add(node)
+                if target_of(node) != "size" and not (target_of(node) is getattr and node.args[1] == "shape"):
+                    pending += node.all_input_nodes
+        return found
+
     # -- what a node is -------------------------------------------------------------------------------------------
 
     def classify(self, node: fx.Node) -> Op:
@@ -105,47 +177,53 @@ class _Follower:
             return Op(node, "output")
         if node.op == "get_attr":
             return Op(node, "other", grad=isinstance(self.attribute(str(node.target)), nn.Parameter))
+        writes = node.name in self.writers
         if node.op == "call_module":
-            return self.classify_module(node, self.model.get_submodule(str(node.target)))
-        target = target_of(node)
-        in_place_method = node.op == "call_method" and str(target).endswith("_") and not str(target).endswith("__")
-        if in_place_method and target != "relu_":
-            raise Unsupported(f"in-place operation .{target}() at {node.name}")
-        if target in _IN_PLACE or target in ("relu_", F.relu_, torch.relu_) or node.kwargs.get("inplace"):
-            first = node.args[0] if node.args else None
-            shared = isinstance(first, fx.Node) and (len(first.users) > 1 or first.op in ("placeholder", "get_attr"))
-            if target in _IN_PLACE - {operator.iadd} or shared:
-                raise Unsupported(f"in-place operation at {node.name}")
-        return self.classify_function(node, target)
+            op = self.classify_module(node, self.model.get_submodule(str(node.target)))
+        else:
+            target = target_of(node)
+            if (target if isinstance(target, str) else getattr(target, "__name__", "")) in _OF_MEMORY:
+                raise Unsupported(f"{node.name} asks how a tensor lies in memory")
+            op = self.classify_function(node, target)
+        op.writes = writes and op.kind == "other"
+        return op
 
     def classify_module(self, node: fx.Node, m: nn.Module) -> Op:
         name, kind = self.names[id(m)], type(m)
         grad = any(True for _ in m.parameters())
+        whole = Op(node, "other", module=m, grad=grad)
+        one = len(node.args) + len(node.kwargs) == 1 and len(node.all_input_nodes) == 1 and "otherwise" not in node.meta
+        one = one and isinstance((*node.args, *node.kwargs.values())[0], fx.Node)
+        if isinstance(m, ThresholdLayer) and kind not in (ThresholdConv2d, ThresholdLinear):
+            raise Unsupported(f"layer {name!r} is a {kind.__name__}; only the plain threshold layers are known")
+        if name in self.apart or not one:
+            whole.data = self.apart.get(name)
+            return whole
         if kind in (nn.Conv2d, ThresholdConv2d, nn.Linear, ThresholdLinear):
-            if name in self.flow.layers:
-                raise Unsupported(f"layer {name!r} is used twice")
             op = Op(node, "layer", module=m, grad=True)
             if isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups == m.in_channels == m.out_channels:
                 op.kind = "depthwise"
             self.flow.layers[name] = op
             return op
-        if isinstance(m, ThresholdLayer):
-            raise Unsupported(f"layer {name!r} is a {kind.__name__}; only the plain threshold layers are known")
-        if kind in (nn.BatchNorm1d, nn.BatchNorm2d) and m.track_running_stats and m.momentum is not None:
-            if name in self.flow.norms:
-                raise Unsupported(f"layer {name!r} is used twice")
+        if kind in (nn.BatchNorm1d, nn.BatchNorm2d):
+            if not m.track_running_stats or m.momentum is None or m.running_mean is None or m.running_var is None:
+                return whole
+            # Where gradients are asked for, a constant channel is beta; with fixed statistics it would be another.
+            modes = self.trace.of(m)
+            if modes != (True, False) if len(modes) == 2 else self.trace.gradients[0] and not modes[0]:
+                whole.data = "its statistics are fixed in training"
+                return whole
             self.flow.norms[name] = op = Op(node, "norm", module=m, grad=grad)
             return op
-        if getattr(m, "inplace", False) and len(node.all_input_nodes[0].users) > 1:
-            raise Unsupported(f"in-place module {name!r} on a tensor that is used elsewhere")
         if kind in _RELU:
             return Op(node, "relu", module=m, apply=_RELU[kind])
         if kind in _UNARY:
             return Op(node, "unary", module=m, apply=_UNARY[kind](m))
         if kind is nn.MaxPool2d and not m.return_indices:
             return Op(node, "pool", module=m, apply=m, data="max")
-        if kind is nn.AvgPool2d and (m.padding in (0, (0, 0)) or not m.count_include_pad):
-            return Op(node, "pool", module=m, apply=m, data="avg")
+        if kind is nn.AvgPool2d:
+            keeps = m.divisor_override is None and (m.padding in (0, (0, 0)) or not m.count_include_pad)
+            return Op(node, "pool", module=m, apply=m, data="avg" if keeps else "linear")
         if kind in (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d) and not getattr(m, "return_indices", False):
             return Op(node, "pool", module=m, apply=m)
         if kind is nn.Flatten and m.start_dim == 1 and m.end_dim == -1:
@@ -153,56 +231,105 @@ class _Follower:
         if kind is nn.Identity or (kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d) and m.p == 0):
             return Op(node, "same", module=m)
         if kind is nn.Dropout:
-            return Op(node, "dropout", module=m, data=m.p)
-        return Op(node, "other", module=m, grad=grad)
+            return Op(node, "dropout", module=m, data=(m.p, self.trace.of(m)))
+        return whole
 
     def classify_function(self, node: fx.Node, target: Any) -> Op:
-        kwargs = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "input")}
-        plain = not any(isinstance(a, fx.Node) for a in (*node.args[1:], *kwargs.values()))
-        rest = node.args[1:]
-        one = len(node.all_input_nodes) == 1 and plain and bool(node.args)
-        if one and target in ("relu", "relu_"):
-            return Op(node, "relu", apply=F.relu)
-        if one and target in _RELU_FUNCTIONS and not any(rest):
-            return Op(node, "relu", apply=_RELU_FUNCTIONS[target])
-        if one and target in _UNARY_FUNCTIONS and (not rest or target is F.leaky_relu):
-            return Op(node, "unary", apply=partial(_call, target, rest[:1], kwargs))
-        if one and target in _POOL_FUNCTIONS and not kwargs.get("return_indices"):
-            padding = kwargs.get("padding", rest[2] if len(rest) > 2 else 0)
-            if target is not F.avg_pool2d or padding in (0, (0, 0)):
-                return Op(node, "pool", apply=partial(_call, target, rest, kwargs))
-        if one and target in ("mean", torch.mean):
-            dims: Any = kwargs.get("dim", rest[0] if rest else None)
-            keep = kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
-            if dims is not None and set(kwargs) <= {"dim", "keepdim"}:
-                dims = (dims,) if isinstance(dims, int) else tuple(dims)
-                return Op(node, "pool", apply=partial(torch.mean, dim=dims, keepdim=keep), data=("mean", dims, keep))
-        if one and target in ("flatten", torch.flatten):
-            start = kwargs.get("start_dim", rest[0] if rest else 0)
-            end = kwargs.get("end_dim", rest[1] if len(rest) > 1 else -1)
-            return Op(node, "flatten" if (start, end) == (1, -1) else "other")
+        whole = Op(node, "other")
         if target in ("view", "reshape", torch.reshape):
-            return Op(node, "flatten", data="reshape")
-        if target in ("contiguous", "clone"):
-            return Op(node, "same")
-        if target is F.dropout:
-            p = kwargs.get("p", rest[0] if rest else 0.5)
-            if p == 0:
-                return Op(node, "same")
-            return Op(node, "dropout", data=p) if len(rest) < 2 else Op(node, "other")
-        if target in _ADD and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and not kwargs:
-            return Op(node, "add")
-        if target in (torch.cat, torch.concat) and isinstance(node.args[0], (list, tuple)):
-            return Op(node, "cat", data=kwargs.get("dim", rest[0] if rest else 0))
-        if target in ("chunk", torch.chunk):
-            return Op(node, "split", data=kwargs.get("dim", rest[1] if len(rest) > 1 else 0))
+            return Op(node, "flatten", data="reshape") if self.is_plain_reshape(node) else whole
         if target is operator.getitem:
-            return Op(node, "item")
-        if (target is getattr and rest == ("shape",)) or (target == "size" and not node.kwargs):
+            return Op(node, "item") if "otherwise" not in node.meta else whole
+        if target is getattr and node.args[1:] == ("shape",):
             return Op(node, "shape")
-        return Op(node, "other")
+        call = bind(node)
+        if call is None:
+            return whole
+        word, values = call
+        if word == "dropout":
+            return self.classify_dropout(node, values)
+        if "otherwise" in node.meta:
+            return whole
+        if word == "add":
+            a, b = values["input"], values["other"]
+            if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or values["alpha"] != 1:
+                return whole
+            node.args, node.kwargs = (a, b), {}
+            return Op(node, "add")
+        if word == "cat":
+            parts, dim = values["tensors"], values["dim"]
+            if not isinstance(parts, (list, tuple)) or not all(isinstance(p, fx.Node) for p in parts):
+                return whole
+            if not isinstance(dim, int) or not parts:
+                return whole
+            node.args, node.kwargs = (list(parts), dim), {}
+            return Op(node, "cat", data=dim)
+        first = values.pop("input")
+        if not isinstance(first, fx.Node) or not is_literal(list(values.values())):
+            return whole
+        if word in _RELU_FUNCTIONS:
+            return Op(node, "relu", apply=_RELU_FUNCTIONS[word])
+        if word in _UNARY_FUNCTIONS:
+            return Op(node, "unary", apply=bound(word, values, _UNARY_FUNCTIONS[word]))
+        if word in _POOL_FUNCTIONS:
+            if values.get("return_indices"):
+                return whole
+            keeps = values.get("divisor_override") is None and (
+                values.get("padding", 0) in (0, (0, 0), [0, 0]) or not values.get("count_include_pad", False)
+            )
+            data = None if keeps else "linear"
+            return Op(node, "pool", apply=bound(word, values, _POOL_FUNCTIONS[word]), data=data)
+        if word == "mean":
+            dims = (values["dim"],) if isinstance(values["dim"], int) else values["dim"]
+            if not dims or values["dtype"] is not None or not all(isinstance(d, int) for d in dims):
+                return whole
+            dims, keep = tuple(dims), bool(values["keepdim"])
+            return Op(node, "pool", apply=partial(torch.mean, dim=dims, keepdim=keep), data=("mean", dims, keep))
+        if word == "flatten":
+            return Op(node, "flatten") if (values["start_dim"], values["end_dim"]) == (1, -1) else whole
+        if word in ("contiguous", "clone"):
+            return Op(node, "same")
+        if word == "chunk":
+            if not isinstance(values["chunks"], int) or not isinstance(values["dim"], int):
+                return whole
+            node.args, node.kwargs = (first, values["chunks"], values["dim"]), {}
+            return Op(node, "split", data=values["dim"])
+        if word == "size":
+            node.args, node.kwargs = (first, *(() if values["dim"] is None else (values["dim"],))), {}
+            return Op(node, "shape")
+        return whole
+
+    def classify_dropout(self, node: fx.Node, values: dict[str, Any]) -> Op:
+        whole = Op(node, "other")
+        calls = [values]
+        if len(self.trace.modes) == 2:
+            second = bind(node, otherwise=True)
+            if second is None:
+                return whole
+            calls.append(second[1])
+        p = values["p"]
+        if not isinstance(values["input"], fx.Node) or not isinstance(p, (int, float)):
+            return whole
+        if any(c["p"] != p or not isinstance(c["training"], bool) for c in calls):
+            return whole
+        if p == 0 or not any(c["training"] for c in calls):
+            return Op(node, "same")
+        return Op(node, "dropout", data=(p, tuple(c["training"] for c in calls)))
+
+    def is_plain_reshape(self, node: fx.Node) -> bool:
+        """Sizes only, and no number for the batch."""
+        if node.kwargs or len(node.args) < 2 or "otherwise" in node.meta or not isinstance(node.args[0], fx.Node):
+            return False
+        sizes: Any = node.args[1:]
+        if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+            sizes = sizes[0]
+        if not sizes or not all(type(s) is int or isinstance(s, fx.Node) for s in sizes):
+            return False
+        return isinstance(sizes[0], fx.Node) or sizes[0] == -1
 
     def attribute(self, path: str) -> Any:
+        if path in self.trace.constants:
+            return self.trace.constants[path]
         parent, _, name = path.rpartition(".")
         return getattr(self.model.get_submodule(parent), name)
 
@@ -241,19 +368,25 @@ class _Follower:
             op.layout = v.layout
 
     def follow_output(self, op: Op) -> None:
-        if len(op.sources) != 1 or not isinstance(op.node.args[0], fx.Node) or self.first(op).shape is None:
-            raise Unsupported("forward must return one tensor")
-        self.flow.output = op.sources[0]
+        if not op.sources:
+            raise Unsupported("forward returns nothing that depends on its input")
+        self.flow.outputs, self.flow.output = op.node.args[0], op.sources[0]
 
     def follow_other(self, op: Op) -> None:
         target = op.node.target
         what = type(op.module).__name__ if op.module is not None else getattr(target, "__name__", str(target))
-        self.stop(op, f"{what} is not followed")
+        self.stop(
+            op, f"{what} runs at full width: {op.data}" if isinstance(op.data, str) else f"{what} is not followed"
+        )
 
     def follow_channelwise(self, op: Op) -> None:
         before = self.first(op)
         op.layout, op.const = before.layout, before.const
         if before.layout is None:
+            return
+        if op.data == "linear" and before.const:
+            op.layout, op.const = None, False
+            self.stop(op, "a pool that does not keep constants")
             return
         if op.kind == "pool" and isinstance(op.data, tuple):
             _, dims, keep = op.data
@@ -415,35 +548,24 @@ class _Follower:
         return tuple(dict.fromkeys(found)) if walk(layer, ("", None)) else None
 
     def check_coverage(self) -> None:
-        """Every parameter is used, and those of followed layers are used by their layer alone."""
+        """Which parameters are used at full width, and which not at all; threshold layers that run as they are."""
         flow, owned = self.flow, set()
         for name, op in (*flow.layers.items(), *flow.norms.items()):
             owned |= {f"{name}.{p}" if name else p for p, _ in op.module.named_parameters(recurse=False)}
         used: set[int] = set()
         for op in flow.ops.values():
+            if op.node not in self.live:
+                continue
             if op.node.op == "get_attr":
-                value = self.attribute(str(op.node.target))
-                used.add(id(value))
-                if any(value is p for n, p in self.model.named_parameters() if n in owned):
-                    raise Unsupported(f"parameter {op.node.target!r} is also used outside its layer")
+                used.add(id(self.attribute(str(op.node.target))))
             elif op.module is not None:
                 used |= {id(p) for p in op.module.parameters()}
-        reached: set[str] = set()
-        pending = [flow.output]
-        while pending:
-            op = flow.ops[pending.pop()]
-            if op.name not in reached and op.kind != "shape":
-                reached.add(op.name)
-                pending += op.sources
-        for name, op in (*flow.layers.items(), *flow.norms.items()):
-            if op.name not in reached:
-                raise Unsupported(f"the result of layer {name!r} is not used")
         for name, p in self.model.named_parameters():
-            if id(p) not in used:
-                raise Unsupported(f"parameter {name!r} is not used in forward")
-            if name not in owned:
+            if name not in owned and id(p) in used and p.requires_grad:
                 flow.loose.append(name)
-
-
-def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Any:
-    return function(x, *args, **kwargs)
+        for name, m in self.modules.items():
+            if isinstance(m, ThresholdLayer) and name not in flow.layers:
+                flow.apart[name] = self.apart.get(name) or "it is not called with one tensor alone"
+                key = f"{name}.threshold" if name else "threshold"
+                if key not in flow.loose and m.threshold.requires_grad:
+                    flow.unused.append(key)

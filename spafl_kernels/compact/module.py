@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from ..layers import ThresholdLayer
 from ..reference import WINDOW, filter_scores
 from ..training import Unsupported
-from .conditions import Condition
+from .conditions import Condition, rows_in_words
 from .flow import Flow
 from .follow import trace_flow
 from .fusion import always_fused, prefers_channels_last
@@ -24,7 +25,9 @@ from .program import Program
 from .scope import Scope
 from .slots import LayerSlot, NormSlot
 from .state import LayerState, all_channels, per_filter, put_rows
-from .trace import check_traceable
+from .trace import Trace, check_traceable, required_inputs
+from .verify import Verify, check_verify, differs
+from .watch import Watch
 
 __all__ = ["CompactModule"]
 
@@ -113,6 +116,20 @@ class _Spec:
         self.passes: Tensor | None = None
 
 
+@dataclass
+class _Captured:
+    """What was read of the model for one kind of input and one set of modes."""
+
+    flow: Flow
+    conditions: list[Condition]
+    made: dict[tuple[bool, bool], tuple[Tensor, tuple[bool, ...], Made]] = field(default_factory=dict)
+
+
+# Shape of a sample, dtype of the input, whether gradients are asked for, mode of the model.
+_Key = tuple[tuple[int, ...], torch.dtype, bool, bool]
+_MOST = 8  # kinds of input whose captures are kept
+
+
 class CompactModule(nn.Module):
     """Wraps a model with threshold layers; forward and backward skip what is pruned, in rows and in columns.
 
@@ -120,30 +137,39 @@ class CompactModule(nn.Module):
     loop works; masks are taken from the parameters at every forward. (The persistent
     :class:`~spafl_kernels.compact.CompactTrainer` saves the gathers too, for SGD.) ``state_dict`` is the model's own.
 
+    It is called as ``model`` is. A call that cannot run compact (another input than one tensor, or a model that cannot
+    be read) runs the model as it is; ``engine`` and ``reason`` are those of the last call. What was read of the model is
+    compared with what it is at every call, and read anew when it has changed.
+
     Args:
         model: the model; shared, not copied.
         strict: raise :class:`~spafl_kernels.training.Unsupported` where the model cannot run compact; by default what
-            ``SPAFL_STRICT`` says. Otherwise it runs as it is, and ``engine`` and ``reason`` say so.
+            ``SPAFL_STRICT`` says.
         multiple: convolutions keep a multiple of this many filters.
+        verify: ``"first"``: what was captured is compared with the model itself, on a float64 copy, before it is used;
+            ``"always"``: again whenever a new plan is made; ``"never"``.
     """
 
-    def __init__(self, model: nn.Module, strict: bool | None = None, multiple: int = 8) -> None:
+    def __init__(
+        self, model: nn.Module, strict: bool | None = None, multiple: int = 8, verify: Verify = "first"
+    ) -> None:
         super().__init__()
         self.model = model
         self.strict = os.environ.get("SPAFL_STRICT", "") == "1" if strict is None else strict
-        self.multiple = multiple
+        self.multiple, self.verify = multiple, check_verify(verify)
         self.engine, self.reason = "compact", "all channels can be traced"
         self._reset()
         try:
             if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
                 raise Unsupported("the model has no threshold layers")
-            check_traceable(model)
+            self._trace(True)
         except Unsupported as error:
             self._fall_back(error)
 
     def _reset(self) -> None:
-        self._flows: dict[tuple[int, ...], tuple[Flow, list[Condition]]] = {}
-        self._made: dict[tuple[Any, ...], tuple[Tensor, tuple[bool, ...], _Made]] = {}
+        self._captures: dict[_Key, _Captured] = {}
+        self._refused: dict[_Key, tuple[Watch | None, str]] = {}
+        self._traces: dict[tuple[bool, bool], Trace] = {}
 
     def _fall_back(self, error: Unsupported) -> None:
         if self.strict:
@@ -151,9 +177,14 @@ class CompactModule(nn.Module):
         self.engine, self.reason = "masked", str(error)
 
     def explain(self) -> str:
-        """Which engine runs and why; after a forward also which channels are followed."""
+        """Which engine ran last and why; after a forward also which channels are followed, and which rows are computed
+        although they are pruned."""
         lines = [f"{self.engine}: {self.reason}"]
-        lines += [flow.explain() for flow, _ in self._flows.values()]
+        for captured in self._captures.values():
+            lines.append(captured.flow.explain())
+            reasons = {c.layer.name: c.reason for c in captured.conditions}
+            for _, _, made in list(captured.made.values())[-1:]:
+                lines += [rows_in_words(n, made.masks[n], made.keep[n], reasons.get(n, "")) for n in made.masks]
         return "\n".join(lines)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,83 +193,182 @@ class CompactModule(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.load_state_dict(*args, **kwargs)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """As a part of another module: the keys are those of the model alone."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}model.{key[len(prefix) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactModule:
-        new = CompactModule(copy.deepcopy(self.model, memo), self.strict, self.multiple)
+        new = CompactModule(copy.deepcopy(self.model, memo), self.strict, self.multiple, self.verify)
         new.training = self.training
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_flows", "_made")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_captures", "_refused", "_traces")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.engine == "masked":
-            return self.model(x)
-        image = tuple(x.shape[1:])
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        captured = None
         try:
-            if image not in self._flows:
-                flow = trace_flow(self.model, image)
-                layers = [LayerState(name, op.module, 0) for name, op in flow.layers.items() if op.module is not None]
-                found = (Condition.of(flow, la) for la in layers if la.is_threshold)
-                self._flows[image] = flow, [c for c in found if c is not None]
+            x = self._input(args, kwargs)
+            if x is None:
+                raise Unsupported("it was called with something else than one tensor")
+            if len(x):  # of an empty batch the model itself knows what to say
+                captured = self._capture(x)
         except Unsupported as error:
             self._fall_back(error)
-            return self.model(x)
-        made = self._plan(image, x)
+        if captured is None or x is None:
+            return self.model(*args, **kwargs)
+        self.engine, self.reason = "compact", "all channels can be traced"
+        made = self._plan(captured, x, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         for gather in made.gathers:
             gather()
-        out = made.program(x, self.model.training)
+        out = made.program(x, True)
         with torch.no_grad():
             for put in made.puts:
                 put()
         made.release()
         return out
 
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The one tensor of a call; None if there is more or something else."""
+        if len(args) == 1 and not kwargs:
+            x = args[0]
+        elif len(kwargs) == 1 and not args:
+            ((name, x),) = kwargs.items()
+            if [name] != required_inputs(type(self.model).forward):
+                return None
+        else:
+            return None
+        return x if isinstance(x, Tensor) and x.dim() else None
+
+    # -- what was read of the model --------------------------------------------------------------------------------
+
+    def _trace(self, gradients: bool) -> Trace:
+        key = gradients, self.model.training
+        trace = self._traces.get(key)
+        if trace is None or trace.watch.changed() is not None:
+            self._traces[key] = trace = check_traceable(self.model, "now", gradients)
+        return trace
+
+    def _capture(self, x: Tensor) -> _Captured:
+        key = tuple(x.shape[1:]), x.dtype, torch.is_grad_enabled(), self.model.training
+        captured = self._captures.get(key)
+        if captured is not None:
+            assert captured.flow.trace is not None
+            if captured.flow.trace.watch.changed() is None:
+                return captured
+            del self._captures[key]
+        watch, reason = self._refused.get(key, (None, ""))
+        if watch is not None and watch.changed() is None:
+            raise Unsupported(reason)
+        watch = None
+        with torch.inference_mode(False):
+            try:
+                trace = self._trace(key[2])
+                watch = trace.watch
+                flow = trace_flow(self.model, key[0], trace, key[1])
+                if not any(isinstance(op.module, ThresholdLayer) for op in flow.layers.values()):
+                    reasons = "; ".join(f"{name}: {why}" for name, why in flow.apart.items())
+                    raise Unsupported(f"no threshold layer can be followed ({reasons})")
+                self._check(flow, x)
+            except Unsupported as error:
+                if watch is not None:
+                    self._refused[key] = watch, str(error)
+                    _bound(self._refused)
+                raise
+            self._captures[key] = captured = _Captured(flow, conditions_of(flow))
+            _bound(self._captures)
+        return captured
+
+    def _check(self, flow: Flow, x: Tensor) -> None:
+        if self.verify == "never":
+            return
+
+        def ours(model: nn.Module, t: Tensor) -> Any:
+            return CompactModule(model, True, self.multiple, "never")(t)
+
+        if (found := differs(flow, x, ours, torch.is_grad_enabled())) is not None:
+            raise Unsupported(found)
+
     # -- a plan ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _plan(self, image: tuple[int, ...], x: Tensor) -> _Made:
+    def _plan(self, captured: _Captured, x: Tensor, gradients: bool, inference: bool) -> Made:
         """Masks of the current parameters, and the program for them (the last one if no mask has changed)."""
-        flow, conditions = self._flows[image]
-        masks: dict[str, Tensor] = {}
-        keep: dict[str, Tensor] = {}
-        passes: dict[str, Tensor | None] = {}
-        for name, op in flow.layers.items():
-            m = op.module
-            if isinstance(m, ThresholdLayer):
-                score = filter_scores(m.weight)
-                masks[name] = keep[name] = score > m.threshold
-                passes[name] = None
-                if m.estimator == "identity":
-                    passes[name] = torch.ones_like(score)
-                else:
-                    far = (score - m.threshold).abs() > WINDOW
-                    if bool(far.any()):
-                        passes[name] = far.to(score.dtype)
-        # A pruned row whose gradient is not 0 must be computed, but only if there is a gradient.
-        if torch.is_grad_enabled() or self.training:
-            here = _Constants(flow, passes)
-            for condition in conditions:
-                carried = condition.carry(here, here.far(condition.layer))
-                if carried is not None:
-                    name = condition.layer.name
-                    keep[name] = keep[name] | carried
+        flow = captured.flow
+        masks, keep, passes = rows_of(flow, captured.conditions, gradients)
         compiled = not torch.is_autocast_enabled(x.device.type)
         passing = tuple(p is not None for p in passes.values())
         state = torch.cat([*masks.values(), *keep.values()])
         # Where the window lets gradients through depends on the margins, not on the masks: such plans are not reused.
         windowed = any(passing[k] and _is_window(flow, name) for k, name in enumerate(passes))
-        key = image, compiled
-        if key in self._made and not windowed:
-            old, marks, made = self._made[key]
+        # Tensors that a program keeps are of one kind only: made in inference mode, or not.
+        key = compiled, inference
+        if key in captured.made and not windowed:
+            old, marks, made = captured.made[key]
             if marks == passing and torch.equal(old, state):
                 return made
-        made = _Made(flow, masks, keep, passes, self.multiple, compiled)
-        self._made[key] = state, passing, made
+        if self.verify == "always":
+            with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+                self._check(flow, x)
+        made = Made(flow, masks, keep, passes, self.multiple, compiled)
+        captured.made[key] = state, passing, made
         return made
+
+
+def conditions_of(flow: Flow) -> list[Condition]:
+    layers = [LayerState(name, op.module, 0) for name, op in flow.layers.items()]
+    found = (Condition.of(flow, layer) for layer in layers if layer.is_threshold)
+    return [c for c in found if c is not None]
+
+
+@torch.no_grad()
+def rows_of(
+    flow: Flow, conditions: list[Condition], gradients: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor | None]]:
+    """By threshold layer: the masks of the current parameters, the rows to compute, and where the estimator lets a
+    gradient through (as numbers; None: nowhere)."""
+    masks: dict[str, Tensor] = {}
+    keep: dict[str, Tensor] = {}
+    passes: dict[str, Tensor | None] = {}
+    sums: list[Tensor] = []
+    for name, op in flow.layers.items():
+        m = op.module
+        if not isinstance(m, ThresholdLayer):
+            sums.append(m.weight.sum())
+            continue
+        score = filter_scores(m.weight)
+        sums.append(score.sum())
+        masks[name] = keep[name] = score > m.threshold
+        passes[name] = None
+        if m.estimator == "identity":
+            passes[name] = torch.ones_like(score)
+        else:
+            far = (score - m.threshold).abs() > WINDOW
+            if bool(far.any()):
+                passes[name] = far.to(score.dtype)
+    # A pruned row whose gradient is not 0 must be computed, but only if there is a gradient.
+    if gradients:
+        here = _Constants(flow, passes)
+        for condition in conditions:
+            carried = condition.carry(here, here.far(condition.layer))
+            if carried is not None:
+                name = condition.layer.name
+                keep[name] = keep[name] | carried
+    if not bool(torch.stack(sums).isfinite().all()):
+        # What is not finite is to spoil the result as it does in the model itself, where 0 * NaN is NaN.
+        keep = {name: torch.ones_like(mask) for name, mask in keep.items()}
+    return masks, keep, passes
+
+
+def _bound(cache: dict[Any, Any]) -> None:
+    while len(cache) > _MOST:
+        del cache[next(iter(cache))]
 
 
 def _is_window(flow: Flow, name: str) -> bool:
@@ -266,7 +396,7 @@ class _Constants:
         return per_filter((value == 0).to(weight.dtype) if zero else value, layout, layer.name, layer.rows)
 
 
-class _Made:
+class Made:
     """A program under one plan, and how its slots are filled from the model before a run and emptied after it."""
 
     def __init__(
@@ -281,6 +411,7 @@ class _Made:
         weight = next(flow.model.parameters())
         exact = always_fused(flow) if compiled and weight.device.type == "cpu" else set()
         self.plan = plan = Plan(flow, keep, multiple, exact)
+        self.masks, self.keep = masks, plan.keep
         self.gathers: list[Any] = []
         self.puts: list[Any] = []
         self.layers: dict[str, LayerSlot] = {}

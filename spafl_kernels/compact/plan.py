@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .flow import Flow
 from .layout import Layout, Segment
 
-__all__ = ["Channels", "Plan", "padding_for"]
+__all__ = ["Channels", "Plan", "keeps_all_rows", "padding_for"]
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,28 @@ def padding_for(kept: int, width: int, multiple: int) -> int:
     return max(min(-(-kept // multiple) * multiple, width), 1) - kept
 
 
+def keeps_all_rows(module: Any) -> bool:
+    """A convolution in groups needs its rows where they are, pruned or not."""
+    if not isinstance(module, nn.Conv2d):
+        return False
+    return (module.groups > 1 and module.weight.shape[1] > 1) or module.groups not in (1, module.out_channels)
+
+
 class Plan:
     """Kept filters of every threshold layer, and what that means for every layout.
 
     Args:
-        keep: by threshold layer, bool ``(filters,)``: which filters are computed.
+        keep: by threshold layer, bool ``(filters,)``: which filters are computed; those of :func:`keeps_all_rows` all.
         multiple: convolutions keep a multiple of this many channels, filled with zero rows; oneDNN computes blocks of
             eight anyway, and shapes repeat (a new shape costs a primitive: 1.2-3.3 ms measured).
         exact: layers that are not rounded up, because something else computes them.
     """
 
     def __init__(self, flow: Flow, keep: dict[str, Tensor], multiple: int = 8, exact: Collection[str] = ()) -> None:
+        keep = {
+            name: torch.ones_like(mask) if keeps_all_rows(flow.layers[name].module) else mask
+            for name, mask in keep.items()
+        }
         self.keep, self.multiple = keep, multiple
         self._cache: dict[Layout, Channels] = {}
         self.rows: dict[str, Channels] = {}

@@ -17,7 +17,7 @@ from ..layers import ThresholdLayer
 from ..reference import WINDOW
 from ..training import SGDOptions
 from .arena import Arena, attach, shares_of
-from .conditions import Condition
+from .conditions import Condition, rows_in_words
 from .dropped import DroppedRows
 from .flow import Flow
 from .fusion import always_fused, prefers_channels_last
@@ -102,6 +102,8 @@ class Session:
         self._channels_last = prefers_channels_last(flow)
         self._all_channels: dict[int, Channels] = {}
         self._memory = Memory(self._scores)
+        # Threshold layers that run as they are: autograd and the loose parameters know all of them but the guard.
+        self._apart = {name: flow.model.get_submodule(name) for name in flow.apart}
         self._arena: Arena | None = None
         self._loaded = False
 
@@ -129,7 +131,7 @@ class Session:
         self._momentum, self._fresh, self._blank = momentum, fresh, bool(momentum) and fresh
         for part in self._parts:
             part.read(momentum)
-        loose = self.flow.loose
+        self._loose_names = loose = [*self.flow.loose, *(self.flow.unused if options.penalty else ())]
         self._loose = Loose([parameters[name].data for name in loose], [momentum[n] for n in loose] if momentum else [])
         self._loose_leaves: list[Tensor] = [parameters[name] for name in loose]
         if self._blank:
@@ -137,7 +139,10 @@ class Session:
                 buffer.zero_()
         for layer in self._pruned:
             self._score(layer)
-        self._tau = torch.cat([layer.threshold for layer in self._pruned])
+        self._tau = torch.cat([layer.threshold for layer in self._pruned]) if self._pruned else self._scores
+        # What is not finite is to spoil the result as it does in the masked model, where 0 * NaN is NaN.
+        plain = [layer.weight for layer in self._layers.values() if not layer.is_threshold]
+        self._spoiled = not bool(torch.stack([t.sum() for t in (self._scores, *plain)]).isfinite().all())
         self._dropped.begin(options)
         self._loaded = False
         self._stale = True
@@ -154,7 +159,7 @@ class Session:
         if self._blank:
             self._blank = False
             for name, buffer in self._momentum.items():
-                if name not in self.flow.loose:
+                if name not in self._loose_names:
                     buffer.zero_()
 
     # -- masks -----------------------------------------------------------------------------------------------------
@@ -167,6 +172,7 @@ class Session:
     def refresh(self) -> None:
         """What happens at the start of a forward: guard, masks, and a new plan if a row's class changed."""
         self.guard()
+        self._observe_apart()
         if not self._stale:
             return
         scores, tau = self._scores, self._tau
@@ -189,6 +195,8 @@ class Session:
             self._stale = False
             return
         active = scores > tau
+        if self._loaded and not self._spoiled:
+            self._spoiled = not bool(scores.sum().isfinite())
         keep = self._kept_rows(active, self._far_rows(far))
         made = True
         if not self._loaded:
@@ -210,6 +218,21 @@ class Session:
         for layer in self._collapsed:
             self._tau[layer.part] = 0
             self._stale = True
+
+    def penalty(self) -> Tensor | None:
+        """The penalty of threshold layers that run as they are, which the update does not know."""
+        if not self._apart or not self.options.penalty:
+            return None
+        taus = [m.threshold for m in self._apart.values() if m.threshold.requires_grad]  # type: ignore[union-attr]
+        return self.options.penalty * torch.stack([torch.exp(-tau).sum() for tau in taus]).sum() if taus else None
+
+    def _observe_apart(self) -> None:
+        """Guard and densities of the threshold layers that run as they are."""
+        floor = self.options.collapse_floor
+        for name, m in self._apart.items():
+            if floor is not None and self.densities[name] <= floor:
+                m.threshold.data.zero_()  # type: ignore[union-attr]
+            self.densities[name] = m.density()  # type: ignore[operator]
 
     @torch.no_grad()
     def rescore(self) -> None:
@@ -252,6 +275,8 @@ class Session:
         return {la.name: rows for la in self._pruned if la.window and bool((rows := far[la.part]).any())}
 
     def _kept_rows(self, active: Tensor, far: Mapping[str, Tensor]) -> Tensor:
+        if self._spoiled:
+            return torch.ones_like(active)
         keep = active
         for condition in self._conditions:
             layer = condition.layer
@@ -316,6 +341,16 @@ class Session:
         self._idle_share = 1 - (used / max(computed, 1)) ** 2
         assert self._arena is not None
         self.leaves = [*self._arena.leaves, *self._loose_leaves, *masks]
+
+    def explain(self) -> list[str]:
+        """Of every threshold layer: how many rows are computed, and why more than are active."""
+        if not hasattr(self, "_needed"):
+            return []
+        reasons = {c.layer.name: c.reason for c in self._conditions}
+        return [
+            rows_in_words(la.name, self._active[la.part], self._needed[la.part], reasons.get(la.name, ""))
+            for la in self._pruned
+        ]
 
     # -- rebuild ---------------------------------------------------------------------------------------------------
 

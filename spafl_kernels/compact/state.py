@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..layers import ThresholdLayer
 from .layout import Layout
-from .plan import Channels
+from .plan import Channels, keeps_all_rows
 from .slots import LayerSlot, NormSlot
 
 __all__ = [
@@ -42,9 +42,7 @@ class LayerState:
         self.mask_bias = self.is_threshold and module.mask_bias
         self.begin = begin
         self.part = slice(begin, begin + self.rows)  # of its thresholds among all
-        # A convolution in groups needs its rows where they are.
-        self.all_rows = isinstance(module, nn.Conv2d) and module.groups > 1 and module.weight.shape[1] > 1
-        self.all_rows |= isinstance(module, nn.Conv2d) and module.groups not in (1, module.out_channels)
+        self.all_rows = keeps_all_rows(module)
         self.slot = LayerSlot(module.weight)
         # Set by each plan.
         self.row_channels: Channels | None = None

@@ -1,22 +1,42 @@
-"""The graph of a model, whether a compact engine can follow it, and the shapes in it."""
+"""The graph of a model, read from a copy of it, and the shapes in it.
+
+Nothing of the user's ``forward`` runs on the model itself. The copy is traced with ``torch.fx``; what ``forward`` asked
+of its modules is noted (:mod:`.watch`), and a ``forward`` that writes something, or draws random numbers that a trace
+would freeze, is refused.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from typing import Any
+import copy
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import ThresholdLayer
 from ..training import Unsupported
+from .watch import HOOKS, Modes, Watch, frozen, modes_of, of_torch
+
+__all__ = ["Patterns", "Shapes", "Trace", "check_traceable", "copy_of", "kept_random_state", "plain", "target_of"]
+
+Patterns = Literal["training", "now", "eval"]
+
+_CONSTANT = "_tensor_constant"
 
 
 class Tracer(fx.Tracer):
     """Keeps threshold layers whole, and unpacks ``chunk`` and ``split`` in loops, whose length is known."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, ThresholdLayer):
@@ -37,68 +57,329 @@ def target_of(node: fx.Node) -> Any:
     return node.target if node.op in ("call_function", "call_method") else None
 
 
+@dataclass
+class Trace:
+    """A graph, and what it holds good for.
+
+    Args:
+        graph: ``node.meta["otherwise"]`` holds ``(args, kwargs)`` of the second pattern where those differ.
+        modes: by pattern, the training flags of all modules. Two patterns are those of training and of evaluation.
+        gradients: by pattern, whether gradients are asked for.
+        constants: tensors that ``forward`` makes, by the name the graph has for them.
+        watch: what else the graph depends on.
+    """
+
+    graph: fx.Graph
+    modes: tuple[Modes, ...]
+    gradients: tuple[bool, ...]
+    watch: Watch
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def trains(self) -> bool:
+        """Whether an optimiser of this package steps the parameters; another one takes their gradients as they come."""
+        return len(self.modes) == 2
+
+    def of(self, module: nn.Module) -> tuple[bool, ...]:
+        """Training flags of a module, by pattern."""
+        place = next(i for i, m in enumerate(self.watch.modules) if m is module)
+        return tuple(modes[place] for modes in self.modes)
+
+
 class Shapes(fx.Interpreter):
-    """Runs the trace once on zeros and keeps every shape, and the MACs of what is not a layer."""
+    """Runs the trace once on zeros; keeps every shape, what memory a value has, and the MACs of what is not a layer.
+
+    Attributes:
+        places: ``(storage, offset, shape, stride)`` of every tensor; a storage is one number as long as this lives.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.shapes: dict[str, tuple[int, ...] | None] = {}
+        self.places: dict[str, tuple[Any, ...]] = {}
         self.macs: dict[str, int] = {}
+        self._held: list[Any] = []
 
     def run_node(self, n: fx.Node) -> Any:
         with FlopCounterMode(display=False) as counter:
             result = super().run_node(n)
         self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
         self.macs[n.name] = counter.get_total_flops() // 4  # two FLOPs each, two samples
+        tensors = (
+            [result]
+            if isinstance(result, Tensor)
+            else [t for t in result if isinstance(t, Tensor)]
+            if isinstance(result, (tuple, list))
+            else []
+        )
+        # Kept until the end, so that two storages never have one address.
+        self._held += [t.untyped_storage() for t in tensors]
+        if tensors:
+            t = tensors[0]
+            self.places[n.name] = t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape), t.stride()
         return result
 
 
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy. Tensors that a module holds but that were computed (weight norm) are copied as they are."""
+    memo: dict[int, Any] = {}
+    for m in model.modules():
+        for value in m.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
 def _check_model(model: nn.Module) -> None:
-    seen: dict[int, str] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if id(p) in seen:
-            raise Unsupported(f"parameters {seen[id(p)]!r} and {name!r} are the same tensor")
-        seen[id(p)] = name
-        if not p.requires_grad:
-            raise Unsupported(f"parameter {name!r} is frozen (requires_grad=False)")
     params = dict(model.named_parameters())
     if len({(p.dtype, p.device) for p in params.values()}) > 1:
         raise Unsupported("parameters have different dtypes or devices")
     if params and not next(iter(params.values())).is_floating_point():
         raise Unsupported("parameters are not floating point")
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks:
+        raise Unsupported("there are hooks on all modules")
     for name, module in model.named_modules():
-        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-        if any(getattr(module, h, None) for h in hooks):
+        if any(getattr(module, h, None) for h in HOOKS):
             raise Unsupported(f"module {name or type(model).__name__!r} has hooks")
         if parametrize.is_parametrized(module):
             raise Unsupported(f"module {name!r} has a parametrised tensor")
+        if "forward" in module.__dict__:
+            raise Unsupported(f"forward of module {name or type(model).__name__!r} was replaced")
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise Unsupported(f"module {name!r} is lazy and has not seen an input yet")
 
 
-def _trace_graph(model: nn.Module) -> fx.Graph:
-    """Trace in train mode; the eval trace must be the same up to ``training`` flags."""
-    modes = {m: m.training for m in model.modules()}
-    texts, graph = [], None
+def _random_state() -> tuple[Any, ...]:
+    state: list[Any] = [torch.get_rng_state(), random.getstate()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state.append(torch.cuda.get_rng_state_all())
+    else:
+        state.append([])
+    numpy = sys.modules.get("numpy")
+    state.append(numpy.random.get_state() if numpy is not None else None)
+    return tuple(state)
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+    if state[2]:
+        torch.cuda.set_rng_state_all(state[2])
+    if state[3] is not None:
+        sys.modules["numpy"].random.set_state(state[3])
+
+
+def _same_random_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    same = torch.equal(a[0], b[0]) and a[1] == b[1] and len(a[2]) == len(b[2])
+    same = same and all(torch.equal(x, y) for x, y in zip(a[2], b[2]))
+    if a[3] is not None and b[3] is not None:
+        same = same and a[3][2] == b[3][2] and bool((a[3][1] == b[3][1]).all())
+    return same
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Whatever is drawn inside, the generators are afterwards as they were."""
+    state = _random_state()
     try:
-        for training in (False, True):
-            model.train(training)
-            graph = Tracer().trace(model)
-            texts.append(re.sub(r"training = (True|False)", "training", str(graph)))
-    except Exception as error:  # whatever user code does with a proxy
-        raise Unsupported(f"cannot be traced: {str(error).splitlines()[0]}") from error
+        yield
     finally:
-        for module, training in modes.items():
-            module.training = training
-    if texts[0] != texts[1]:
-        raise Unsupported("forward does different things in train and eval mode")
-    assert graph is not None
-    return graph
+        _set_random_state(state)
 
 
-def check_traceable(model: nn.Module) -> fx.Graph:
-    """The graph of ``model``, as far as it is known without an input; raises :class:`Unsupported`."""
+class _Reader:
+    """Lets the modules of a copy note what they are asked for."""
+
+    def __init__(self, model: nn.Module, tracer: Tracer) -> None:
+        self.seen: dict[int, set[str]] = {}
+        self.names = {id(m): name for name, m in model.named_modules()}
+        self._inside = 0
+        kinds: dict[type, type] = {}
+        for name, m in model.named_modules():
+            if name and tracer.is_leaf_module(m, name):
+                continue
+            self.seen[id(m)] = set()
+            if type(m) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+                kinds.setdefault(type(m), self._kind(type(m)))
+                m.__class__ = kinds[type(m)]
+        if type(model) not in kinds.values():
+            model.__class__ = self._kind(type(model))
+        self._take_one_input(type(model))
+
+    def reads(self) -> dict[str, set[str]]:
+        return {self.names[i]: asked | {"forward"} for i, asked in self.seen.items()}
+
+    def _kind(self, cls: type) -> type:
+        reader = self
+
+        def __getattribute__(self: Any, name: str) -> Any:
+            if not reader._inside:
+                asked = reader.seen.get(id(self))
+                if asked is not None:
+                    asked.add(name)
+            return cls.__getattribute__(self, name)
+
+        def __getattr__(self: Any, name: str) -> Any:
+            reader._inside += 1  # what nn.Module looks at itself to find a parameter
+            try:
+                return cls.__getattr__(self, name)  # type: ignore[attr-defined]
+            finally:
+                reader._inside -= 1
+
+        space = {"__getattribute__": __getattribute__, "__getattr__": __getattr__}
+        return type(cls.__name__, (cls,), {**space, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+    def _take_one_input(self, cls: type) -> None:
+        """Further arguments of the model's ``forward`` have their defaults."""
+        original: Any = cls.forward  # type: ignore[attr-defined]
+        inputs = required_inputs(original)
+        if len(inputs) != 1:
+            raise Unsupported(f"forward takes {len(inputs)} inputs; one is needed")
+        space: dict[str, Any] = {"original": original}
+        by_name = inspect.signature(original).parameters[inputs[0]].kind is inspect.Parameter.KEYWORD_ONLY
+        passed = f"{inputs[0]}={inputs[0]}" if by_name else inputs[0]
+        exec(f"def forward(self, {inputs[0]}):\n    return original(self, {passed})", space)  # noqa: S102
+        cls.forward = space["forward"]  # type: ignore[attr-defined]
+
+
+def required_inputs(forward: Callable[..., Any]) -> list[str]:
+    """Names of the arguments, after ``self``, that have no default; of the first one if all have."""
+    kinds = inspect.Parameter
+    named = [p for p in list(inspect.signature(forward).parameters.values())[1:]]
+    named = [p for p in named if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
+    required = [p.name for p in named if p.default is kinds.empty]
+    return required or [p.name for p in named[:1]]
+
+
+class _Before:
+    """What a copy holds, so that it shows whether ``forward`` writes to it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.fields: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+        self.objects: list[tuple[Any, Any]] = []
+        self.tensors: list[tuple[str, Tensor, int]] = []
+        for name, m in model.named_modules():
+            path = f"{name}." if name else ""
+            for space in (m.__dict__, m._parameters, m._buffers, m._modules):
+                held = {k: frozen(v, self.objects) for k, v in space.items()}
+                self.fields.append((path, space, held))
+                for k, v in space.items():
+                    if isinstance(v, Tensor):
+                        self.tensors.append((f"{path}{k}", v, v._version))
+
+    def written(self) -> str | None:
+        skip = ("training", "_parameters", "_buffers", "_modules")
+        for path, space, then in self.fields:
+            for key in [*space, *then]:
+                if key in skip or key.startswith(_CONSTANT):
+                    continue
+                if key not in space or key not in then or not _equal(space[key], then[key]):
+                    return f"{path}{key}"
+        for name, tensor, version in self.tensors:
+            if tensor._version != version:
+                return name
+        if any(not _equal(now, then) for now, then in self.objects):
+            return "a field of an object that it holds"
+        return None
+
+
+def _equal(now: Any, then: Any) -> bool:
+    try:
+        return now is then or (not isinstance(now, (Tensor, fx.Proxy)) and bool(now == then))
+    except Exception:
+        return False
+
+
+def check_traceable(
+    model: nn.Module, patterns: Patterns = "training", gradients: bool = True, modes: Modes | None = None
+) -> Trace:
+    """The trace of ``model``, as far as it is known without an input; raises :class:`Unsupported`.
+
+    Args:
+        model: not changed, and not run.
+        patterns: ``"training"``: the modes that ``train()`` and, second, ``eval()`` give; ``"now"``: those the modules
+            have; ``"eval"``: those of ``eval()``.
+        gradients: whether gradients will be asked for; under ``"training"`` they are in the first pattern.
+        modes: instead of those that ``train()`` gives.
+    """
     _check_model(model)
-    graph = _trace_graph(model)
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    if len(inputs) != 1:
-        raise Unsupported(f"forward takes {len(inputs)} inputs; one is needed")
-    return graph
+    with torch.inference_mode(False), kept_random_state():
+        try:
+            twin = copy_of(model)
+        except Exception as error:
+            raise Unsupported(f"the model cannot be copied: {_first_line(error)}") from error
+        found: list[Modes] = []
+        if patterns == "training":
+            found.append(modes_of(twin.train()) if modes is None else modes)
+        found.append(modes_of(model) if patterns == "now" else modes_of(twin.eval()))
+        return _traced(model, twin, tuple(found), (True, False) if len(found) == 2 else (gradients,))
+
+
+def _traced(model: nn.Module, twin: nn.Module, modes: tuple[Modes, ...], gradients: tuple[bool, ...]) -> Trace:
+    before, random_state = _Before(twin), _random_state()
+    constants: list[dict[str, Tensor]] = []
+    graphs = []
+    try:
+        reader = _Reader(twin, Tracer())
+        for pattern in modes:
+            for m, training in zip(twin.modules(), pattern):
+                m.__dict__["training"] = training
+            graphs.append(Tracer().trace(twin))
+            found = {k: v for k, v in vars(twin).items() if k.startswith(_CONSTANT)}
+            constants.append(found)
+            for key in found:
+                delattr(twin, key)
+    except Unsupported:
+        raise
+    except Exception as error:  # whatever user code does with a proxy
+        raise Unsupported(f"cannot be traced: {_first_line(error)}") from error
+    if (name := before.written()) is not None:
+        raise Unsupported(f"forward writes to {name!r}")
+    if not _same_random_state(random_state, _random_state()):
+        raise Unsupported("forward draws random numbers in a way that a trace would freeze")
+    graph = graphs[0]
+    if len(graphs) == 2:
+        _merge(graph, graphs[1])
+        a, b = constants
+        if a.keys() != b.keys() or any(not torch.equal(v, b[k]) for k, v in a.items()):
+            raise Unsupported("forward does different things in train and eval mode")
+    for key, value in constants[0].items():
+        if value.requires_grad:
+            raise Unsupported(f"forward computes {key!r} from a parameter where a trace does not see it")
+    return Trace(graph, modes, gradients, Watch(model, reader.reads(), modes), constants[0])
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def plain(value: Any, literals: bool = True) -> Any:
+    """Arguments of a node as something that can be compared; without ``literals`` only what other nodes they read."""
+    if isinstance(value, fx.Node):
+        return ("node", value.name)
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__ if literals else "", *(plain(v, literals) for v in value))
+    if isinstance(value, Mapping):
+        return ("dict", *((k, plain(v, literals)) for k, v in value.items()))
+    if isinstance(value, slice):
+        return ("slice", plain(value.start, literals), plain(value.stop, literals), plain(value.step, literals))
+    return (type(value).__name__, value) if literals else "literal"
+
+
+def _merge(graph: fx.Graph, other: fx.Graph) -> None:
+    """Note in ``graph`` the literals that ``other`` has instead; raises if that is not the only difference."""
+    refusal = Unsupported("forward does different things in train and eval mode")
+    first, second = list(graph.nodes), list(other.nodes)
+    if len(first) != len(second):
+        raise refusal
+    here = {b.name: a for a, b in zip(first, second)}
+    for a, b in zip(first, second):
+        if (a.op, a.target, a.name) != (b.op, b.target, b.name):
+            raise refusal
+        if plain(a.args) == plain(b.args) and plain(a.kwargs) == plain(b.kwargs):
+            continue
+        if plain(a.args, False) != plain(b.args, False) or plain(a.kwargs, False) != plain(b.kwargs, False):
+            raise refusal
+        a.meta["otherwise"] = tuple(fx.node.map_arg(part, lambda n: here[n.name]) for part in (b.args, b.kwargs))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,30 @@ from .follow import trace_flow
 from .memory import pages
 from .momentum import OwnMomentum
 from .session import Session, settings_of
-from .trace import check_traceable
+from .trace import Trace, check_traceable
+from .verify import Verify, check_verify, differs_in_training
+from .watch import Watch, modes_of
 
 __all__ = ["CompactTrainer"]
+
+Key = tuple[tuple[int, ...], torch.dtype]  # shape of a sample and dtype of the input
+
+FOLLOWED = "all channels can be traced"
+HOOKED = "a parameter has a gradient hook"
+MOST = 8  # kinds of batches whose flows and sessions are kept
+
+
+def _bound(cache: dict[Any, Any]) -> None:
+    while len(cache) > MOST:
+        del cache[next(iter(cache))]
 
 
 class CompactTrainer(Trainer):
     """Equal to :class:`~spafl_kernels.training.MaskedTrainer`, on compact weights and activations.
 
-    The channels are followed when the first batch shows the input shape; if that fails the trainer becomes a masked one
-    (``engine`` and ``reason`` say so) or raises in strict mode.
+    The channels are followed when the first batch shows the input shape; if that fails a masked trainer takes over, as
+    long as the reason stands (``engine`` and ``reason`` say so), or the step raises in strict mode. What the model was
+    read to be is compared with what it is before every step; what has changed is read anew.
 
     Args:
         model, loss: see :class:`~spafl_kernels.training.Trainer`.
@@ -38,6 +53,8 @@ class CompactTrainer(Trainer):
         compiled: use the compiled operators where the extension is there; otherwise plain PyTorch.
         patience: filters that were pruned are computed on, with zero weights, until that has cost about this many
             steps; then a new plan drops them. 0: a new plan whenever a mask changes.
+        verify: ``"first"``: a captured model is compared with the masked one, on a float64 copy, before it is used;
+            ``"always"``: that, and again at the first batch of every training; ``"never"``.
 
     Raises:
         Unsupported: the model has no threshold layers, or cannot be traced.
@@ -53,19 +70,26 @@ class CompactTrainer(Trainer):
         multiple: int = 8,
         compiled: bool = True,
         patience: float = 0.5,
+        verify: Verify = "first",
     ) -> None:
         super().__init__(model, loss)
         if not patience >= 0:
             raise ValueError(f"patience must not be negative; got {patience!r}")
+        self.verify = check_verify(verify)
         if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
             raise Unsupported("the model has no threshold layers")
-        check_traceable(model)
+        self._trace = check_traceable(model)
+        if (name := self._trace.watch.hooked()) is not None:
+            raise Unsupported(f"parameter {name!r} has a gradient hook")
         self.strict, self.multiple, self.compiled, self.patience = strict, multiple, compiled, patience
-        self.reason = "all channels can be traced"
-        self._flows: dict[tuple[int, ...], Flow] = {}
-        self._sessions: dict[tuple[int, ...], Session] = {}
+        self.reason = FOLLOWED
+        self._flows: dict[Key, Flow] = {}
+        self._refused: dict[Key, tuple[Watch, str]] = {}
+        self._sessions: dict[Key, Session] = {}
+        self._verified: dict[Key, Flow] = {}
         self._scratch: dict[str, Tensor] = {}
         self._lent: OwnMomentum | None = None
+        self._session: Session | None = None
         self._fallback: MaskedTrainer | None = None
         self._parameters = self._inventory.parameters
 
@@ -87,10 +111,11 @@ class CompactTrainer(Trainer):
         self._options, self._given, self._density = options, dict(momentum or {}), start
         if self._lent is not None:
             self._lent.expire()
-        self._session: Session | None = None
-        self._steps = self._macs = 0
-        if self._fallback is not None:
-            self._fallback.begin(options, self._given, densities)
+        self._session, self._fallback, self._key = None, None, None
+        self._fresh = not self._given
+        self._steps = self._macs = self._rebuilds = 0
+        self._checked_this_training = False
+        self.model.train()
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         self._check_open()
@@ -101,25 +126,30 @@ class CompactTrainer(Trainer):
         session.refresh()
         program, leaves = session.program, session.leaves
         loss = self.loss(program(x, True), y)
+        objective, penalty = loss, session.penalty()
+        if penalty is not None:
+            objective = loss + penalty
         grads: list[Tensor | None] = [None] * len(leaves)
-        if loss.requires_grad:  # not so when the whole last layer is pruned
-            grads = list(torch.autograd.grad(loss, leaves, allow_unused=True))
+        if objective.requires_grad:  # not so when the whole last layer is pruned
+            grads = list(torch.autograd.grad(objective, leaves, allow_unused=True))
         with torch.no_grad():
             session.advance(grads)
         self._steps += 1
         self._macs += program.macs * len(x) + program.macs_fixed
         return loss.detach()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_open()
-        session = self._ready(x)
+        # Modules that run as they are (dropout, attention) read their own flag.
+        self._modes = modes_of(self.model)
+        self.model.eval()
+        session = self._ready(x, training=False)
         if session is None:
             assert self._fallback is not None
             return self._fallback.evaluate(x, y)
         session.refresh()
-        # Modules that run as they are (dropout, attention) read their own flag.
-        self.model.eval()
         out = session.program(x, False)
         self.model.train()
         return self.loss(out, y) * len(y), (out.argmax(dim=1) == y).sum()
@@ -129,30 +159,34 @@ class CompactTrainer(Trainer):
         if self._result is not None:
             return self._result
         self._check_open()
-        if self._fallback is not None:
-            self._result = self._fallback.finish()
-        else:
-            session = self._session
-            if session is not None:
-                # Whatever happens, this training is over: nothing compact may be written into a changed model.
-                self._open = False
-                self._inventory.refresh()
-                self._check_parameters(self._versions)
-                session.store()
-                self._sessions[session.flow.image] = session
-            self._result = TrainResult(
-                densities=dict(self._density),
-                macs=self._macs,
-                steps=self._steps,
-                rebuilds=0 if session is None else session.rebuilds,
-                momentum=self._finished_momentum(session),
-            )
+        # Whatever happens, this training is over: nothing compact may be written into a changed model.
         self._open = False
+        session, fallback = self._session, self._fallback
+        if fallback is not None:
+            result = fallback.finish()
+            self._density.update(result.densities)
+            self._steps, self._macs = self._steps + result.steps, self._macs + result.macs
+        elif session is not None:
+            self._store(session)
+        self._result = TrainResult(
+            densities=dict(self._density),
+            macs=self._macs,
+            steps=self._steps,
+            rebuilds=self._rebuilds,
+            momentum=self._finished_momentum(session),
+        )
         return self._result
 
     def explain(self) -> str:
-        """Which engine runs and why; after the first batch also which channels are followed and where they stop."""
-        return "\n".join([f"{self.engine}: {self.reason}", *(flow.explain() for flow in self._flows.values())])
+        """Which engine runs and why; after the first batch also which channels are followed and where they stop, and
+        which rows are computed although they are pruned."""
+        lines = [f"{self.engine}: {self.reason}"]
+        for key, flow in self._flows.items():
+            lines.append(flow.explain())
+            session = self._session if self._key == key and self._session is not None else self._sessions.get(key)
+            if session is not None:
+                lines += session.explain()
+        return "\n".join(lines)
 
     # -- start -----------------------------------------------------------------------------------------------------
 
@@ -162,59 +196,167 @@ class CompactTrainer(Trainer):
             if now.keys() != self._parameters.keys() or any(now[k] is not p for k, p in self._parameters.items()):
                 raise RuntimeError("parameters of the model were replaced; make a new trainer (p.data may be swapped)")
             self._parameters = now
-            # Another module may do something else; the next first batch shows it.
-            self._flows.clear()
-            self._sessions.clear()
         for name, p in now.items():
-            if not p.requires_grad:
-                raise RuntimeError(f"requires_grad of {name!r} was switched off; make a new trainer")
             if versions is not None and (p.data_ptr(), p._version) != versions[name]:
                 raise RuntimeError(f"{name!r} was changed by somebody else between begin() and finish()")
 
-    def _ready(self, x: Tensor) -> Session | None:
-        """The compact copy, made from the first batch; None if the masked trainer has taken over."""
-        image = tuple(x.shape[1:])
-        if self._session is not None:
-            if image != self._session.flow.image:
-                raise ValueError(
-                    f"x must have the sample shape this training began with, {self._session.flow.image}; got {image}"
-                )
-            return self._session
-        if self._fallback is not None:
-            return None
-        try:
-            if image not in self._flows:
-                self._flows[image] = trace_flow(self.model, image)
-        except Unsupported as error:
-            if self.strict:
-                raise
-            self._fallback = MaskedTrainer(self.model, self.loss, str(error))
-            self.engine, self.reason = "masked", str(error)
-            self._fallback.begin(self._options, self._given, self._density)
-            return None
-        self._session = self._load(self._flows[image])
+    def _ready(self, x: Tensor, training: bool = True) -> Session | None:
+        """The compact copy for batches like ``x`` and the model as it is; None if the masked trainer is to run."""
+        key = tuple(x.shape[1:]), x.dtype
+        if self._session is not None and self._key == key:
+            flow = self._session.flow
+            if (what := self._changed(flow.trace, training)) is None:
+                return self._session
+            self._leave()
+            if what == HOOKED:
+                return self._run_masked(what)
+        elif self._session is not None:
+            self._leave()
+        elif self._fallback is not None:
+            # What was refused may have changed, or this batch may be of another kind.
+            if key == self._key and (self._still_refused(key, training) or self._trace.watch.hooked()):
+                return None
+            self._end_masked()
+        self._key = key
+        with torch.inference_mode(False):
+            try:
+                if (reason := self._still_refused(key, training)) is not None:
+                    raise Unsupported(reason)
+                self._session = self._open_session(key, x, training)
+            except Unsupported as error:
+                if self.strict:
+                    raise
+                return self._run_masked(str(error))
+        self.engine, self.reason = "compact", FOLLOWED
         return self._session
 
+    def _changed(self, trace: Trace | None, training: bool) -> str | None:
+        """Why what was read of the model does not hold good any more."""
+        assert trace is not None
+        return HOOKED if trace.watch.hooked() is not None else trace.watch.changed(0 if training else 1)
+
+    def _open_session(self, key: Key, x: Tensor, training: bool) -> Session:
+        flow = self._flows.get(key)
+        if flow is None or self._changed(flow.trace, training) is not None:
+            flow = self._captured(key, training)
+        again = self.verify == "always" and not self._checked_this_training
+        if self.verify != "never" and (again or self._verified.get(key) is not flow):
+            self._check(flow, key, x)
+        self._checked_this_training = True
+        return self._load(flow, key)
+
+    def _captured(self, key: Key, training: bool) -> Flow:
+        """Read the model anew."""
+        self._flows.pop(key, None)
+        self._sessions.pop(key, None)
+        if self._changed(self._trace, training) is not None:
+            self._trace = check_traceable(self.model, modes=modes_of(self.model) if training else self._modes)
+        if (name := self._trace.watch.hooked()) is not None:
+            raise Unsupported(f"parameter {name!r} has a gradient hook")
+        try:
+            flow = trace_flow(self.model, key[0], self._trace, key[1])
+            if not any(isinstance(op.module, ThresholdLayer) for op in flow.layers.values()):
+                reasons = "; ".join(f"{name}: {why}" for name, why in flow.apart.items())
+                raise Unsupported(f"no threshold layer can be followed ({reasons})")
+        except Unsupported as error:
+            self._refuse(key, self._trace, str(error))
+            raise
+        self._flows[key] = flow
+        _bound(self._flows)
+        return flow
+
+    def _refuse(self, key: Key, trace: Trace, reason: str) -> None:
+        self._refused[key] = trace.watch, reason
+        _bound(self._refused)
+
+    def _still_refused(self, key: Key, training: bool) -> str | None:
+        """Why batches like this run masked, if that was found for the model as it is."""
+        watch, reason = self._refused.get(key, (None, ""))
+        return reason if watch is not None and watch.changed(0 if training else 1) is None else None
+
+    def _check(self, flow: Flow, key: Key, x: Tensor) -> None:
+        found = differs_in_training(flow, x, self.multiple, self.compiled, self.patience)
+        if found is not None:
+            assert flow.trace is not None
+            self._flows.pop(key, None)
+            self._refuse(key, flow.trace, found)
+            raise Unsupported(found)
+        self._verified[key] = flow
+        _bound(self._verified)
+
     @torch.no_grad()
-    def _load(self, flow: Flow) -> Session:
-        self.model.train()
+    def _load(self, flow: Flow, key: Key) -> Session:
         self._versions = {name: (p.data_ptr(), p._version) for name, p in self._parameters.items()}
         momentum: Mapping[str, Tensor] = {}
         if self._options.momentum:
             momentum = self._given or self._buffers()
         # It comes back when the training is finished; one that broke off leaves nothing to the next.
-        session = self._sessions.pop(flow.image, None)
+        session = self._sessions.pop(key, None)
         if session is None or session.flow is not flow or session.settings != settings_of(flow):
             session = Session(flow, self.multiple, self.compiled, self.patience)
-        session.load(self._parameters, self._options, momentum, not self._given, self._density)
+        session.load(self._parameters, self._options, momentum, self._fresh, self._density)
         return session
+
+    # -- changing engines in the middle of a training --------------------------------------------------------------
+
+    @torch.no_grad()
+    def _store(self, session: Session) -> None:
+        """Write the compact copy into the model."""
+        self._inventory.refresh()
+        self._check_parameters(self._versions)
+        session.store()
+        self._rebuilds += session.rebuilds
+        assert self._key is not None
+        self._sessions[self._key] = session
+        _bound(self._sessions)
+
+    @torch.no_grad()
+    def _leave(self) -> None:
+        """Complete the model and the momentum, for another compact copy or for the masked trainer."""
+        session = self._session
+        assert session is not None
+        self._store(session)
+        if self._options.momentum:
+            session.store_momentum()
+        self._session, self._fresh = None, False
+
+    def _run_masked(self, reason: str) -> None:
+        if self.strict:
+            raise Unsupported(reason)
+        momentum: dict[str, Tensor] = {}
+        if self._options.momentum:
+            momentum = self._given or self._buffers()
+            if self._fresh:
+                for buffer in momentum.values():
+                    buffer.zero_()
+            trainable = {name for name, p in self._parameters.items() if p.requires_grad}
+            momentum = {name: v for name, v in momentum.items() if name in trainable}
+        self._fresh = False
+        modes = modes_of(self.model)
+        self._fallback = MaskedTrainer(self.model, self.loss, reason)
+        self._fallback.begin(self._options, momentum, self._density)
+        for m, mode in zip(self.model.modules(), modes):
+            m.training = mode
+        self.engine, self.reason = "masked", reason
+        return None
+
+    def _end_masked(self) -> None:
+        assert self._fallback is not None
+        result = self._fallback.finish()
+        self._density.update(result.densities)
+        self._steps, self._macs = self._steps + result.steps, self._macs + result.macs
+        self._fallback = None
 
     def _buffers(self) -> dict[str, Tensor]:
         """Full-size buffers of the trainer's own. Nothing is in memory until somebody writes to them."""
-        if not self._scratch:
-            sizes = [p.numel() for p in self._parameters.values()]
-            parts = pages(sum(sizes), next(iter(self._parameters.values()))).split(sizes)
-            self._scratch = {name: part.view(p.shape) for (name, p), part in zip(self._parameters.items(), parts)}
+        wanted = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        if self._scratch.keys() != wanted.keys():
+            sizes = [p.numel() for p in wanted.values()]
+            parts = pages(sum(sizes), next(iter(wanted.values()))).split(sizes)
+            kept = self._scratch
+            self._scratch = {name: part.view(p.shape) for (name, p), part in zip(wanted.items(), parts)}
+            for name in self._scratch.keys() & kept.keys():
+                self._scratch[name].copy_(kept[name])
         return self._scratch
 
     def _finished_momentum(self, session: Session | None) -> Mapping[str, Tensor]:
@@ -224,13 +366,13 @@ class CompactTrainer(Trainer):
             if session is not None:
                 session.store_momentum()
             return self._given
-        self._lent = OwnMomentum(self._buffers(), partial(_complete, session, self._buffers()))
+        self._lent = OwnMomentum(self._buffers(), partial(_complete, session, self._buffers(), self._fresh))
         return self._lent
 
 
-def _complete(session: Session | None, buffers: Mapping[str, Tensor]) -> None:
+def _complete(session: Session | None, buffers: Mapping[str, Tensor], fresh: bool) -> None:
     if session is not None:
         session.store_momentum()
-    else:
+    elif fresh:
         for buffer in buffers.values():
             buffer.zero_()

@@ -38,14 +38,14 @@ def flatten(scope: Scope, op: Op, i: int) -> Run:
 
 
 def dropout(scope: Scope, op: Op, i: int) -> Run:
-    p, j = op.data, scope.index[op.sources[0]]
+    (p, drawn), j = op.data, scope.index[op.sources[0]]
     channels = scope.channels(op)
     assert channels is not None and op.layout is not None
     dim = op.layout.dim
 
     def run(env: list[Any], training: bool) -> None:
         x = env[j]
-        if training if op.module is None else op.module.training:
+        if drawn[0 if training else -1] if op.module is None else op.module.training:
             # Draw the mask at full width: the same random numbers as the masked model.
             shape = list(x.shape)
             shape[dim] = channels.width

@@ -30,6 +30,14 @@ def other(scope: Scope, op: Op, i: int) -> Run:
     node, model = op.node, scope.flow.model
     scope.macs += op.macs * 3
     if node.op == "get_attr":
+        trace = scope.flow.trace
+        if trace is not None and node.target in trace.constants:
+            value = trace.constants[node.target]
+
+            def constant(env: list[Any], training: bool) -> None:
+                env[i] = value
+
+            return constant
         parent, _, leaf = str(node.target).rpartition(".")
         owner = model.get_submodule(parent)
 
@@ -38,14 +46,21 @@ def other(scope: Scope, op: Op, i: int) -> Run:
 
         return attribute
     reads = {s.name: scope.full(s.name) for s in node.all_input_nodes}
-    flag = "training" in node.kwargs
+    here = node.args, node.kwargs
+    elsewhere = node.meta.get("otherwise", here)
     target = op.module if node.op == "call_module" else node.target
+    # Whether a tensor can be viewed depends on how it lies in memory, which here may be another way.
+    if node.op == "call_method" and target == "view" and not any(isinstance(a, torch.dtype) for a in node.args):
+        target = "reshape"
+    writes = op.writes
 
     def run(env: list[Any], training: bool) -> None:
-        args = fx.node.map_arg(node.args, lambda s: reads[s.name](env))
-        kwargs = dict(fx.node.map_arg(node.kwargs, lambda s: reads[s.name](env)))
-        if flag:
-            kwargs["training"] = training
+        args, kwargs = here if training else elsewhere
+        args = fx.node.map_arg(args, lambda s: reads[s.name](env))
+        kwargs = fx.node.map_arg(kwargs, lambda s: reads[s.name](env))
+        if writes:
+            args = (args[0].clone(), *args[1:]) if args else args
+            kwargs = kwargs if args else {**kwargs, "input": kwargs["input"].clone()}
         if node.op == "call_method":
             env[i] = getattr(args[0], target)(*args[1:], **kwargs)
         else:

@@ -1,0 +1,341 @@
+"""The engine checks itself: what was captured is compared with the masked model before it is used.
+
+On float64 copies, on the first real batch, under random masks that stay clear of ties, with parameters moved away from
+the values (zero biases, unit scales) at which a mistake would not show: outputs, every gradient, every buffer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..layers import ThresholdLayer
+from ..reference import WINDOW
+from ..training import MaskedTrainer, SGDOptions
+from .flow import Flow
+from .trace import copy_of, kept_random_state
+
+__all__ = ["Verify", "check_verify", "compared", "differs", "differs_in_training", "twins"]
+
+Verify = Literal["first", "always", "never"]
+
+TOLERANCE = 1e-9
+COARSE = 1e-3  # where the model itself computes with fewer digits
+SAMPLES = 4
+# One set of masks, not two, for models whose step costs more multiply-adds a sample than this.
+LARGE = 30_000_000
+OPTIONS = SGDOptions(lr=1e-3, momentum=0.9, weight_decay=0.01, penalty=0.01)
+
+
+def check_verify(verify: str) -> Verify:
+    if verify not in get_args(Verify):
+        raise ValueError(f"verify must be one of {', '.join(get_args(Verify))}; got {verify!r}")
+    return verify  # type: ignore[return-value]
+
+
+class _Digits(TorchDispatchMode):
+    """Notes whether something is computed in fewer digits than float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fewer = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64:
+                self.fewer = True
+        return result
+
+
+def twins(model: nn.Module, seed: int, density: float, far: bool) -> nn.Module:
+    """A float64 copy of ``model`` with parameters moved a little, and random masks."""
+    twin = copy_of(model).double()
+    device = next(twin.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(device)
+
+    with torch.no_grad():
+        for name, p in twin.named_parameters():
+            p.grad = None
+            if name.rsplit(".", 1)[-1] == "threshold" or not p.is_floating_point():
+                continue
+            value = torch.nan_to_num(p, 0.0, 0.0, 0.0)
+            size = value.std() if value.numel() > 1 else value.abs().mean()
+            size = size if size > 0 else torch.full_like(size, 0.3 if p.dim() < 2 else p[0].numel() ** -0.5)
+            p.data = value + 0.3 * size * noise(p)
+        for m in twin.modules():
+            if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None:
+                assert m.running_var is not None
+                m.running_mean.copy_(torch.nan_to_num(m.running_mean, 0.0, 0.0, 0.0) + 0.3 * noise(m.running_mean))
+                m.running_var.copy_((0.3 * noise(m.running_var)).exp())
+        for m in twin.modules():
+            if not isinstance(m, ThresholdLayer):
+                continue
+            scores = m.scores()
+            rows = len(scores)
+            active = torch.rand(rows, generator=generator) < density
+            order = torch.randperm(rows, generator=generator)
+            active[order[0]] = True
+            if rows > 1:
+                active[order[1]] = False
+            active = active.to(device)
+            m.threshold.data = torch.where(active, 0.9 * scores, 1.1 * scores + 0.01)
+            if far and rows > 3:
+                m.threshold.data[order[2]] = scores[order[2]] + 1.5 * WINDOW
+                m.threshold.data[order[3]] = scores[order[3]] - 1.5 * WINDOW
+    return twin
+
+
+def _sample(x: Tensor, seed: int) -> Iterator[Tensor]:
+    """A few samples of the batch, then all of it if the model does not take those."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in (x.detach()[:SAMPLES], x.detach()):
+        if part.is_floating_point():
+            part = torch.nan_to_num(part.double(), 0.0, 0.0, 0.0)
+            size = part.std() if part.numel() > 1 else part.new_ones(())
+            size = torch.where(size > 0, size, torch.ones_like(size))
+            noise = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.device)
+            part = part + 0.1 * size * noise  # no ties in a max-pool
+        yield part.clone()
+
+
+def _floats(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _floats(v)] if isinstance(value, (list, tuple)) else []
+
+
+class _Functional:
+    """A loss whose gradient with regard to every number of the output is random; it keeps the outputs."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.outputs = seed, []  # type: tuple[int, list[Tensor]]
+
+    def __call__(self, out: Any, y: Any) -> Tensor:
+        parts = _floats(out)
+        self.outputs += [t.detach().clone() for t in parts]
+        generator = torch.Generator().manual_seed(self.seed)
+        sums = [(t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)).sum() for t in parts]
+        return torch.stack(sums).sum() / max(1, sum(t.numel() for t in parts)) ** 0.5
+
+
+def _apart(what: str, ours: Tensor | None, right: Tensor | None, tolerance: float) -> str | None:
+    if ours is None or right is None:
+        ours = torch.zeros_like(right) if ours is None and right is not None else ours
+        right = torch.zeros_like(ours) if right is None and ours is not None else right
+        if ours is None or right is None:
+            return None
+    if ours.shape != right.shape:
+        return f"{what} has shape {tuple(ours.shape)}, not {tuple(right.shape)}"
+    if ours.dtype != right.dtype:
+        return f"{what} is {ours.dtype}, not {right.dtype}"
+    if not right.numel():
+        return None
+    difference = (ours.double() - right.double()).abs().max()
+    scale = max(1.0, float(right.double().abs().max()))
+    if not bool(difference <= tolerance * scale):
+        return f"{what} differs by {float(difference):.2g}"
+    return None
+
+
+class NotComparable(Exception):
+    """The masked model does not run on a float64 copy, or gives what is not finite."""
+
+
+def _masked_runs(run: Callable[[], Any]) -> tuple[Any, bool]:
+    """What ``run`` gives, and whether the model itself computes in fewer digits."""
+    with _Digits() as digits:
+        try:
+            result = run()
+        except Exception as error:
+            raise NotComparable(str(error)) from error
+    return result, digits.fewer
+
+
+def _rounds(flow: Flow) -> list[tuple[int, float, bool]]:
+    macs = sum(op.macs for op in flow.ops.values())
+    macs += sum(op.module.weight.numel() * op.positions for op in flow.layers.values())
+    return [(1, 0.5, True)] if macs > LARGE else [(1, 0.5, True), (2, 0.3, False)]
+
+
+def differs_in_training(flow: Flow, x: Tensor, multiple: int, compiled: bool, patience: float) -> str | None:
+    """What a step or an evaluation of the compact trainer does otherwise than the masked one, in words."""
+    from .trainer import CompactTrainer  # it calls this
+
+    assert flow.trace is not None
+    modes = flow.trace.modes
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        kept_random_state(),
+        torch.autocast(x.device.type, enabled=False),
+    ):
+        for seed, density, far in _rounds(flow):
+            twin = twins(flow.model, seed, density, far)
+            other = copy.deepcopy(twin)
+            found = None
+            for part in _sample(x, seed):
+                if not len(part):
+                    continue
+                found = None
+                losses = _Functional(seed), _Functional(seed)
+                try:
+                    (right, masked), fewer = _masked_runs(
+                        lambda part=part, loss=losses[0]: _train(MaskedTrainer(twin, loss), twin, modes, part, seed)
+                    )
+                except NotComparable as error:
+                    found = f"could not be compared with the masked model: {error}"
+                    twin = copy.deepcopy(other)
+                    continue
+                if not all(bool(t.isfinite().all()) for t in losses[0].outputs):
+                    return "could not be compared with the masked model, whose output is not finite"
+                tolerance = COARSE if fewer else TOLERANCE
+                trainer = CompactTrainer(other, losses[1], True, multiple, compiled, patience, "never")
+                try:
+                    ours, compact = _train(trainer, other, modes, part, seed)
+                except Exception as error:
+                    return f"fails where the masked model does not: {error}"
+                found = _first_difference(losses, tolerance)
+                if found is not None:
+                    return f"{found}{_where(flow, twin, part, tolerance)}"
+                for name, v in masked.items():
+                    found = found or _apart(f"the gradient of {name!r}", compact.get(name), v, tolerance)
+                for name, v in right.items():
+                    found = found or _apart(f"{name!r} after a step", ours.get(name), v, tolerance)
+                break
+            if found is not None:
+                return found
+    return None
+
+
+def _first_difference(losses: tuple[_Functional, _Functional], tolerance: float) -> str | None:
+    right, ours = losses[0].outputs, losses[1].outputs
+    if len(right) != len(ours):
+        return "the output has other parts than the masked model's"
+    for a, b in zip(right, ours):
+        if (found := _apart("the output", b, a, tolerance)) is not None:
+            return found
+    return None
+
+
+def compared(ours: Callable[[], Any], right: Callable[[], Any], tolerance: float) -> str | None:
+    """Two outputs, drawing the same random numbers."""
+    values = []
+    for run in (ours, right):
+        torch.manual_seed(0)
+        values.append(_floats(run()))
+    if len(values[0]) != len(values[1]):
+        return "the output has other parts"
+    found = (_apart("the output", a, b, tolerance) for a, b in zip(*values))
+    return next((f for f in found if f is not None), None)
+
+
+def _train(trainer: Any, model: nn.Module, modes: Any, x: Tensor, seed: int) -> tuple[dict, dict]:
+    """A step and an evaluation; all that the model and the momentum are afterwards."""
+    trainer.begin(OPTIONS)
+    for m, training in zip(model.modules(), modes[0]):
+        m.training = training
+    torch.manual_seed(seed)
+    trainer.step(x, None)
+    torch.manual_seed(seed)
+    label = torch.zeros((), dtype=torch.int64, device=x.device)
+    try:
+        trainer.evaluate(x, label.expand(1))
+    except (IndexError, TypeError, AttributeError):  # the output has no classes in dimension 1
+        model.train()
+    result = trainer.finish()
+    momentum = {name: v.clone() for name, v in result.momentum.items()}
+    state = {name: t.detach().clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    return state, momentum
+
+
+def differs(
+    flow: Flow,
+    x: Tensor,
+    ours: Callable[[nn.Module, Tensor], Any],
+    gradients: bool,
+) -> str | None:
+    """What a program for one pattern of modes does otherwise than the model itself, in words.
+
+    Args:
+        flow: of the model.
+        x: a batch.
+        ours: makes the program's output from a copy of the model.
+        gradients: compare gradients too.
+    """
+    assert flow.trace is not None
+    (modes,) = flow.trace.modes
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(gradients),
+        kept_random_state(),
+        torch.autocast(x.device.type, enabled=False),
+    ):
+        for seed, density, far in _rounds(flow):
+            twin = twins(flow.model, seed, density, far)
+            for m, training in zip(twin.modules(), modes):
+                m.__dict__["training"] = training
+            other, start = copy.deepcopy(twin), copy.deepcopy(twin)
+            found: str | None = None
+            for part in _sample(x, seed):
+                if not len(part):
+                    continue
+                inputs = [part.clone(), part.clone()]
+                if gradients and part.is_floating_point():
+                    for t in inputs:
+                        t.requires_grad_()
+                loss = _Functional(seed), _Functional(seed)
+
+                def run(model: Callable[[Tensor], Any], i: int, inputs: Any = inputs, loss: Any = loss) -> None:
+                    torch.manual_seed(seed)
+                    value = loss[i](model(inputs[i]), None)
+                    if gradients and value.requires_grad:
+                        value.backward()
+
+                try:
+                    _, fewer = _masked_runs(lambda twin=twin, run=run: run(twin, 0))
+                except NotComparable as error:
+                    found = f"could not be compared with the model itself: {error}"
+                    twin = copy.deepcopy(start)
+                    continue
+                if not all(bool(t.isfinite().all()) for t in loss[0].outputs):
+                    return "could not be compared with the model itself, whose output is not finite"
+                tolerance = COARSE if fewer else TOLERANCE
+                try:
+                    run(lambda t, other=other: ours(other, t), 1)
+                except Exception as error:
+                    return f"fails where the model itself does not: {error}"
+                found = _first_difference(loss, tolerance)
+                if found is not None:
+                    return f"{found}{_where(flow, start, part, tolerance)}"
+                if gradients:
+                    for (name, p), q in zip(twin.named_parameters(), other.parameters(), strict=True):
+                        found = found or _apart(f"the gradient of {name!r}", q.grad, p.grad, tolerance)
+                    found = found or _apart("the gradient of the input", inputs[1].grad, inputs[0].grad, tolerance)
+                for (name, t), u in zip(twin.named_buffers(), other.buffers(), strict=True):
+                    found = found or _apart(f"buffer {name!r}", u, t, tolerance)
+                break
+            if found is not None:
+                return found
+    return None
+
+
+def _where(flow: Flow, twin: nn.Module, x: Tensor, tolerance: float) -> str:
+    """The first operation whose value differs, if that shows in a plain run."""
+    from .values import first_difference  # it runs what calls this
+
+    try:
+        name = first_difference(flow, twin, x, tolerance)
+    except Exception:  # no more than a help for the reader
+        name = None
+    return "" if name is None else f", first at {name}"

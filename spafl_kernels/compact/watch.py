@@ -1,0 +1,290 @@
+"""What a trace took from a model, compared with what the model is now.
+
+A trace is a snapshot: attributes, flags and settings that ``forward`` read are numbers in it. :class:`Watch` keeps what
+was read and says cheaply, before every use, whether it is still so. Compared by value: numbers, strings, tuples, lists,
+dictionaries and sets of at most :data:`SMALL` entries, and the fields of plain objects (configurations) that a module
+holds, two deep. Compared by identity: everything else, tensors with their version. Not seen: the contents of larger
+containers, of arrays that are not tensors, and what a function reads from another module.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+__all__ = ["HOOKS", "Modes", "Watch", "frozen", "modes_of", "of_torch"]
+
+Modes = tuple[bool, ...]  # the training flag of every module, in the order of ``model.modules()``
+
+SMALL = 256
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Written by PyTorch or by this package at any time, without meaning for what a module computes.
+_PASSING = {"planned", "known_density", "_compiled_call_impl", "_reversed_padding_repeated_twice"}
+_PASSING |= nn.Module().__dict__.keys()
+_OPAQUE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+
+
+def modes_of(model: nn.Module) -> Modes:
+    return tuple([m.training for m in model.modules()])
+
+
+def of_torch(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "torch"
+
+
+def frozen(value: Any, objects: list[tuple[Any, Any]] | None = None, depth: int = 2) -> Any:
+    """A copy that stays equal to ``value`` as long as that does not change; of what is not copied, the thing itself.
+
+    ``objects`` gets the fields of plain objects: what they are, and a copy of that.
+    """
+    kind = type(value)
+    if kind in (list, tuple, set, frozenset, dict) and len(value) <= SMALL:
+        if kind is dict:
+            return {k: frozen(v, objects, depth) for k, v in value.items()}
+        return kind(frozen(v, objects, depth) for v in value)
+    if objects is not None and depth and not isinstance(value, _OPAQUE):
+        fields = getattr(value, "__dict__", None)
+        if isinstance(fields, dict) and fields and len(fields) <= SMALL:
+            objects.append((fields, {k: frozen(v, objects, depth - 1) for k, v in fields.items()}))
+    return value
+
+
+def _mutable(value: Any) -> bool:
+    if isinstance(value, (tuple, frozenset)):
+        return any(map(_mutable, value))
+    return isinstance(value, (list, dict, set))
+
+
+def _same(now: Any, then: Any) -> bool:
+    if now is then:
+        return True
+    try:
+        return bool(now == then) and type(now) is type(then)
+    except Exception:  # whatever an object's comparison does
+        return False
+
+
+class _Fields:
+    """Some entries of one namespace, compared in one call."""
+
+    def __init__(self, what: str, space: Any, names: Collection[str]) -> None:
+        self.what, self.space = what, space
+        self.names = tuple(names)
+        self.get = itemgetter(*self.names, self.names[0])  # two names at least make a tuple
+        self.objects: list[tuple[Any, Any]] = []
+        self.then = tuple(frozen(v, self.objects) for v in self.get(space))
+        # Whether an entry may change and stay the same object.
+        self.mutable = bool(self.objects) or any(map(_mutable, self.then))
+
+    def changed(self) -> str | None:
+        try:
+            if self.get(self.space) == self.then and all(now == then for now, then in self.objects):
+                return None
+        except Exception:  # an entry is gone, or cannot be compared
+            pass
+        for name, then in zip(self.names, self.then):
+            if name not in self.space or not _same(self.space[name], then):
+                return f"{self.what} {name!r}"
+        if any(not _same(now, then) for now, then in self.objects):
+            return f"{self.what} {' or '.join(map(repr, self.names))} (a field of an object)"
+        return None
+
+
+class Watch:
+    """Everything of ``model`` that a trace depends on.
+
+    What a model is made of is compared in one pass; only where that is not the same, it is looked for what has changed
+    and whether it matters.
+
+    Args:
+        model: the model; only read.
+        reads: by name of every module whose ``forward`` was traced, the attributes it was asked for. All attributes of
+            other modules are watched.
+        modes: the training flags that the trace holds good for; several patterns may be.
+    """
+
+    def __init__(self, model: nn.Module, reads: Mapping[str, Collection[str]], modes: Sequence[Modes]) -> None:
+        self.model, self.modes = model, tuple(modes)
+        self.modules = list(model.modules())
+        self._fields: list[_Fields] = []
+        self._modules: list[tuple[str, dict[str, Any], Collection[str] | None]] = []
+        self._tensors: list[tuple[str, Tensor, int]] = []
+        self._hooks: list[Any] = [
+            _module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
+            _module._global_backward_pre_hooks,
+        ]  # fmt: skip
+        kinds: dict[type, set[str]] = {}
+        values: list[_Fields] = []
+        for name, m in model.named_modules():
+            space, asked = m.__dict__, reads.get(name)
+            self._hooks += [space[h] for h in HOOKS if h in space]
+            where = f"{type(m).__name__} {name!r}: attribute" if name else f"{type(m).__name__}: attribute"
+            self._modules.append((where, space, asked))
+            names = [k for k in space if k not in _PASSING and (asked is None or k in asked)]
+            if names:
+                values.append(_Fields(where, space, names))
+            if asked is not None:
+                kinds.setdefault(type(m), set()).update(asked)
+            self._tensors += [(f"{where} {k!r}", v, _version(v)) for k in names if isinstance(v := space[k], Tensor)]
+        self._values = values
+        self._contents = [f for f in values if f.mutable]
+        self._elsewhere = list(_of_classes(kinds))
+        self._parameters = list(model.parameters())
+        self._spaces = [
+            space for m in self.modules for space in (m.__dict__, m._parameters, m._buffers, m._modules)
+        ]  # fmt: skip
+        self._known = [(m._parameters, m._buffers, m._modules) for m in self.modules]
+        self._members = [[list(space.items()) for space in spaces] for spaces in self._known]
+        self._keys = [frozenset(m.__dict__) for m in self.modules]
+        self._note()
+        self._state = [*map(_GRADIENT, self._parameters)]
+        self._kind = [*map(_KIND, self._parameters)]
+
+    def _note(self) -> None:
+        """Note what objects there are, by pattern of modes."""
+        self._then: list[list[Any]] = []
+        for pattern in self.modes:
+            objects: list[Any] = []
+            for m, training in zip(self.modules, pattern):
+                objects += [training if k == "training" else v for k, v in m.__dict__.items()]
+                for space in (m._parameters, m._buffers, m._modules):
+                    objects += space.values()
+            self._then.append(objects)
+
+    def hooked(self) -> str | None:
+        """Name of a parameter that has a hook on its gradient."""
+        for hooks in map(_HOOKED, self._parameters):
+            if hooks[0] or hooks[1]:
+                named = self.model.named_parameters()
+                return next(name for name, p in named if p._backward_hooks or p._post_accumulate_grad_hooks)
+        return None
+
+    def changed(self, pattern: int = 0) -> str | None:
+        """What is not as it was, in words; None if all is. ``pattern``: which of the modes the modules should have."""
+        try:
+            same = [*chain.from_iterable(map(dict.values, self._spaces))] == self._then[pattern]
+        except Exception:  # tensors, for one, do not compare to a truth value
+            same = False
+        if not same and (what := self._look(pattern)) is not None:
+            return what
+        if any(self._hooks):
+            return "hooks on a module"
+        for fields in chain(self._contents, self._elsewhere):
+            if (what := fields.changed()) is not None:
+                return what
+        for name, tensor, version in self._tensors:
+            if _version(tensor) != version:
+                return name
+        if [*map(_GRADIENT, self._parameters)] != self._state:
+            return "requires_grad of a parameter"
+        if [*map(_KIND, self._parameters)] != self._kind:
+            return "dtype or device of a parameter"
+        return None
+
+    def _look(self, pattern: int) -> str | None:
+        """Compare by value what is not the same object, and forget the differences that mean nothing."""
+        for m, training in zip(self.modules, self.modes[pattern]):
+            if m.training != training:
+                return f"mode of a {type(m).__name__}"
+        for m, spaces, members in zip(self.modules, self._known, self._members):
+            for space, now, then in zip(spaces, (m._parameters, m._buffers, m._modules), members):
+                same = space is now and len(now) == len(then)
+                if not same or any(name not in now or now[name] is not value for name, value in then):
+                    return "a module, parameter or buffer was added, removed or replaced"
+        for fields in self._values:
+            if (what := fields.changed()) is not None:
+                return what
+        for (where, space, asked), keys in zip(self._modules, self._keys):
+            new = space.keys() - keys
+            if new := (new & set(asked)) if asked is not None else (new - _PASSING):
+                return f"{where} {min(new)!r}"
+            if any(space.get(h) for h in HOOKS):
+                return "hooks on a module"
+        self._note()
+        return None
+
+
+_GRADIENT = attrgetter("requires_grad")
+_KIND = attrgetter("dtype", "device")
+_HOOKED = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _of_classes(kinds: Mapping[type, Collection[str]]) -> Iterator[_Fields]:
+    """What the classes of traced modules hold of the attributes asked for, and what their functions read elsewhere."""
+    functions: list[types.FunctionType] = []
+    for kind, asked in kinds.items():
+        for cls in kind.__mro__:
+            if cls is object or of_torch(cls):
+                continue
+            space = vars(cls)
+            if names := sorted(k for k in asked if k in space and not k.startswith("__")):
+                yield _Fields(f"{cls.__name__}: class attribute", space, names)
+            functions += [f for f in map(_function, space.values()) if f is not None]
+    seen: set[int] = set()
+    while functions:
+        function = functions.pop()
+        if id(function) in seen or len(seen) > 200:
+            continue
+        seen.add(id(function))
+        space = function.__globals__
+        # Modules and classes are not looked into; other functions of the program are.
+        names = [
+            n for n in _names(function.__code__) if n in space and not isinstance(space[n], (types.ModuleType, type))
+        ]
+        names = [n for n in names if not isinstance(space[n], nn.Module)]
+        if names:
+            yield _Fields(f"{function.__qualname__}: global", space, names)
+        cells = function.__closure__ or ()
+        inside = {n: c.cell_contents for n, c in zip(function.__code__.co_freevars, cells) if _filled(c)}
+        for n, cell in zip(function.__code__.co_freevars, cells):
+            if n in inside and n != "__class__" and not isinstance(inside[n], type):
+                yield _Fields(f"{function.__qualname__}: variable {n!r}:", _Cell(cell), ("value",))
+        for value in (*(space[n] for n in names), *inside.values()):
+            found = _function(value)
+            if found is not None and (found.__module__ or "").split(".")[0] not in ("torch", "spafl_kernels"):
+                functions.append(found)
+
+
+class _Cell:
+    """A variable of a closure as a namespace of one entry."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, name: str) -> Any:
+        return self.cell.cell_contents
+
+    def __contains__(self, name: str) -> bool:
+        return _filled(self.cell)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _function(value: Any) -> types.FunctionType | None:
+    value = getattr(value, "__func__", value)
+    value = value.fget if isinstance(value, property) else value
+    value = value.func if isinstance(value, functools.partial) else value
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _names(inner)
