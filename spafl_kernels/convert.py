@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,42 @@ def _with_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return new
 
 
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy. A weight that hooks compute (weight norm, pruning) is no leaf, and is copied as it is."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether the weight is made by hooks before every call, from other parameters."""
+    return module._parameters.get("weight") is None
+
+
+def _call_the_layers_of(model: nn.Module) -> None:
+    """``nn.TransformerEncoderLayer`` has a fast path in eval mode that reads the weights of its linear layers without
+    calling them, so that no mask would reach them. It is taken only for activations it knows by number."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            name, off = "activation_relu_or_gelu", 0
+        elif isinstance(module, nn.TransformerEncoder):  # gives its layers nested tensors, for the same fast path
+            name, off = "use_nested_tensor", False
+        else:
+            continue
+        if any(isinstance(m, ThresholdLayer) for m in module.modules()):
+            if getattr(module, name, None):
+                module.__dict__[_FAST_PATH] = getattr(module, name)
+                setattr(module, name, off)
+        elif _FAST_PATH in module.__dict__:
+            setattr(module, name, module.__dict__.pop(_FAST_PATH))
+
+
+_FAST_PATH = "_setting_of_the_fast_path"
+
+
 def convert(
     model: nn.Module,
     where: Callable[[str, nn.Module], bool] | None = None,
@@ -50,24 +87,28 @@ def convert(
     Args:
         model: any module; left alone unless ``inplace``.
         where: ``where(name, layer)`` says whether to convert this layer. By default all plain ``nn.Conv2d`` and
-            ``nn.Linear`` are; their subclasses (parametrised layers, ``nn.MultiheadAttention.out_proj``) stay as they
-            are.
+            ``nn.Linear`` are; their subclasses (parametrised layers, ``nn.MultiheadAttention.out_proj``) and layers
+            whose weight is computed by hooks (weight norm, spectral norm, pruning) stay as they are.
         estimator, mask_bias: passed to the new layers.
         inplace: change ``model`` itself (its Parameters stay the same objects).
 
     Returns:
-        The converted model. Thresholds are 0, so it computes what it did before.
+        The converted model. Thresholds are 0, so it computes what it did before; that of a frozen weight is frozen too.
+        A ``nn.TransformerEncoderLayer`` with converted layers calls them in eval mode too: its fast path does not.
 
     Raises:
         ValueError: ``where`` names a layer whose weight is computed (a parametrisation such as weight norm), or one
             that its parent reads without calling it (``nn.MultiheadAttention.out_proj``); a mask could not reach it.
+            Or a layer to convert is lazy and has no weight yet.
     """
     reference.check_estimator(estimator)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_of(model)
 
     def change(name: str, module: nn.Module) -> nn.Module:
         cls = _THRESHOLD_CLASS.get(type(module))
+        if isinstance(module, (nn.LazyConv2d, nn.LazyLinear)) and (where is None or where(name, module)):
+            raise ValueError(f"layer {name!r} is lazy and has no weight yet; run the model once before it is converted")
         if cls is None:
             # A subclass of a convertible class is skipped by default, and refused when asked for by name.
             kin = isinstance(module, tuple(_THRESHOLD_CLASS)) and not isinstance(module, ThresholdLayer)
@@ -79,13 +120,18 @@ def convert(
             return module
         if where and not where(name, module):
             return module
-        if any(getattr(module, p, None) is not None for p in ("weight_g", "weight_orig")):
+        if _is_computed(module):
+            if where is None:
+                return module
             raise ValueError(f"layer {name!r} has a computed weight (weight norm or pruning); remove that first")
         new = _with_class(module, cls)
         new._init_threshold(estimator, mask_bias)  # type: ignore[operator]
+        new.threshold.requires_grad_(module.weight.requires_grad)  # type: ignore[operator, union-attr]
         return new
 
-    return _replace(model, change)
+    model = _replace(model, change)
+    _call_the_layers_of(model)
+    return model
 
 
 def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -96,16 +142,17 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: change ``model`` itself.
 
     Returns:
-        A model without threshold layers and with the same shapes; pruned rows of weights are 0.
+        A model without threshold layers and with the same shapes; pruned rows of weights are 0. Subclasses of the
+        threshold layers compute something of their own, which no plain layer does: they are kept as they are.
     """
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_of(model)
 
     def change(name: str, module: nn.Module) -> nn.Module:
-        if not isinstance(module, ThresholdLayer):
+        cls = _PLAIN_CLASS.get(type(module))
+        if cls is None or "forward" in module.__dict__:
             return module
-        assert isinstance(module, nn.Module)
-        cls = next(plain for threshold, plain in _PLAIN_CLASS.items() if isinstance(module, threshold))
+        assert isinstance(module, ThresholdLayer)
         with torch.no_grad():
             weight, bias = reference.mask_weight_and_bias(
                 module.weight, module.threshold, module.bias, module.estimator, module.mask_bias
@@ -117,4 +164,6 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             new.register_parameter("bias", nn.Parameter(bias.detach(), module.bias.requires_grad))
         return new
 
-    return _replace(model, change)
+    model = _replace(model, change)
+    _call_the_layers_of(model)
+    return model

@@ -283,7 +283,11 @@ class MaskedTrainer(Trainer):
                 loss = self._step(x, y)
             # PyTorch's own operators that compute active filters alone are in both counts.
             twice = self._executed.numbers - before
-            self._macs_of[key] = of_other_operators(counter) // 2 - twice, len(x)
+            macs, batch = of_other_operators(counter) // 2 - twice, len(x)
+            if not batch:  # nothing was counted of an empty batch
+                self._steps += 1
+                return loss
+            self._macs_of[key] = macs, batch
         else:
             with self._executed.counting():
                 loss = self._step(x, y)

@@ -70,7 +70,8 @@ def _exported(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
 
 
 def _small(flow: Flow) -> nn.Module:
-    with torch.inference_mode(False), torch.no_grad():
+    # Layers draw initial weights when they are made.
+    with torch.inference_mode(False), torch.no_grad(), kept_random_state():
         return _Exporter(flow).run()
 
 
@@ -458,8 +459,9 @@ class _Exporter:
             new = self.graph.node_copy(node, read)
             new.args, new.kwargs = args, kwargs
             if node.op == "call_method" and node.target == "view":
-                if not any(isinstance(a, torch.dtype) for a in node.args):
+                if not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
                     new.target = "reshape"  # here a tensor may lie in memory otherwise
+                    new.kwargs = {"shape" if k == "size" else k: v for k, v in kwargs.items()}
         self.values[op.name] = _Value(new, None)
 
     def call(self, name: str, m: nn.Module, args: Any, kwargs: Any) -> fx.Node:

@@ -22,6 +22,7 @@ from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..convert import copy_of
 from ..layers import ThresholdLayer
 from ..training import Unsupported
 from .watch import HOOKS, Modes, Watch, frozen, modes_of, of_torch
@@ -118,16 +119,6 @@ class Shapes(fx.Interpreter):
             t = tensors[0]
             self.places[n.name] = t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape), t.stride()
         return result
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy. Tensors that a module holds but that were computed (weight norm) are copied as they are."""
-    memo: dict[int, Any] = {}
-    for m in model.modules():
-        for value in m.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -50,8 +50,11 @@ def other(scope: Scope, op: Op, i: int) -> Run:
     elsewhere = node.meta.get("otherwise", here)
     target = op.module if node.op == "call_module" else node.target
     # Whether a tensor can be viewed depends on how it lies in memory, which here may be another way.
-    if node.op == "call_method" and target == "view" and not any(isinstance(a, torch.dtype) for a in node.args):
+    values = (*node.args, *node.kwargs.values())
+    if node.op == "call_method" and target == "view" and not any(isinstance(a, torch.dtype) for a in values):
         target = "reshape"
+        renamed = [(a, {"shape" if k == "size" else k: v for k, v in kw.items()}) for a, kw in (here, elsewhere)]
+        here, elsewhere = renamed
     writes = op.writes
 
     def run(env: list[Any], training: bool) -> None:
