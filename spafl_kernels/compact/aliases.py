@@ -14,8 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..training import Unsupported
-from .calls import writes_in_place
-from .trace import target_of
+from .calls import target_of, writes_in_place
 
 __all__ = ["give_writes_a_value"]
 

@@ -15,11 +15,13 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from .trace import target_of
-
-__all__ = ["Bound", "bind", "bound", "is_literal", "writes_in_place"]
+__all__ = ["Bound", "bind", "bound", "is_literal", "target_of", "writes_in_place"]
 
 _REQUIRED = object()
+
+
+def target_of(node: fx.Node) -> Any:
+    return node.target if node.op in ("call_function", "call_method") else None
 
 
 def _arguments(text: str, **defaults: Any) -> dict[str, Any]:

@@ -47,6 +47,11 @@ def export(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
         Unsupported: the model cannot be traced (:func:`spafl_kernels.to_dense` still gives a dense model), or the result
             would not be the model's; a parameter or buffer is not finite.
     """
+    with kept_random_state():
+        return _compared(model, tuple(image))
+
+
+def _compared(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if t.is_floating_point() and not bool(t.isfinite().all()):
             raise Unsupported(f"{name!r} is not finite")
@@ -56,7 +61,7 @@ def export(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
         x = torch.randn(batch, *image, dtype=torch.float64, device=next(model.parameters()).device)
         if (found := differs(flow, x, lambda twin, t: _exported(twin, image)(t), gradients=False)) is not None:
             raise Unsupported(f"the exported model is not the model: {found}")
-    with torch.no_grad(), kept_random_state():
+    with torch.no_grad():
         twin = copy_of(model).eval()
         x = x.to(next(model.parameters()).dtype)
         tolerance = 1e-9 if x.dtype == torch.float64 else 1e-3
@@ -459,7 +464,9 @@ class _Exporter:
             new = self.graph.node_copy(node, read)
             new.args, new.kwargs = args, kwargs
             if node.op == "call_method" and node.target == "view":
-                if not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
+                values = (*node.args, *node.kwargs.values())
+                dtypes = [a for a in values if isinstance(a, torch.dtype) or _asks_dtype(a)]
+                if not dtypes:
                     new.target = "reshape"  # here a tensor may lie in memory otherwise
                     new.kwargs = {"shape" if k == "size" else k: v for k, v in kwargs.items()}
         self.values[op.name] = _Value(new, None)
@@ -486,6 +493,10 @@ class _Exporter:
                 pads = [0, 0] * (len(op.shape or ()) - 1 - dim) + [0, channels.pads]
                 node = self.graph.call_function(F.pad, (node, pads))
         self.values[op.name] = _Value(node, channels)
+
+
+def _asks_dtype(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.target is getattr and value.args[1] == "dtype"
 
 
 def _out_of_place(module: nn.Module) -> nn.Module:

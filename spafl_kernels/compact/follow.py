@@ -15,10 +15,10 @@ from ..layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
 from ..training import Unsupported
 from .aliases import give_writes_a_value
 from .attention import find_attention
-from .calls import bind, bound, is_literal
+from .calls import bind, bound, is_literal, target_of
 from .flow import Flow, Op
 from .layout import Layout, Segment
-from .trace import Shapes, Trace, check_traceable, copy_of, kept_random_state, target_of
+from .trace import Shapes, Trace, check_traceable, copy_of, kept_random_state
 
 _RELU: dict[Any, Callable[..., Tensor]] = {nn.ReLU: F.relu, nn.ReLU6: F.relu6}
 _UNARY: dict[type, Callable[[Any], Callable[..., Tensor]]] = {
@@ -325,6 +325,8 @@ class _Follower:
             sizes = sizes[0]
         if not sizes or not all(type(s) is int or isinstance(s, fx.Node) for s in sizes):
             return False
+        if any(isinstance(s, fx.Node) and target_of(s) is getattr and s.args[1] == "dtype" for s in sizes):
+            return False
         return isinstance(sizes[0], fx.Node) or sizes[0] == -1
 
     def attribute(self, path: str) -> Any:
@@ -563,9 +565,12 @@ class _Follower:
         for name, p in self.model.named_parameters():
             if name not in owned and id(p) in used and p.requires_grad:
                 flow.loose.append(name)
+        parameters = dict(self.model.named_parameters())
+        stepped = {id(parameters[name]) for name in flow.loose}
         for name, m in self.modules.items():
             if isinstance(m, ThresholdLayer) and name not in flow.layers:
                 flow.apart[name] = self.apart.get(name) or "it is not called with one tensor alone"
                 key = f"{name}.threshold" if name else "threshold"
-                if key not in flow.loose and m.threshold.requires_grad:
+                if id(m.threshold) not in stepped and m.threshold.requires_grad:
+                    stepped.add(id(m.threshold))
                     flow.unused.append(key)

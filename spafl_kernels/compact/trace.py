@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..convert import copy_of
 from ..layers import ThresholdLayer
 from ..training import Unsupported
+from .calls import target_of, writes_in_place
 from .watch import HOOKS, Modes, Watch, frozen, modes_of, of_torch
 
 __all__ = ["Patterns", "Shapes", "Trace", "check_traceable", "copy_of", "kept_random_state", "plain", "target_of"]
@@ -34,10 +36,57 @@ Patterns = Literal["training", "now", "eval"]
 _CONSTANT = "_tensor_constant"
 
 
+class _Proxy(fx.Proxy):
+    """Knows that ``x += y`` writes to ``x``, and that setting something on a tensor is no part of a graph."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise Unsupported(f"forward sets {name!r} of a tensor")
+        super().__setattr__(name, value)
+
+
+def _writing(operation: Any) -> Any:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    setattr(_Proxy, f"__i{_name}__", _writing(getattr(operator, f"i{_name}")))
+
+
 class Tracer(fx.Tracer):
     """Keeps threshold layers whole, and unpacks ``chunk`` and ``split`` in loops, whose length is known."""
 
     proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._around = _surroundings()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _surroundings() != self._around:
+            raise Unsupported("forward switches gradients, autocast or the default dtype in some part")
+        return super().create_node(*args, **kwargs)
+
+    @contextmanager
+    def plain_functions(self) -> Iterator[None]:
+        """Refuse functions with a backward of their own, which a trace would unfold."""
+
+        def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+            raise Unsupported(f"{cls.__name__} has a backward of its own")
+
+        function = torch.autograd.Function
+        before = function.__dict__["apply"]
+        function.apply = classmethod(refuse)  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            function.apply = before  # type: ignore[method-assign]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, ThresholdLayer):
@@ -54,8 +103,11 @@ class Tracer(fx.Tracer):
         return super().iter(obj)
 
 
-def target_of(node: fx.Node) -> Any:
-    return node.target if node.op in ("call_function", "call_method") else None
+def _surroundings() -> tuple[Any, ...]:
+    """What changes the meaning of operations and is not in a graph."""
+    types = ("cpu", "cuda")
+    autocast = tuple((torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast
 
 
 @dataclass
@@ -316,7 +368,9 @@ def _traced(model: nn.Module, twin: nn.Module, modes: tuple[Modes, ...], gradien
         for pattern in modes:
             for m, training in zip(twin.modules(), pattern):
                 m.__dict__["training"] = training
-            graphs.append(Tracer().trace(twin))
+            tracer = Tracer()
+            with tracer.plain_functions():
+                graphs.append(tracer.trace(twin))
             found = {k: v for k, v in vars(twin).items() if k.startswith(_CONSTANT)}
             constants.append(found)
             for key in found:
@@ -330,6 +384,11 @@ def _traced(model: nn.Module, twin: nn.Module, modes: tuple[Modes, ...], gradien
     if not _same_random_state(random_state, _random_state()):
         raise Unsupported("forward draws random numbers in a way that a trace would freeze")
     graph = graphs[0]
+    for node in graph.nodes:
+        module = twin.get_submodule(str(node.target)) if node.op == "call_module" else None
+        first = node.args[0] if node.args else None
+        if writes_in_place(node, module) and isinstance(first, fx.Node) and first.op in ("placeholder", "get_attr"):
+            raise Unsupported(f"forward writes to {str(first.target)!r}")
     if len(graphs) == 2:
         _merge(graph, graphs[1])
         a, b = constants

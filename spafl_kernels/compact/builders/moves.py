@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def flatten(scope: Scope, op: Op, i: int) -> Run:
 
     def run(env: list[Any], training: bool) -> None:
         x, c = env[j], env[n + j]
-        repeat = x[0, 0].numel()
+        repeat = prod(x.shape[2:])
         if before.pads and (repeat > 1 or after.pads != before.pads):
             x = F.pad(x.narrow(1, 0, len(before.kept)).flatten(1), (0, after.pads))
         env[i] = x.flatten(1)

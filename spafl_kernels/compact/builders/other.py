@@ -49,13 +49,7 @@ def other(scope: Scope, op: Op, i: int) -> Run:
     here = node.args, node.kwargs
     elsewhere = node.meta.get("otherwise", here)
     target = op.module if node.op == "call_module" else node.target
-    # Whether a tensor can be viewed depends on how it lies in memory, which here may be another way.
-    values = (*node.args, *node.kwargs.values())
-    if node.op == "call_method" and target == "view" and not any(isinstance(a, torch.dtype) for a in values):
-        target = "reshape"
-        renamed = [(a, {"shape" if k == "size" else k: v for k, v in kw.items()}) for a, kw in (here, elsewhere)]
-        here, elsewhere = renamed
-    writes = op.writes
+    writes, view = op.writes, node.op == "call_method" and target == "view"
 
     def run(env: list[Any], training: bool) -> None:
         args, kwargs = here if training else elsewhere
@@ -64,7 +58,10 @@ def other(scope: Scope, op: Op, i: int) -> Run:
         if writes:
             args = (args[0].clone(), *args[1:]) if args else args
             kwargs = kwargs if args else {**kwargs, "input": kwargs["input"].clone()}
-        if node.op == "call_method":
+        if view and not any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
+            # Whether a tensor can be viewed depends on how it lies in memory, which here may be another way.
+            env[i] = args[0].reshape(*args[1:], *kwargs.values())
+        elif node.op == "call_method":
             env[i] = getattr(args[0], target)(*args[1:], **kwargs)
         else:
             env[i] = target(*args, **kwargs)
