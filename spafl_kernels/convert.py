@@ -126,7 +126,7 @@ def convert(
             raise ValueError(f"layer {name!r} has a computed weight (weight norm or pruning); remove that first")
         new = _with_class(module, cls)
         new._init_threshold(estimator, mask_bias)  # type: ignore[operator]
-        new.threshold.requires_grad_(module.weight.requires_grad)  # type: ignore[operator, union-attr]
+        new.threshold.requires_grad_(bool(module.weight.requires_grad))  # type: ignore[operator, union-attr]
         return new
 
     model = _replace(model, change)

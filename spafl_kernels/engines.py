@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .compact import CompactTrainer
+from .compact.verify import Verify
 from .training import Loss, MaskedTrainer, Trainer, Unsupported
 
 __all__ = ["Engine", "make_trainer"]
@@ -18,7 +19,12 @@ Engine = Literal["auto", "masked", "compact"]
 
 
 def make_trainer(
-    model: nn.Module, engine: Engine = "auto", loss: Loss = F.cross_entropy, *, strict: bool | None = None
+    model: nn.Module,
+    engine: Engine = "auto",
+    loss: Loss = F.cross_entropy,
+    *,
+    strict: bool | None = None,
+    verify: Verify = "first",
 ) -> Trainer:
     """A trainer for ``model``; its ``engine`` and ``reason`` say what runs and why.
 
@@ -30,9 +36,11 @@ def make_trainer(
         loss: see :class:`spafl_kernels.training.Trainer`.
         strict: raise where the compact engine cannot run the model instead of taking the masked one; by default what
             the environment variable ``SPAFL_STRICT`` says (``1`` is strict).
+        verify: when the compact engine compares itself with the masked one, see
+            :class:`~spafl_kernels.compact.CompactTrainer`.
 
     Raises:
-        ValueError: unknown engine.
+        ValueError: unknown engine or ``verify``.
         Unsupported: strict, and the compact engine cannot run this model.
     """
     if engine not in get_args(Engine):
@@ -45,7 +53,7 @@ def make_trainer(
     if engine == "auto" and device != "cpu":
         return MaskedTrainer(model, loss, reason=f"the compact engine has not been measured on {device}")
     try:
-        return CompactTrainer(model, loss, strict)
+        return CompactTrainer(model, loss, strict, verify=verify)
     except Unsupported as error:
         if strict:
             raise

@@ -64,11 +64,12 @@ def give_writes_a_value(graph: fx.Graph, places: Mapping[str, tuple[Any, ...]], 
             for user in late:
                 user.replace_input_with(other, node)
                 if "otherwise" in user.meta:
-                    swap = {other: node}
-                    user.meta["otherwise"] = tuple(
-                        fx.node.map_arg(part, lambda n, swap=swap: swap.get(n, n)) for part in user.meta["otherwise"]
-                    )
+                    user.meta["otherwise"] = tuple(_swapped(part, other, node) for part in user.meta["otherwise"])
     return writers
+
+
+def _swapped(arguments: Any, old: fx.Node, new: fx.Node) -> Any:
+    return fx.node.map_arg(arguments, lambda n: new if n is old else n)
 
 
 def _groups(nodes: list[fx.Node], places: Mapping[str, tuple[Any, ...]], model: nn.Module) -> list[list[fx.Node]]:

@@ -40,12 +40,12 @@ def export(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
     Returns:
         The model; ``(N, *image)`` gives the output of ``model.eval()`` up to rounding.
 
-    The result is compared with the model before it is returned: exports of float64 copies under random masks, at two
-    batch sizes, and the result itself.
+    The result is compared with the model before it is returned, and so are exports of float64 copies under random
+    masks, at two batch sizes.
 
     Raises:
-        Unsupported: the model cannot be traced (:func:`spafl_kernels.to_dense` still gives a dense model), or the result
-            would not be the model's; a parameter or buffer is not finite.
+        Unsupported: the model cannot be traced (:func:`spafl_kernels.to_dense` still gives a dense model), or what
+            comes out is not what the model computes; a parameter or buffer is not finite.
     """
     with kept_random_state():
         return _compared(model, tuple(image))
@@ -56,7 +56,12 @@ def _compared(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
         if t.is_floating_point() and not bool(t.isfinite().all()):
             raise Unsupported(f"{name!r} is not finite")
     flow = trace_flow(model, image, check_traceable(model, "eval", gradients=False))
-    small = _small(flow)
+    try:
+        small = _small(flow)
+    except Unsupported:
+        raise
+    except Exception as error:
+        raise Unsupported(f"cannot be exported: {error}") from error
     for batch in (3, 1):
         x = torch.randn(batch, *image, dtype=torch.float64, device=next(model.parameters()).device)
         if (found := differs(flow, x, lambda twin, t: _exported(twin, image)(t), gradients=False)) is not None:

@@ -138,8 +138,8 @@ class CompactModule(nn.Module):
     :class:`~spafl_kernels.compact.CompactTrainer` saves the gathers too, for SGD.) ``state_dict`` is the model's own.
 
     It is called as ``model`` is. A call that cannot run compact (another input than one tensor, or a model that cannot
-    be read) runs the model as it is; ``engine`` and ``reason`` are those of the last call. What was read of the model is
-    compared with what it is at every call, and read anew when it has changed.
+    be read) runs the model as it is; ``engine`` and ``reason`` are those of the last call. What was read of the model
+    is compared with what it is at every call, and read anew when it has changed.
 
     Args:
         model: the model; shared, not copied.
@@ -275,7 +275,7 @@ class CompactModule(nn.Module):
                 if not any(isinstance(op.module, ThresholdLayer) for op in flow.layers.values()):
                     reasons = "; ".join(f"{name}: {why}" for name, why in flow.apart.items())
                     raise Unsupported(f"no threshold layer can be followed ({reasons})")
-                self._check(flow, x)
+                self._check(flow, x, key[2])
             except Unsupported as error:
                 if watch is not None:
                     self._refused[key] = watch, str(error)
@@ -285,14 +285,14 @@ class CompactModule(nn.Module):
             _bound(self._captures)
         return captured
 
-    def _check(self, flow: Flow, x: Tensor) -> None:
+    def _check(self, flow: Flow, x: Tensor, gradients: bool) -> None:
         if self.verify == "never":
             return
 
         def ours(model: nn.Module, t: Tensor) -> Any:
             return CompactModule(model, True, self.multiple, "never")(t)
 
-        if (found := differs(flow, x, ours, torch.is_grad_enabled())) is not None:
+        if (found := differs(flow, x, ours, gradients)) is not None:
             raise Unsupported(found)
 
     # -- a plan ----------------------------------------------------------------------------------------------------
@@ -314,8 +314,7 @@ class CompactModule(nn.Module):
             if marks == passing and torch.equal(old, state):
                 return made
         if self.verify == "always":
-            with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-                self._check(flow, x)
+            self._check(flow, x, gradients)
         made = Made(flow, masks, keep, passes, self.multiple, compiled)
         captured.made[key] = state, passing, made
         return made

@@ -8,6 +8,7 @@ estimator's sign term moves them.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ class Session:
         self._all_channels: dict[int, Channels] = {}
         self._memory = Memory(self._scores)
         # Threshold layers that run as they are: autograd and the loose parameters know all of them but the guard.
-        self._apart = {name: flow.model.get_submodule(name) for name in flow.apart}
+        self._apart: dict[str, Any] = {name: flow.model.get_submodule(name) for name in flow.apart}
         self._arena: Arena | None = None
         self._loaded = False
 
@@ -223,7 +224,7 @@ class Session:
         """The penalty of threshold layers that run as they are, which the update does not know."""
         if not self._apart or not self.options.penalty:
             return None
-        taus = [m.threshold for m in self._apart.values() if m.threshold.requires_grad]  # type: ignore[union-attr]
+        taus = [m.threshold for m in self._apart.values() if m.threshold.requires_grad]
         return self.options.penalty * torch.stack([torch.exp(-tau).sum() for tau in taus]).sum() if taus else None
 
     def _observe_apart(self) -> None:
@@ -231,8 +232,8 @@ class Session:
         floor = self.options.collapse_floor
         for name, m in self._apart.items():
             if floor is not None and self.densities[name] <= floor:
-                m.threshold.data.zero_()  # type: ignore[union-attr]
-            self.densities[name] = m.density()  # type: ignore[operator]
+                m.threshold.data.zero_()
+            self.densities[name] = m.density()
 
     @torch.no_grad()
     def rescore(self) -> None:

@@ -7,7 +7,6 @@ would freeze, is refused.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 import random
@@ -27,7 +26,7 @@ from ..convert import copy_of
 from ..layers import ThresholdLayer
 from ..training import Unsupported
 from .calls import target_of, writes_in_place
-from .watch import HOOKS, Modes, Watch, frozen, modes_of, of_torch
+from .watch import HOOKS, Modes, Watch, frozen, modes_of
 
 __all__ = ["Patterns", "Shapes", "Trace", "check_traceable", "copy_of", "kept_random_state", "plain", "target_of"]
 
@@ -188,7 +187,7 @@ def _check_model(model: nn.Module) -> None:
             raise Unsupported(f"module {name!r} has a parametrised tensor")
         if "forward" in module.__dict__:
             raise Unsupported(f"forward of module {name or type(model).__name__!r} was replaced")
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise Unsupported(f"module {name!r} is lazy and has not seen an input yet")
 
 
@@ -260,7 +259,7 @@ class _Reader:
                 asked = reader.seen.get(id(self))
                 if asked is not None:
                     asked.add(name)
-            return cls.__getattribute__(self, name)
+            return cls.__getattribute__(self, name)  # type: ignore[call-arg]
 
         def __getattr__(self: Any, name: str) -> Any:
             reader._inside += 1  # what nn.Module looks at itself to find a parameter
@@ -281,15 +280,15 @@ class _Reader:
         space: dict[str, Any] = {"original": original}
         by_name = inspect.signature(original).parameters[inputs[0]].kind is inspect.Parameter.KEYWORD_ONLY
         passed = f"{inputs[0]}={inputs[0]}" if by_name else inputs[0]
-        exec(f"def forward(self, {inputs[0]}):\n    return original(self, {passed})", space)  # noqa: S102
+        exec(f"def forward(self, {inputs[0]}):\n    return original(self, {passed})", space)
         cls.forward = space["forward"]  # type: ignore[attr-defined]
 
 
 def required_inputs(forward: Callable[..., Any]) -> list[str]:
     """Names of the arguments, after ``self``, that have no default; of the first one if all have."""
     kinds = inspect.Parameter
-    named = [p for p in list(inspect.signature(forward).parameters.values())[1:]]
-    named = [p for p in named if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
+    everything = list(inspect.signature(forward).parameters.values())[1:]
+    named = [p for p in everything if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
     required = [p.name for p in named if p.default is kinds.empty]
     return required or [p.name for p in named[:1]]
 

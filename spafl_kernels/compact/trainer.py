@@ -111,7 +111,8 @@ class CompactTrainer(Trainer):
         self._options, self._given, self._density = options, dict(momentum or {}), start
         if self._lent is not None:
             self._lent.expire()
-        self._session, self._fallback, self._key = None, None, None
+        self._session, self._fallback = None, None
+        self._key: Key | None = None
         self._fresh = not self._given
         self._steps = self._macs = self._rebuilds = 0
         self._checked_this_training = False
@@ -209,7 +210,8 @@ class CompactTrainer(Trainer):
                 return self._session
             self._leave()
             if what == HOOKED:
-                return self._run_masked(what)
+                self._run_masked(what)
+                return None
         elif self._session is not None:
             self._leave()
         elif self._fallback is not None:
@@ -226,7 +228,8 @@ class CompactTrainer(Trainer):
             except Unsupported as error:
                 if self.strict:
                     raise
-                return self._run_masked(str(error))
+                self._run_masked(str(error))
+                return None
         self.engine, self.reason = "compact", FOLLOWED
         return self._session
 
@@ -338,7 +341,6 @@ class CompactTrainer(Trainer):
         for m, mode in zip(self.model.modules(), modes):
             m.training = mode
         self.engine, self.reason = "masked", reason
-        return None
 
     def _end_masked(self) -> None:
         assert self._fallback is not None

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .follow import trace_flow
 from .flow import Flow
+from .follow import trace_flow
 from .fusion import after_its_pool
 from .trace import check_traceable, copy_of
 

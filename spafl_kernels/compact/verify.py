@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layers import ThresholdLayer
 from ..reference import WINDOW
-from ..training import MaskedTrainer, SGDOptions
+from ..training import MaskedTrainer, SGDOptions, Trainer
 from .flow import Flow
 from .trace import copy_of, kept_random_state
+from .watch import Modes
 
 __all__ = ["Verify", "check_verify", "compared", "differs", "differs_in_training", "twins"]
 
@@ -119,7 +120,8 @@ class _Functional:
     """A loss whose gradient with regard to every number of the output is random; it keeps the outputs."""
 
     def __init__(self, seed: int) -> None:
-        self.seed, self.outputs = seed, []  # type: tuple[int, list[Tensor]]
+        self.seed = seed
+        self.outputs: list[Tensor] = []
 
     def __call__(self, out: Any, y: Any) -> Tensor:
         parts = _floats(out)
@@ -148,84 +150,135 @@ def _apart(what: str, ours: Tensor | None, right: Tensor | None, tolerance: floa
     return None
 
 
-class NotComparable(Exception):
+class _NotComparable(Exception):
     """The masked model does not run on a float64 copy, or gives what is not finite."""
 
 
-def _masked_runs(run: Callable[[], Any]) -> tuple[Any, bool]:
-    """What ``run`` gives, and whether the model itself computes in fewer digits."""
+def _masked(run: Callable[[], Any], losses: list[_Functional]) -> tuple[Any, float]:
+    """What the masked model gives, and how closely it can be compared with."""
     with _Digits() as digits:
         try:
             result = run()
         except Exception as error:
-            raise NotComparable(str(error)) from error
-    return result, digits.fewer
+            raise _NotComparable(f"which fails on a copy: {error}") from error
+    if not all(bool(t.isfinite().all()) for t in losses[0].outputs):
+        raise _NotComparable("whose output is not finite")
+    return result, COARSE if digits.fewer else TOLERANCE
 
 
-def _rounds(flow: Flow) -> list[tuple[int, float, bool]]:
+def _over_rounds(
+    flow: Flow, x: Tensor, gradients: bool, compare: Callable[[nn.Module, Tensor, int], str | None]
+) -> str | None:
+    """The first thing that ``compare`` finds, with copies under random masks and a part of the batch."""
+    if not len(x):
+        return None
     macs = sum(op.macs for op in flow.ops.values())
     macs += sum(op.module.weight.numel() * op.positions for op in flow.layers.values())
-    return [(1, 0.5, True)] if macs > LARGE else [(1, 0.5, True), (2, 0.3, False)]
-
-
-def differs_in_training(flow: Flow, x: Tensor, multiple: int, compiled: bool, patience: float) -> str | None:
-    """What a step or an evaluation of the compact trainer does otherwise than the masked one, in words."""
-    from .trainer import CompactTrainer  # it calls this
-
-    assert flow.trace is not None
-    modes = flow.trace.modes
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        kept_random_state(),
-        torch.autocast(x.device.type, enabled=False),
-    ):
-        for seed, density, far in _rounds(flow):
-            twin = twins(flow.model, seed, density, far)
-            other = copy.deepcopy(twin)
-            found = None
+    rounds = [(1, 0.5, True), (2, 0.3, False)][: 1 if macs > LARGE else 2]
+    plain = torch.autocast(x.device.type, enabled=False)
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), kept_random_state(), plain:
+        for seed, density, far in rounds:
+            twin, found = twins(flow.model, seed, density, far), ""
             for part in _sample(x, seed):
-                if not len(part):
-                    continue
-                found = None
-                losses = _Functional(seed), _Functional(seed)
                 try:
-                    (right, masked), fewer = _masked_runs(
-                        lambda part=part, loss=losses[0]: _train(MaskedTrainer(twin, loss), twin, modes, part, seed)
-                    )
-                except NotComparable as error:
-                    found = f"could not be compared with the masked model: {error}"
-                    twin = copy.deepcopy(other)
+                    result = compare(twin, part, seed)
+                except _NotComparable as error:
+                    found = found or f"it could not be compared with the masked model, {error}"
                     continue
-                if not all(bool(t.isfinite().all()) for t in losses[0].outputs):
-                    return "could not be compared with the masked model, whose output is not finite"
-                tolerance = COARSE if fewer else TOLERANCE
-                trainer = CompactTrainer(other, losses[1], True, multiple, compiled, patience, "never")
-                try:
-                    ours, compact = _train(trainer, other, modes, part, seed)
-                except Exception as error:
-                    return f"fails where the masked model does not: {error}"
-                found = _first_difference(losses, tolerance)
-                if found is not None:
-                    return f"{found}{_where(flow, twin, part, tolerance)}"
-                for name, v in masked.items():
-                    found = found or _apart(f"the gradient of {name!r}", compact.get(name), v, tolerance)
-                for name, v in right.items():
-                    found = found or _apart(f"{name!r} after a step", ours.get(name), v, tolerance)
+                if result is not None:
+                    return result
+                found = ""
                 break
-            if found is not None:
+            if found:
                 return found
     return None
 
 
-def _first_difference(losses: tuple[_Functional, _Functional], tolerance: float) -> str | None:
+def differs_in_training(flow: Flow, x: Tensor, multiple: int, compiled: bool, patience: float) -> str | None:
+    """What a step or an evaluation of the compact trainer does otherwise than the masked one, in words.
+
+    Args:
+        flow: of the model, for training.
+        x: a batch.
+        multiple, compiled, patience: of the trainer.
+    """
+    from .trainer import CompactTrainer  # it calls this
+
+    assert flow.trace is not None
+    modes = flow.trace.modes[0]
+
+    def compare(twin: nn.Module, part: Tensor, seed: int) -> str | None:
+        losses = [_Functional(seed), _Functional(seed)]
+        model, other = copy.deepcopy(twin), copy.deepcopy(twin)
+        masked = MaskedTrainer(model, losses[0])
+        (state, momentum), tolerance = _masked(lambda: _train(masked, modes, part, seed), losses)
+        try:
+            trainer = CompactTrainer(other, losses[1], True, multiple, compiled, patience, "never")
+            ours, velocity = _train(trainer, modes, part, seed)
+        except Exception as error:
+            return f"it fails where the masked model does not: {error}"
+        if (found := _outputs(losses, tolerance)) is not None:
+            return f"{found}{_where(flow, twin, part, tolerance)}"
+        gradients = (_apart(f"the gradient of {n!r}", velocity.get(n), v, tolerance) for n, v in momentum.items())
+        states = (_apart(f"{n!r} after a step", ours.get(n), v, tolerance) for n, v in state.items())
+        return next((found for found in (*gradients, *states) if found is not None), None)
+
+    return _over_rounds(flow, x, True, compare)
+
+
+def differs(flow: Flow, x: Tensor, ours: Callable[[nn.Module, Tensor], Any], gradients: bool) -> str | None:
+    """What a program for one pattern of modes does otherwise than the model itself, in words.
+
+    Args:
+        flow: of the model.
+        x: a batch.
+        ours: gives the program's output for a copy of the model and a batch.
+        gradients: compare gradients too.
+    """
+    assert flow.trace is not None
+    (modes,) = flow.trace.modes
+
+    def compare(twin: nn.Module, part: Tensor, seed: int) -> str | None:
+        losses = [_Functional(seed), _Functional(seed)]
+        models = [copy.deepcopy(twin), copy.deepcopy(twin)]
+        inputs = [part.clone().requires_grad_(gradients and part.is_floating_point()) for _ in models]
+        for model in models:
+            for m, training in zip(model.modules(), modes):
+                m.__dict__["training"] = training
+
+        def run(i: int, forward: Callable[[Tensor], Any]) -> None:
+            torch.manual_seed(seed)
+            value = losses[i](forward(inputs[i]), None)
+            if gradients and value.requires_grad:
+                value.backward()
+
+        _, tolerance = _masked(lambda: run(0, models[0]), losses)
+        try:
+            run(1, lambda t: ours(models[1], t))
+        except Exception as error:
+            return f"it fails where the model itself does not: {error}"
+        if (found := _outputs(losses, tolerance)) is not None:
+            return f"{found}{_where(flow, twin, part, tolerance)}"
+        pairs = [(f"the gradient of {n!r}", q.grad, p.grad) for (n, p), q in _pairs(models, "named_parameters")]
+        pairs.append(("the gradient of the input", inputs[1].grad, inputs[0].grad))
+        pairs += [(f"buffer {n!r}", u, t) for (n, t), u in _pairs(models, "named_buffers")]
+        return next((found for p in pairs if (found := _apart(*p, tolerance)) is not None), None)
+
+    return _over_rounds(flow, x, gradients, compare)
+
+
+def _pairs(models: list[nn.Module], kind: str) -> Iterator[tuple[tuple[str, Tensor], Tensor]]:
+    first, second = (getattr(m, kind)() for m in models)
+    for named, (_, tensor) in zip(first, second, strict=True):
+        yield named, tensor
+
+
+def _outputs(losses: list[_Functional], tolerance: float) -> str | None:
     right, ours = losses[0].outputs, losses[1].outputs
     if len(right) != len(ours):
         return "the output has other parts than the masked model's"
-    for a, b in zip(right, ours):
-        if (found := _apart("the output", b, a, tolerance)) is not None:
-            return found
-    return None
+    found = (_apart("the output", b, a, tolerance) for a, b in zip(right, ours))
+    return next((f for f in found if f is not None), None)
 
 
 def compared(ours: Callable[[], Any], right: Callable[[], Any], tolerance: float) -> str | None:
@@ -240,13 +293,14 @@ def compared(ours: Callable[[], Any], right: Callable[[], Any], tolerance: float
     return next((f for f in found if f is not None), None)
 
 
-def _train(trainer: Any, model: nn.Module, modes: Any, x: Tensor, seed: int) -> tuple[dict, dict]:
+def _train(trainer: Trainer, modes: Modes, x: Tensor, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A step and an evaluation; all that the model and the momentum are afterwards."""
+    model = trainer.model
     trainer.begin(OPTIONS)
-    for m, training in zip(model.modules(), modes[0]):
+    for m, training in zip(model.modules(), modes):
         m.training = training
     torch.manual_seed(seed)
-    trainer.step(x, None)
+    trainer.step(x, x)
     torch.manual_seed(seed)
     label = torch.zeros((), dtype=torch.int64, device=x.device)
     try:
@@ -257,77 +311,6 @@ def _train(trainer: Any, model: nn.Module, modes: Any, x: Tensor, seed: int) -> 
     momentum = {name: v.clone() for name, v in result.momentum.items()}
     state = {name: t.detach().clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
     return state, momentum
-
-
-def differs(
-    flow: Flow,
-    x: Tensor,
-    ours: Callable[[nn.Module, Tensor], Any],
-    gradients: bool,
-) -> str | None:
-    """What a program for one pattern of modes does otherwise than the model itself, in words.
-
-    Args:
-        flow: of the model.
-        x: a batch.
-        ours: makes the program's output from a copy of the model.
-        gradients: compare gradients too.
-    """
-    assert flow.trace is not None
-    (modes,) = flow.trace.modes
-    with (
-        torch.inference_mode(False),
-        torch.set_grad_enabled(gradients),
-        kept_random_state(),
-        torch.autocast(x.device.type, enabled=False),
-    ):
-        for seed, density, far in _rounds(flow):
-            twin = twins(flow.model, seed, density, far)
-            for m, training in zip(twin.modules(), modes):
-                m.__dict__["training"] = training
-            other, start = copy.deepcopy(twin), copy.deepcopy(twin)
-            found: str | None = None
-            for part in _sample(x, seed):
-                if not len(part):
-                    continue
-                inputs = [part.clone(), part.clone()]
-                if gradients and part.is_floating_point():
-                    for t in inputs:
-                        t.requires_grad_()
-                loss = _Functional(seed), _Functional(seed)
-
-                def run(model: Callable[[Tensor], Any], i: int, inputs: Any = inputs, loss: Any = loss) -> None:
-                    torch.manual_seed(seed)
-                    value = loss[i](model(inputs[i]), None)
-                    if gradients and value.requires_grad:
-                        value.backward()
-
-                try:
-                    _, fewer = _masked_runs(lambda twin=twin, run=run: run(twin, 0))
-                except NotComparable as error:
-                    found = f"could not be compared with the model itself: {error}"
-                    twin = copy.deepcopy(start)
-                    continue
-                if not all(bool(t.isfinite().all()) for t in loss[0].outputs):
-                    return "could not be compared with the model itself, whose output is not finite"
-                tolerance = COARSE if fewer else TOLERANCE
-                try:
-                    run(lambda t, other=other: ours(other, t), 1)
-                except Exception as error:
-                    return f"fails where the model itself does not: {error}"
-                found = _first_difference(loss, tolerance)
-                if found is not None:
-                    return f"{found}{_where(flow, start, part, tolerance)}"
-                if gradients:
-                    for (name, p), q in zip(twin.named_parameters(), other.parameters(), strict=True):
-                        found = found or _apart(f"the gradient of {name!r}", q.grad, p.grad, tolerance)
-                    found = found or _apart("the gradient of the input", inputs[1].grad, inputs[0].grad, tolerance)
-                for (name, t), u in zip(twin.named_buffers(), other.buffers(), strict=True):
-                    found = found or _apart(f"buffer {name!r}", u, t, tolerance)
-                break
-            if found is not None:
-                return found
-    return None
 
 
 def _where(flow: Flow, twin: nn.Module, x: Tensor, tolerance: float) -> str:

@@ -194,7 +194,8 @@ class Watch:
             if m.training != training:
                 return f"mode of a {type(m).__name__}"
         for m, spaces, members in zip(self.modules, self._known, self._members):
-            for space, now, then in zip(spaces, (m._parameters, m._buffers, m._modules), members):
+            present: tuple[dict[str, Any], ...] = (m._parameters, m._buffers, m._modules)
+            for space, now, then in zip(spaces, present, members):
                 same = space is now and len(now) == len(then)
                 if not same or any(name not in now or now[name] is not value for name, value in then):
                     return "a module, parameter or buffer was added, removed or replaced"
@@ -237,7 +238,7 @@ def _of_classes(kinds: Mapping[type, Collection[str]]) -> Iterator[_Fields]:
         if id(function) in seen or len(seen) > 200:
             continue
         seen.add(id(function))
-        space = function.__globals__
+        space = types.MappingProxyType(function.__globals__)
         # Modules and classes are not looked into; other functions of the program are.
         names = [
             n for n in _names(function.__code__) if n in space and not isinstance(space[n], (types.ModuleType, type))

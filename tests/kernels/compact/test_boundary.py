@@ -25,7 +25,10 @@ def net(**kwargs):
 
 def data(count=3, shape=(6,), batch=4):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(batch, *shape, generator=generator, dtype=torch.float64), torch.arange(batch) % 5) for _ in range(count)]
+    return [
+        (torch.randn(batch, *shape, generator=generator, dtype=torch.float64), torch.arange(batch) % 5)
+        for _ in range(count)
+    ]
 
 
 def together(model, change=None, options=OPTIONS, batches=None, kinds=("step", "evaluate"), strict=False, **begin):
@@ -165,7 +168,11 @@ def test_a_forward_that_writes_or_draws_runs_masked_and_is_left_alone(kind):
     before = copy.deepcopy(model)
     hidden = {name: (id(m._buffers.get("mean")), m.training) for name, m in model.named_modules()}
     state, numbers = torch.get_rng_state(), random.getstate()
-    for attempt in (lambda: make_trainer(model, strict=True), lambda: trace_flow(model, (6,)), lambda: export(model, (6,))):
+    for attempt in (
+        lambda: make_trainer(model, strict=True),
+        lambda: trace_flow(model, (6,)),
+        lambda: export(model, (6,)),
+    ):
         with pytest.raises(Unsupported):
             attempt()
     module = CompactModule(model)
@@ -402,7 +409,9 @@ def test_an_empty_batch_and_another_image_size():
     x, y = data(1)[0]
     trainer = together(net(estimator="window"), batches=[(x[:0], y[:0]), (x, y), (x[:0], y[:0])], kinds=("evaluate",))
     torch.manual_seed(0)
-    model = convert(nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
+    model = convert(
+        nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    )
     model = prune(model.double(), 0.5)
     images = [*data(2, (2, 5, 5)), *data(1, (2, 8, 6)), *data(1, (2, 5, 5))]
     trainer = together(model, batches=images, strict=True)
