@@ -30,7 +30,6 @@ __all__ = ["CompactTrainer"]
 Key = tuple[tuple[int, ...], torch.dtype]  # shape of a sample and dtype of the input
 
 FOLLOWED = "all channels can be traced"
-HOOKED = "a parameter has a gradient hook"
 MOST = 8  # kinds of batches whose flows and sessions are kept
 
 
@@ -206,17 +205,15 @@ class CompactTrainer(Trainer):
         key = tuple(x.shape[1:]), x.dtype
         if self._session is not None and self._key == key:
             flow = self._session.flow
-            if (what := self._changed(flow.trace, training)) is None:
+            assert flow.trace is not None
+            if flow.trace.watch.changed(0 if training else 1, kinds=False) is None:
                 return self._session
             self._leave()
-            if what == HOOKED:
-                self._run_masked(what)
-                return None
         elif self._session is not None:
             self._leave()
         elif self._fallback is not None:
             # What was refused may have changed, or this batch may be of another kind.
-            if key == self._key and (self._still_refused(key, training) or self._trace.watch.hooked()):
+            if key == self._key and self._still_refused(key, training):
                 return None
             self._end_masked()
         self._key = key
@@ -236,7 +233,7 @@ class CompactTrainer(Trainer):
     def _changed(self, trace: Trace | None, training: bool) -> str | None:
         """Why what was read of the model does not hold good any more."""
         assert trace is not None
-        return HOOKED if trace.watch.hooked() is not None else trace.watch.changed(0 if training else 1)
+        return trace.watch.changed(0 if training else 1)
 
     def _open_session(self, key: Key, x: Tensor, training: bool) -> Session:
         flow = self._flows.get(key)
@@ -254,9 +251,9 @@ class CompactTrainer(Trainer):
         self._sessions.pop(key, None)
         if self._changed(self._trace, training) is not None:
             self._trace = check_traceable(self.model, modes=modes_of(self.model) if training else self._modes)
-        if (name := self._trace.watch.hooked()) is not None:
-            raise Unsupported(f"parameter {name!r} has a gradient hook")
         try:
+            if (name := self._trace.watch.hooked()) is not None:
+                raise Unsupported(f"parameter {name!r} has a gradient hook")
             flow = trace_flow(self.model, key[0], self._trace, key[1])
             if not any(isinstance(op.module, ThresholdLayer) for op in flow.layers.values()):
                 reasons = "; ".join(f"{name}: {why}" for name, why in flow.apart.items())

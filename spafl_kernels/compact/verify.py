@@ -6,6 +6,7 @@ the values (zero biases, unit scales) at which a mistake would not show: outputs
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
@@ -175,7 +176,9 @@ def _over_rounds(
     macs = sum(op.macs for op in flow.ops.values())
     macs += sum(op.module.weight.numel() * op.positions for op in flow.layers.values())
     rounds = [(1, 0.5, True), (2, 0.3, False)][: 1 if macs > LARGE else 2]
-    plain = torch.autocast(x.device.type, enabled=False)
+    plain: Any = contextlib.nullcontext()
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        plain = torch.autocast(x.device.type, enabled=False)
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), kept_random_state(), plain:
         for seed, density, far in rounds:
             twin, found = twins(flow.model, seed, density, far), ""

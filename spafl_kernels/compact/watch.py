@@ -137,54 +137,54 @@ class Watch:
         self._contents = [f for f in values if f.mutable]
         self._elsewhere = list(_of_classes(kinds))
         self._parameters = list(model.parameters())
-        self._spaces = [
-            space for m in self.modules for space in (m.__dict__, m._parameters, m._buffers, m._modules)
-        ]  # fmt: skip
+        spaces = [space for m in self.modules for space in (m.__dict__, m._parameters, m._buffers, m._modules)]
+        self._spaces = [space for space in spaces if space]
+        self._empty = [*self._hooks, *(space for space in spaces if not space)]
         self._known = [(m._parameters, m._buffers, m._modules) for m in self.modules]
         self._members = [[list(space.items()) for space in spaces] for spaces in self._known]
         self._keys = [frozenset(m.__dict__) for m in self.modules]
         self._note()
-        self._state = [*map(_GRADIENT, self._parameters)]
+        self._state = [*map(_LEAF, self._parameters)]
         self._kind = [*map(_KIND, self._parameters)]
 
     def _note(self) -> None:
         """Note what objects there are, by pattern of modes."""
-        self._then: list[list[Any]] = []
+        self._then: list[list[dict[str, Any]]] = []
         for pattern in self.modes:
-            objects: list[Any] = []
-            for m, training in zip(self.modules, pattern):
-                objects += [training if k == "training" else v for k, v in m.__dict__.items()]
-                for space in (m._parameters, m._buffers, m._modules):
-                    objects += space.values()
-            self._then.append(objects)
+            modes = {id(m.__dict__): training for m, training in zip(self.modules, pattern)}
+            self._then.append([{**s, "training": modes[id(s)]} if id(s) in modes else dict(s) for s in self._spaces])
 
     def hooked(self) -> str | None:
         """Name of a parameter that has a hook on its gradient."""
-        for hooks in map(_HOOKED, self._parameters):
-            if hooks[0] or hooks[1]:
-                named = self.model.named_parameters()
-                return next(name for name, p in named if p._backward_hooks or p._post_accumulate_grad_hooks)
+        for name, p in self.model.named_parameters():
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                return name
         return None
 
-    def changed(self, pattern: int = 0) -> str | None:
-        """What is not as it was, in words; None if all is. ``pattern``: which of the modes the modules should have."""
+    def changed(self, pattern: int = 0, kinds: bool = True) -> str | None:
+        """What is not as it was, in words; None if all is.
+
+        Args:
+            pattern: which of the modes the modules should have.
+            kinds: dtypes and devices of parameters too.
+        """
         try:
-            same = [*chain.from_iterable(map(dict.values, self._spaces))] == self._then[pattern]
+            same = self._spaces == self._then[pattern]
         except Exception:  # tensors, for one, do not compare to a truth value
             same = False
         if not same and (what := self._look(pattern)) is not None:
             return what
-        if any(self._hooks):
-            return "hooks on a module"
+        if any(self._empty):
+            return "hooks on a module, or something was added to it"
         for fields in chain(self._contents, self._elsewhere):
             if (what := fields.changed()) is not None:
                 return what
         for name, tensor, version in self._tensors:
             if _version(tensor) != version:
                 return name
-        if [*map(_GRADIENT, self._parameters)] != self._state:
-            return "requires_grad of a parameter"
-        if [*map(_KIND, self._parameters)] != self._kind:
+        if [*map(_LEAF, self._parameters)] != self._state:
+            return "requires_grad of a parameter, or a hook on its gradient"
+        if kinds and [*map(_KIND, self._parameters)] != self._kind:
             return "dtype or device of a parameter"
         return None
 
@@ -212,9 +212,8 @@ class Watch:
         return None
 
 
-_GRADIENT = attrgetter("requires_grad")
+_LEAF = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 _KIND = attrgetter("dtype", "device")
-_HOOKED = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def _version(tensor: Tensor) -> int:

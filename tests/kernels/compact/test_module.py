@@ -112,7 +112,8 @@ def test_graphs_are_not_kept_alive():
     _, compact, shape = twins("lenet", "identity")
     x, _ = next(batches(shape, 1, 2))
     compact(x).sum().backward()
-    ((_, _, made),) = compact._made.values()
+    (captured,) = compact._captures.values()
+    ((_, _, made),) = captured.made.values()
     assert all(slot.weight is None for slot in made.layers.values())
 
 

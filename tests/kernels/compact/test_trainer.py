@@ -1,6 +1,7 @@
 """The compact trainer against the masked one, in float64 over whole trajectories: everything either of them keeps."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -494,20 +495,12 @@ def tied():
     return model
 
 
-def unused():
-    model = nn.Sequential(ThresholdLinear(4, 4))
-    model.register_parameter("extra", nn.Parameter(torch.zeros(2)))
-    return model
-
-
 @pytest.mark.parametrize(
     "build, text",
     [
         (Branch, "cannot be traced"),
         (Modal, "different things in train and eval"),
         (hooked, "has hooks"),
-        (frozen, "'0.weight' is frozen"),
-        (tied, "'0.weight' and '2.weight' are the same tensor"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), "no threshold layers"),
     ],
 )
@@ -524,7 +517,14 @@ def test_what_cannot_be_traced_runs_masked_and_says_why(build, text, monkeypatch
         make_trainer(build())
 
 
-@pytest.mark.parametrize("build, text", [(Twice, "'fc' is used twice"), (unused, "'extra' is not used")])
+@pytest.mark.parametrize(
+    "build, text",
+    [
+        (Twice, r"no threshold layer can be followed (fc: it is used twice)"),
+        (frozen, "its weight is frozen"),
+        (tied, "it shares a parameter with another module"),
+    ],
+)
 def test_what_the_first_batch_shows_runs_masked_too(build, text):
     model = build()
     twin = copy.deepcopy(model)
@@ -542,7 +542,7 @@ def test_what_the_first_batch_shows_runs_masked_too(build, text):
         assert torch.equal(p, q)
     strict = make_trainer(build(), strict=True)
     strict.begin(options)
-    with pytest.raises(Unsupported, match=text):
+    with pytest.raises(Unsupported, match=re.escape(text)):
         strict.step(x, y)
 
 
@@ -572,8 +572,6 @@ def test_a_model_changed_under_the_trainer_is_refused():
     x, y = next(batches((1, 28, 28), 1, 2, dtype=torch.float32))
     trainer.begin(SGDOptions(lr=0.1))
     trainer.step(x, y)
-    with pytest.raises(ValueError, match=r"this training began with, \(1, 28, 28\); got \(1, 30, 30\)"):
-        trainer.step(torch.zeros(2, 1, 30, 30), y)
     with torch.no_grad():
         model.fc3.weight.mul_(2)
     with pytest.raises(RuntimeError, match=r"'fc3.weight' was changed by somebody else"):
@@ -585,9 +583,4 @@ def test_a_model_changed_under_the_trainer_is_refused():
     trainer = CompactTrainer(model)
     model.fc3.weight = nn.Parameter(model.fc3.weight.detach().clone())
     with pytest.raises(RuntimeError, match="parameters of the model were replaced"):
-        trainer.begin(SGDOptions(lr=0.1))
-    model = LeNet5()
-    trainer = CompactTrainer(model)
-    model.fc3.weight.requires_grad_(False)
-    with pytest.raises(RuntimeError, match=r"requires_grad of 'fc3.weight' was switched off"):
         trainer.begin(SGDOptions(lr=0.1))
