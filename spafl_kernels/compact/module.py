@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -335,14 +336,14 @@ def rows_of(
     masks: dict[str, Tensor] = {}
     keep: dict[str, Tensor] = {}
     passes: dict[str, Tensor | None] = {}
-    sums: list[Tensor] = []
+    values: list[Tensor] = []
     for name, op in flow.layers.items():
         m = op.module
         if not isinstance(m, ThresholdLayer):
-            sums.append(m.weight.sum())
+            values.append(m.weight.sum().view(1))
             continue
         score = filter_scores(m.weight)
-        sums.append(score.sum())
+        values.append(score)
         masks[name] = keep[name] = score > m.threshold
         passes[name] = None
         if m.estimator == "identity":
@@ -359,7 +360,7 @@ def rows_of(
             if carried is not None:
                 name = condition.layer.name
                 keep[name] = keep[name] | carried
-    if not bool(torch.stack(sums).isfinite().all()):
+    if not math.isfinite(torch.cat(values).sum().item()):
         # What is not finite is to spoil the result as it does in the model itself, where 0 * NaN is NaN.
         keep = {name: torch.ones_like(mask) for name, mask in keep.items()}
     return masks, keep, passes

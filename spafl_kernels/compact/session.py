@@ -7,6 +7,7 @@ estimator's sign term moves them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -143,7 +144,7 @@ class Session:
         self._tau = torch.cat([layer.threshold for layer in self._pruned]) if self._pruned else self._scores
         # What is not finite is to spoil the result as it does in the masked model, where 0 * NaN is NaN.
         plain = [layer.weight for layer in self._layers.values() if not layer.is_threshold]
-        self._spoiled = not bool(torch.stack([t.sum() for t in (self._scores, *plain)]).isfinite().all())
+        self._spoiled = not math.isfinite(sum(t.sum().item() for t in (self._scores, *plain)))
         self._dropped.begin(options)
         self._loaded = False
         self._stale = True
@@ -197,7 +198,7 @@ class Session:
             return
         active = scores > tau
         if self._loaded and not self._spoiled:
-            self._spoiled = not bool(scores.sum().isfinite())
+            self._spoiled = not math.isfinite(scores.sum().item())
         keep = self._kept_rows(active, self._far_rows(far))
         made = True
         if not self._loaded:
