@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..tables import tiles as measured
 from .collect import collect_channels
-from .geometry import Geometry, channels_last, channels_last_strides, needs_copy, positions
+from .geometry import Geometry, Memory, channels_last, channels_last_strides, needs_copy, positions
 from .launch import REMEMBERED, Launch, current_stream
 from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
@@ -218,26 +218,41 @@ def flat_is_better(channels: int, taps: int, depth: int) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Forward:
-    """What the forward pass of given sizes needs beside its tensors."""
+class Forward:
+    """The forward pass of given sizes, see :func:`layer_forward`."""
 
-    size: tuple[int, ...]
-    strides: tuple[int, ...]
+    y: Memory
+    device: torch.device
     # None: there is nothing to compute.
     launch: Launch | None
     copy: bool
     # Keeps the table of tiles alive whose identity is one of the facts.
     table: Any
 
+    def of_one_client(self, linear: bool) -> Forward:
+        """The same with tensors that lack the client dimension; linear: input and result are matrices."""
+        return dataclasses.replace(self, y=self.y.part(slice(1, 3 if linear else None)))
+
+    def run(
+        self, stream: int | None, x: Tensor, packed: Tensor, bias: Tensor | None, plan: Tensor, inputs: Tensor
+    ) -> Tensor:
+        """The output; ``inputs``: the plan of the input, or the plan again."""
+        size, strides, dtype = self.y
+        y = torch.empty_strided(size, strides, dtype=dtype, device=self.device)
+        if self.launch is not None:
+            x = channels_last(x) if self.copy else x
+            self.launch(stream, x, packed, x if bias is None else bias, y, plan, inputs)
+        return y
+
 
 @functools.lru_cache(REMEMBERED)
-def _prepare(
+def prepare(
     shape: tuple[int, ...], strides: tuple[int, ...], dtypes: tuple[torch.dtype, ...], packed: int, plan: int,
     inputs: int | None,
     bias: tuple[torch.dtype, int] | None, out: int, geometry: Geometry, mask_bias: bool, tf32: bool, tile: Tile | None,
     device: torch.device, table: int,
-) -> _Forward:  # fmt: skip
-    """By everything that the launch depends on.
+) -> Forward:  # fmt: skip
+    """The pass by everything that its launch depends on.
 
     Args:
         shape, strides, device: of x.
@@ -251,7 +266,7 @@ def _prepare(
     size, memory = (clients, n, out, high, wide), channels_last_strides(out, high, wide, n)
     total = n * high * wide
     if total == 0 or clients == 0:
-        return _Forward(size, memory, None, False, None)
+        return Forward(Memory(size, memory, dtype), device, None, False, None)
     if max(total, n * g.height * g.width) >= 2**31:
         raise ValueError(f"x must have fewer than 2**31 positions per client; got N={n}, {(g.height, g.width)} pixels")
     listed = inputs is not None
@@ -281,7 +296,7 @@ def _prepare(
             "GROUP": min(64, max(16, power_of_two(out))), "num_warps": tile.warps, "num_stages": tile.stages,
         },
     )  # fmt: skip
-    return _Forward(size, memory, launch, needs_copy(shape, strides), measured.of(device))
+    return Forward(Memory(size, memory, dtype), device, launch, needs_copy(shape, strides), measured.of(device))
 
 
 def layer_forward(
@@ -318,16 +333,9 @@ def layer_forward(
     if input_plan is not None and x.numel() > 0:
         x, packed, geometry = restrict(x, packed, input_plan, geometry)
         inputs = input_plan.data
-    made = _prepare(
+    made = prepare(
         x.shape, x.stride(), (x.dtype, packed.dtype, data.dtype), packed.stride(0), data.stride(0),
         None if inputs is None else inputs.stride(0), None if bias is None else (bias.dtype, bias.stride(0)), plan.out,
         geometry, mask_bias, tf32, tile, device, id(measured.of(device)),
     )  # fmt: skip
-    y = torch.empty_strided(made.size, made.strides, dtype=x.dtype, device=device)
-    if made.launch is not None:
-        x = channels_last(x) if made.copy else x
-        made.launch(
-            current_stream(x.get_device()), x, packed, x if bias is None else bias, y, data,
-            data if inputs is None else inputs,
-        )  # fmt: skip
-    return y
+    return made.run(current_stream(x.get_device()), x, packed, bias, data, data if inputs is None else inputs)

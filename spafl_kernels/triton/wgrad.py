@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .collect import COLLECT_ROWS, collecting
-from .geometry import Geometry, Positions, row_order, strides_like_rows
+from .geometry import Geometry, Memory, Positions, row_order
 from .launch import Launch
 from .narrowest import narrowest
 from .plan import HEADER, capacity, row_stride
@@ -216,9 +216,17 @@ def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int
     return triton.cdiv(total, chunk), chunk
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightGradients:
-    """The launches behind collecting ``dL/dy``, and the sizes of what they write.
+class Scratch(NamedTuple):
+    """Memory that the launches pass on."""
+
+    partial: Memory
+    sums: Memory
+    extended: Memory
+    slabs: Memory
+
+
+class WeightGradients(NamedTuple):
+    """The launches behind collecting ``dL/dy``.
 
     ========  ==========================================================================
     extend    ``(partial, sums, plan, extended)``
@@ -228,11 +236,7 @@ class WeightGradients:
     ========  ==========================================================================
     """
 
-    partial: tuple[int, ...]
-    sums: tuple[int, ...]
-    extended: tuple[int, ...]
-    slabs: tuple[int, ...]
-    dw: tuple[int, ...]  # strides
+    scratch: Scratch
     extend: Launch
     extra: Launch
     product: Launch
@@ -245,14 +249,15 @@ def blocks(shape: Sequence[int]) -> int:
 
 
 def weight_gradients(
-    grad: tuple[Sequence[int], Sequence[int]], x: Positions, weight: tuple[Sequence[int], Sequence[int]],
-    dtype: torch.dtype, bias: int | None, geometry: Geometry, channels: int, mask_bias: bool, tf32: bool,
-    tile: Tile | None, device: torch.device, plan: int, inputs: int | None,
+    grad: tuple[Sequence[int], Sequence[int]], statistics: tuple[int, ...], x: Positions,
+    weight: tuple[Sequence[int], Sequence[int]], dtype: torch.dtype, bias: int | None, geometry: Geometry,
+    channels: int, mask_bias: bool, tf32: bool, tile: Tile | None, device: torch.device, plan: int, inputs: int | None,
 ) -> WeightGradients:  # fmt: skip
     """The launches for ``dw``, ``dtau`` and ``dbias``.
 
     Args:
         grad: shape and strides of ``dL/dy``.
+        statistics: size of ``partial``.
         x: where its positions lie; with a plan of the input, x and geometry are those of its list.
         weight: shape and strides; rows are dense.
         dtype, device: of ``x``.
@@ -265,7 +270,6 @@ def weight_gradients(
     g, listed, (clients, n, out, high, wide) = geometry, inputs is not None, grad[0]
     cap, taps, stride, n_in = capacity(out), g.kernel[0] * g.kernel[1], row_stride(g.n_in), math.prod(shape[2:])
     total, listing, inputs = n * high * wide, 1 + 2 * out, plan if inputs is None else inputs
-    statistics = (clients, blocks(grad[0]), 2, out)
     extend = Launch(
         threshold_extend,
         (1, clients),
@@ -311,7 +315,10 @@ def weight_gradients(
         },
     )  # fmt: skip
     extra = collecting(*grad, plan, extended_client=listing)
-    return WeightGradients(
-        statistics, (clients, out), (clients, listing), slabs, strides_like_rows(shape, strides), extend, extra,
-        product, finish,
-    )  # fmt: skip
+    scratch = Scratch(
+        Memory.dense(statistics, torch.float32),
+        Memory.dense((clients, out), torch.float32),
+        Memory.dense((clients, listing), torch.int32),
+        Memory.dense(slabs, torch.float32),
+    )
+    return WeightGradients(scratch, extend, extra, product, finish)
