@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tables import tiles as measured
+from .bounds import last_of, within
 from .collect import collect_channels
 from .geometry import Geometry, Memory, channels_last, channels_last_strides, needs_copy, positions
 from .launch import REMEMBERED, Launch, current_stream
@@ -35,14 +36,15 @@ def spread(
     target = y + rows.to(tl.int64)[:, None] * out
     for c0 in range(start // GROUP * GROUP, end, GROUP):
         c = c0 + tl.arange(0, GROUP)
-        position = tl.load(inverse + c, mask=c < out, other=-1)
+        at = within(c, c < out)
+        position = tl.load(inverse + at, mask=c < out, other=-1)
         column = position - first
         kept = (column >= 0) & (column < TILE)
         column = tl.where(kept, column, 0)
         value = tl.gather(acc, tl.broadcast_to(column[None, :], (ROWS, GROUP)), axis=1)
         value = tl.where(kept[None, :], value, 0.0)
         if HAS_BIAS:
-            b = tl.load(bias + c, mask=c < out, other=0.0).to(tl.float32)
+            b = tl.load(bias + at, mask=c < out, other=0.0).to(tl.float32)
             if MASK_BIAS:
                 b = tl.where(position >= 0, b, 0.0)
             value += b[None, :]
@@ -89,23 +91,23 @@ def _forward_tile(
         parts = 1
         steps = tl.cdiv(C * R * S, DEPTH)
     elif LISTED:
-        parts = tl.cdiv(channels, DEPTH)
-        steps = R * S * parts
+        steps = R * S * tl.cdiv(channels, DEPTH)
+        parts = tl.maximum(tl.cdiv(channels, DEPTH), 1)  # it divides
     else:
         parts = PARTS
         steps = R * S * PARTS
-    for step in range(0, tl.where(count > 0, steps, 0)):
+    for i in range(0, tl.where(count > 0, steps, 0)):
         if FLAT:
-            k = step * DEPTH + tl.arange(0, DEPTH)
+            k = i * DEPTH + tl.arange(0, DEPTH)
             h = high[:, None] + (k // (S * C) * SHAPE[11])[None, :]
             w = wide[:, None] + (k // C % S * SHAPE[12])[None, :]
             ok = live[:, None] & (k < C * R * S)[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            # Masked lanes get offset 0: a masked asynchronous copy from before the tensor faults (pytorch 187081).
             at = tl.where(ok, base[:, None] + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w + (k % C)[None, :], 0)
             a = tl.load(x + at, mask=ok, other=0.0)
-            b = packed + first.to(tl.int64) * stride + filters[:, None] * stride + k[None, :]
-            b = tl.load(b, mask=(k < stride)[None, :], other=0.0)
+            b = packed + first.to(tl.int64) * stride + filters[:, None] * stride
+            b = tl.load(b + within(k, k < stride)[None, :], mask=(k < stride)[None, :], other=0.0)
         else:
+            step = last_of(i, steps)
             tap = step // parts
             c0 = step % parts * DEPTH
             if POINTWISE:
@@ -117,10 +119,14 @@ def _forward_tile(
                 ok = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 at = tl.where(ok, base + (h.to(OFFSET) * x_h + w.to(OFFSET) * x_w), 0)
             # Scalars are added to the pointer first: they stay out of the per-element address arithmetic.
-            a = (x + c0) + at[:, None] + lane[None, :]
+            if C % DEPTH == 0:
+                c = lane
+            else:
+                c = within(lane, c0 + lane < C)
+            a = (x + c0) + at[:, None] + c[None, :]
             if PIECE > 0:
                 a = tl.max_contiguous(a, [1, PIECE])
-            b = (packed + (first.to(tl.int64) * stride + tap * C + c0)) + filters[:, None] * stride + lane[None, :]
+            b = (packed + (first.to(tl.int64) * stride + tap * C + c0)) + filters[:, None] * stride + c[None, :]
             if C % DEPTH == 0:
                 a = tl.load(a, mask=ok[:, None], other=0.0)
                 b = tl.load(b)
@@ -177,7 +183,7 @@ def threshold_pack_columns(
     lane = tl.arange(0, CAP if CAP < 64 else 64)
     for c0 in range(0, CAP, CAP if CAP < 64 else 64):
         listed = c0 + lane < count
-        channel = tl.load(inputs + HEADER + c0 + lane, mask=listed, other=0)
+        channel = tl.load(inputs + HEADER + tl.where(listed, c0 + lane, 0), mask=listed, other=0)
         for tap in range(0, taps):
             part = tl.load(packed + tap * channels + channel, mask=listed, other=0.0)
             tl.store(narrow + tap * CAP + c0 + lane, part)

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Estimator, check_estimator
+from .bounds import within
 from .geometry import Memory, dense_rows, row_order
 from .kinds import DTYPES
 from .launch import REMEMBERED, Launch, current_stream
@@ -47,15 +48,17 @@ def _flags(
     """
     live = row < out
     total = tl.zeros((ROWS, STEP), dtype=tl.float32)
-    start = weight + row.to(tl.int64)[:, None] * n_in
+    at = tl.where(live, row, 0)
+    start = weight + tl.where(live, row.to(tl.int64) * n_in, 0)[:, None]
     for k0 in range(0, n_in, STEP):
         k = k0 + tl.arange(0, STEP)
-        part = tl.load(start + k[None, :], mask=live[:, None] & (k < n_in)[None, :], other=0.0)
+        column = within(k, k < n_in)
+        part = tl.load(start + column[None, :], mask=live[:, None] & (k < n_in)[None, :], other=0.0)
         total += tl.abs(part.to(tl.float32))
     kind: tl.constexpr = weight.dtype.element_ty
     # Rounded to the dtype of the weight before it is compared, as the definition compares.
     score = (tl.sum(total, 1) / n_in).to(kind).to(tl.float32)
-    tau = tl.load(threshold + row, mask=live, other=0.0).to(tl.float32)
+    tau = tl.load(threshold + at, mask=live, other=0.0).to(tl.float32)
     flag = (score > tau).to(tl.int32)
     if WINDOW:
         margin = (score - tau).to(kind).to(tl.float32)
@@ -63,7 +66,7 @@ def _flags(
     else:
         flag += 2
     if COMPARE:
-        before = tl.load(flags + row, mask=live, other=0)
+        before = tl.load(flags + at, mask=live, other=0)
     else:
         before = tl.full((ROWS,), -1, tl.int32)
     flag += tl.where((before < 0) | ((before & 1) != (flag & 1)), 4, 0)
@@ -117,9 +120,10 @@ def _pack(
     tl.store(index + place, tl.where(keep, row, -1), mask=live)
     for k0 in range(0, stride, STEP):
         k = k0 + tl.arange(0, STEP)
-        source = (k % inner) * outer + k // inner
+        column = within(k, k < n_in)
+        source = (column % inner) * outer + column // inner
         part = tl.load(
-            weight + row.to(tl.int64)[:, None] * n_in + source[None, :],
+            weight + tl.where(keep, row.to(tl.int64) * n_in, 0)[:, None] + source[None, :],
             mask=keep[:, None] & (k < n_in)[None, :],
             other=0.0,
         )

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .bounds import within
 from .collect import COLLECT_ROWS, collecting
 from .geometry import Geometry, Memory, Positions, row_order
 from .launch import Launch
@@ -42,20 +43,21 @@ def threshold_extend(
     for c0 in range(0, out, COLUMNS):
         c = c0 + tl.arange(0, COLUMNS)
         live = c < out
+        column = within(c, live)
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         nonzero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for b0 in range(0, blocks, ROWS):
             b = b0 + tl.arange(0, ROWS)
             mask = (b < blocks)[:, None] & live[None, :]
-            at = partial + b.to(tl.int64)[:, None] * 2 * out + c[None, :]
+            at = partial + tl.where(b < blocks, b, 0).to(tl.int64)[:, None] * 2 * out + column[None, :]
             total += tl.load(at, mask=mask, other=0.0)
             nonzero = tl.maximum(nonzero, tl.load(at + out, mask=mask, other=0.0))
         tl.store(sums + client * sums_client + c, tl.sum(total, 0), mask=live)
-        flag = tl.load(flags + c, mask=live, other=0)
+        flag = tl.load(flags + column, mask=live, other=0)
         extra = (live & ((flag & 1) == 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
         at = position + tl.cumsum(extra, 0) - extra
         tl.store(extended + 1 + at, c, mask=extra > 0)
-        where = tl.where(extra > 0, at, tl.load(inverse + c, mask=live, other=-1))
+        where = tl.where(extra > 0, at, tl.load(inverse + column, mask=live, other=-1))
         tl.store(extended + 1 + out + c, where, mask=live)
         position += tl.sum(extra, 0)
     tl.store(extended, position)
@@ -92,6 +94,10 @@ def _wgrad_tile(
         column = tap * C + c
         down = tap // S * SHAPE[11]
         right = tap % S * SHAPE[12]
+    if FLAT or C % COLUMNS == 0:
+        inner = c
+    else:
+        inner = within(c, inside)
     filters = first + tl.arange(0, TILE)
     lane = tl.arange(0, DEPTH)
     acc = tl.zeros((COLUMNS, TILE), dtype=tl.float32)
@@ -110,8 +116,9 @@ def _wgrad_tile(
             at = tl.where(ok, image + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w, 0)
         if FLAT or C % COLUMNS != 0:
             ok = ok & inside[None, :]
-        a = tl.load(x + at + c[None, :], mask=ok, other=0.0)
-        g = (collected + tl.cast(m0, tl.int64) * CAP) + (lane[:, None] * CAP + filters[None, :])
+        a = tl.load(x + at + inner[None, :], mask=ok, other=0.0)
+        row = tl.where(live, lane, 0)
+        g = (collected + tl.minimum(m0, hi - 1).to(tl.int64) * CAP) + (row[:, None] * CAP + filters[None, :])
         g = tl.load(g, mask=live[:, None], other=0.0)
         acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
     tl.store(slab + filters.to(tl.int64)[None, :] * stride + column[:, None], acc, mask=inside[:, None])
@@ -167,11 +174,12 @@ def threshold_finish(
     for k0 in range(0, n_in, STEP):
         k = k0 + tl.arange(0, STEP)
         mask = listed & (k < n_in)
+        k = within(k, k < n_in)
         column = k
         if LISTED:
             place = tl.load(inverse + k % channels, mask=mask, other=-1)
             mask = mask & (place >= 0)
-            column = k // channels * INPUT_CAP + place
+            column = k // channels * INPUT_CAP + tl.maximum(place, 0)
         g = tl.zeros((STEP,), dtype=tl.float32)
         for part in range(0, PARTS):
             g += tl.load(slabs + tl.cast(part, tl.int64) * CAP * stride + column, mask=mask, other=0.0)
@@ -194,18 +202,20 @@ def threshold_finish(
     tl.debug_barrier()  # the added slabs are read back
     for k0 in range(0, n_in, STEP):
         k = k0 + tl.arange(0, STEP)
-        mask = listed & (k < n_in)
+        exists = k < n_in
+        mask = listed & exists
+        k = within(k, exists)
         source = (k % inner) * outer + k // inner
         column = k
         there = mask & active
         if LISTED:
             place = tl.load(inverse + k % channels, mask=there, other=-1)
             there = there & (place >= 0)
-            column = k // channels * INPUT_CAP + place
+            column = k // channels * INPUT_CAP + tl.maximum(place, 0)
         g = tl.load(slabs + column, mask=there, other=0.0)
         w = tl.load(weight + source, mask=mask, other=0.0).to(tl.float32)
         sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
-        tl.store(dw + source, (g + r * sign / n_in).to(dw.dtype.element_ty), mask=k < n_in)
+        tl.store(dw + source, (g + r * sign / n_in).to(dw.dtype.element_ty), mask=exists)
 
 
 def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int]:
