@@ -58,6 +58,16 @@ def _triton_backend() -> tuple[bool, str | None]:
     return True, None
 
 
+def _launches() -> str:
+    """How Triton kernels are launched."""
+    if importlib.util.find_spec("triton") is None:
+        return "not at all: the triton package is not installed"
+    from .triton import launch
+
+    problem = launch.why_not()
+    return "remembered" if problem is None else f"every one through Triton's own launcher, which is slow: {problem}"
+
+
 def _measured(gpu: str, shelf: Shelf[Any]) -> str | None:
     """Where a GPU's table of choices or tiles comes from, None without one, or what is wrong with it."""
     try:
@@ -75,7 +85,7 @@ def report() -> dict[str, Any]:
         the instruction set of the compiled kernels and those it can run), ``gpus`` (names), ``measured`` (by GPU, the
         origin of the table that ``auto`` chooses by, or None), ``tiles`` (the same of the tile sizes), ``request``
         (``SPAFL_BACKEND``), ``strict`` (``SPAFL_STRICT``), ``extension`` (how it was built) and ``backends`` (name ->
-        ``available``, ``reason``).
+        ``available``, ``reason``), and ``launches`` (whether launches of Triton kernels are remembered, or why not).
     """
     cpp, cpp_reason = _cpu_backend()
     backends = {
@@ -101,6 +111,7 @@ def report() -> dict[str, Any]:
         "tiles": {gpu: _measured(gpu, tiles.SHELF) for gpu in gpus},
         "request": backend.REQUESTED,
         "strict": backend.strict(),
+        "launches": _launches(),
         "extension": native.build_info(),
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends.items()},
     }
@@ -119,6 +130,7 @@ def _text(data: dict[str, Any]) -> str:
         lines.append(f"choice      {gpu}: {origin or 'no times were measured; layers take the Triton kernels'}")
         lines.append(f"tiles       {gpu}: {data['tiles'][gpu] or 'not measured; the kernels choose them by rule'}")
     lines.append(f"layers      SPAFL_BACKEND={data['request']}, SPAFL_STRICT={'1' if data['strict'] else '0'}")
+    lines.append(f"launches    of Triton kernels: {data['launches']}")
     build = data["extension"]
     if build:
         archs = build.get("cuda") or "none"

@@ -6,7 +6,7 @@ the median of many calls, in one thread, forward and backward.
 
 =========  =========================================================================================================
 ``whole``  the layer, in a loop that gives its gradients back after every call
-``parts``  the functions that launch the kernels, called alone: pass and product forward, everything backward
+``parts``  what launches the kernels, called alone: results and scratch memory allocated, C launchers called
 ``rest``   the difference: the module's call, checks, choice of backend, autograd
 ``floor``  a layer that computes nothing: a module with the same parameters that calls a
            :class:`torch.autograd.Function`, which allocates a result and gradients. No layer costs less
@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from spafl_kernels import ThresholdConv2d, ThresholdLinear
 from spafl_kernels.ops import arguments, direct
-from spafl_kernels.ops import packed as kernels
 from spafl_kernels.shared_pass import SharedPass
 
 from . import pretended
@@ -109,22 +108,21 @@ def whole(layer: nn.Module, x: Tensor, repeats: int) -> tuple[Time, Time]:
 
 
 def parts(layer: ThresholdConv2d | ThresholdLinear, x: Tensor, repeats: int, planned: bool) -> tuple[Time, Time]:
-    """The functions that launch the kernels, on a layer's tensors."""
+    """What launches the kernels of a layer's call, on its tensors."""
     geometry = None
     if isinstance(layer, nn.Conv2d):
         steps = layer.stride, layer.padding, layer.dilation
         geometry = arguments.geometry((1, *x.shape), (1, *layer.weight.shape), *steps)
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-        x, weight, threshold, bias = (t.detach().unsqueeze(0) for t in (x, layer.weight, layer.threshold, layer.bias))
-        call: Any = (x, weight, threshold, bias, geometry, "identity", False)
-        y, plan, packed = kernels.forward(*call, None, None)
-        given = (plan, packed) if planned else (None, None)
-        gradient = torch.empty_like(y)
-        forward, backward = times(
-            repeats,
-            lambda _: kernels.forward(*call, *given),
-            lambda _: kernels.backward(gradient, x, weight, packed, plan, bias, geometry, False, True, True),
-        )
+    x, weight, threshold, bias = (t.detach() for t in (x, layer.weight, layer.threshold, layer.bias))
+    call = direct.Call(x, weight, threshold, bias, geometry, "identity", False, False)
+    y, plan, packed = call.forward(x, weight, threshold, bias, None, None)
+    given = (plan, packed) if planned else (None, None)
+    gradient = torch.empty_like(y)
+    forward, backward = times(
+        repeats,
+        lambda _: call.forward(x, weight, threshold, bias, *given),
+        lambda _: call.backward(gradient, x, weight, packed, plan, bias, True, True),
+    )
     return forward, backward
 
 

@@ -145,10 +145,11 @@ class ThresholdLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, plan: Tensor | None,
-        packed: Tensor | None, call: Call,
+        ctx: Any, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None,
+        rest: tuple[Call, Tensor | None, Tensor | None],
     ) -> Tensor:  # fmt: skip
-        y, plan, packed = call.forward(input, weight, threshold, bias, plan, packed)
+        call, given, rows = rest
+        y, plan, packed = call.forward(input, weight, threshold, bias, given, rows)
         ctx.save_for_backward(input, weight, bias, plan, packed)
         ctx.call = call
         return y
@@ -164,7 +165,7 @@ class ThresholdLayer(torch.autograd.Function):
             dx, dw, dtau, db = _by_operator(call, grad, input, weight, packed, plan, bias, needs[0], need_weight)
         if not (needs[1] and needs[2]):
             dw, dtau = dw if needs[1] else None, dtau if needs[2] else None
-        return dx, dw, dtau, db if needs[3] else None, None, None, None
+        return dx, dw, dtau, db if needs[3] else None, None
 
 
 def _by_operator(
@@ -202,5 +203,5 @@ def run(
         or threshold.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return ThresholdLayer.apply(input, weight, threshold, bias, plan, packed, call)  # type: ignore[no-any-return]
+        return ThresholdLayer.apply(input, weight, threshold, bias, (call, plan, packed))  # type: ignore[no-any-return]
     return call.forward(input, weight, threshold, bias, plan, packed)[0]

@@ -174,34 +174,38 @@ class Program:
         device: of the scratch memory.
     """
 
-    __slots__ = ("_bytes", "_device", "_offsets", "_ready", "_scratch", "_stages")
+    __slots__ = ("_bytes", "_device", "_offsets", "_ready", "scratch", "stages")
 
     def __init__(
         self, stages: Sequence[tuple[Launch, tuple[int, ...]]], scratch: Sequence[Memory], device: torch.device
     ) -> None:
-        self._stages = [(launch, operator.itemgetter(*places)) for launch, places in stages]
+        self.stages = [(launch, operator.itemgetter(*places)) for launch, places in stages]
+        self.scratch, self._device = scratch, device
         self._ready: list[tuple[Any, ...]] | None = None
-        self._scratch, self._device = scratch, device
         ends = [0, *itertools.accumulate(-(-memory.bytes // LINE) * LINE for memory in scratch)]
         self._offsets, self._bytes = tuple(ends[:-1]), ends[-1]
 
     def __call__(self, stream: int | None, *tensors: Tensor) -> None:
         """Launch all on ``stream``, as :func:`current_stream` gave it; ``tensors``: all but the scratch memory."""
-        empty, device = torch.empty_strided, self._device
         if stream is not None and self._ready is not None:
             addresses = tuple(map(_address, tensors))
             if not _unaligned(addresses):
                 # All scratch memory at once. It may be used again as soon as it is given back, by what comes later on
                 # the same stream.
-                memory = empty((self._bytes,), (1,), dtype=torch.uint8, device=device)
+                memory = torch.empty_strided((self._bytes,), (1,), dtype=torch.uint8, device=self._device)
                 base = memory.data_ptr()
                 addresses += tuple([base + offset for offset in self._offsets])
                 for run, grid, rest, values, pick in self._ready:
                     run(*grid, stream, *rest, *pick(addresses), *values)
                 return
-        scratch = [empty(size, strides, dtype=dtype, device=device) for size, strides, dtype in self._scratch]
+        self.one_by_one(stream, *tensors)
+        if stream is not None and self._ready is None and all(launch.known for launch, _ in self.stages):
+            self._ready = [(*launch.known, pick) for launch, pick in self.stages if launch.known is not None]
+
+    def one_by_one(self, stream: int | None, *tensors: Tensor) -> None:
+        """The same with a tensor for each scratch memory."""
+        empty, device = torch.empty_strided, self._device
+        scratch = [empty(size, strides, dtype=dtype, device=device) for size, strides, dtype in self.scratch]
         tensors = (*tensors, *scratch)
-        for launch, pick in self._stages:
+        for launch, pick in self.stages:
             launch(stream, *pick(tensors))
-        if stream is not None and self._ready is None and all(launch.known for launch, _ in self._stages):
-            self._ready = [(*launch.known, pick) for launch, pick in self._stages if launch.known is not None]

@@ -364,6 +364,11 @@ class ModelPass:
         self._words = torch.zeros(2 * self._programs, dtype=torch.int32, device=device)
         self._addresses = self._current_addresses()
         self._table = self._make_table()
+        constants = {
+            "DTYPE": self._dtype, "WINDOW": estimator == "window", "COMPARE": True, "HEADER": HEADER,
+            "FIELDS": FIELDS, "ROWS": ROWS, "STEP": STEP, "LANES": LANES, "num_warps": WARPS,
+        }  # fmt: skip
+        self._launch = Launch(threshold_pass_model, (self._programs,), (), constants)
 
     def _current_addresses(self) -> list[tuple[int, int]]:
         return [(layer.weight.data_ptr(), layer.threshold.data_ptr()) for layer in self._layers]
@@ -383,10 +388,9 @@ class ModelPass:
         if (addresses := self._current_addresses()) != self._addresses:
             self._addresses = addresses
             self._table = self._make_table()
-        threshold_pass_model[(self._programs,)](
-            self._table, self._owners, self._tickets, self._words, self._plans, self._scores, self._packed,
-            DTYPE=self._dtype, WINDOW=self.estimator == "window", COMPARE=True, HEADER=HEADER, FIELDS=FIELDS,
-            ROWS=ROWS, STEP=STEP, LANES=LANES, num_warps=WARPS,
+        self._launch(
+            current_stream(self._plans.get_device()), self._table, self._owners, self._tickets, self._words,
+            self._plans, self._scores, self._packed,
         )  # fmt: skip
         return self.plans
 
