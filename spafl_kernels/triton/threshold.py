@@ -348,8 +348,10 @@ class ModelPass:
         n = self._layers[0].clients
 
         def parts(sizes: list[int], dtype: torch.dtype, fill: int = 0) -> tuple[Tensor, list[Tensor]]:
-            whole = torch.full((n * sum(sizes),), fill, dtype=dtype, device=device)
-            return whole, [part.view(n, -1) for part in whole.split([n * size for size in sizes])]
+            """One memory for all layers; that of each begins at a multiple of 16 bytes, which Triton compiles for."""
+            spans = [-(-n * size // 16) * 16 for size in sizes]
+            whole = torch.full((sum(spans),), fill, dtype=dtype, device=device)
+            return whole, [part[: n * size].view(n, -1) for part, size in zip(whole.split(spans), sizes, strict=True)]
 
         self._plans, plans = parts([plan_size(layer.out) for layer in self._layers], torch.int32, fill=-1)
         self._packed, packed = parts([layer.cap * layer.stride for layer in self._layers], dtype or kind)
@@ -374,13 +376,13 @@ class ModelPass:
         return [(layer.weight.data_ptr(), layer.threshold.data_ptr()) for layer in self._layers]
 
     def _make_table(self) -> Tensor:
-        rows, plan_at, scores_at, packed_at, ticket = [], 0, 0, 0, 0
-        for layer in self._layers:
-            for weight, threshold in zip(layer.weight, layer.threshold, strict=True):
-                at = [weight.data_ptr(), threshold.data_ptr(), plan_at, scores_at, packed_at]
+        rows, ticket = [], 0
+        for layer, plan, scores, packed in zip(self._layers, self.plans, self.scores, self.packed, strict=True):
+            for client, (weight, threshold) in enumerate(zip(layer.weight, layer.threshold, strict=True)):
+                places = [t.storage_offset() + client * t.stride(0) for t in (plan.data, scores, packed)]
+                at = [weight.data_ptr(), threshold.data_ptr(), *places]
                 rows.append([*at, layer.out, layer.n_in, *layer.order, layer.cap, layer.stride, ticket])
-                plan_at, scores_at = plan_at + plan_size(layer.out), scores_at + layer.out
-                packed_at, ticket = packed_at + layer.cap * layer.stride, ticket + layer.blocks
+                ticket += layer.blocks
         return torch.tensor(rows, dtype=torch.int64, device=self._plans.device)
 
     def __call__(self) -> list[Plan]:

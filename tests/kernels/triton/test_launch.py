@@ -152,6 +152,13 @@ else:
         assert all(begin % launch.ALIGNMENT == 0 for begin, _ in found)
         assert all(begin + size <= following for (begin, size), (following, _) in itertools.pairwise(found))
 
+    def test_the_layers_of_a_shared_pass_are_aligned():
+        """Or their launches would need kernels of their own, and would not come together."""
+        layers = [ThresholdLinear(5, out) for out in (7, 10, 3)]
+        with SharedPass(layers).open(torch.empty(3, dtype=torch.float64)):
+            for layer in layers:
+                assert all(t.data_ptr() % launch.ALIGNMENT == 0 and t.is_contiguous() for t in layer.planned)
+
     @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
     def test_hooks_on_launches_see_every_launch(hook):
         layer, x, seen = ThresholdLinear(16, 8), torch.randn(4, 16), []
