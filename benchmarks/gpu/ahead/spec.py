@@ -19,7 +19,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 LOCAL = ("extern_libs", "arch")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
     """A kernel by module and name, and its specialisation.
 
