@@ -29,7 +29,6 @@ from triton.runtime import cache as triton_cache
 from . import inert, spec, store
 from .spec import HOPPER, Spec
 
-
 SOME_FAILED = 3  # exit code
 
 
