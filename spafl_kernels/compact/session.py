@@ -197,7 +197,10 @@ class Session:
             made = False
         elif made := not torch.equal(keep, self._keep):
             self._rebuild(keep)
-        if made or not torch.equal(active, self._active) or far is not None or self._far is not None:
+        # A row that was pruned since the plan was made may be needed again though it stays pruned.
+        other = made or not torch.equal(active, self._active)
+        other = other or (keep is not active and not torch.equal(keep, self._needed))
+        if other or far is not None or self._far is not None:
             self._active, self._needed, self._far = active, keep, far
             self._set_masks()
         self._stale = False
