@@ -137,7 +137,7 @@ def depthwise(scope: Scope, op: Op, i: int) -> Run:
     const_out = op.const and rows is not None and len(rows.dropped) > 0
     # Without constants a dropped input channel is 0; then only channels kept on both sides are moved.
     select = None if rows is None or rows.full else rows.kept
-    direct = before is not None and rows is not None and bool(torch.equal(before.kept, rows.kept))
+    direct = before is not None and rows is not None and torch.equal(before.host.kept, rows.host.kept)
 
     def run(env: list[Any], training: bool) -> None:
         if direct:
