@@ -56,7 +56,7 @@ def check(
 
 
 def check_planned(input: Tensor, weight: Tensor, plan: Tensor | None, packed: Tensor | None) -> None:
-    """Refuse a pass that was made for another layer, or for another dtype.
+    """Refuse a pass that was made for another layer, or in another dtype.
 
     Raises:
         ValueError: says what was expected and what was given.
@@ -68,6 +68,8 @@ def check_planned(input: Tensor, weight: Tensor, plan: Tensor | None, packed: Te
     if plan is None or packed is None or plan.shape != (clients, plan_size(out)) or packed.shape != rows:
         shapes = [None if t is None else tuple(t.shape) for t in (plan, packed)]
         raise ValueError(f"plan and packed must have shapes {(clients, plan_size(out))} and {rows}; got {shapes}")
+    if plan.dtype != torch.int32:
+        raise ValueError(f"plan must be int32; got {plan.dtype}")
     if packed.dtype != input.dtype:
         raise ValueError(f"packed must have the dtype of input; got {packed.dtype} and {input.dtype}")
 

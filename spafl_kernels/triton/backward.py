@@ -21,16 +21,94 @@ Nothing is accumulated atomically, so results are the same in every run.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from ..executed import note
-from .collect import collect_channels
+from ..executed import counting, note
+from ..tables import tiles as measured
+from .collect import collecting
 from .dgrad import input_gradient
 from .forward import restrict
-from .geometry import Geometry, channels_last, dense_rows, empty_channels_last, like_rows
-from .plan import Plan
+from .geometry import (
+    Geometry,
+    channels_last,
+    channels_last_strides,
+    dense_rows,
+    empty_channels_last,
+    like_rows,
+    needs_copy,
+    positions,
+)
+from .launch import REMEMBERED, Launch, current_stream
+from .plan import Plan, capacity
 from .tiles import Tile
-from .wgrad import statistics_buffer, weight_gradients
+from .wgrad import WeightGradients, weight_gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """What the backward pass of given sizes needs beside its tensors."""
+
+    copy: bool
+    collected: tuple[int, ...]
+    collect: Launch
+    dx: tuple[int, ...]
+    dx_strides: tuple[int, ...]
+    dgrad: Launch | None
+    weight: WeightGradients | None
+    # Keeps the table of tiles alive whose identity is one of the facts.
+    table: Any
+
+
+@functools.lru_cache(REMEMBERED)
+def _prepare(
+    grad: tuple[tuple[int, ...], tuple[int, ...]], x: tuple[tuple[int, ...], tuple[int, ...]],
+    weight: tuple[tuple[int, ...], tuple[int, ...]], dtypes: tuple[torch.dtype, ...], packed: int, plan: int,
+    inputs: tuple[int, int] | None, bias: tuple[torch.dtype, int] | None, geometry: Geometry, mask_bias: bool,
+    tf32: bool, need_input: bool, need_weight: bool, tile: Tile | None, device: torch.device, table: int,
+) -> _Backward:  # fmt: skip
+    """By everything that the launches depend on.
+
+    Args:
+        grad, x, weight: shapes and strides.
+        dtypes: of these three, the packed weights and the plan.
+        packed, plan: distances between clients in the packed weights and the plan.
+        inputs: the same of the plan of the input, and its channels.
+        bias: its dtype and the distance between clients.
+        device: of all.
+        table: identity of the table of measured tiles.
+    """
+    (clients, n, out, high, wide), g = grad[0], geometry
+    channels, listed = (g.channels, None) if inputs is None else (inputs[1], inputs[0])
+    weights = None
+    if need_weight:
+        bias_client = None if bias is None else bias[1]
+        weights = weight_gradients(
+            grad, positions(*x), weight, dtypes[1], bias_client, g, channels, mask_bias, tf32, tile, device, plan,
+            listed,
+        )  # fmt: skip
+    product = None
+    if need_input:
+        product = input_gradient(
+            clients, n, out, g, channels, dtypes[1], tf32, tile, device, packed, plan, listed
+        )  # fmt: skip
+    return _Backward(
+        copy=needs_copy(*x),
+        collected=(clients, n * high * wide, capacity(out)),
+        collect=collecting(
+            *grad, plan, partial_client=None if weights is None else math.prod(weights.partial[1:])
+        ),
+        dx=(clients, n, channels, g.height, g.width),
+        dx_strides=channels_last_strides(channels, g.height, g.width, n),
+        dgrad=product,
+        weight=weights,
+        table=measured.of(device),
+    )  # fmt: skip
 
 
 def layer_backward(
@@ -68,22 +146,46 @@ def layer_backward(
     bias = None if bias is None else bias.contiguous()
     if grad.numel() == 0:
         return _nothing(x, weight, bias, need_input, need_weight)
-    n, g = x.shape[1], geometry
+    data, device, inputs = plan.data, x.device, None
     if input_plan is not None:
-        x, packed, g = restrict(x, packed, input_plan, g)
-    else:
-        x = channels_last(x)
+        x, packed, geometry = restrict(x, packed, input_plan, geometry)
+        inputs = input_plan.data
+    made = _prepare(
+        (grad.shape, grad.stride()), (x.shape, x.stride()), (weight.shape, weight.stride()),
+        (grad.dtype, x.dtype, weight.dtype, packed.dtype, data.dtype), packed.stride(0), data.stride(0),
+        None if inputs is None or input_plan is None else (inputs.stride(0), input_plan.out),
+        None if bias is None else (bias.dtype, bias.stride(0)), geometry, mask_bias, tf32, need_input, need_weight,
+        tile, device, id(measured.of(device)),
+    )  # fmt: skip
+    inputs, stream, w = data if inputs is None else inputs, current_stream(x.get_device()), made.weight
     dx = dw = dtau = dbias = None
-    partial = statistics_buffer(grad) if need_weight else None
-    collected = collect_channels(grad, plan, partial=partial)
-    if need_input:
-        cost = collected.shape[1] * g.kernel[0] * g.kernel[1]
-        note(plan.count, cost, g.channels if input_plan is None else input_plan.count)
-        dx = input_gradient(collected, packed, plan, g, n, tf32, tile, input_plan)
-    if partial is not None:
-        dw, dtau, dbias = weight_gradients(
-            grad, collected, partial, x, weight, plan, bias, g, mask_bias, tf32, tile, input_plan
-        )
+    collected = torch.empty(made.collected, dtype=grad.dtype, device=device)
+    partial = data if w is None else torch.empty(w.partial, dtype=torch.float32, device=device)
+    made.collect(stream, grad, collected, partial, data, data)
+    channels = geometry.channels if input_plan is None else input_plan.count
+    cost = made.collected[1] * math.prod(geometry.kernel)
+    if made.dgrad is not None:
+        if counting():
+            note(plan.count, cost, channels)
+        dx = torch.empty_strided(made.dx, made.dx_strides, dtype=x.dtype, device=device)
+        made.dgrad(stream, collected, packed, dx, data, inputs)
+    if w is not None:
+        x = channels_last(x) if made.copy else x
+        sums = torch.empty(w.sums, dtype=torch.float32, device=device)
+        extended = torch.empty(w.extended, dtype=torch.int32, device=device)
+        w.extend(stream, partial, sums, data, extended)
+        w.extra(stream, grad, collected, data, data, extended)
+        slabs = torch.empty(w.slabs, dtype=torch.float32, device=device)
+        if counting():  # the active filters, and the pruned ones whose row is needed
+            note(extended[:, 0], cost, channels)
+        w.product(stream, x, collected, slabs, extended, inputs)
+        dw = torch.empty_strided(weight.shape, w.dw, dtype=weight.dtype, device=device)
+        dtau = torch.empty(w.sums, dtype=weight.dtype, device=device)
+        dbias = None if bias is None else torch.empty(w.sums, dtype=bias.dtype, device=device)
+        w.finish(
+            stream, weight, weight if bias is None else bias, slabs, sums, data, extended, inputs, dw, dtau,
+            dtau if dbias is None else dbias,
+        )  # fmt: skip
     return dx, dw, dtau, dbias
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import REMEMBERED, Launch, current_stream
 from .plan import HEADER, WIDEST, Plan, capacity
 
 COLLECT_ROWS = 128  # positions per program
@@ -74,31 +79,56 @@ def threshold_collect(
             tl.store(partial + out + c, nonzero.to(tl.float32), mask=c < out)
 
 
-def collect_channels(
-    x: Tensor, plan: Plan, extended: Tensor | None = None, partial: Tensor | None = None, into: Tensor | None = None
-) -> Tensor:
+def collecting(
+    shape: Sequence[int], strides: Sequence[int], plan_client: int, extended_client: int | None = None,
+    partial_client: int | None = None,
+) -> Launch:  # fmt: skip
+    """The launch over ``(x, collected, partial, plan, extended)``; see :func:`collect_channels`.
+
+    Args:
+        shape, strides: of ``x``.
+        plan_client, extended_client, partial_client: distance between the clients of a plan, and of ``extended`` and
+            ``partial``; None where there is none, and the plan stands for it.
+    """
+    clients, n, out, high, wide = shape
+    total, cap = n * high * wide, capacity(out)
+    return Launch(
+        threshold_collect,
+        (triton.cdiv(total, COLLECT_ROWS), clients),
+        (
+            strides[0], total * cap, plan_client if partial_client is None else partial_client, plan_client,
+            plan_client if extended_client is None else extended_client, total, out, strides[1], strides[3],
+            strides[4], strides[2],
+        ),
+        {
+            "HEADER": HEADER, "P": high, "Q": wide, "EXTRA": extended_client is not None,
+            "STATISTICS": partial_client is not None, "CAP": cap, "WIDEST": WIDEST, "ROWS": COLLECT_ROWS, "STEP": 32,
+            "COLUMNS": min(64, cap), "num_warps": 4,
+        },
+    )  # fmt: skip
+
+
+@functools.lru_cache(REMEMBERED)
+def _prepare(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device, plan: int
+) -> Launch:
+    """By everything that the launch depends on: of ``x``, its dtype and that of the plan, and the plan's clients."""
+    return collecting(shape, strides, plan)
+
+
+def collect_channels(x: Tensor, plan: Plan) -> Tensor:
     """The channels of ``x`` that a plan lists, next to each other.
 
     Args:
         x: ``(clients, N, plan.out, H, W)``, any strides.
         plan: whose active filters are the list.
-        extended: if given, only what it lists behind the active filters is collected (see ``threshold_extend``).
-        partial: float32 ``(clients, blocks of COLLECT_ROWS positions, 2, out)``: if given, sums, and 1 where not all
-            zero, of every channel are written.
-        into: result to write to, a new one by default.
 
     Returns:
         ``(clients, N * H * W, capacity(plan.out))``; zeros behind the list up to a whole tile, the rest unwritten.
     """
     clients, n, out, high, wide = x.shape
-    total, cap = n * high * wide, capacity(out)
-    into = x.new_empty(clients, total, cap) if into is None else into
+    into = x.new_empty(clients, n * high * wide, capacity(out))
     data = plan.data
-    more, statistics = data if extended is None else extended, data if partial is None else partial
-    threshold_collect[(triton.cdiv(total, COLLECT_ROWS), clients)](
-        x, into, statistics, data, more, x.stride(0), into.stride(0), statistics.stride(0), data.stride(0),
-        more.stride(0), total, out, x.stride(1), x.stride(3), x.stride(4), x.stride(2),
-        HEADER=HEADER, P=high, Q=wide, EXTRA=extended is not None, STATISTICS=partial is not None, CAP=cap,
-        WIDEST=WIDEST, ROWS=COLLECT_ROWS, STEP=32, COLUMNS=min(64, cap), num_warps=4,
-    )  # fmt: skip
+    launch = _prepare(x.shape, x.stride(), (x.dtype, data.dtype), x.device, data.stride(0))
+    launch(current_stream(x.get_device()), x, into, data, data, data)
     return into

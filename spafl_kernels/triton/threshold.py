@@ -14,6 +14,7 @@ the -1 of the list and the row of zeros behind the packed weights, so that no pr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from ..reference import Estimator, check_estimator
 from .geometry import dense_rows, row_order
 from .kinds import DTYPES
+from .launch import REMEMBERED, Launch, current_stream
 from .plan import HEADER, Plan, capacity, plan_size, row_stride
 
 ROWS = 4  # filters of a program
@@ -216,25 +218,50 @@ def plan_layer(
     """
     clients, out = weight.shape[:2]
     weight, threshold = dense_rows(weight), threshold.contiguous()
-    n_in = math.prod(weight.shape[2:])
-    order = row_order(weight.shape[1:], weight.stride()[1:])
-    assert order is not None
-    compare = plan is not None
-    if plan is None:
-        plan = Plan(torch.empty(clients, plan_size(out), dtype=torch.int32, device=weight.device), out)
-    cap, stride = capacity(out), row_stride(n_in)
-    packed = torch.empty(clients, cap, stride, dtype=dtype or weight.dtype, device=weight.device)
-    scores = torch.empty(clients, out, dtype=torch.float32, device=weight.device)
-    blocks = triton.cdiv(cap, ROWS)
-    words = torch.zeros(blocks * clients + 1, dtype=torch.int32, device=weight.device)
-    threshold_pass_layer[(blocks * clients,)](
-        weight, threshold, plan.data, scores, packed, words,
-        weight.stride(0), threshold.stride(0), plan.data.stride(0), packed.stride(0),
-        out, n_in, order[0], order[1], cap, stride, blocks,
-        WINDOW=estimator == "window", COMPARE=compare, HEADER=HEADER, ROWS=ROWS, STEP=STEP, LANES=LANES,
-        num_warps=WARPS,
+    device, dtype, compare = weight.device, dtype or weight.dtype, plan is not None
+    made = _prepare(
+        weight.shape, weight.stride(), threshold.stride(0), (weight.dtype, threshold.dtype, dtype), device,
+        plan_size(out) if plan is None else plan.data.stride(0), estimator == "window", compare,
     )  # fmt: skip
+    if plan is None:
+        plan = Plan(torch.empty((clients, plan_size(out)), dtype=torch.int32, device=device), out)
+    packed = torch.empty(made.packed, dtype=dtype, device=device)
+    scores = torch.empty((clients, out), dtype=torch.float32, device=device)
+    words = torch.zeros(made.words, dtype=torch.int32, device=device)
+    made.launch(current_stream(weight.get_device()), weight, threshold, plan.data, scores, packed, words)
     return plan, packed, scores
+
+
+@dataclasses.dataclass(frozen=True)
+class _LayerPass:
+    """What the pass of given sizes needs beside its tensors."""
+
+    packed: tuple[int, int, int]
+    words: int
+    launch: Launch
+
+
+@functools.lru_cache(REMEMBERED)
+def _prepare(
+    shape: tuple[int, ...], strides: tuple[int, ...], threshold: int, dtypes: tuple[torch.dtype, ...],
+    device: torch.device, plan: int, window: bool, compare: bool,
+) -> _LayerPass:  # fmt: skip
+    """By everything that the launch depends on: ``threshold`` and ``plan`` are distances between clients."""
+    clients, out = shape[:2]
+    n_in, order = math.prod(shape[2:]), row_order(shape[1:], strides[1:])
+    assert order is not None
+    cap, stride = capacity(out), row_stride(n_in)
+    blocks = triton.cdiv(cap, ROWS)
+    launch = Launch(
+        threshold_pass_layer,
+        (blocks * clients,),
+        (strides[0], threshold, plan, cap * stride, out, n_in, *order, cap, stride, blocks),
+        {
+            "WINDOW": window, "COMPARE": compare, "HEADER": HEADER, "ROWS": ROWS, "STEP": STEP, "LANES": LANES,
+            "num_warps": WARPS,
+        },
+    )  # fmt: skip
+    return _LayerPass((clients, cap, stride), blocks * clients + 1, launch)
 
 
 class ModelPass:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..executed import note
-from .collect import COLLECT_ROWS, collect_channels
-from .geometry import Geometry, like_rows, row_order, row_step
-from .kinds import is_wide
+from .collect import COLLECT_ROWS, collecting
+from .geometry import Geometry, Positions, row_order, strides_like_rows
+from .launch import Launch
 from .narrowest import narrowest
-from .plan import HEADER, Plan, capacity, row_stride
+from .plan import HEADER, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
 FINISH_STEP = 1024
@@ -214,77 +216,102 @@ def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int
     return triton.cdiv(total, chunk), chunk
 
 
-def statistics_buffer(grad: Tensor) -> Tensor:
-    """Where collecting ``dL/dy`` leaves sums and flags of every channel: float32 ``(clients, blocks, 2, out)``."""
-    clients, n, out, high, wide = grad.shape
-    return grad.new_empty(clients, triton.cdiv(n * high * wide, COLLECT_ROWS), 2, out, dtype=torch.float32)
+@dataclasses.dataclass(frozen=True)
+class WeightGradients:
+    """The launches behind collecting ``dL/dy``, and the sizes of what they write.
+
+    ========  ==========================================================================
+    extend    ``(partial, sums, plan, extended)``
+    extra     as for collecting, with ``extended``
+    product   ``(x, collected, slabs, extended, inputs)``
+    finish    ``(weight, bias, slabs, sums, plan, extended, inputs, dw, dtau, dbias)``
+    ========  ==========================================================================
+    """
+
+    partial: tuple[int, ...]
+    sums: tuple[int, ...]
+    extended: tuple[int, ...]
+    slabs: tuple[int, ...]
+    dw: tuple[int, ...]  # strides
+    extend: Launch
+    extra: Launch
+    product: Launch
+    finish: Launch
+
+
+def blocks(shape: Sequence[int]) -> int:
+    """Blocks of rows into which collecting cuts ``dL/dy``: float32 ``(clients, blocks, 2, out)`` are its statistics."""
+    return triton.cdiv(shape[1] * shape[3] * shape[4], COLLECT_ROWS)
 
 
 def weight_gradients(
-    grad: Tensor,
-    collected: Tensor,
-    partial: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    plan: Plan,
-    bias: Tensor | None,
-    geometry: Geometry,
-    mask_bias: bool,
-    tf32: bool,
-    tile: Tile | None,
-    input_plan: Plan | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(dw, dtau, dbias)``.
+    grad: tuple[Sequence[int], Sequence[int]], x: Positions, weight: tuple[Sequence[int], Sequence[int]],
+    dtype: torch.dtype, bias: int | None, geometry: Geometry, channels: int, mask_bias: bool, tf32: bool,
+    tile: Tile | None, device: torch.device, plan: int, inputs: int | None,
+) -> WeightGradients:  # fmt: skip
+    """The launches for ``dw``, ``dtau`` and ``dbias``.
 
-    ``collected`` and ``partial`` come from collecting ``grad``; ``collected`` gets the extra filters appended.
-    ``x`` is ``(clients, N, H, W, C)``; with ``input_plan``, ``x`` and geometry are restricted to its list. ``weight``
-    has dense rows.
+    Args:
+        grad: shape and strides of ``dL/dy``.
+        x: where its positions lie; with a plan of the input, x and geometry are those of its list.
+        weight: shape and strides; rows are dense.
+        dtype, device: of ``x``.
+        bias, plan, inputs: distances between clients in the bias, the plan, and the plan of the input.
+        channels: of the input, listed or not.
     """
-    g, clients, out, cap = geometry, x.shape[0], plan.out, capacity(plan.out)
-    inputs = plan.data if input_plan is None else input_plan.data
-    channels = g.channels if input_plan is None else input_plan.out
-    taps, stride, n_in = g.kernel[0] * g.kernel[1], row_stride(g.n_in), weight.shape[2:].numel()
-    dw, dtau = like_rows(weight), weight.new_empty(clients, out)
-    dbias = None if bias is None else bias.new_empty(clients, out)
-    sums = x.new_empty(clients, out, dtype=torch.float32)
-    extended = x.new_empty(clients, 1 + 2 * out, dtype=torch.int32)
-    threshold_extend[(1, clients)](
-        partial, sums, plan.data, extended, partial.stride(0), sums.stride(0), plan.data.stride(0),
-        extended.stride(0), partial.shape[1], out, HEADER=HEADER, ROWS=32, COLUMNS=min(64, cap), num_warps=4,
-    )  # fmt: skip
-    collect_channels(grad, plan, extended, into=collected)
+    shape, strides = weight
+    order = row_order(shape[1:], strides[1:])
+    assert order is not None
+    g, listed, (clients, n, out, high, wide) = geometry, inputs is not None, grad[0]
+    cap, taps, stride, n_in = capacity(out), g.kernel[0] * g.kernel[1], row_stride(g.n_in), math.prod(shape[2:])
+    total, listing, inputs = n * high * wide, 1 + 2 * out, plan if inputs is None else inputs
+    statistics = (clients, blocks(grad[0]), 2, out)
+    extend = Launch(
+        threshold_extend,
+        (1, clients),
+        (math.prod(statistics[1:]), out, plan, listing, statistics[1], out),
+        {"HEADER": HEADER, "ROWS": 32, "COLUMNS": min(64, cap), "num_warps": 4},
+    )
 
-    line, kind, total = row_step(x), arithmetic(x.dtype, tf32), collected.shape[1]
-    # The active filters, and the pruned ones whose row is needed.
-    note(extended[:, 0], total * taps, g.channels if input_plan is None else input_plan.count)
-    pointwise = g.pointwise and line is not None
-    tile = tile or choose("wgrad", kind, g, out, x.shape[1], x.device, listed=input_plan is not None)
-    columns = min(tile.rows, max(16, power_of_two(g.n_in) if input_plan is None else g.channels))
+    kind, pointwise = arithmetic(dtype, tf32), g.pointwise and x.line is not None
+    tile = tile or choose("wgrad", kind, g, out, n, device, listed=listed)
+    columns = min(tile.rows, max(16, g.channels if listed else power_of_two(g.n_in)))
     filters = min(tile.filters, cap)
     narrow = min(columns, 64)  # addresses of single channels cost the registers of a wider tile
-    flat = input_plan is None and taps > 1 and 2 * triton.cdiv(g.n_in, narrow) <= taps * triton.cdiv(g.channels, narrow)
+    flat = not listed and taps > 1 and 2 * triton.cdiv(g.n_in, narrow) <= taps * triton.cdiv(g.channels, narrow)
     columns = narrow if flat else columns
     column_tiles = triton.cdiv(g.n_in, columns) if flat else taps * triton.cdiv(g.channels, columns)
     tiles = column_tiles * triton.cdiv(out, filters)
     parts, chunk = split(total, tile.depth, tiles * clients, clients * cap * stride * 4)
-    slabs = x.new_empty(clients, parts, cap, stride, dtype=torch.float32)
-    threshold_wgrad[(tiles, parts, clients)](
-        x, collected, slabs, extended, inputs, x.stride(0), collected.stride(0), slabs.stride(0), extended.stride(0),
-        inputs.stride(0), total, chunk, stride, x.stride(1), x.stride(2), line if pointwise else x.stride(3),
-        column_tiles, SHAPE=g.shape, MODE=(is_wide(x), pointwise, flat, input_plan is not None),
-        PRECISION=precision(kind), CAP=cap, COLUMNS=columns, TILE=filters, DEPTH=tile.depth, num_warps=tile.warps,
-        num_stages=tile.stages,
+    slabs = (clients, parts, cap, stride)
+    product = Launch(
+        threshold_wgrad,
+        (tiles, parts, clients),
+        (
+            x.client, total * cap, math.prod(slabs[1:]), listing, inputs, total, chunk, stride, x.image, x.row,
+            x.step(pointwise), column_tiles,
+        ),
+        {
+            "SHAPE": g.shape, "MODE": (x.wide, pointwise, flat, listed), "PRECISION": precision(kind), "CAP": cap,
+            "COLUMNS": columns, "TILE": filters, "DEPTH": tile.depth, "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        },
     )  # fmt: skip
-
-    order = row_order(weight.shape[1:], weight.stride()[1:])
-    assert order is not None
-    threshold_finish[(out, clients)](
-        weight, weight if bias is None else bias, slabs, sums, plan.data, extended, inputs, dw, dtau,
-        dtau if dbias is None else dbias,
-        weight.stride(0), 0 if bias is None else bias.stride(0), slabs.stride(0), plan.data.stride(0),
-        extended.stride(0), inputs.stride(0), out, n_in, order[0], order[1], channels, stride,
-        HEADER=HEADER, LISTED=input_plan is not None, INPUT_CAP=capacity(channels), PARTS=parts, CAP=cap,
-        HAS_BIAS=bias is not None, MASK_BIAS=mask_bias, STEP=min(FINISH_STEP, max(16, power_of_two(n_in))),
-        num_warps=4,
+    finish = Launch(
+        threshold_finish,
+        (out, clients),
+        (
+            strides[0], 0 if bias is None else bias, math.prod(slabs[1:]), plan, listing, inputs, out, n_in, *order,
+            channels, stride,
+        ),
+        {
+            "HEADER": HEADER, "LISTED": listed, "INPUT_CAP": capacity(channels), "PARTS": parts, "CAP": cap,
+            "HAS_BIAS": bias is not None, "MASK_BIAS": mask_bias,
+            "STEP": min(FINISH_STEP, max(16, power_of_two(n_in))), "num_warps": 4,
+        },
     )  # fmt: skip
-    return dw, dtau, dbias
+    extra = collecting(*grad, plan, extended_client=listing)
+    return WeightGradients(
+        statistics, (clients, out), (clients, listing), slabs, strides_like_rows(shape, strides), extend, extra,
+        product, finish,
+    )  # fmt: skip
