@@ -329,7 +329,8 @@ def layer_forward(
     if made.launch is not None:
         if counting():
             _, n, _, high, wide = made.size
-            note(plan.count, n * high * wide * math.prod(geometry.kernel), geometry.channels if input_plan is None else input_plan.count)
+            channels = geometry.channels if input_plan is None else input_plan.count
+            note(plan.count, n * high * wide * math.prod(geometry.kernel), channels)
         x = channels_last(x) if made.copy else x
         made.launch(
             current_stream(x.get_device()), x, packed, x if bias is None else bias, y, data,
