@@ -542,8 +542,8 @@ else:
         cohort = Cohort(models, options, False)
         assert cohort.passes is not None
         with checks.options(also=[*cohort.weights, *cohort.thresholds]):
-            got = changes(cohort, x, y)
-        assert difference(got, changes(Loop(models, options), x, y)) < 1e-4
+            got = changes(models, cohort, x, y)
+        assert difference(got, changes(models, Loop(models, options), x, y)) < 1e-4
         assert cohort.density.tolist() == [pytest.approx([0.5, 0.5], abs=0.03)] * len(cohort.layers)
 
     # ------------------------------------------------------------------------------------------- the benchmark
