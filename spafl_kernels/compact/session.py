@@ -214,7 +214,7 @@ class Session:
     def guard(self) -> None:
         """The collapse guard: thresholds of layers that the last forward left hardly any filter."""
         for layer in self._collapsed:
-            self._tau[layer.part] = 0
+            self._tau[layer.part].zero_()
             self._stale = True
 
     @torch.no_grad()

@@ -95,12 +95,12 @@ class Summand:
         if self.spread is None:
             return x if stream is None else stream + x
         if constants is not None:
-            constants = F.pad(constants[self._stay], (0, self._pads))
+            constants = F.pad(constants.index_select(0, self._stay), (0, self._pads))
         return self.spread(x, constants, stream)
 
     def left(self, constants: Tensor | None) -> Tensor | None:
         """The constants of channels that the sum does not have either."""
-        return None if constants is None else constants[self._leave]
+        return None if constants is None else constants.index_select(0, self._leave)
 
 
 def pixels(x: Tensor) -> Tensor:

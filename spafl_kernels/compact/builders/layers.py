@@ -78,7 +78,7 @@ def layer(scope: Scope, op: Op, i: int) -> Run:
         if const_in and (c := env[n + j]) is not None:
             assert wd is not None
             if taps is not None:
-                shift = torch.matmul(c, wd.flatten(2)) @ taps  # (rows, kernel) by (kernel, positions)
+                shift = _through(c, wd.flatten(2)) @ taps  # (rows, kernel) by (kernel, positions)
             else:
                 flat = wd.flatten(1)
                 kernel = flat.shape[1] // len(c)
@@ -107,6 +107,14 @@ def layer(scope: Scope, op: Op, i: int) -> Run:
             env[n + i] = slot.bias_dropped
 
     return run
+
+
+def _through(constants: Tensor, weights: Tensor) -> Tensor:
+    """``(C,)`` by ``(rows, C, kernel)``: ``(rows, kernel)``."""
+    if weights.device.type == "cpu":
+        return torch.matmul(constants, weights)
+    # matmul would copy the weights, forward and backward, to have one product; elsewhere a call is what costs.
+    return torch.bmm(constants.expand(len(weights), 1, -1), weights).squeeze(1)
 
 
 def _passes(
