@@ -179,7 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     layers: dict[str, tuple[Any, Tensor]] = {
-        "convolution, 6 to 16 channels 5x5, batch 4": (ThresholdConv2d(6, 16, 5), torch.randn(4, 6, 14, 14)),
+        "convolution, 6 to 16 channels 5x5, batch 4, channels last": (
+            ThresholdConv2d(6, 16, 5).to(memory_format=torch.channels_last),
+            torch.randn(4, 6, 14, 14).to(memory_format=torch.channels_last),
+        ),
         "linear, 120 to 84, batch 4": (ThresholdLinear(120, 84), torch.randn(4, 120)),
     }
     print(f"microseconds, least and median of {options.repeats} calls: forward | backward | both")

@@ -14,6 +14,24 @@ from ..triton.plan import capacity, plan_size, row_stride
 _LOW = (torch.float16, torch.bfloat16)
 
 
+def check_layer(weight: Tensor, threshold: Tensor, estimator: str) -> None:
+    """The threshold of one layer, without clients.
+
+    Raises:
+        ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
+    """
+    reference.check_estimator(estimator)
+    if threshold.shape != weight.shape[:1]:
+        raise ValueError(
+            f"threshold must have one value per filter: expected shape ({weight.shape[0]},) for a weight of shape "
+            f"{tuple(weight.shape)}; got {tuple(threshold.shape)}"
+        )
+    if threshold.device != weight.device:
+        raise ValueError(f"threshold is on {threshold.device} but weight is on {weight.device}")
+    if threshold.dtype != weight.dtype:
+        raise ValueError(f"threshold has dtype {threshold.dtype} but weight has {weight.dtype}")
+
+
 def check(
     input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: str, dims: tuple[int, int]
 ) -> None:

@@ -36,6 +36,7 @@ from .dgrad import input_gradient
 from .forward import restrict
 from .geometry import (
     Geometry,
+    Memory,
     channels_last,
     channels_last_strides,
     dense_rows,
@@ -43,36 +44,96 @@ from .geometry import (
     like_rows,
     needs_copy,
     positions,
+    strides_like_rows,
 )
-from .launch import REMEMBERED, Launch, current_stream
+from .launch import REMEMBERED, Launch, Program, current_stream
 from .plan import Plan, capacity
 from .tiles import Tile
-from .wgrad import WeightGradients, weight_gradients
+from .wgrad import blocks, weight_gradients
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+# Places of tensors in the program; those from COLLECTED on are scratch memory.
+GRAD, X, WEIGHT, PACKED, BIAS, PLAN, INPUTS, DX, DW, DTAU, DBIAS, COLLECTED, PARTIAL, SUMS, EXTENDED, SLABS = range(16)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Backward:
-    """What the backward pass of given sizes needs beside its tensors."""
+class Backward:
+    """The backward pass of given sizes, see :func:`layer_backward`."""
 
     copy: bool
-    collected: tuple[int, ...]
-    collect: Launch
-    dx: tuple[int, ...]
-    dx_strides: tuple[int, ...]
-    dgrad: Launch | None
-    weight: WeightGradients | None
+    need_input: bool
+    need_weight: bool
+    # Of the results; ``row``: of dtau and dbias.
+    dx: Memory
+    dw: Memory
+    row: Memory
+    device: torch.device
+    program: Program
+    # Multiply-accumulates of a filter and input channel; how many channels there are, None where a list says it.
+    cost: int
+    channels: int | None
     # Keeps the table of tiles alive whose identity is one of the facts.
     table: Any
 
+    def of_one_client(self, linear: bool) -> Backward:
+        """The same with tensors that lack the client dimension; linear: input and gradient are matrices."""
+        dx = self.dx.part(slice(1, 3 if linear else None))
+        return dataclasses.replace(self, dx=dx, dw=self.dw.part(slice(1, None)), row=self.row.part(slice(1, None)))
+
+    def run(
+        self, stream: int | None, grad: Tensor, x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None,
+        plan: Tensor, inputs: Tensor,
+    ) -> Gradients:  # fmt: skip
+        """The gradients; ``inputs``: the plan of the input, or the plan again."""
+        device, empty, dx = self.device, torch.empty_strided, None
+        if self.need_input:
+            size, strides, dtype = self.dx
+            dx = empty(size, strides, dtype=dtype, device=device)
+        # A tensor that no launch takes has the plan in its place.
+        product = plan if dx is None else dx
+        if not self.need_weight:
+            self._launch(stream, grad, x, weight, packed, plan, plan, inputs, product, plan, plan, plan)
+            return dx, None, None, None
+        x = channels_last(x) if self.copy else x
+        size, strides, dtype = self.dw
+        dw = empty(size, strides, dtype=dtype, device=device)
+        size, strides, dtype = self.row
+        dtau = empty(size, strides, dtype=dtype, device=device)
+        if bias is None:
+            self._launch(stream, grad, x, weight, packed, weight, plan, inputs, product, dw, dtau, dtau)
+            return dx, dw, dtau, None
+        dbias = empty(size, strides, dtype=bias.dtype, device=device)
+        self._launch(stream, grad, x, weight, packed, bias, plan, inputs, product, dw, dtau, dbias)
+        return dx, dw, dtau, dbias
+
+    def _launch(self, stream: int | None, *tensors: Tensor) -> None:
+        if not counting():
+            self.program(stream, *tensors)
+            return
+        # Whoever counts reads later how many filters there were: that memory must not be used again.
+        scratch = self.program.apart(stream, *tensors)
+        channels = self.channels if self.channels is not None else _counts(tensors[INPUTS])
+        if self.need_input:
+            note(_counts(tensors[PLAN]), self.cost, channels)
+        if self.need_weight:  # the active filters, and the pruned ones whose row is needed
+            note(_counts(scratch[EXTENDED - COLLECTED]), self.cost, channels)
+
+
+def _counts(plans: Tensor) -> Tensor:
+    """How many filters plans list, ``(clients,)``; their client dimension may be missing."""
+    return plans[..., 0].reshape(-1)
+
 
 @functools.lru_cache(REMEMBERED)
-def _prepare(
+def prepare(
     grad: tuple[tuple[int, ...], tuple[int, ...]], x: tuple[tuple[int, ...], tuple[int, ...]],
     weight: tuple[tuple[int, ...], tuple[int, ...]], dtypes: tuple[torch.dtype, ...], packed: int, plan: int,
     inputs: tuple[int, int] | None, bias: tuple[torch.dtype, int] | None, geometry: Geometry, mask_bias: bool,
     tf32: bool, need_input: bool, need_weight: bool, tile: Tile | None, device: torch.device, table: int,
-) -> _Backward:  # fmt: skip
-    """By everything that the launches depend on.
+) -> Backward:  # fmt: skip
+    """The pass by everything that its launches depend on.
 
     Args:
         grad, x, weight: shapes and strides.
@@ -85,30 +146,40 @@ def _prepare(
     """
     (clients, n, out, high, wide), g = grad[0], geometry
     channels, listed = (g.channels, None) if inputs is None else (inputs[1], inputs[0])
-    weights = None
-    if need_weight:
-        bias_client = None if bias is None else bias[1]
-        weights = weight_gradients(
-            grad, positions(*x), weight, dtypes[1], bias_client, g, channels, mask_bias, tf32, tile, device, plan,
-            listed,
-        )  # fmt: skip
-    product = None
+    statistics = (clients, blocks(grad[0]), 2, out) if need_weight else None
+    collect = collecting(*grad, plan, partial_client=None if statistics is None else math.prod(statistics[1:]))
+    stages: list[tuple[Launch, tuple[int, ...]]] = []
+    stages.append((collect, (GRAD, COLLECTED, PLAN if statistics is None else PARTIAL, PLAN, PLAN)))
+    scratch = [Memory.dense((clients, n * high * wide, capacity(out)), dtypes[0])]
     if need_input:
-        product = input_gradient(
-            clients, n, out, g, channels, dtypes[1], tf32, tile, device, packed, plan, listed
+        product = input_gradient(clients, n, out, g, channels, dtypes[1], tf32, tile, device, packed, plan, listed)
+        stages.append((product, (COLLECTED, PACKED, DX, PLAN, INPUTS)))
+    if statistics is not None:
+        weights = weight_gradients(
+            grad, statistics, positions(*x), weight, dtypes[1], None if bias is None else bias[1], g, channels,
+            mask_bias, tf32, tile, device, plan, listed,
         )  # fmt: skip
-    return _Backward(
+        scratch += weights.scratch
+        stages += [
+            (weights.extend, (PARTIAL, SUMS, PLAN, EXTENDED)),
+            (weights.extra, (GRAD, COLLECTED, PLAN, PLAN, EXTENDED)),
+            (weights.product, (X, COLLECTED, SLABS, EXTENDED, INPUTS)),
+            (weights.finish, (WEIGHT, BIAS, SLABS, SUMS, PLAN, EXTENDED, INPUTS, DW, DTAU, DBIAS)),
+        ]
+    size, (shape, strides) = (channels, g.height, g.width), weight
+    return Backward(
         copy=needs_copy(*x),
-        collected=(clients, n * high * wide, capacity(out)),
-        collect=collecting(
-            *grad, plan, partial_client=None if weights is None else math.prod(weights.partial[1:])
-        ),
-        dx=(clients, n, channels, g.height, g.width),
-        dx_strides=channels_last_strides(channels, g.height, g.width, n),
-        dgrad=product,
-        weight=weights,
+        need_input=need_input,
+        need_weight=need_weight,
+        dx=Memory((clients, n, *size), channels_last_strides(*size, n), dtypes[1]),
+        dw=Memory(tuple(shape), strides_like_rows(shape, strides), dtypes[2]),
+        row=Memory.dense((clients, out), dtypes[2]),
+        device=device,
+        program=Program(stages, scratch, device),
+        cost=n * high * wide * math.prod(geometry.kernel),
+        channels=geometry.channels if inputs is None else None,
         table=measured.of(device),
-    )  # fmt: skip
+    )
 
 
 def layer_backward(
@@ -125,7 +196,7 @@ def layer_backward(
     need_weight: bool = True,
     tile: Tile | None = None,
     input_plan: Plan | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients of :func:`~spafl_kernels.triton.forward.layer_forward` through the mask, as the definition gives them.
 
     Args:
@@ -150,48 +221,18 @@ def layer_backward(
     if input_plan is not None:
         x, packed, geometry = restrict(x, packed, input_plan, geometry)
         inputs = input_plan.data
-    made = _prepare(
+    made = prepare(
         (grad.shape, grad.stride()), (x.shape, x.stride()), (weight.shape, weight.stride()),
         (grad.dtype, x.dtype, weight.dtype, packed.dtype, data.dtype), packed.stride(0), data.stride(0),
         None if inputs is None or input_plan is None else (inputs.stride(0), input_plan.out),
         None if bias is None else (bias.dtype, bias.stride(0)), geometry, mask_bias, tf32, need_input, need_weight,
         tile, device, id(measured.of(device)),
     )  # fmt: skip
-    inputs, stream, w = data if inputs is None else inputs, current_stream(x.get_device()), made.weight
-    dx = dw = dtau = dbias = None
-    collected = torch.empty(made.collected, dtype=grad.dtype, device=device)
-    partial = data if w is None else torch.empty(w.partial, dtype=torch.float32, device=device)
-    made.collect(stream, grad, collected, partial, data, data)
-    channels = geometry.channels if input_plan is None else input_plan.count
-    cost = made.collected[1] * math.prod(geometry.kernel)
-    if made.dgrad is not None:
-        if counting():
-            note(plan.count, cost, channels)
-        dx = torch.empty_strided(made.dx, made.dx_strides, dtype=x.dtype, device=device)
-        made.dgrad(stream, collected, packed, dx, data, inputs)
-    if w is not None:
-        x = channels_last(x) if made.copy else x
-        sums = torch.empty(w.sums, dtype=torch.float32, device=device)
-        extended = torch.empty(w.extended, dtype=torch.int32, device=device)
-        w.extend(stream, partial, sums, data, extended)
-        w.extra(stream, grad, collected, data, data, extended)
-        slabs = torch.empty(w.slabs, dtype=torch.float32, device=device)
-        if counting():  # the active filters, and the pruned ones whose row is needed
-            note(extended[:, 0], cost, channels)
-        w.product(stream, x, collected, slabs, extended, inputs)
-        dw = torch.empty_strided(weight.shape, w.dw, dtype=weight.dtype, device=device)
-        dtau = torch.empty(w.sums, dtype=weight.dtype, device=device)
-        dbias = None if bias is None else torch.empty(w.sums, dtype=bias.dtype, device=device)
-        w.finish(
-            stream, weight, weight if bias is None else bias, slabs, sums, data, extended, inputs, dw, dtau,
-            dtau if dbias is None else dbias,
-        )  # fmt: skip
-    return dx, dw, dtau, dbias
+    stream = current_stream(x.get_device())
+    return made.run(stream, grad, x, weight, packed, bias, data, data if inputs is None else inputs)
 
 
-def _nothing(
-    x: Tensor, weight: Tensor, bias: Tensor | None, need_input: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def _nothing(x: Tensor, weight: Tensor, bias: Tensor | None, need_input: bool, need_weight: bool) -> Gradients:
     """The gradients of an empty batch: zeros."""
     clients, n, channels, high, wide = x.shape
     dx = empty_channels_last(clients, n, channels, (high, wide), x.dtype, x.device).zero_() if need_input else None

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bounds import within
 from .launch import REMEMBERED, Launch, current_stream
 from .plan import HEADER, WIDEST, Plan, capacity
 
@@ -50,11 +51,14 @@ def threshold_collect(
     for r0 in range(0, ROWS, STEP):
         row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
         live = row < total
-        at = (row // (P * Q)).to(tl.int64) * g_n + (row // Q % P).to(tl.int64) * g_h + (row % Q).to(tl.int64) * g_w
+        place = tl.where(live, row, 0)
+        at = (
+            (place // (P * Q)).to(tl.int64) * g_n + (place // Q % P).to(tl.int64) * g_h + (place % Q).to(tl.int64) * g_w
+        )
         to = collected + row.to(tl.int64)[:, None] * CAP
         for c0 in range(lo, limit, COLUMNS):
             c = c0 + tl.arange(0, COLUMNS)
-            channel = tl.load(index + c, mask=c < hi, other=0).to(tl.int64)
+            channel = tl.load(index + tl.where(c < hi, c, 0), mask=c < hi, other=0).to(tl.int64)
             part = tl.load(
                 grad + at[:, None] + channel[None, :] * g_c, mask=live[:, None] & (c < hi)[None, :], other=0.0
             )
@@ -63,15 +67,18 @@ def threshold_collect(
         partial += client * partial_client + tl.program_id(0).to(tl.int64) * 2 * out
         for c0 in range(0, out, COLUMNS):
             c = c0 + tl.arange(0, COLUMNS)
+            channel = within(c, c < out)
             total_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
             nonzero = tl.zeros((COLUMNS,), dtype=tl.int32)
             for r0 in range(0, ROWS, STEP):
                 row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
+                live = row < total
+                row = tl.where(live, row, 0)
                 at = (row // (P * Q)).to(tl.int64) * g_n + (row // Q % P).to(tl.int64) * g_h
                 at += (row % Q).to(tl.int64) * g_w
                 part = tl.load(
-                    grad + at[:, None] + c.to(tl.int64)[None, :] * g_c,
-                    mask=(row < total)[:, None] & (c < out)[None, :], other=0.0,
+                    grad + at[:, None] + channel.to(tl.int64)[None, :] * g_c,
+                    mask=live[:, None] & (c < out)[None, :], other=0.0,
                 ).to(tl.float32)  # fmt: skip
                 total_sum += tl.sum(part, 0)
                 nonzero = tl.maximum(nonzero, tl.max((part != 0.0).to(tl.int32), 0))

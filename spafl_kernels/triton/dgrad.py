@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .bounds import last_of, within
 from .forward import spread
 from .geometry import Geometry
 from .launch import Launch
@@ -66,15 +67,20 @@ def threshold_dgrad(
     taps_r = tl.maximum((R - first_r + STEP_H - 1) // STEP_H, 0)
     taps_s = tl.maximum((S - first_s + STEP_W - 1) // STEP_W, 0)
     parts = (count + DEPTH - 1) // DEPTH
+    steps = taps_r * taps_s * parts
+    parts = tl.maximum(parts, 1)  # where there are no steps, too, these divide and are an address
+    taps_s = tl.maximum(taps_s, 1)
     OFFSET: tl.constexpr = tl.int64 if P * Q * CAP >= 2**31 else tl.int32
     base = tl.where(live, image, 0).to(tl.int64) * (P * Q * CAP)
     lane = tl.arange(0, DEPTH)
+    column = c if C % TILE == 0 else within(c, c < C)
     acc = tl.zeros((ROWS, TILE), dtype=tl.float32)
-    for step in range(0, taps_r * taps_s * parts):
+    for i in range(0, steps):
+        step = last_of(i, steps)
         tap = step // parts
         k0 = step % parts * DEPTH
-        r = first_r + tap // taps_s * STEP_H
-        s = first_s + tap % taps_s * STEP_W
+        r = tl.minimum(first_r + tap // taps_s * STEP_H, R - 1)
+        s = tl.minimum(first_s + tap % taps_s * STEP_W, S - 1)
         p = (h + PH - r * DH) // SH  # exact within the class
         q = (w + PW - s * DW) // SW
         ok = live & (h + PH - r * DH >= 0) & (p < P) & (w + PW - s * DW >= 0) & (q < Q)
@@ -83,7 +89,7 @@ def threshold_dgrad(
         if PIECE > 0:
             a = tl.max_contiguous(a, [1, PIECE])
         a = tl.load(a, mask=ok[:, None], other=0.0)
-        b = (packed + (tl.cast(k0, tl.int64) * stride + (r * S + s) * C)) + (lane[:, None] * stride + c[None, :])
+        b = (packed + (tl.cast(k0, tl.int64) * stride + (r * S + s) * C)) + (lane[:, None] * stride + column[None, :])
         if C % TILE == 0:
             b = tl.load(b)
         else:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..executed import counting, note
 from ..tables import tiles as measured
+from .bounds import last_of, within
 from .collect import collect_channels
-from .geometry import Geometry, channels_last, channels_last_strides, needs_copy, positions
+from .geometry import Geometry, Memory, channels_last, channels_last_strides, needs_copy, positions
 from .launch import REMEMBERED, Launch, current_stream
 from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
@@ -37,14 +38,15 @@ def spread(
     target = y + rows.to(tl.int64)[:, None] * out
     for c0 in range(start // GROUP * GROUP, end, GROUP):
         c = c0 + tl.arange(0, GROUP)
-        position = tl.load(inverse + c, mask=c < out, other=-1)
+        at = within(c, c < out)
+        position = tl.load(inverse + at, mask=c < out, other=-1)
         column = position - first
         kept = (column >= 0) & (column < TILE)
         column = tl.where(kept, column, 0)
         value = tl.gather(acc, tl.broadcast_to(column[None, :], (ROWS, GROUP)), axis=1)
         value = tl.where(kept[None, :], value, 0.0)
         if HAS_BIAS:
-            b = tl.load(bias + c, mask=c < out, other=0.0).to(tl.float32)
+            b = tl.load(bias + at, mask=c < out, other=0.0).to(tl.float32)
             if MASK_BIAS:
                 b = tl.where(position >= 0, b, 0.0)
             value += b[None, :]
@@ -91,23 +93,23 @@ def _forward_tile(
         parts = 1
         steps = tl.cdiv(C * R * S, DEPTH)
     elif LISTED:
-        parts = tl.cdiv(channels, DEPTH)
-        steps = R * S * parts
+        steps = R * S * tl.cdiv(channels, DEPTH)
+        parts = tl.maximum(tl.cdiv(channels, DEPTH), 1)  # it divides
     else:
         parts = PARTS
         steps = R * S * PARTS
-    for step in range(0, tl.where(count > 0, steps, 0)):
+    for i in range(0, tl.where(count > 0, steps, 0)):
         if FLAT:
-            k = step * DEPTH + tl.arange(0, DEPTH)
+            k = i * DEPTH + tl.arange(0, DEPTH)
             h = high[:, None] + (k // (S * C) * SHAPE[11])[None, :]
             w = wide[:, None] + (k // C % S * SHAPE[12])[None, :]
             ok = live[:, None] & (k < C * R * S)[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            # Masked lanes get offset 0: a masked asynchronous copy from before the tensor faults (pytorch 187081).
             at = tl.where(ok, base[:, None] + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w + (k % C)[None, :], 0)
             a = tl.load(x + at, mask=ok, other=0.0)
-            b = packed + first.to(tl.int64) * stride + filters[:, None] * stride + k[None, :]
-            b = tl.load(b, mask=(k < stride)[None, :], other=0.0)
+            b = packed + first.to(tl.int64) * stride + filters[:, None] * stride
+            b = tl.load(b + within(k, k < stride)[None, :], mask=(k < stride)[None, :], other=0.0)
         else:
+            step = last_of(i, steps)
             tap = step // parts
             c0 = step % parts * DEPTH
             if POINTWISE:
@@ -119,10 +121,14 @@ def _forward_tile(
                 ok = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 at = tl.where(ok, base + (h.to(OFFSET) * x_h + w.to(OFFSET) * x_w), 0)
             # Scalars are added to the pointer first: they stay out of the per-element address arithmetic.
-            a = (x + c0) + at[:, None] + lane[None, :]
+            if C % DEPTH == 0:
+                c = lane
+            else:
+                c = within(lane, c0 + lane < C)
+            a = (x + c0) + at[:, None] + c[None, :]
             if PIECE > 0:
                 a = tl.max_contiguous(a, [1, PIECE])
-            b = (packed + (first.to(tl.int64) * stride + tap * C + c0)) + filters[:, None] * stride + lane[None, :]
+            b = (packed + (first.to(tl.int64) * stride + tap * C + c0)) + filters[:, None] * stride + c[None, :]
             if C % DEPTH == 0:
                 a = tl.load(a, mask=ok[:, None], other=0.0)
                 b = tl.load(b)
@@ -179,7 +185,7 @@ def threshold_pack_columns(
     lane = tl.arange(0, CAP if CAP < 64 else 64)
     for c0 in range(0, CAP, CAP if CAP < 64 else 64):
         listed = c0 + lane < count
-        channel = tl.load(inputs + HEADER + c0 + lane, mask=listed, other=0)
+        channel = tl.load(inputs + HEADER + tl.where(listed, c0 + lane, 0), mask=listed, other=0)
         for tap in range(0, taps):
             part = tl.load(packed + tap * channels + channel, mask=listed, other=0.0)
             tl.store(narrow + tap * CAP + c0 + lane, part)
@@ -220,26 +226,47 @@ def flat_is_better(channels: int, taps: int, depth: int) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Forward:
-    """What the forward pass of given sizes needs beside its tensors."""
+class Forward:
+    """The forward pass of given sizes, see :func:`layer_forward`."""
 
-    size: tuple[int, ...]
-    strides: tuple[int, ...]
+    y: Memory
+    device: torch.device
     # None: there is nothing to compute.
     launch: Launch | None
     copy: bool
+    # Multiply-accumulates of a filter and input channel; how many channels there are, None where a list says it.
+    cost: int
+    channels: int | None
     # Keeps the table of tiles alive whose identity is one of the facts.
     table: Any
 
+    def of_one_client(self, linear: bool) -> Forward:
+        """The same with tensors that lack the client dimension; linear: input and result are matrices."""
+        return dataclasses.replace(self, y=self.y.part(slice(1, 3 if linear else None)))
+
+    def run(
+        self, stream: int | None, x: Tensor, packed: Tensor, bias: Tensor | None, plan: Tensor, inputs: Tensor
+    ) -> Tensor:
+        """The output; ``inputs``: the plan of the input, or the plan again."""
+        size, strides, dtype = self.y
+        y = torch.empty_strided(size, strides, dtype=dtype, device=self.device)
+        if self.launch is not None:
+            if counting():
+                listed = inputs[..., 0].reshape(-1)
+                note(plan[..., 0].reshape(-1), self.cost, listed if self.channels is None else self.channels)
+            x = channels_last(x) if self.copy else x
+            self.launch(stream, x, packed, x if bias is None else bias, y, plan, inputs)
+        return y
+
 
 @functools.lru_cache(REMEMBERED)
-def _prepare(
+def prepare(
     shape: tuple[int, ...], strides: tuple[int, ...], dtypes: tuple[torch.dtype, ...], packed: int, plan: int,
     inputs: int | None,
     bias: tuple[torch.dtype, int] | None, out: int, geometry: Geometry, mask_bias: bool, tf32: bool, tile: Tile | None,
     device: torch.device, table: int,
-) -> _Forward:  # fmt: skip
-    """By everything that the launch depends on.
+) -> Forward:  # fmt: skip
+    """The pass by everything that its launch depends on.
 
     Args:
         shape, strides, device: of x.
@@ -253,7 +280,7 @@ def _prepare(
     size, memory = (clients, n, out, high, wide), channels_last_strides(out, high, wide, n)
     total = n * high * wide
     if total == 0 or clients == 0:
-        return _Forward(size, memory, None, False, None)
+        return Forward(Memory(size, memory, dtype), device, None, False, 0, None, None)
     if max(total, n * g.height * g.width) >= 2**31:
         raise ValueError(f"x must have fewer than 2**31 positions per client; got N={n}, {(g.height, g.width)} pixels")
     listed = inputs is not None
@@ -283,7 +310,10 @@ def _prepare(
             "GROUP": min(64, max(16, power_of_two(out))), "num_warps": tile.warps, "num_stages": tile.stages,
         },
     )  # fmt: skip
-    return _Forward(size, memory, launch, needs_copy(shape, strides), measured.of(device))
+    return Forward(
+        Memory(size, memory, dtype), device, launch, needs_copy(shape, strides), total * math.prod(g.kernel),
+        None if listed else g.channels, measured.of(device),
+    )  # fmt: skip
 
 
 def layer_forward(
@@ -320,20 +350,9 @@ def layer_forward(
     if input_plan is not None and x.numel() > 0:
         x, packed, geometry = restrict(x, packed, input_plan, geometry)
         inputs = input_plan.data
-    made = _prepare(
+    made = prepare(
         x.shape, x.stride(), (x.dtype, packed.dtype, data.dtype), packed.stride(0), data.stride(0),
         None if inputs is None else inputs.stride(0), None if bias is None else (bias.dtype, bias.stride(0)), plan.out,
         geometry, mask_bias, tf32, tile, device, id(measured.of(device)),
     )  # fmt: skip
-    y = torch.empty_strided(made.size, made.strides, dtype=x.dtype, device=device)
-    if made.launch is not None:
-        if counting():
-            _, n, _, high, wide = made.size
-            channels = geometry.channels if input_plan is None else input_plan.count
-            note(plan.count, n * high * wide * math.prod(geometry.kernel), channels)
-        x = channels_last(x) if made.copy else x
-        made.launch(
-            current_stream(x.get_device()), x, packed, x if bias is None else bias, y, data,
-            data if inputs is None else inputs,
-        )  # fmt: skip
-    return y
+    return made.run(current_stream(x.get_device()), x, packed, bias, data, data if inputs is None else inputs)

@@ -113,8 +113,10 @@ def _line(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """A copy of ``(clients, N, C, H, W)``, stored as ``(clients, N, H, W, C)``."""
-    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    """A copy of ``([clients,] N, C, H, W)``, stored as ``([clients,] N, H, W, C)``."""
+    if x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
 def empty_channels_last(
@@ -153,17 +155,44 @@ def dense_rows(weight: Tensor) -> Tensor:
     return weight if row_order(weight.shape[1:], weight.stride()[1:]) is not None else weight.contiguous()
 
 
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of contiguous memory."""
+    found, span = [], 1
+    for size in reversed(shape):
+        found.append(span)
+        span *= size
+    return tuple(reversed(found))
+
+
+class Memory(NamedTuple):
+    """What is allocated for a tensor. (``torch.empty_strided`` of sizes and strides is the fastest way to it.)"""
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def dense(size: tuple[int, ...], dtype: torch.dtype) -> Memory:
+        """Contiguous."""
+        return Memory(size, dense_strides(size), dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Of contiguous memory."""
+        return math.prod(self.size) * self.dtype.itemsize
+
+    def part(self, kept: slice) -> Memory:
+        """Without the other dimensions, whose sizes are 1."""
+        return Memory(self.size[kept], self.strides[kept], self.dtype)
+
+
 def strides_like_rows(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     """Of dense memory for ``(clients, out, in[, kH, kW])``; rows channels last if those of these strides are."""
     n_in = math.prod(shape[2:])
     if len(shape) == 5 and row_order(shape[1:], strides[1:]) == (n_in, 1):
         out, c, high, wide = shape[1:]
         return channels_last_strides(c, high, wide, out)
-    found, span = [1], 1
-    for size in reversed(shape[1:]):
-        span *= size
-        found.append(span)
-    return tuple(reversed(found))
+    return dense_strides(shape)
 
 
 def like_rows(weight: Tensor) -> Tensor:

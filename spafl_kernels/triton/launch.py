@@ -14,16 +14,24 @@ they are not, and in the interpreter, with another driver than Triton's own for 
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping
+import itertools
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from .geometry import Memory
 
 ALIGNMENT = 16  # bytes; Triton compiles for addresses and sizes that are multiples of it
 # What a C launcher of Triton's NVIDIA driver takes before the kernel's arguments: grid, stream, function, cooperative,
 # programmatic dependence, two scratch memories, metadata of kernel and launch, two hooks.
 _EXPECTED = "iiiKKppOOOOOO"
 _address = Tensor.data_ptr
+# Bytes of which scratch memories begin at a multiple, as tensors of their own would.
+LINE = 512
+Known = tuple[Callable[..., None], tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]
 # Sizes for which launches are remembered, per kind of call; a program whose shapes never repeat forgets the oldest.
 REMEMBERED = 1024
 
@@ -84,27 +92,28 @@ class Launch:
         constants: the other parameters, and ``num_warps`` and ``num_stages``, by name.
 
     The dtypes of the tensors must be the same in every call, and their device.
+
+    Attributes:
+        known: the C launcher and its arguments before and behind the addresses, for addresses that are all multiples of
+            16; None before such a launch.
     """
 
-    __slots__ = ("_aligned", "_kept", "_others", "constants", "grid", "integers", "kernel")
+    __slots__ = ("_kept", "_others", "constants", "grid", "integers", "kernel", "known")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], integers: tuple[int, ...], constants: Mapping[str, Any]
     ) -> None:
         self.kernel, self.grid, self.integers, self.constants = kernel, grid, integers, constants
-        self._aligned: tuple[Any, ...] | None = None
-        self._others: dict[Hashable, tuple[Any, ...]] = {}
+        self.known: Known | None = None
+        self._others: dict[Hashable, Known] = {}
         self._kept: list[Any] = []  # compiled kernels whose functions are known
 
     def __call__(self, stream: int | None, *tensors: Tensor) -> None:
         """Launch on ``stream``, as :func:`current_stream` gave it."""
         if stream is not None:
             addresses = tuple(map(_address, tensors))
-            bits = 0
-            for address in addresses:
-                bits |= address
-            known = self._aligned
-            if bits % ALIGNMENT:
+            known = self.known
+            if _unaligned(addresses):
                 known = self._others.get(tuple(address % ALIGNMENT == 0 for address in addresses))
             if known is not None:
                 run, grid, rest, values = known
@@ -120,28 +129,87 @@ class Launch:
         assert quick is not None
         run: Any = getattr(kernel, "run", None)
         jit = self.kernel
-        device = quick.driver._active.get_current_device()
         if (
             type(run) is not quick.launcher
             or run.global_scratch_size
             or run.profile_scratch_size
             or jit.pre_run_hooks
             or kernel.function is None
-            or any(t.is_cuda and t.get_device() != device for t in tensors)
         ):
+            return
+        device = quick.driver.active.get_current_device()
+        if any(t.is_cuda and t.get_device() != device for t in tensors):
+            return
+        # In the order of the parameters; the C launcher counts constants and ignores them.
+        values = (*self.integers, *(self.constants[name] for name in jit.arg_names if name in self.constants))
+        if len(tensors) + len(values) != len(jit.arg_names):
             return
         rest = (
             kernel.function, run.launch_cooperative_grid, run.launch_pdl, None, None, kernel.packed_metadata,
             None, None, None,
         )  # fmt: skip
-        # In the order of the parameters; the C launcher counts constants and ignores them.
-        values = (*self.integers, *(self.constants[name] for name in jit.arg_names if name in self.constants))
-        if len(tensors) + len(values) != len(jit.arg_names):
-            return
         self._kept.append(kernel)
         known = run.launch, (*self.grid, 1, 1)[:3], rest, values
         aligned = tuple(t.data_ptr() % ALIGNMENT == 0 for t in tensors)
         if all(aligned):
-            self._aligned = known
+            self.known = known
         else:
             self._others[aligned] = known
+
+
+def _unaligned(addresses: Iterable[int]) -> int:
+    """Not 0 where one of them is not a multiple of 16."""
+    bits = 0
+    for address in addresses:
+        bits |= address
+    return bits % ALIGNMENT
+
+
+class Program:
+    """Launches one after the other over one list of tensors.
+
+    Args:
+        stages: each launch, and which tensors it takes, by their places in the list; at least two.
+        scratch: the last tensors of the list: memory that the launches pass on and nobody sees.
+        device: of the scratch memory.
+    """
+
+    __slots__ = ("_bytes", "_device", "_offsets", "_ready", "_scratch", "_stages")
+
+    def __init__(
+        self, stages: Sequence[tuple[Launch, tuple[int, ...]]], scratch: Sequence[Memory], device: torch.device
+    ) -> None:
+        self._stages = [(launch, operator.itemgetter(*places)) for launch, places in stages]
+        self._ready: list[tuple[Any, ...]] | None = None
+        self._scratch, self._device = scratch, device
+        ends = [0, *itertools.accumulate(-(-memory.bytes // LINE) * LINE for memory in scratch)]
+        self._offsets, self._bytes = tuple(ends[:-1]), ends[-1]
+
+    def __call__(self, stream: int | None, *tensors: Tensor) -> None:
+        """Launch all on ``stream``, as :func:`current_stream` gave it; ``tensors``: all but the scratch memory."""
+        empty, device = torch.empty_strided, self._device
+        if stream is not None and self._ready is not None:
+            addresses = tuple(map(_address, tensors))
+            if not _unaligned(addresses):
+                # All scratch memory at once. It may be used again as soon as it is given back, by what comes later on
+                # the same stream.
+                memory = empty((self._bytes,), (1,), dtype=torch.uint8, device=device)
+                base = memory.data_ptr()
+                addresses += tuple([base + offset for offset in self._offsets])
+                for run, grid, rest, values, pick in self._ready:
+                    run(*grid, stream, *rest, *pick(addresses), *values)
+                return
+        self.apart(stream, *tensors)
+        if stream is not None and self._ready is None and all(launch.known for launch, _ in self._stages):
+            self._ready = [(*launch.known, pick) for launch, pick in self._stages if launch.known is not None]
+
+    def apart(self, stream: int | None, *tensors: Tensor) -> list[Tensor]:
+        """The same launches with scratch memory of tensors of their own, which are returned."""
+        device = self._device
+        scratch = [
+            torch.empty_strided(size, strides, dtype=dtype, device=device) for size, strides, dtype in self._scratch
+        ]
+        tensors = (*tensors, *scratch)
+        for launch, pick in self._stages:
+            launch(stream, *pick(tensors))
+        return scratch

@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Estimator, check_estimator
-from .geometry import dense_rows, row_order
+from .bounds import within
+from .geometry import Memory, dense_rows, row_order
 from .kinds import DTYPES
 from .launch import REMEMBERED, Launch, current_stream
 from .plan import HEADER, Plan, capacity, plan_size, row_stride
@@ -47,15 +48,17 @@ def _flags(
     """
     live = row < out
     total = tl.zeros((ROWS, STEP), dtype=tl.float32)
-    start = weight + row.to(tl.int64)[:, None] * n_in
+    at = tl.where(live, row, 0)
+    start = weight + tl.where(live, row.to(tl.int64) * n_in, 0)[:, None]
     for k0 in range(0, n_in, STEP):
         k = k0 + tl.arange(0, STEP)
-        part = tl.load(start + k[None, :], mask=live[:, None] & (k < n_in)[None, :], other=0.0)
+        column = within(k, k < n_in)
+        part = tl.load(start + column[None, :], mask=live[:, None] & (k < n_in)[None, :], other=0.0)
         total += tl.abs(part.to(tl.float32))
     kind: tl.constexpr = weight.dtype.element_ty
     # Rounded to the dtype of the weight before it is compared, as the definition compares.
     score = (tl.sum(total, 1) / n_in).to(kind).to(tl.float32)
-    tau = tl.load(threshold + row, mask=live, other=0.0).to(tl.float32)
+    tau = tl.load(threshold + at, mask=live, other=0.0).to(tl.float32)
     flag = (score > tau).to(tl.int32)
     if WINDOW:
         margin = (score - tau).to(kind).to(tl.float32)
@@ -63,7 +66,7 @@ def _flags(
     else:
         flag += 2
     if COMPARE:
-        before = tl.load(flags + row, mask=live, other=0)
+        before = tl.load(flags + at, mask=live, other=0)
     else:
         before = tl.full((ROWS,), -1, tl.int32)
     flag += tl.where((before < 0) | ((before & 1) != (flag & 1)), 4, 0)
@@ -117,9 +120,10 @@ def _pack(
     tl.store(index + place, tl.where(keep, row, -1), mask=live)
     for k0 in range(0, stride, STEP):
         k = k0 + tl.arange(0, STEP)
-        source = (k % inner) * outer + k // inner
+        column = within(k, k < n_in)
+        source = (column % inner) * outer + column // inner
         part = tl.load(
-            weight + row.to(tl.int64)[:, None] * n_in + source[None, :],
+            weight + tl.where(keep, row.to(tl.int64) * n_in, 0)[:, None] + source[None, :],
             mask=keep[:, None] & (k < n_in)[None, :],
             other=0.0,
         )
@@ -216,37 +220,58 @@ def plan_layer(
         ``(plan, packed, scores)``; packed ``(clients, capacity(out), row_stride(n_in))`` with every row in
         ``(kH, kW, in)`` order; scores float32 ``(clients, out)``.
     """
-    clients, out = weight.shape[:2]
     weight, threshold = dense_rows(weight), threshold.contiguous()
-    device, dtype, compare = weight.device, dtype or weight.dtype, plan is not None
-    made = _prepare(
-        weight.shape, weight.stride(), threshold.stride(0), (weight.dtype, threshold.dtype, dtype), device,
-        plan_size(out) if plan is None else plan.data.stride(0), estimator == "window", compare,
+    made = prepare(
+        weight.shape, weight.stride(), threshold.stride(0), (weight.dtype, threshold.dtype, dtype or weight.dtype),
+        weight.device, None if plan is None else plan.data.stride(0), estimator == "window",
     )  # fmt: skip
-    if plan is None:
-        plan = Plan(torch.empty((clients, plan_size(out)), dtype=torch.int32, device=device), out)
-    packed = torch.empty(made.packed, dtype=dtype, device=device)
-    scores = torch.empty((clients, out), dtype=torch.float32, device=device)
-    words = torch.zeros(made.words, dtype=torch.int32, device=device)
-    made.launch(current_stream(weight.get_device()), weight, threshold, plan.data, scores, packed, words)
-    return plan, packed, scores
+    stream = current_stream(weight.get_device())
+    data, packed, scores = made.run(stream, weight, threshold, None if plan is None else plan.data)
+    return plan or Plan(data, weight.shape[1]), packed, scores
 
 
 @dataclasses.dataclass(frozen=True)
-class _LayerPass:
-    """What the pass of given sizes needs beside its tensors."""
+class LayerPass:
+    """The pass of one layer of given sizes, see :func:`plan_layer`."""
 
-    packed: tuple[int, int, int]
+    plan: Memory
+    packed: Memory
+    scores: Memory
     words: int
+    device: torch.device
     launch: Launch
+
+    def run(
+        self, stream: int | None, weight: Tensor, threshold: Tensor, plan: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(plan, packed, scores)``; weight and threshold may lack the client dimension where there is one client."""
+        device, empty = self.device, torch.empty_strided
+        if plan is None:
+            size, strides, dtype = self.plan
+            plan = empty(size, strides, dtype=dtype, device=device)
+        size, strides, dtype = self.packed
+        packed = empty(size, strides, dtype=dtype, device=device)
+        size, strides, dtype = self.scores
+        scores = empty(size, strides, dtype=dtype, device=device)
+        words = torch.zeros(self.words, dtype=torch.int32, device=device)
+        self.launch(stream, weight, threshold, plan, scores, packed, words)
+        return plan, packed, scores
 
 
 @functools.lru_cache(REMEMBERED)
-def _prepare(
+def prepare(
     shape: tuple[int, ...], strides: tuple[int, ...], threshold: int, dtypes: tuple[torch.dtype, ...],
-    device: torch.device, plan: int, window: bool, compare: bool,
-) -> _LayerPass:  # fmt: skip
-    """By everything that the launch depends on: ``threshold`` and ``plan`` are distances between clients."""
+    device: torch.device, plan: int | None, window: bool,
+) -> LayerPass:  # fmt: skip
+    """The pass by everything that its launch depends on.
+
+    Args:
+        shape, strides: of the weight, clients first; rows are dense.
+        threshold, plan: distances between clients; no plan: a new one is made.
+        dtypes: of weight, threshold and packed weights.
+        device: of all.
+        window: the estimator.
+    """
     clients, out = shape[:2]
     n_in, order = math.prod(shape[2:]), row_order(shape[1:], strides[1:])
     assert order is not None
@@ -255,13 +280,23 @@ def _prepare(
     launch = Launch(
         threshold_pass_layer,
         (blocks * clients,),
-        (strides[0], threshold, plan, cap * stride, out, n_in, *order, cap, stride, blocks),
+        (
+            strides[0], threshold, plan_size(out) if plan is None else plan, cap * stride, out, n_in, *order, cap,
+            stride, blocks,
+        ),
         {
-            "WINDOW": window, "COMPARE": compare, "HEADER": HEADER, "ROWS": ROWS, "STEP": STEP, "LANES": LANES,
+            "WINDOW": window, "COMPARE": plan is not None, "HEADER": HEADER, "ROWS": ROWS, "STEP": STEP, "LANES": LANES,
             "num_warps": WARPS,
         },
     )  # fmt: skip
-    return _LayerPass((clients, cap, stride), blocks * clients + 1, launch)
+    return LayerPass(
+        Memory.dense((clients, plan_size(out)), torch.int32),
+        Memory.dense((clients, cap, stride), dtypes[2]),
+        Memory.dense((clients, out), torch.float32),
+        blocks * clients + 1,
+        device,
+        launch,
+    )
 
 
 class ModelPass:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .bounds import within
 from .collect import COLLECT_ROWS, collecting
-from .geometry import Geometry, Positions, row_order, strides_like_rows
+from .geometry import Geometry, Memory, Positions, row_order
 from .launch import Launch
 from .narrowest import narrowest
 from .plan import HEADER, capacity, row_stride
@@ -42,20 +43,21 @@ def threshold_extend(
     for c0 in range(0, out, COLUMNS):
         c = c0 + tl.arange(0, COLUMNS)
         live = c < out
+        column = within(c, live)
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         nonzero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for b0 in range(0, blocks, ROWS):
             b = b0 + tl.arange(0, ROWS)
             mask = (b < blocks)[:, None] & live[None, :]
-            at = partial + b.to(tl.int64)[:, None] * 2 * out + c[None, :]
+            at = partial + tl.where(b < blocks, b, 0).to(tl.int64)[:, None] * 2 * out + column[None, :]
             total += tl.load(at, mask=mask, other=0.0)
             nonzero = tl.maximum(nonzero, tl.load(at + out, mask=mask, other=0.0))
         tl.store(sums + client * sums_client + c, tl.sum(total, 0), mask=live)
-        flag = tl.load(flags + c, mask=live, other=0)
+        flag = tl.load(flags + column, mask=live, other=0)
         extra = (live & ((flag & 1) == 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
         at = position + tl.cumsum(extra, 0) - extra
         tl.store(extended + 1 + at, c, mask=extra > 0)
-        where = tl.where(extra > 0, at, tl.load(inverse + c, mask=live, other=-1))
+        where = tl.where(extra > 0, at, tl.load(inverse + column, mask=live, other=-1))
         tl.store(extended + 1 + out + c, where, mask=live)
         position += tl.sum(extra, 0)
     tl.store(extended, position)
@@ -92,6 +94,10 @@ def _wgrad_tile(
         column = tap * C + c
         down = tap // S * SHAPE[11]
         right = tap % S * SHAPE[12]
+    if FLAT or C % COLUMNS == 0:
+        inner = c
+    else:
+        inner = within(c, inside)
     filters = first + tl.arange(0, TILE)
     lane = tl.arange(0, DEPTH)
     acc = tl.zeros((COLUMNS, TILE), dtype=tl.float32)
@@ -110,8 +116,9 @@ def _wgrad_tile(
             at = tl.where(ok, image + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w, 0)
         if FLAT or C % COLUMNS != 0:
             ok = ok & inside[None, :]
-        a = tl.load(x + at + c[None, :], mask=ok, other=0.0)
-        g = (collected + tl.cast(m0, tl.int64) * CAP) + (lane[:, None] * CAP + filters[None, :])
+        a = tl.load(x + at + inner[None, :], mask=ok, other=0.0)
+        row = tl.where(live, lane, 0)
+        g = (collected + tl.minimum(m0, hi - 1).to(tl.int64) * CAP) + (row[:, None] * CAP + filters[None, :])
         g = tl.load(g, mask=live[:, None], other=0.0)
         acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
     tl.store(slab + filters.to(tl.int64)[None, :] * stride + column[:, None], acc, mask=inside[:, None])
@@ -167,11 +174,12 @@ def threshold_finish(
     for k0 in range(0, n_in, STEP):
         k = k0 + tl.arange(0, STEP)
         mask = listed & (k < n_in)
+        k = within(k, k < n_in)
         column = k
         if LISTED:
             place = tl.load(inverse + k % channels, mask=mask, other=-1)
             mask = mask & (place >= 0)
-            column = k // channels * INPUT_CAP + place
+            column = k // channels * INPUT_CAP + tl.maximum(place, 0)
         g = tl.zeros((STEP,), dtype=tl.float32)
         for part in range(0, PARTS):
             g += tl.load(slabs + tl.cast(part, tl.int64) * CAP * stride + column, mask=mask, other=0.0)
@@ -194,18 +202,20 @@ def threshold_finish(
     tl.debug_barrier()  # the added slabs are read back
     for k0 in range(0, n_in, STEP):
         k = k0 + tl.arange(0, STEP)
-        mask = listed & (k < n_in)
+        exists = k < n_in
+        mask = listed & exists
+        k = within(k, exists)
         source = (k % inner) * outer + k // inner
         column = k
         there = mask & active
         if LISTED:
             place = tl.load(inverse + k % channels, mask=there, other=-1)
             there = there & (place >= 0)
-            column = k // channels * INPUT_CAP + place
+            column = k // channels * INPUT_CAP + tl.maximum(place, 0)
         g = tl.load(slabs + column, mask=there, other=0.0)
         w = tl.load(weight + source, mask=mask, other=0.0).to(tl.float32)
         sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
-        tl.store(dw + source, (g + r * sign / n_in).to(dw.dtype.element_ty), mask=k < n_in)
+        tl.store(dw + source, (g + r * sign / n_in).to(dw.dtype.element_ty), mask=exists)
 
 
 def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int]:
@@ -216,9 +226,17 @@ def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int
     return triton.cdiv(total, chunk), chunk
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightGradients:
-    """The launches behind collecting ``dL/dy``, and the sizes of what they write.
+class Scratch(NamedTuple):
+    """Memory that the launches pass on."""
+
+    partial: Memory
+    sums: Memory
+    extended: Memory
+    slabs: Memory
+
+
+class WeightGradients(NamedTuple):
+    """The launches behind collecting ``dL/dy``.
 
     ========  ==========================================================================
     extend    ``(partial, sums, plan, extended)``
@@ -228,11 +246,7 @@ class WeightGradients:
     ========  ==========================================================================
     """
 
-    partial: tuple[int, ...]
-    sums: tuple[int, ...]
-    extended: tuple[int, ...]
-    slabs: tuple[int, ...]
-    dw: tuple[int, ...]  # strides
+    scratch: Scratch
     extend: Launch
     extra: Launch
     product: Launch
@@ -245,14 +259,15 @@ def blocks(shape: Sequence[int]) -> int:
 
 
 def weight_gradients(
-    grad: tuple[Sequence[int], Sequence[int]], x: Positions, weight: tuple[Sequence[int], Sequence[int]],
-    dtype: torch.dtype, bias: int | None, geometry: Geometry, channels: int, mask_bias: bool, tf32: bool,
-    tile: Tile | None, device: torch.device, plan: int, inputs: int | None,
+    grad: tuple[Sequence[int], Sequence[int]], statistics: tuple[int, ...], x: Positions,
+    weight: tuple[Sequence[int], Sequence[int]], dtype: torch.dtype, bias: int | None, geometry: Geometry,
+    channels: int, mask_bias: bool, tf32: bool, tile: Tile | None, device: torch.device, plan: int, inputs: int | None,
 ) -> WeightGradients:  # fmt: skip
     """The launches for ``dw``, ``dtau`` and ``dbias``.
 
     Args:
         grad: shape and strides of ``dL/dy``.
+        statistics: size of ``partial``.
         x: where its positions lie; with a plan of the input, x and geometry are those of its list.
         weight: shape and strides; rows are dense.
         dtype, device: of ``x``.
@@ -265,7 +280,6 @@ def weight_gradients(
     g, listed, (clients, n, out, high, wide) = geometry, inputs is not None, grad[0]
     cap, taps, stride, n_in = capacity(out), g.kernel[0] * g.kernel[1], row_stride(g.n_in), math.prod(shape[2:])
     total, listing, inputs = n * high * wide, 1 + 2 * out, plan if inputs is None else inputs
-    statistics = (clients, blocks(grad[0]), 2, out)
     extend = Launch(
         threshold_extend,
         (1, clients),
@@ -311,7 +325,10 @@ def weight_gradients(
         },
     )  # fmt: skip
     extra = collecting(*grad, plan, extended_client=listing)
-    return WeightGradients(
-        statistics, (clients, out), (clients, listing), slabs, strides_like_rows(shape, strides), extend, extra,
-        product, finish,
-    )  # fmt: skip
+    scratch = Scratch(
+        Memory.dense(statistics, torch.float32),
+        Memory.dense((clients, out), torch.float32),
+        Memory.dense((clients, listing), torch.int32),
+        Memory.dense(slabs, torch.float32),
+    )
+    return WeightGradients(scratch, extend, extra, product, finish)

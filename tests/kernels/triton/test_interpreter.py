@@ -16,8 +16,11 @@ if not INTERPRETED:
 
 else:
     import dataclasses
+    import importlib
 
     import torch
+    import triton
+    import triton.language as tl
     from support import cases
     from support import interpreter as checks
     from support.poison import poisoned
@@ -58,6 +61,46 @@ else:
         assert not checks.state.stats.duplicate_stores  # other programs' stores are the race check's
         cases.check(case, plan, y, gradients, tolerance, bias, mask_bias)
         return y, gradients
+
+    # ------------------------------------------------------------------------------------------- bounds of masked lanes
+    @triton.jit
+    def copy(x, y, n, shift, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(y + at, tl.load(x + shift + at, mask=at < n, other=0.0), mask=at < n)
+
+    def test_a_masked_lane_outside_of_its_tensor_is_found():
+        """Also where the address is that of a number of another argument."""
+        both = torch.ones(64)
+        x, y = both[:20], both[32:]
+        with checks.options(masked=False):
+            copy[(1,)](x, y, 20, 0, BLOCK=32)
+        with pytest.raises(Exception, match=r"masked load of 12 .* 80 bytes from the start of 'x', which has 80 bytes"):
+            copy[(1,)](x, y, 20, 0, BLOCK=32)
+        with pytest.raises(Exception, match=r"OutOfBounds.*load of 20 element"):
+            copy[(1,)](x, y, 20, 40, BLOCK=32)
+
+    # What of a layer reads with it; sizes that no tile divides.
+    @pytest.mark.parametrize("name", ["threshold", "forward", "dgrad", "collect", "wgrad"])
+    def test_kernels_without_the_clamp_are_found(monkeypatch, name):
+        case = cases.make(17, Geometry(37), 9, 9)
+        plan, packed = case.plan()
+
+        def launch():
+            if name == "threshold":
+                return plan_layer(case.weight, case.threshold, "identity")
+            if name == "forward":
+                return layer_forward(case.x, packed, plan, None, case.geometry)
+            need_input = name == "dgrad"
+            return layer_backward(
+                case.grad, case.x, case.weight, packed, plan, None, case.geometry, need_input=need_input,
+                need_weight=not need_input,
+            )  # fmt: skip
+
+        launch()
+        module = importlib.import_module(f"spafl_kernels.triton.{name}")
+        monkeypatch.setattr(module, "within", lambda index, live: index)
+        with pytest.raises(Exception, match=r"OutOfBounds.*masked load"):
+            launch()
 
     # ------------------------------------------------------------------------------------------- threshold pass
     @pytest.mark.parametrize(("dtype", "estimator"), [(SINGLE, "identity"), (HALF, "window"), (BRAIN, "window")])
