@@ -127,7 +127,9 @@ def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask
 
 
 def _closed_form_backward(grad, input, weight, plan, bias, mask_bias, geometry, need_input, need_weight):
-    dx, dw, dtau, db = closed_form.backward(grad, input, weight, Plan(plan, weight.shape[1]), bias, mask_bias, geometry)
+    dx, dw, dtau, db = closed_form.backward(
+        grad, input, weight, Plan(plan, weight.shape[1]), bias, mask_bias, geometry, (need_input, need_weight)
+    )
     if geometry is not None:
         dx, dw = _empty_input_gradient(input).copy_(dx), like_rows(weight).copy_(dw)
     return _or_empty(

@@ -1,6 +1,7 @@
 """What was measured on GPUs, as data: one JSON file per device and subject, next to the module that reads it.
 
 :mod:`~spafl_kernels.tables.choices`: how a layer runs. :mod:`~spafl_kernels.tables.tiles`: with which tile sizes.
+:mod:`~spafl_kernels.tables.engines`: whether a simulation runs there at all.
 :mod:`~spafl_kernels.tables.classes`: which layers share times.
 The environment variable ``SPAFL_TABLES`` names another folder to read from.
 """

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..executed import counting, note
 from ..tables import tiles as measured
 from .collect import collecting
 from .dgrad import input_gradient
@@ -70,6 +71,9 @@ class Backward:
     row: Memory
     device: torch.device
     program: Program
+    # Multiply-accumulates of a filter and input channel; how many channels there are, None where a list says it.
+    cost: int
+    channels: int | None
     # Keeps the table of tiles alive whose identity is one of the facts.
     table: Any
 
@@ -90,7 +94,7 @@ class Backward:
         # A tensor that no launch takes has the plan in its place.
         product = plan if dx is None else dx
         if not self.need_weight:
-            self.program(stream, grad, x, weight, packed, plan, plan, inputs, product, plan, plan, plan)
+            self._launch(stream, grad, x, weight, packed, plan, plan, inputs, product, plan, plan, plan)
             return dx, None, None, None
         x = channels_last(x) if self.copy else x
         size, strides, dtype = self.dw
@@ -98,11 +102,28 @@ class Backward:
         size, strides, dtype = self.row
         dtau = empty(size, strides, dtype=dtype, device=device)
         if bias is None:
-            self.program(stream, grad, x, weight, packed, weight, plan, inputs, product, dw, dtau, dtau)
+            self._launch(stream, grad, x, weight, packed, weight, plan, inputs, product, dw, dtau, dtau)
             return dx, dw, dtau, None
         dbias = empty(size, strides, dtype=bias.dtype, device=device)
-        self.program(stream, grad, x, weight, packed, bias, plan, inputs, product, dw, dtau, dbias)
+        self._launch(stream, grad, x, weight, packed, bias, plan, inputs, product, dw, dtau, dbias)
         return dx, dw, dtau, dbias
+
+    def _launch(self, stream: int | None, *tensors: Tensor) -> None:
+        if not counting():
+            self.program(stream, *tensors)
+            return
+        # Whoever counts reads later how many filters there were: that memory must not be used again.
+        scratch = self.program.apart(stream, *tensors)
+        channels = self.channels if self.channels is not None else _counts(tensors[INPUTS])
+        if self.need_input:
+            note(_counts(tensors[PLAN]), self.cost, channels)
+        if self.need_weight:  # the active filters, and the pruned ones whose row is needed
+            note(_counts(scratch[EXTENDED - COLLECTED]), self.cost, channels)
+
+
+def _counts(plans: Tensor) -> Tensor:
+    """How many filters plans list, ``(clients,)``; their client dimension may be missing."""
+    return plans[..., 0].reshape(-1)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -155,6 +176,8 @@ def prepare(
         row=Memory.dense((clients, out), dtypes[2]),
         device=device,
         program=Program(stages, scratch, device),
+        cost=n * high * wide * math.prod(geometry.kernel),
+        channels=geometry.channels if inputs is None else None,
         table=measured.of(device),
     )
 

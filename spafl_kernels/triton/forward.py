@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..executed import counting, note
 from ..tables import tiles as measured
 from .bounds import last_of, within
 from .collect import collect_channels
@@ -232,6 +234,9 @@ class Forward:
     # None: there is nothing to compute.
     launch: Launch | None
     copy: bool
+    # Multiply-accumulates of a filter and input channel; how many channels there are, None where a list says it.
+    cost: int
+    channels: int | None
     # Keeps the table of tiles alive whose identity is one of the facts.
     table: Any
 
@@ -246,6 +251,9 @@ class Forward:
         size, strides, dtype = self.y
         y = torch.empty_strided(size, strides, dtype=dtype, device=self.device)
         if self.launch is not None:
+            if counting():
+                listed = inputs[..., 0].reshape(-1)
+                note(plan[..., 0].reshape(-1), self.cost, listed if self.channels is None else self.channels)
             x = channels_last(x) if self.copy else x
             self.launch(stream, x, packed, x if bias is None else bias, y, plan, inputs)
         return y
@@ -272,7 +280,7 @@ def prepare(
     size, memory = (clients, n, out, high, wide), channels_last_strides(out, high, wide, n)
     total = n * high * wide
     if total == 0 or clients == 0:
-        return Forward(Memory(size, memory, dtype), device, None, False, None)
+        return Forward(Memory(size, memory, dtype), device, None, False, 0, None, None)
     if max(total, n * g.height * g.width) >= 2**31:
         raise ValueError(f"x must have fewer than 2**31 positions per client; got N={n}, {(g.height, g.width)} pixels")
     listed = inputs is not None
@@ -302,7 +310,10 @@ def prepare(
             "GROUP": min(64, max(16, power_of_two(out))), "num_warps": tile.warps, "num_stages": tile.stages,
         },
     )  # fmt: skip
-    return Forward(Memory(size, memory, dtype), device, launch, needs_copy(shape, strides), measured.of(device))
+    return Forward(
+        Memory(size, memory, dtype), device, launch, needs_copy(shape, strides), total * math.prod(g.kernel),
+        None if listed else g.channels, measured.of(device),
+    )  # fmt: skip
 
 
 def layer_forward(

@@ -198,14 +198,17 @@ class Program:
                 for run, grid, rest, values, pick in self._ready:
                     run(*grid, stream, *rest, *pick(addresses), *values)
                 return
-        self.one_by_one(stream, *tensors)
+        self.apart(stream, *tensors)
         if stream is not None and self._ready is None and all(launch.known for launch, _ in self.stages):
             self._ready = [(*launch.known, pick) for launch, pick in self.stages if launch.known is not None]
 
-    def one_by_one(self, stream: int | None, *tensors: Tensor) -> None:
-        """The same with a tensor for each scratch memory."""
-        empty, device = torch.empty_strided, self._device
-        scratch = [empty(size, strides, dtype=dtype, device=device) for size, strides, dtype in self.scratch]
+    def apart(self, stream: int | None, *tensors: Tensor) -> list[Tensor]:
+        """The same launches with scratch memory of tensors of their own, which are returned."""
+        device = self._device
+        scratch = [
+            torch.empty_strided(size, strides, dtype=dtype, device=device) for size, strides, dtype in self.scratch
+        ]
         tensors = (*tensors, *scratch)
         for launch, pick in self.stages:
             launch(stream, *pick(tensors))
+        return scratch

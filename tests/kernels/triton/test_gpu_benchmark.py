@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import choices, clock, layers, results, roofline, schedule, shapes, steps, targets
+from benchmarks.gpu import captured, choices, clock, layers, results, roofline, schedule, shapes, steps, targets
 from spafl_kernels import tables
 from spafl_kernels.ops import closed_form, cuda_ops
 from spafl_kernels.tables import classes
@@ -235,9 +235,10 @@ def test_the_collapse_guard_of_a_cohort():
 def test_rows_of_a_cohort(monkeypatch):
     monkeypatch.setattr(cuda_ops, "available", lambda: False)
     rows = list(steps.cohort_rows(Cpu(400.0, 100.0), "lenet5", 2, 2, "fp64", (1.0, 0.5), (False,)))
-    assert [(r["provider"], r["density"], r["gate"], r["speedup_vs_dense"]) for r in rows] == [
-        ("loop", 1.0, "pass", 1.0), ("cohort-torch", 1.0, "pass", 4.0),
-        ("loop", 0.5, "pass", 1.0), ("cohort-torch", 0.5, "pass", 4.0),
+    assert [(r["provider"], r["density"], r["gate"].split()[0], r["speedup_vs_dense"]) for r in rows] == [
+        (p, density, "pass", speedup)
+        for density in (1.0, 0.5)
+        for p, speedup in (("loop", 1.0), ("cohort-torch", 4.0), ("compact-graph", 1.0), ("compact-streams", 4.0))
     ]  # fmt: skip
     assert all(r["clients"] == 2 and r.keys() <= set(results.COLUMNS) for r in rows)
 
@@ -249,13 +250,26 @@ def test_a_cohort_that_trains_wrongly_has_no_time(monkeypatch):
     assert rows[0]["us"] == 100.0 and "us" not in rows[1] and rows[1]["gate"].startswith("fail")
 
 
+def test_captured_steps_that_train_wrongly_have_no_time(monkeypatch):
+    stock = captured.CapturedCompact.step
+    monkeypatch.setattr(captured.CapturedCompact, "step", lambda self, x, y: stock(self, 1.001 * x, y))
+    rows = [
+        *steps.cohort_rows(Cpu(), "lenet5", 2, 2, "fp64", (0.5,), (False,)),
+        *steps.model_rows(Cpu(), "lenet5", 2, "fp64", (1.0,), (False,)),
+    ]
+    red = {r["provider"] for r in rows if str(r["gate"]).startswith("fail") and "us" not in r}
+    assert red == {"compact-graph", "compact-streams", "compact-fixed"}
+
+
 def test_rows_of_a_model():
     rows = list(steps.model_rows(Cpu(), "lenet5", 2, "fp64", (0.5,), (False, True)))
     assert [(r["provider"], r["density"], r["graph"]) for r in rows] == [
         *((p, 1.0, g) for p in ("dense", "masked", "ours") for g in (0, 1)), ("compact", 1.0, 0),
+        *(("compact-fixed", 1.0, g) for g in (0, 1)),
         *((p, 0.5, g) for p in ("masked", "ours") for g in (0, 1)), ("compact", 0.5, 0),
+        *(("compact-fixed", 0.5, g) for g in (0, 1)),
     ]  # fmt: skip
-    assert all(r["gate"] == ("-" if r["provider"] == "dense" else "pass") and "us" in r for r in rows)
+    assert all(r["gate"].split()[0] == ("-" if r["provider"] == "dense" else "pass") and "us" in r for r in rows)
 
 
 def test_a_difference_is_seen_in_every_parameter():
@@ -528,9 +542,9 @@ def test_the_whole_command(tmp_path, pretended_gpu, capsys):
     path = tmp_path / "gpu.csv"
     assert command.main(["--workers", "1", "--out", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "5 rows in" in said and "red: 0" in said and said.count("not measured") == 8
+    assert "7 rows in" in said and "red: 0" in said and said.count("not measured") == 8
     rows = rows_of(path)
-    assert len(rows) == 5 and {r["gpu"] for r in rows} == {"made-up GPU"}
+    assert len(rows) == 7 and {r["gpu"] for r in rows} == {"made-up GPU"}
     assert all(r["commit"] and r["torch"] == torch.__version__ and r["time"] for r in rows)
     assert {r["roofline"] for r in rows} == {"unknown device: no floors"}
 
@@ -675,6 +689,13 @@ def test_percentiles_and_errors_of_a_measurement():
         raise ValueError("x" * 500)
 
     assert clock.measure(Scripted(), broken, graph=False)["error"] == ("ValueError: " + "x" * 500)[:160]
+
+
+def test_rounding_of_the_masked_loop_widens_the_gate_but_not_without_limit():
+    gate = steps.GATE["tf32"]
+    assert steps._bound(0.0, gate) == steps._bound(0.4 * gate, gate) == gate
+    assert steps._bound(0.9 * gate, gate) == pytest.approx(1.8 * gate)
+    assert steps._bound(5 * gate, gate) == steps._bound(float("inf"), gate) == gate
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU

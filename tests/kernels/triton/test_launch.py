@@ -81,7 +81,7 @@ else:
             pretended.record(())
 
         monkeypatch.setattr(launch.Launch, "__call__", call)
-        monkeypatch.setattr(launch.Program, "__call__", launch.Program.one_by_one)  # so that each is seen
+        monkeypatch.setattr(launch.Program, "__call__", launch.Program.apart)  # so that each is seen
         return names
 
     def shifted(tensor, elements):
