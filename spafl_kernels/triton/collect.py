@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bounds import within
+from .geometry import client_step
 from .plan import HEADER, WIDEST, Plan, capacity
 
 COLLECT_ROWS = 128  # positions per program
@@ -18,7 +19,7 @@ def _padded(n, CAP: tl.constexpr, WIDEST: tl.constexpr):
     return tl.minimum((n + WIDEST - 1) // WIDEST * WIDEST, CAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def threshold_collect(
     grad, collected, partial, plan, extended, grad_client, collected_client, partial_client, plan_client,
     extended_client, total, out, g_n, g_h, g_w, g_c,
@@ -46,7 +47,7 @@ def threshold_collect(
     for r0 in range(0, ROWS, STEP):
         row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
         live = row < total
-        place = tl.where(live, row, 0)
+        place = within(row, live)
         at = (
             (place // (P * Q)).to(tl.int64) * g_n + (place // Q % P).to(tl.int64) * g_h + (place % Q).to(tl.int64) * g_w
         )
@@ -68,7 +69,7 @@ def threshold_collect(
             for r0 in range(0, ROWS, STEP):
                 row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
                 live = row < total
-                row = tl.where(live, row, 0)
+                row = within(row, live)
                 at = (row // (P * Q)).to(tl.int64) * g_n + (row // Q % P).to(tl.int64) * g_h
                 at += (row % Q).to(tl.int64) * g_w
                 part = tl.load(
@@ -103,7 +104,7 @@ def collect_channels(
     data = plan.data
     more, statistics = data if extended is None else extended, data if partial is None else partial
     threshold_collect[(triton.cdiv(total, COLLECT_ROWS), clients)](
-        x, into, statistics, data, more, x.stride(0), into.stride(0), statistics.stride(0), data.stride(0),
+        x, into, statistics, data, more, client_step(x), client_step(into), client_step(statistics), data.stride(0),
         more.stride(0), total, out, x.stride(1), x.stride(3), x.stride(4), x.stride(2),
         HEADER=HEADER, P=high, Q=wide, EXTRA=extended is not None, STATISTICS=partial is not None, CAP=cap,
         WIDEST=WIDEST, ROWS=COLLECT_ROWS, STEP=32, COLUMNS=min(64, cap), num_warps=4,

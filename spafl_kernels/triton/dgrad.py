@@ -8,12 +8,12 @@ from torch import Tensor
 
 from .bounds import last_of, within
 from .forward import spread
-from .geometry import Geometry, empty_channels_last
+from .geometry import Geometry, client_step, empty_channels_last
 from .plan import HEADER, Plan, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision, rows_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "row_tiles"])
 def threshold_dgrad(
     collected, packed, dx, plan, inputs, collected_client, packed_client, dx_client, plan_client, inputs_client,
     total, stride, channels, row_tiles,
@@ -148,7 +148,7 @@ def input_gradient(
     columns = min(tile.filters, max(16, power_of_two(g.channels)), 128 if input_plan is None else 64)
     row_tiles = triton.cdiv(positions, tile.rows)
     threshold_dgrad[(row_tiles * triton.cdiv(g.channels, columns), g.stride[0] * g.stride[1], clients)](
-        collected, packed, dx, plan.data, inputs, collected.stride(0), packed.stride(0), dx.stride(0),
+        collected, packed, dx, plan.data, inputs, client_step(collected), packed.stride(0), client_step(dx),
         plan.data.stride(0), inputs.stride(0), positions, row_stride(g.n_in), channels, row_tiles,
         HEADER=HEADER, LISTED=input_plan is not None, GROUP=min(64, max(16, power_of_two(channels))),
         SHAPE=g.shape, STEP_H=g.step[0], STEP_W=g.step[1], PRECISION=precision(kind), CAP=cap, ROWS=tile.rows,

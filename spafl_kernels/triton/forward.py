@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .bounds import last_of, within
 from .collect import collect_channels
-from .geometry import Geometry, channels_last, empty_channels_last, row_step
+from .geometry import Geometry, channels_last, client_step, empty_channels_last, row_step
 from .kinds import is_wide
 from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
@@ -133,7 +133,7 @@ def _forward_tile(
     spread(acc, y, bias, inverse, first, start, end, rows, live, out, MODE[3], MODE[4], TILE, GROUP, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "row_tiles"])
 def threshold_forward(
     x, packed, bias, y, plan, inputs, x_client, packed_client, bias_client, y_client, plan_client, inputs_client,
     total, out, stride, x_n, x_h, x_w, row_tiles,
@@ -277,7 +277,7 @@ def layer_forward(
     inputs = plan.data if input_plan is None else input_plan.data
     threshold_forward[(row_tiles * triton.cdiv(out, filters), clients)](
         x, packed, x if bias is None else bias, y, plan.data, inputs,
-        x.stride(0), packed.stride(0), 0 if bias is None else bias.stride(0), y.stride(0), plan.data.stride(0),
+        client_step(x), packed.stride(0), 0 if bias is None else bias.stride(0), client_step(y), plan.data.stride(0),
         inputs.stride(0), total, out, row_stride(g.n_in), x.stride(1), x.stride(2),
         line if pointwise else x.stride(3), row_tiles, HEADER=HEADER, SHAPE=g.shape,
         MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias, input_plan is not None, tile.piece(x.dtype)),

@@ -72,6 +72,14 @@ def empty_channels_last(
     return torch.empty(clients, n, *size, c, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
 
 
+def client_step(t: Tensor) -> int:
+    """Distance in memory between clients, as kernels take it: 0 for a single client, whatever the size of its batch.
+
+    Kernels are compiled for what divides a distance, and that of a single client is never used.
+    """
+    return 0 if t.shape[0] == 1 else t.stride(0)
+
+
 def row_step(x: Tensor) -> int | None:
     """Distance in memory between consecutive positions of ``(clients, N, H, W, C)``, None if it varies."""
     step = span = None

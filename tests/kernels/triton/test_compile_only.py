@@ -5,6 +5,7 @@ machine code of chosen layers looks like; ``SPAFL_UPDATE_SASS=1`` rewrites it. E
 every architecture; with ``SPAFL_SLOW_TESTS=1`` every layer of the published models is, too.
 """
 
+import collections
 import itertools
 import json
 import math
@@ -49,9 +50,12 @@ else:
         "lenet-conv2-fp32": (50, Geometry(20, 12, 12, (5, 5)), 16, 1, SINGLE, False),
     }
 
-    def launches(target, out, geometry, n, clients, dtype, tf32, forward=None, backward=None, listed=False):
+    def launches(
+        target, out, geometry, n, clients, dtype, tf32, forward=None, backward=None, listed=False,
+        how=compile_only.compiling,
+    ):  # fmt: skip
         """All launches of plan, forward and backward of one layer."""
-        with FakeTensorMode(), compile_only.compiling(target) as log:
+        with FakeTensorMode(), how(target) as log:
             fake = {"device": "cuda"}
             weight = torch.empty(clients, out, geometry.channels, *geometry.kernel, **fake)
             threshold = torch.empty(clients, out, **fake)
@@ -152,6 +156,23 @@ else:
         """Arguments equal to 1 become constants, which some expressions of Triton take and others refuse."""
         log = launches(TARGETS["sm_90"], 1, Geometry(1), 1, 1, SINGLE, True)
         check(log, "sm_90", SINGLE, True, kind="HMMA")  # the smallest tiles use the instruction of one warp
+
+    @pytest.mark.parametrize("layer", LAYERS)
+    def test_other_batch_sizes_compile_nothing_new(layer):
+        """But for tiles, which the rule takes by the number of rows: of these sizes, one of 64 may want another."""
+        out, geometry, _, _, dtype, tf32 = LAYERS[layer]
+        seen = collections.defaultdict(set)
+        for n in (64, 100, 127, 128, 130, 513):
+            found = launches(
+                TARGETS["sm_90"], out, geometry, n, 1, dtype, tf32, how=compile_only.specialising
+            )  # fmt: skip
+            for name, variants in found.items():
+                seen[name] |= variants
+        number = {name: len(variants) for name, variants in seen.items()}
+        assert number.pop("threshold_collect") == 2  # active filters and the others
+        tiles = [number.pop(name) for name in ("threshold_forward", "threshold_dgrad")]
+        assert max(tiles) <= 2 and (max(tiles) == 1 or geometry.height < 28)
+        assert set(number.values()) == {1}, number
 
     def test_grids_do_not_depend_on_anything_on_the_device():
         """The same launches whatever the mask: fake tensors have no values, and a read of one raises."""
