@@ -24,6 +24,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .collect import collect_channels
+from .device import on_device_of_first
 from .dgrad import input_gradient
 from .forward import restrict
 from .geometry import Geometry, channels_last, dense_rows, empty_channels_last, like_rows
@@ -32,6 +33,7 @@ from .tiles import Tile
 from .wgrad import statistics_buffer, weight_gradients
 
 
+@on_device_of_first
 def layer_backward(
     grad: Tensor,
     x: Tensor,

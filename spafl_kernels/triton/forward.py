@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .bounds import last_of, within
 from .collect import collect_channels
+from .device import on_device_of_first
 from .geometry import Geometry, channels_last, client_step, empty_channels_last, row_step
 from .kinds import is_wide
 from .narrowest import narrowest
@@ -218,6 +219,7 @@ def flat_is_better(channels: int, taps: int, depth: int) -> bool:
     return taps > 1 and 2 * -(-taps * channels // depth) <= per_tap
 
 
+@on_device_of_first
 def layer_forward(
     x: Tensor,
     packed: Tensor,

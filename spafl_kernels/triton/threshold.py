@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..reference import Estimator, check_estimator
 from .bounds import within
+from .device import device_of, on_device_of_first
 from .geometry import dense_rows, row_order
 from .kinds import DTYPES
 from .plan import HEADER, Plan, capacity, plan_size, row_stride
@@ -202,6 +203,7 @@ def threshold_pass_model(
     )  # fmt: skip
 
 
+@on_device_of_first
 def plan_layer(
     weight: Tensor, threshold: Tensor, estimator: Estimator, dtype: torch.dtype | None = None, plan: Plan | None = None
 ) -> tuple[Plan, Tensor, Tensor]:
@@ -325,11 +327,12 @@ class ModelPass:
         if (addresses := self._current_addresses()) != self._addresses:
             self._addresses = addresses
             self._table = self._make_table()
-        threshold_pass_model[(self._programs,)](
-            self._table, self._owners, self._tickets, self._words, self._plans, self._scores, self._packed,
-            DTYPE=self._dtype, WINDOW=self.estimator == "window", COMPARE=True, HEADER=HEADER, FIELDS=FIELDS,
-            ROWS=ROWS, STEP=STEP, LANES=LANES, num_warps=WARPS,
-        )  # fmt: skip
+        with device_of(self._plans):
+            threshold_pass_model[(self._programs,)](
+                self._table, self._owners, self._tickets, self._words, self._plans, self._scores, self._packed,
+                DTYPE=self._dtype, WINDOW=self.estimator == "window", COMPARE=True, HEADER=HEADER, FIELDS=FIELDS,
+                ROWS=ROWS, STEP=STEP, LANES=LANES, num_warps=WARPS,
+            )  # fmt: skip
         return self.plans
 
     def densities(self, out: Tensor) -> None:

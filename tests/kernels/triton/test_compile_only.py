@@ -152,6 +152,34 @@ else:
         assert [launch.grid for launch in log] == [(sum(capacity(s[0]) for s in tensors) // 4,)]
         assert compile_only.resources(log[0].kernel)["stack"] == 0
 
+    def test_launches_are_on_the_device_of_their_tensors(monkeypatch):
+        """Which need not be the current one."""
+        current, seen = [0], []
+
+        class DeviceOf:
+            def __init__(self, tensor):
+                self.device = tensor.device.index
+
+            def __enter__(self):
+                current.append(self.device)
+
+            def __exit__(self, *error):
+                current.pop()
+
+        monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(
+            triton.runtime.jit.JITFunction, "run", lambda self, *a, **k: seen.append((self.__name__, current[-1]))
+        )
+        with FakeTensorMode(), torch.device("cuda:1"):
+            weight, threshold, x = torch.empty(1, 8, 5), torch.empty(1, 8), torch.empty(1, 6, 5, 1, 1)
+            plan, packed, _ = plan_layer(weight, threshold, "identity")
+            y = layer_forward(x=x, packed=packed, plan=plan, bias=None, geometry=Geometry(5))
+            layer_backward(y, x, weight, packed, plan, None, Geometry(5))
+        assert len(seen) == 8 and {device for _, device in seen} == {1}, seen
+        ModelPass([torch.empty(8, 5)], [torch.empty(8)])()  # fake tensors have no addresses; those of the CPU no index
+        assert seen[8:] == [("threshold_pass_model", None)]
+
     def test_sizes_of_one_compile():
         """Arguments equal to 1 become constants, which some expressions of Triton take and others refuse."""
         log = launches(TARGETS["sm_90"], 1, Geometry(1), 1, 1, SINGLE, True)
