@@ -32,6 +32,7 @@ from torch import Tensor
 from ..executed import counting, note
 from ..tables import tiles as measured
 from .collect import collecting
+from .device import on_device_of_first
 from .dgrad import input_gradient
 from .forward import restrict
 from .geometry import (
@@ -182,6 +183,7 @@ def prepare(
     )
 
 
+@on_device_of_first
 def layer_backward(
     grad: Tensor,
     x: Tensor,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bounds import within
+from .geometry import client_step
 from .launch import REMEMBERED, Launch, current_stream
 from .plan import HEADER, WIDEST, Plan, capacity
 
@@ -23,7 +24,7 @@ def _padded(n, CAP: tl.constexpr, WIDEST: tl.constexpr):
     return tl.minimum((n + WIDEST - 1) // WIDEST * WIDEST, CAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def threshold_collect(
     grad, collected, partial, plan, extended, grad_client, collected_client, partial_client, plan_client,
     extended_client, total, out, g_n, g_h, g_w, g_c,
@@ -51,7 +52,7 @@ def threshold_collect(
     for r0 in range(0, ROWS, STEP):
         row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
         live = row < total
-        place = tl.where(live, row, 0)
+        place = within(row, live)
         at = (
             (place // (P * Q)).to(tl.int64) * g_n + (place // Q % P).to(tl.int64) * g_h + (place % Q).to(tl.int64) * g_w
         )
@@ -73,7 +74,7 @@ def threshold_collect(
             for r0 in range(0, ROWS, STEP):
                 row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
                 live = row < total
-                row = tl.where(live, row, 0)
+                row = within(row, live)
                 at = (row // (P * Q)).to(tl.int64) * g_n + (row // Q % P).to(tl.int64) * g_h
                 at += (row % Q).to(tl.int64) * g_w
                 part = tl.load(
@@ -103,7 +104,8 @@ def collecting(
         threshold_collect,
         (triton.cdiv(total, COLLECT_ROWS), clients),
         (
-            strides[0], total * cap, plan_client if partial_client is None else partial_client, plan_client,
+            client_step(clients, strides[0]), client_step(clients, total * cap),
+            client_step(clients, partial_client or 0), plan_client,
             plan_client if extended_client is None else extended_client, total, out, strides[1], strides[3],
             strides[4], strides[2],
         ),

@@ -8,13 +8,13 @@ import triton.language as tl
 
 from .bounds import last_of, within
 from .forward import spread
-from .geometry import Geometry
+from .geometry import Geometry, client_step
 from .launch import Launch
 from .plan import HEADER, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision, rows_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "row_tiles"])
 def threshold_dgrad(
     collected, packed, dx, plan, inputs, collected_client, packed_client, dx_client, plan_client, inputs_client,
     total, stride, channels, row_tiles,
@@ -150,7 +150,8 @@ def input_gradient(
         threshold_dgrad,
         (row_tiles * triton.cdiv(g.channels, columns), g.stride[0] * g.stride[1], clients),
         (
-            n * high * wide * cap, packed, n * channels * g.height * g.width, plan, plan if inputs is None else inputs,
+            client_step(clients, n * high * wide * cap), packed,
+            client_step(clients, n * channels * g.height * g.width), plan, plan if inputs is None else inputs,
             rows, row_stride(g.n_in), channels, row_tiles,
         ),
         {

@@ -22,7 +22,8 @@ from ..executed import counting, note
 from ..tables import tiles as measured
 from .bounds import last_of, within
 from .collect import collect_channels
-from .geometry import Geometry, Memory, channels_last, channels_last_strides, needs_copy, positions
+from .device import on_device_of_first
+from .geometry import Geometry, Memory, channels_last, channels_last_strides, client_step, needs_copy, positions
 from .launch import REMEMBERED, Launch, current_stream
 from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
@@ -139,7 +140,7 @@ def _forward_tile(
     spread(acc, y, bias, inverse, first, start, end, rows, live, out, MODE[3], MODE[4], TILE, GROUP, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "row_tiles"])
 def threshold_forward(
     x, packed, bias, y, plan, inputs, x_client, packed_client, bias_client, y_client, plan_client, inputs_client,
     total, out, stride, x_n, x_h, x_w, row_tiles,
@@ -300,8 +301,9 @@ def prepare(
         threshold_forward,
         (row_tiles * triton.cdiv(out, filters), clients),
         (
-            at.client, packed, 0 if bias is None else bias[1], memory[0], plan, plan if inputs is None else inputs,
-            total, out, row_stride(g.n_in), at.image, at.row, at.step(pointwise), row_tiles,
+            at.client, packed, 0 if bias is None else bias[1], client_step(clients, memory[0]), plan,
+            plan if inputs is None else inputs, total, out, row_stride(g.n_in), at.image, at.row,
+            at.step(pointwise), row_tiles,
         ),
         {
             "HEADER": HEADER, "SHAPE": g.shape,
@@ -316,6 +318,7 @@ def prepare(
     )  # fmt: skip
 
 
+@on_device_of_first
 def layer_forward(
     x: Tensor,
     packed: Tensor,

@@ -87,14 +87,22 @@ def needs_copy(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return strides[2] != 1 and shape[2] != 1
 
 
+def client_step(clients: int, distance: int) -> int:
+    """Distance in memory between clients, as kernels take it: 0 for a single client, whatever the size of its batch.
+
+    Kernels are compiled for what divides a distance, and that of a single client is never used.
+    """
+    return 0 if clients == 1 else distance
+
+
 def positions(shape: Sequence[int], strides: Sequence[int]) -> Positions:
     """Of a tensor with this shape and these strides, or of its copy if it needs one."""
-    _, n, c, high, wide = shape
+    clients, n, c, high, wide = shape
     if needs_copy(shape, strides):
         strides = channels_last_strides(c, high, wide, n)
     last = (high - 1) * strides[3] + (wide - 1) * strides[4] + (c - 1) * strides[2]
     line = _line((wide, high, n), (strides[4], strides[3], strides[1]))
-    return Positions(strides[0], strides[1], strides[3], strides[4], line, last >= 2**31)
+    return Positions(client_step(clients, strides[0]), strides[1], strides[3], strides[4], line, last >= 2**31)
 
 
 def _line(sizes: Sequence[int], strides: Sequence[int]) -> int | None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..reference import Estimator, check_estimator
 from .bounds import within
+from .device import device_of, on_device_of_first
 from .geometry import Memory, dense_rows, row_order
 from .kinds import DTYPES
 from .launch import REMEMBERED, Launch, current_stream
@@ -204,6 +205,7 @@ def threshold_pass_model(
     )  # fmt: skip
 
 
+@on_device_of_first
 def plan_layer(
     weight: Tensor, threshold: Tensor, estimator: Estimator, dtype: torch.dtype | None = None, plan: Plan | None = None
 ) -> tuple[Plan, Tensor, Tensor]:
@@ -390,10 +392,11 @@ class ModelPass:
         if (addresses := self._current_addresses()) != self._addresses:
             self._addresses = addresses
             self._table = self._make_table()
-        self._launch(
-            current_stream(self._plans.get_device()), self._table, self._owners, self._tickets, self._words,
-            self._plans, self._scores, self._packed,
-        )  # fmt: skip
+        with device_of(self._plans):
+            self._launch(
+                current_stream(self._plans.get_device()), self._table, self._owners, self._tickets, self._words,
+                self._plans, self._scores, self._packed,
+            )  # fmt: skip
         return self.plans
 
     def densities(self, out: Tensor) -> None:

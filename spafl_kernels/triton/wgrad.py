@@ -12,19 +12,19 @@ import triton.language as tl
 
 from .bounds import within
 from .collect import COLLECT_ROWS, collecting
-from .geometry import Geometry, Memory, Positions, row_order
+from .geometry import Geometry, Memory, Positions, client_step, row_order
 from .launch import Launch
 from .narrowest import narrowest
 from .plan import HEADER, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
-FINISH_STEP = 1024
+FINISH_STEP, FINISH_NUMBERS = 512, 4096  # columns, and numbers of all slabs, that are added at once
 # Programs that the split of the batch aims at (a few waves of a large GPU), and the most memory its slabs may take.
 PROGRAMS = 528
 SLAB_BYTES = 64 << 20
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def threshold_extend(
     partial, sums, plan, extended, partial_client, sums_client, plan_client, extended_client, blocks, out,
     HEADER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -124,10 +124,10 @@ def _wgrad_tile(
     tl.store(slab + filters.to(tl.int64)[None, :] * stride + column[:, None], acc, mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "steps"])
 def threshold_wgrad(
     x, collected, slabs, extended, inputs, x_client, collected_client, slabs_client, extended_client, inputs_client,
-    total, chunk, stride, x_n, x_h, x_w, column_tiles,
+    total, steps, stride, x_n, x_h, x_w, column_tiles,
     SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     CAP: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -145,19 +145,19 @@ def threshold_wgrad(
     x += client * x_client
     collected += client * collected_client
     slab = slabs + client * slabs_client + tl.program_id(1).to(tl.int64) * CAP * stride
-    lo = tl.program_id(1) * chunk
-    hi = tl.minimum(lo + chunk, total)
+    lo = tl.program_id(1) * steps * DEPTH
+    hi = tl.minimum(lo + steps * DEPTH, total)
     args = x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w
     narrowest(_wgrad_tile, args, count - first, CAP, COLUMNS, DEPTH, SHAPE, MODE, PRECISION, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def threshold_finish(
     weight, bias, slabs, sums, plan, extended, inputs, dw, dtau, dbias,
     weight_client, bias_client, slabs_client, plan_client, extended_client, inputs_client,
-    out, n_in, inner, outer, channels, stride,
-    HEADER: tl.constexpr, LISTED: tl.constexpr, INPUT_CAP: tl.constexpr, PARTS: tl.constexpr, CAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, STEP: tl.constexpr,
+    out, n_in, inner, outer, channels, stride, parts,
+    HEADER: tl.constexpr, LISTED: tl.constexpr, INPUT_CAP: tl.constexpr, CAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, STEP: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one filter from its row of G, if it has one; grid (filters, clients)."""
     row = tl.program_id(0)
@@ -180,10 +180,14 @@ def threshold_finish(
             place = tl.load(inverse + k % channels, mask=mask, other=-1)
             mask = mask & (place >= 0)
             column = k // channels * INPUT_CAP + tl.maximum(place, 0)
-        g = tl.zeros((STEP,), dtype=tl.float32)
-        for part in range(0, PARTS):
-            g += tl.load(slabs + tl.cast(part, tl.int64) * CAP * stride + column, mask=mask, other=0.0)
-        if PARTS > 1:
+        total = tl.zeros((DEEP, STEP), dtype=tl.float32)
+        for first in range(0, parts, DEEP):
+            part = first + tl.arange(0, DEEP)
+            there = part < parts
+            at = slabs + tl.where(there, part, 0).to(tl.int64)[:, None] * (CAP * stride) + column[None, :]
+            total += tl.load(at, mask=there[:, None] & mask[None, :], other=0.0)
+        g = tl.sum(total, 0)
+        if parts > 1:
             tl.store(slabs + column, g, mask=mask)
         w = tl.load(weight + (k % inner) * outer + k // inner, mask=mask, other=0.0).to(tl.float32)
         dots += g * w
@@ -219,11 +223,12 @@ def threshold_finish(
 
 
 def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int]:
-    """``(parts, rows per part)`` into which wgrad cuts the batch: enough programs, bounded memory, whole steps."""
+    """``(parts, steps per part)`` into which wgrad cuts the batch: enough programs, bounded memory, whole steps of
+    ``depth`` rows."""
     steps = triton.cdiv(total, depth)
     parts = max(1, min(PROGRAMS // max(1, tiles), SLAB_BYTES // max(1, slab_bytes), triton.cdiv(steps, 4)))
-    chunk = triton.cdiv(steps, parts) * depth
-    return triton.cdiv(total, chunk), chunk
+    each = triton.cdiv(steps, parts)
+    return triton.cdiv(steps, each), each
 
 
 class Scratch(NamedTuple):
@@ -283,7 +288,7 @@ def weight_gradients(
     extend = Launch(
         threshold_extend,
         (1, clients),
-        (math.prod(statistics[1:]), out, plan, listing, statistics[1], out),
+        (client_step(clients, math.prod(statistics[1:])), out, plan, listing, statistics[1], out),
         {"HEADER": HEADER, "ROWS": 32, "COLUMNS": min(64, cap), "num_warps": 4},
     )
 
@@ -296,14 +301,14 @@ def weight_gradients(
     columns = narrow if flat else columns
     column_tiles = triton.cdiv(g.n_in, columns) if flat else taps * triton.cdiv(g.channels, columns)
     tiles = column_tiles * triton.cdiv(out, filters)
-    parts, chunk = split(total, tile.depth, tiles * clients, clients * cap * stride * 4)
+    parts, steps = split(total, tile.depth, tiles * clients, clients * cap * stride * 4)
     slabs = (clients, parts, cap, stride)
     product = Launch(
         threshold_wgrad,
         (tiles, parts, clients),
         (
-            x.client, total * cap, math.prod(slabs[1:]), listing, inputs, total, chunk, stride, x.image, x.row,
-            x.step(pointwise), column_tiles,
+            x.client, client_step(clients, total * cap), client_step(clients, math.prod(slabs[1:])), listing, inputs,
+            total, steps, stride, x.image, x.row, x.step(pointwise), column_tiles,
         ),
         {
             "SHAPE": g.shape, "MODE": (x.wide, pointwise, flat, listed), "PRECISION": precision(kind), "CAP": cap,
@@ -311,17 +316,18 @@ def weight_gradients(
             "num_stages": tile.stages,
         },
     )  # fmt: skip
+    step = min(FINISH_STEP, max(16, power_of_two(n_in)))
     finish = Launch(
         threshold_finish,
         (out, clients),
         (
-            strides[0], 0 if bias is None else bias, math.prod(slabs[1:]), plan, listing, inputs, out, n_in, *order,
-            channels, stride,
+            strides[0], 0 if bias is None else bias, client_step(clients, math.prod(slabs[1:])), plan, listing, inputs,
+            out, n_in, *order, channels, stride, parts,
         ),
         {
-            "HEADER": HEADER, "LISTED": listed, "INPUT_CAP": capacity(channels), "PARTS": parts, "CAP": cap,
+            "HEADER": HEADER, "LISTED": listed, "INPUT_CAP": capacity(channels), "CAP": cap,
             "HAS_BIAS": bias is not None, "MASK_BIAS": mask_bias,
-            "STEP": min(FINISH_STEP, max(16, power_of_two(n_in))), "num_warps": 4,
+            "STEP": step, "DEEP": FINISH_NUMBERS // step, "num_warps": 8,
         },
     )  # fmt: skip
     extra = collecting(*grad, plan, extended_client=listing)
