@@ -208,6 +208,8 @@ class Arena:
     Args:
         memory, name: whose buffers ``name + ...`` are used.
         with_momentum: False leaves ``velocity`` empty.
+        align: pieces begin at multiples of so many elements. Kernels of cuDNN were seen to fail on weights that begin
+            elsewhere than at a multiple of 16 bytes.
 
     Attributes:
         flat, velocity, grad: the three tensors, not initialised; only ``velocity`` has room for borrowed pieces.
@@ -216,26 +218,45 @@ class Arena:
             ``leaf_end``.
         scored: ``(start, stop)`` of the weights of threshold layers, all columns.
         others: the ranges that are neither these nor thresholds.
+        gaps: ``(start, size)`` of what no piece has, because of ``align``; zeros in all three tensors.
     """
 
     def __init__(
-        self, shares: Mapping[Key, Share], thresholds: int, memory: Memory, name: str, with_momentum: bool
-    ) -> None:
+        self, shares: Mapping[Key, Share], thresholds: int, memory: Memory, name: str, with_momentum: bool,
+        align: int = 1,
+    ) -> None:  # fmt: skip
         self.shares, self.name = shares, name
         pieces = sorted((piece for share in shares.values() for piece in share.pieces), key=lambda p: p.region)
         own = [piece for piece in pieces if piece.borrowed is None]
+        self.gaps: list[tuple[int, int]] = []
+
+        def aligned(end: int) -> int:
+            at = -(-end // align) * align
+            if at > end:
+                self.gaps.append((end, at - end))
+            return at
+
         end = 0
         for piece in own:
-            piece.at = end
-            end += piece.size
+            piece.at = aligned(end)
+            end = piece.at + piece.size
+        end = aligned(end)
         total = behind = end + thresholds
+        inner = len(self.gaps)
         for piece in pieces:
             if piece.borrowed is not None:
-                piece.at = behind
-                behind += piece.size
+                piece.at = aligned(behind)
+                behind = piece.at + piece.size
+        borrowed_gaps, self.gaps = self.gaps[inner:], self.gaps[:inner]
         self.flat = memory.take(name + " parameters", (total,))
         self.velocity = memory.take(name + " momentum", (behind if with_momentum else 0,))
         self.grad = memory.take(name + " gradient", (total,))
+        for tensor in (self.flat, self.grad):
+            for at, size in self.gaps:
+                tensor[at : at + size].zero_()
+        if with_momentum:
+            for at, size in (*self.gaps, *borrowed_gaps):
+                self.velocity[at : at + size].zero_()
         self.tau, self.tau_grad = self.flat[end:], self.grad[end:]
         self.tau_momentum = self.velocity[end:total]
 

@@ -19,7 +19,7 @@ class FlatUpdate(PlainUpdate):
     """Scores, ``r_i`` and sign terms of all layers at once, by sums over segments of the arena.
 
     A segment is a row of a piece: a filter has one of kept columns and, where some are dropped and stored, another one.
-    All vectors over filters have one place more, for rows that are padding.
+    All vectors over filters have one place more, for rows that are padding and for gaps of the arena.
     """
 
     def __init__(self, arena: Arena, layers: Sequence[LayerState], scores: Tensor, options: SGDOptions) -> None:
@@ -30,10 +30,11 @@ class FlatUpdate(PlainUpdate):
             channels, begin = f.channels.host, f.layer.begin
             owners = [*(channels.kept + begin).tolist(), *[filters] * channels.pads]
             rows += [(p.at, owners, p.size // len(owners)) for p in (f.piece, f.lost) if p is not None]
+        start, end = arena.scored
+        rows += [(at, [filters], size) for at, size in arena.gaps if start <= at < end]
         rows.sort(key=lambda row: row[0])
         lengths = [length for _, owners, length in rows for _ in owners]
         offsets = torch.tensor([0, *lengths]).cumsum(0)
-        start, end = arena.scored
         assert start + int(offsets[-1]) == end, "rows of threshold layers fill the scored range"
         self._offsets = offsets.to(device, non_blocking=True)
         owner = torch.tensor([filter for _, owners, _ in rows for filter in owners])

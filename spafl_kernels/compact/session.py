@@ -32,6 +32,9 @@ from .update import CompiledUpdate, Loose, PlainUpdate, Update
 
 __all__ = ["Session", "settings_of"]
 
+# Bytes at multiples of which tensors begin on a GPU.
+ALIGNMENT = 32
+
 
 def settings_of(flow: Flow) -> tuple[object, ...]:
     """What layers and norms are told to do and somebody may change between two trainings."""
@@ -389,7 +392,8 @@ class Session:
         shares = shares_of(flow, layers, norms, borrow=self.compiled, last=self._gpu and self._channels_last)
         # The two arenas of a rebuild must not overlap.
         name = "other arena" if old is not None and old.name == "arena" else "arena"
-        arena = Arena(shares, len(self._scores), self._memory, name, bool(self.options.momentum))
+        align = ALIGNMENT // self._scores.element_size() if self._gpu else 1
+        arena = Arena(shares, len(self._scores), self._memory, name, bool(self.options.momentum), align)
         self._read(arena, old, [layer.name for layer in changed])
         self._tau = arena.tau
         attach(arena, layers, norms)

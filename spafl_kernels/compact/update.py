@@ -100,7 +100,15 @@ class Filters:
 
 
 def _collect(grads: Sequence[Tensor | None], pieces: Sequence[Piece], out: Tensor) -> None:
-    parts = [out.new_zeros(piece.size) if g is None else piece.span_of(g) for g, piece in zip(grads, pieces)]
+    """Gradients side by side, zeros where there is none and between pieces; ``out`` begins where the arena does."""
+    parts, end = [], 0
+    for g, piece in zip(grads, pieces):
+        if piece.at > end:
+            parts.append(out.new_zeros(piece.at - end))
+        parts.append(out.new_zeros(piece.size) if g is None else piece.span_of(g))
+        end = piece.at + piece.size
+    if len(out) > end:
+        parts.append(out.new_zeros(len(out) - end))
     if parts:
         torch.cat(parts, out=out)
 

@@ -119,3 +119,32 @@ def test_random_graphs_elsewhere(model, patience):
         torch.testing.assert_close(got, state[name].detach(), rtol=1e-7, atol=1e-7, msg=lambda t, n=name: f"{n}: {t}")
     for name, got in momentum.items():
         torch.testing.assert_close(got.held, start[name], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("density", [1.0, 0.6])
+def test_tensors_begin_where_kernels_of_a_gpu_can_read_them(multiple, density):
+    """A classifier with ten biases had moved every weight behind them off 16 bytes, and cuDNN's kernels failed."""
+    torch.manual_seed(0)
+    body = [ThresholdConv2d(3, 9, 3, padding=1), nn.BatchNorm2d(9), nn.ReLU(), ThresholdConv2d(9, 7, 3), nn.ReLU()]
+    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(7 * 9, 10))
+    prune(model.double(), density)
+    masked = MaskedTrainer(copy.deepcopy(model))
+    masked.begin(EVERYTHING)
+    with Accelerator():
+        there = moved(model)
+        trainer = CompactTrainer(there, strict=True, multiple=multiple)
+        trainer.begin(EVERYTHING)
+        for x, y in batches((3, 5, 5), 4, 3):
+            got, want = trainer.step(moved(x), moved(y)), masked.step(x, y)
+            torch.testing.assert_close(got.held, want, rtol=1e-9, atol=1e-9)
+        arena = trainer._session._arena
+        pieces = [piece for share in arena.shares.values() for piece in share.pieces]
+        assert len(pieces) > 6 and all(piece.at * arena.flat.element_size() % 32 == 0 for piece in pieces)
+        for start, size in arena.gaps:
+            for flat in (arena.flat, arena.grad, arena.velocity):
+                assert not flat.held[start : start + size].any()
+        assert arena.gaps if multiple == 1 else True
+        trainer.finish(), masked.finish()
+    for (key, got), want in zip(back(there).items(), masked.model.parameters()):
+        torch.testing.assert_close(got, want.detach(), rtol=1e-9, atol=1e-9, msg=lambda text, k=key: f"{k}: {text}")
