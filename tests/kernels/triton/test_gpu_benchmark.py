@@ -550,7 +550,7 @@ def test_the_whole_command(tmp_path, pretended_gpu, capsys):
 
 
 def test_a_red_run_says_so_and_fails(tmp_path, pretended_gpu, monkeypatch, capsys):
-    monkeypatch.setattr(steps, "difference", lambda got, want: 1.0)
+    monkeypatch.setattr(steps, "differs_most", lambda got, want: (1.0, "conv1.weight"))
     assert command.main(["--workers", "1", "--out", str(tmp_path / "gpu.csv")]) == 1
     said = capsys.readouterr().out
     assert "RED" in said and "red: 1" in said
