@@ -5,10 +5,10 @@ Steps, each a launch without the host:
 1. *collect*: read ``dL/dy`` once, in any layout; write the channels of active filters next to each other (both products
    below would otherwise gather channels in their inner loop, which forbids wide loads); per block of rows, sum every
    channel (bias gradient) and note whether it holds anything but zeros.
-2. *extend*: add up those partial results in a fixed order, and append to the list of active filters the pruned ones
-   whose gradient is needed: the estimator passes, and ``dL/dy`` of the channel is not all zero. With a ReLU behind the
-   layer there are none, and they cost nothing. Each one there is costs its row of the weight gradient, as a dense
-   layer would pay: the exact ``r_i`` of a pruned filter needs all of it.
+2. *extend*: add up those partial results in a fixed order, 16 channels a program, and append to the list of active
+   filters the pruned ones whose gradient is needed: the estimator passes, and ``dL/dy`` of the channel is not all zero.
+   With a ReLU behind the layer there are none, and they cost nothing. Each one there is costs its row of the weight
+   gradient, as a dense layer would pay: the exact ``r_i`` of a pruned filter needs all of it.
 3. *collect extra*: the channels of those filters; programs return at once when there are none.
 4. *dgrad*: ``dL/dx``, reduced over active filters; positions are split by their residue modulo the stride, so that no
    kernel tap is visited in vain.
@@ -23,14 +23,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .collect import collect_channels
+from .collect import Statistics, collect_channels
 from .device import on_device_of_first
 from .dgrad import input_gradient
 from .forward import restrict
 from .geometry import Geometry, channels_last, dense_rows, empty_channels_last, like_rows
 from .plan import Plan
 from .tiles import Tile
-from .wgrad import statistics_buffer, weight_gradients
+from .wgrad import weight_gradients
 
 
 @on_device_of_first
@@ -75,13 +75,13 @@ def layer_backward(
     else:
         x = channels_last(x)
     dx = dw = dtau = dbias = None
-    partial = statistics_buffer(grad) if need_weight else None
-    collected = collect_channels(grad, plan, partial=partial)
+    statistics = Statistics.of(grad) if need_weight else None
+    collected = collect_channels(grad, plan, statistics=statistics)
     if need_input:
         dx = input_gradient(collected, packed, plan, g, n, tf32, tile, input_plan)
-    if partial is not None:
+    if statistics is not None:
         dw, dtau, dbias = weight_gradients(
-            grad, collected, partial, x, weight, plan, bias, g, mask_bias, tf32, tile, input_plan
+            grad, collected, statistics, x, weight, plan, bias, g, mask_bias, tf32, tile, input_plan
         )
     return dx, dw, dtau, dbias
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,7 +14,17 @@ from .bounds import within
 from .geometry import client_step
 from .plan import HEADER, WIDEST, Plan, capacity
 
-COLLECT_ROWS = 128  # positions per program
+STEP = 32  # positions that are read at once
+LEAST = 128  # positions per program, at least
+# Programs at most, four for each multiprocessor of a large GPU: each leaves sums of every channel, which are added up.
+PROGRAMS = 528
+
+
+def row_blocks(total: int, clients: int) -> tuple[int, int]:
+    """``(programs per client, steps of STEP positions that each takes)``."""
+    steps = triton.cdiv(total, STEP)
+    each = max(LEAST // STEP, triton.cdiv(steps, max(1, PROGRAMS // clients)))
+    return triton.cdiv(steps, each), each
 
 
 @triton.jit
@@ -19,14 +33,17 @@ def _padded(n, CAP: tl.constexpr, WIDEST: tl.constexpr):
     return tl.minimum((n + WIDEST - 1) // WIDEST * WIDEST, CAP)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "steps"])
 def threshold_collect(
-    grad, collected, partial, plan, extended, grad_client, collected_client, partial_client, plan_client,
-    extended_client, total, out, g_n, g_h, g_w, g_c,
+    grad, collected, partial, words, plan, extended, grad_client, collected_client, partial_client, plan_client,
+    extended_client, total, steps, out, number, g_n, g_h, g_w, g_c,
     HEADER: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, EXTRA: tl.constexpr, STATISTICS: tl.constexpr,
-    CAP: tl.constexpr, WIDEST: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+    CAP: tl.constexpr, WIDEST: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Listed channels of dL/dy side by side; sums and "not all zero" of every channel; grid (row blocks, clients)."""
+    """Listed channels of dL/dy side by side; sums and "not all zero" of every channel; grid (row blocks, clients).
+
+    ``words``: ``number`` of them become 0, for the next launch.
+    """
     client = tl.program_id(1).to(tl.int64)
     plan += client * plan_client
     count = tl.load(plan)
@@ -44,8 +61,9 @@ def threshold_collect(
     grad += client * grad_client
     collected += client * collected_client
     limit = _padded(hi, CAP, WIDEST)
-    for r0 in range(0, ROWS, STEP):
-        row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
+    lo_row = tl.program_id(0) * steps * STEP
+    for i in range(0, steps):
+        row = lo_row + i * STEP + tl.arange(0, STEP)
         live = row < total
         place = within(row, live)
         at = (
@@ -60,14 +78,18 @@ def threshold_collect(
             )
             tl.store(to + c[None, :], part, mask=live[:, None] & (c < limit)[None, :])
     if STATISTICS:
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            for first in range(0, number, COLUMNS):
+                word = first + tl.arange(0, COLUMNS)
+                tl.store(words + word, 0, mask=word < number)
         partial += client * partial_client + tl.program_id(0).to(tl.int64) * 2 * out
         for c0 in range(0, out, COLUMNS):
             c = c0 + tl.arange(0, COLUMNS)
             channel = within(c, c < out)
             total_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
             nonzero = tl.zeros((COLUMNS,), dtype=tl.int32)
-            for r0 in range(0, ROWS, STEP):
-                row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
+            for i in range(0, steps):
+                row = lo_row + i * STEP + tl.arange(0, STEP)
                 live = row < total
                 row = within(row, live)
                 at = (row // (P * Q)).to(tl.int64) * g_n + (row // Q % P).to(tl.int64) * g_h
@@ -82,8 +104,36 @@ def threshold_collect(
             tl.store(partial + out + c, nonzero.to(tl.float32), mask=c < out)
 
 
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What collecting leaves behind about every channel, not yet added up.
+
+    ``partial``: float32 ``(clients, blocks of rows, 2, out)``: sums, and 1 where not all zero. ``words``: int32 zeros
+    for the look-back of the launch that adds up, a word for each of its blocks of COLUMNS channels and one for tickets.
+    """
+
+    COLUMNS: ClassVar[int] = 16
+
+    partial: Tensor
+    words: Tensor
+
+    @staticmethod
+    def of(x: Tensor) -> Statistics:
+        """Room for those of ``x``, ``(clients, N, out, H, W)``."""
+        clients, n, out, high, wide = x.shape
+        blocks, _ = row_blocks(n * high * wide, clients)
+        words = clients * triton.cdiv(out, Statistics.COLUMNS) + 1
+        return Statistics(
+            x.new_empty(clients, blocks, 2, out, dtype=torch.float32), x.new_empty(words, dtype=torch.int32)
+        )
+
+
 def collect_channels(
-    x: Tensor, plan: Plan, extended: Tensor | None = None, partial: Tensor | None = None, into: Tensor | None = None
+    x: Tensor,
+    plan: Plan,
+    extended: Tensor | None = None,
+    statistics: Statistics | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """The channels of ``x`` that a plan lists, next to each other.
 
@@ -91,8 +141,7 @@ def collect_channels(
         x: ``(clients, N, plan.out, H, W)``, any strides.
         plan: whose active filters are the list.
         extended: if given, only what it lists behind the active filters is collected (see ``threshold_extend``).
-        partial: float32 ``(clients, blocks of COLLECT_ROWS positions, 2, out)``: if given, sums, and 1 where not all
-            zero, of every channel are written.
+        statistics: if given, written.
         into: result to write to, a new one by default.
 
     Returns:
@@ -102,11 +151,13 @@ def collect_channels(
     total, cap = n * high * wide, capacity(out)
     into = x.new_empty(clients, total, cap) if into is None else into
     data = plan.data
-    more, statistics = data if extended is None else extended, data if partial is None else partial
-    threshold_collect[(triton.cdiv(total, COLLECT_ROWS), clients)](
-        x, into, statistics, data, more, client_step(x), client_step(into), client_step(statistics), data.stride(0),
-        more.stride(0), total, out, x.stride(1), x.stride(3), x.stride(4), x.stride(2),
-        HEADER=HEADER, P=high, Q=wide, EXTRA=extended is not None, STATISTICS=partial is not None, CAP=cap,
-        WIDEST=WIDEST, ROWS=COLLECT_ROWS, STEP=32, COLUMNS=min(64, cap), num_warps=4,
+    more = data if extended is None else extended
+    partial, words = (data, data) if statistics is None else (statistics.partial, statistics.words)
+    blocks, steps = row_blocks(total, clients)
+    threshold_collect[(blocks, clients)](
+        x, into, partial, words, data, more, client_step(x), client_step(into), client_step(partial), data.stride(0),
+        more.stride(0), total, steps, out, words.numel(), x.stride(1), x.stride(3), x.stride(4), x.stride(2),
+        HEADER=HEADER, P=high, Q=wide, EXTRA=extended is not None, STATISTICS=statistics is not None, CAP=cap,
+        WIDEST=WIDEST, STEP=STEP, COLUMNS=min(64, cap), num_warps=4,
     )  # fmt: skip
     return into

@@ -8,56 +8,63 @@ import triton.language as tl
 from torch import Tensor
 
 from .bounds import within
-from .collect import COLLECT_ROWS, collect_channels
+from .collect import Statistics, collect_channels
 from .geometry import Geometry, client_step, like_rows, row_order, row_step
 from .kinds import is_wide
+from .lookback import LANES, WARPS, look_back
 from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
-FINISH_STEP, FINISH_NUMBERS = 512, 4096  # columns, and numbers of all slabs, that are added at once
-# Programs that the split of the batch aims at (a few waves of a large GPU), and the most memory its slabs may take.
-PROGRAMS = 528
-SLAB_BYTES = 64 << 20
+EXTEND_ROWS = 256  # blocks of rows that are added up at once
+FINISH_STEP = 1024  # columns of slabs that are added at once, at most
+# Programs that the split of the batch aims at (four for each multiprocessor of a large GPU, so that slabs stay below 35
+# MB), and the steps that each takes at least: fewer would cost more in adding up their slabs than they save.
+PROGRAMS, LEAST_STEPS = 528, 8
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def threshold_extend(
-    partial, sums, plan, extended, partial_client, sums_client, plan_client, extended_client, blocks, out,
-    HEADER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    partial, sums, words, plan, extended, partial_client, sums_client, plan_client, extended_client,
+    blocks, out, groups,
+    HEADER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Channel sums, and the list of filters whose row of the weight gradient is needed; grid (1, clients).
+    """Channel sums, and the list of filters whose row of the weight gradient is needed; grid (groups * clients).
 
     ``extended``: count, the extra filters at their positions in the list, and the position of every filter or -1.
+    Each program has COLUMNS channels. ``words``: see :class:`~.collect.Statistics`; the last one counts tickets.
     """
-    client = tl.program_id(1).to(tl.int64)
+    ticket = tl.atomic_add(words + tl.num_programs(0), 1, sem="relaxed")
+    client = (ticket // groups).to(tl.int64)
+    group = ticket % groups
     partial += client * partial_client
     plan += client * plan_client
     extended += client * extended_client
     flags = plan + HEADER + 2 * out
     inverse = plan + HEADER + out
-    position = tl.load(plan)
-    for c0 in range(0, out, COLUMNS):
-        c = c0 + tl.arange(0, COLUMNS)
-        live = c < out
-        column = within(c, live)
-        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        nonzero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for b0 in range(0, blocks, ROWS):
-            b = b0 + tl.arange(0, ROWS)
-            mask = (b < blocks)[:, None] & live[None, :]
-            at = partial + tl.where(b < blocks, b, 0).to(tl.int64)[:, None] * 2 * out + column[None, :]
-            total += tl.load(at, mask=mask, other=0.0)
-            nonzero = tl.maximum(nonzero, tl.load(at + out, mask=mask, other=0.0))
-        tl.store(sums + client * sums_client + c, tl.sum(total, 0), mask=live)
-        flag = tl.load(flags + column, mask=live, other=0)
-        extra = (live & ((flag & 1) == 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
-        at = position + tl.cumsum(extra, 0) - extra
-        tl.store(extended + 1 + at, c, mask=extra > 0)
-        where = tl.where(extra > 0, at, tl.load(inverse + column, mask=live, other=-1))
-        tl.store(extended + 1 + out + c, where, mask=live)
-        position += tl.sum(extra, 0)
-    tl.store(extended, position)
+    c = group * COLUMNS + tl.arange(0, COLUMNS)
+    live = c < out
+    column = within(c, live)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    nonzero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(0, blocks, ROWS):
+        b = first + tl.arange(0, ROWS)
+        mask = (b < blocks)[:, None] & live[None, :]
+        at = partial + tl.where(b < blocks, b, 0).to(tl.int64)[:, None] * 2 * out + column[None, :]
+        total += tl.load(at, mask=mask, other=0.0)
+        nonzero = tl.maximum(nonzero, tl.load(at + out, mask=mask, other=0.0))
+    tl.store(sums + client * sums_client + c, tl.sum(total, 0), mask=live)
+    flag = tl.load(flags + column, mask=live, other=0)
+    extra = (live & ((flag & 1) == 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
+    count = tl.sum(extra, 0)
+    before, _ = look_back(words + client * groups, group, count, (count > 0).to(tl.int32), LANES)
+    before += tl.load(plan)
+    at = before + tl.cumsum(extra, 0) - extra
+    tl.store(extended + 1 + at, c, mask=extra > 0)
+    where = tl.where(extra > 0, at, tl.load(inverse + column, mask=live, other=-1))
+    tl.store(extended + 1 + out + c, where, mask=live)
+    if group == groups - 1:
+        tl.store(extended, before + count)
 
 
 @triton.jit
@@ -219,25 +226,18 @@ def threshold_finish(
         tl.store(dw + source, (g + r * sign / n_in).to(dw.dtype.element_ty), mask=exists)
 
 
-def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int]:
-    """``(parts, steps per part)`` into which wgrad cuts the batch: enough programs, bounded memory, whole steps of
-    ``depth`` rows."""
+def split(total: int, depth: int, tiles: int) -> tuple[int, int]:
+    """``(parts, steps per part)`` into which wgrad cuts the batch: enough programs, whole steps of ``depth`` rows."""
     steps = triton.cdiv(total, depth)
-    parts = max(1, min(PROGRAMS // max(1, tiles), SLAB_BYTES // max(1, slab_bytes), triton.cdiv(steps, 4)))
+    parts = max(1, min(PROGRAMS // max(1, tiles), triton.cdiv(steps, LEAST_STEPS)))
     each = triton.cdiv(steps, parts)
     return triton.cdiv(steps, each), each
-
-
-def statistics_buffer(grad: Tensor) -> Tensor:
-    """Where collecting ``dL/dy`` leaves sums and flags of every channel: float32 ``(clients, blocks, 2, out)``."""
-    clients, n, out, high, wide = grad.shape
-    return grad.new_empty(clients, triton.cdiv(n * high * wide, COLLECT_ROWS), 2, out, dtype=torch.float32)
 
 
 def weight_gradients(
     grad: Tensor,
     collected: Tensor,
-    partial: Tensor,
+    statistics: Statistics,
     x: Tensor,
     weight: Tensor,
     plan: Plan,
@@ -250,7 +250,7 @@ def weight_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(dw, dtau, dbias)``.
 
-    ``collected`` and ``partial`` come from collecting ``grad``; ``collected`` gets the extra filters appended.
+    ``collected`` and ``statistics`` come from collecting ``grad``; ``collected`` gets the extra filters appended.
     ``x`` is ``(clients, N, H, W, C)``; with ``input_plan``, ``x`` and geometry are restricted to its list. ``weight``
     has dense rows.
     """
@@ -262,9 +262,11 @@ def weight_gradients(
     dbias = None if bias is None else bias.new_empty(clients, out)
     sums = x.new_empty(clients, out, dtype=torch.float32)
     extended = x.new_empty(clients, 1 + 2 * out, dtype=torch.int32)
-    threshold_extend[(1, clients)](
-        partial, sums, plan.data, extended, client_step(partial), sums.stride(0), plan.data.stride(0),
-        extended.stride(0), partial.shape[1], out, HEADER=HEADER, ROWS=32, COLUMNS=min(64, cap), num_warps=4,
+    partial, groups = statistics.partial, triton.cdiv(out, Statistics.COLUMNS)
+    threshold_extend[(groups * clients,)](
+        partial, sums, statistics.words, plan.data, extended, client_step(partial), sums.stride(0),
+        plan.data.stride(0), extended.stride(0), partial.shape[1], out, groups, HEADER=HEADER, ROWS=EXTEND_ROWS,
+        COLUMNS=Statistics.COLUMNS, LANES=LANES, num_warps=WARPS,
     )  # fmt: skip
     collect_channels(grad, plan, extended, into=collected)
 
@@ -278,7 +280,7 @@ def weight_gradients(
     columns = narrow if flat else columns
     column_tiles = triton.cdiv(g.n_in, columns) if flat else taps * triton.cdiv(g.channels, columns)
     tiles = column_tiles * triton.cdiv(out, filters)
-    parts, steps = split(total, tile.depth, tiles * clients, clients * cap * stride * 4)
+    parts, steps = split(total, tile.depth, tiles * clients)
     slabs = x.new_empty(clients, parts, cap, stride, dtype=torch.float32)
     threshold_wgrad[(tiles, parts, clients)](
         x, collected, slabs, extended, inputs, client_step(x), client_step(collected), client_step(slabs),
@@ -290,6 +292,7 @@ def weight_gradients(
     )  # fmt: skip
 
     step = min(FINISH_STEP, max(16, power_of_two(n_in)))
+    warps = 16 if step > 512 else 8
     order = row_order(weight.shape[1:], weight.stride()[1:])
     assert order is not None
     threshold_finish[(out, clients)](
@@ -298,6 +301,6 @@ def weight_gradients(
         weight.stride(0), 0 if bias is None else bias.stride(0), client_step(slabs), plan.data.stride(0),
         extended.stride(0), inputs.stride(0), out, n_in, order[0], order[1], channels, stride, parts,
         HEADER=HEADER, LISTED=input_plan is not None, INPUT_CAP=capacity(channels), CAP=cap,
-        HAS_BIAS=bias is not None, MASK_BIAS=mask_bias, STEP=step, DEEP=FINISH_NUMBERS // step, num_warps=8,
+        HAS_BIAS=bias is not None, MASK_BIAS=mask_bias, STEP=step, DEEP=512 * warps // step, num_warps=warps,
     )  # fmt: skip
     return dw, dtau, dbias
