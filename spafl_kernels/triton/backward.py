@@ -5,10 +5,10 @@ Steps, each a launch without the host:
 1. *collect*: read ``dL/dy`` once, in any layout; write the channels of active filters next to each other (both products
    below would otherwise gather channels in their inner loop, which forbids wide loads); per block of rows, sum every
    channel (bias gradient) and note whether it holds anything but zeros.
-2. *extend*: add up those partial results in a fixed order, and append to the list of active filters the pruned ones
-   whose gradient is needed: the estimator passes, and ``dL/dy`` of the channel is not all zero. With a ReLU behind the
-   layer there are none, and they cost nothing. Each one there is costs its row of the weight gradient, as a dense
-   layer would pay: the exact ``r_i`` of a pruned filter needs all of it.
+2. *extend*: add up those partial results in a fixed order, 16 channels a program, and append to the list of active
+   filters the pruned ones whose gradient is needed: the estimator passes, and ``dL/dy`` of the channel is not all zero.
+   With a ReLU behind the layer there are none, and they cost nothing. Each one there is costs its row of the weight
+   gradient, as a dense layer would pay: the exact ``r_i`` of a pruned filter needs all of it.
 3. *collect extra*: the channels of those filters; programs return at once when there are none.
 4. *dgrad*: ``dL/dx``, reduced over active filters; positions are split by their residue modulo the stride, so that no
    kernel tap is visited in vain.
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..executed import counting, note
 from ..tables import tiles as measured
-from .collect import collecting
+from .collect import Statistics, collecting
 from .device import on_device_of_first
 from .dgrad import input_gradient
 from .forward import restrict
@@ -50,13 +50,14 @@ from .geometry import (
 from .launch import REMEMBERED, Launch, Program, current_stream
 from .plan import Plan, capacity
 from .tiles import Tile
-from .wgrad import blocks, weight_gradients
+from .wgrad import weight_gradients
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 # Places of tensors in the program; those from COLLECTED on are scratch memory.
-GRAD, X, WEIGHT, PACKED, BIAS, PLAN, INPUTS, DX, DW, DTAU, DBIAS, COLLECTED, PARTIAL, SUMS, EXTENDED, SLABS = range(16)
+GRAD, X, WEIGHT, PACKED, BIAS, PLAN, INPUTS, DX, DW, DTAU, DBIAS = range(11)
+COLLECTED, PARTIAL, WORDS, SUMS, EXTENDED, SLABS = range(11, 17)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +148,10 @@ def prepare(
     """
     (clients, n, out, high, wide), g = grad[0], geometry
     channels, listed = (g.channels, None) if inputs is None else (inputs[1], inputs[0])
-    statistics = (clients, blocks(grad[0]), 2, out) if need_weight else None
-    collect = collecting(*grad, plan, partial_client=None if statistics is None else math.prod(statistics[1:]))
+    statistics = Statistics.of(grad[0]) if need_weight else None
+    left = (PLAN, PLAN) if statistics is None else (PARTIAL, WORDS)
     stages: list[tuple[Launch, tuple[int, ...]]] = []
-    stages.append((collect, (GRAD, COLLECTED, PLAN if statistics is None else PARTIAL, PLAN, PLAN)))
+    stages.append((collecting(*grad, plan, statistics=statistics), (GRAD, COLLECTED, *left, PLAN, PLAN)))
     scratch = [Memory.dense((clients, n * high * wide, capacity(out)), dtypes[0])]
     if need_input:
         product = input_gradient(clients, n, out, g, channels, dtypes[1], tf32, tile, device, packed, plan, listed)
@@ -162,8 +163,8 @@ def prepare(
         )  # fmt: skip
         scratch += weights.scratch
         stages += [
-            (weights.extend, (PARTIAL, SUMS, PLAN, EXTENDED)),
-            (weights.extra, (GRAD, COLLECTED, PLAN, PLAN, EXTENDED)),
+            (weights.extend, (PARTIAL, SUMS, WORDS, PLAN, EXTENDED)),
+            (weights.extra, (GRAD, COLLECTED, PLAN, PLAN, PLAN, EXTENDED)),
             (weights.product, (X, COLLECTED, SLABS, EXTENDED, INPUTS)),
             (weights.finish, (WEIGHT, BIAS, SLABS, SUMS, PLAN, EXTENDED, INPUTS, DW, DTAU, DBIAS)),
         ]

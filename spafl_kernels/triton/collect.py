@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -11,11 +12,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .bounds import within
-from .geometry import client_step
+from .geometry import Memory, client_step
 from .launch import REMEMBERED, Launch, current_stream
 from .plan import HEADER, WIDEST, Plan, capacity
 
-COLLECT_ROWS = 128  # positions per program
+STEP = 32  # positions that are read at once
+LEAST = 128  # positions per program, at least
+# Programs at most, four for each multiprocessor of a large GPU: each leaves sums of every channel, which are added up.
+PROGRAMS = 528
+GROUP = 16  # channels that a program of the launch behind adds up
+
+
+def row_blocks(total: int, clients: int) -> tuple[int, int]:
+    """``(programs per client, steps of STEP positions that each takes)``."""
+    steps = triton.cdiv(total, STEP)
+    each = max(LEAST // STEP, triton.cdiv(steps, max(1, PROGRAMS // clients)))
+    return triton.cdiv(steps, each), each
 
 
 @triton.jit
@@ -24,14 +36,17 @@ def _padded(n, CAP: tl.constexpr, WIDEST: tl.constexpr):
     return tl.minimum((n + WIDEST - 1) // WIDEST * WIDEST, CAP)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "steps"])
 def threshold_collect(
-    grad, collected, partial, plan, extended, grad_client, collected_client, partial_client, plan_client,
-    extended_client, total, out, g_n, g_h, g_w, g_c,
+    grad, collected, partial, words, plan, extended, grad_client, collected_client, partial_client, plan_client,
+    extended_client, total, steps, out, number, g_n, g_h, g_w, g_c,
     HEADER: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, EXTRA: tl.constexpr, STATISTICS: tl.constexpr,
-    CAP: tl.constexpr, WIDEST: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+    CAP: tl.constexpr, WIDEST: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Listed channels of dL/dy side by side; sums and "not all zero" of every channel; grid (row blocks, clients)."""
+    """Listed channels of dL/dy side by side; sums and "not all zero" of every channel; grid (row blocks, clients).
+
+    ``words``: ``number`` of them become 0, for the next launch.
+    """
     client = tl.program_id(1).to(tl.int64)
     plan += client * plan_client
     count = tl.load(plan)
@@ -49,8 +64,9 @@ def threshold_collect(
     grad += client * grad_client
     collected += client * collected_client
     limit = _padded(hi, CAP, WIDEST)
-    for r0 in range(0, ROWS, STEP):
-        row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
+    lo_row = tl.program_id(0) * steps * STEP
+    for i in range(0, steps):
+        row = lo_row + i * STEP + tl.arange(0, STEP)
         live = row < total
         place = within(row, live)
         at = (
@@ -65,14 +81,18 @@ def threshold_collect(
             )
             tl.store(to + c[None, :], part, mask=live[:, None] & (c < limit)[None, :])
     if STATISTICS:
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            for first in range(0, number, COLUMNS):
+                word = first + tl.arange(0, COLUMNS)
+                tl.store(words + word, 0, mask=word < number)
         partial += client * partial_client + tl.program_id(0).to(tl.int64) * 2 * out
         for c0 in range(0, out, COLUMNS):
             c = c0 + tl.arange(0, COLUMNS)
             channel = within(c, c < out)
             total_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
             nonzero = tl.zeros((COLUMNS,), dtype=tl.int32)
-            for r0 in range(0, ROWS, STEP):
-                row = tl.program_id(0) * ROWS + r0 + tl.arange(0, STEP)
+            for i in range(0, steps):
+                row = lo_row + i * STEP + tl.arange(0, STEP)
                 live = row < total
                 row = within(row, live)
                 at = (row // (P * Q)).to(tl.int64) * g_n + (row // Q % P).to(tl.int64) * g_h
@@ -87,31 +107,70 @@ def threshold_collect(
             tl.store(partial + out + c, nonzero.to(tl.float32), mask=c < out)
 
 
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What collecting leaves behind about every channel, not yet added up.
+
+    ``partial``: float32 ``(clients, blocks of rows, 2, out)``: sums, and 1 where not all zero. ``words``: int32 zeros
+    for the look-back of the launch that adds up, a word for each of its groups of GROUP channels and one for tickets.
+    """
+
+    clients: int
+    blocks: int
+    out: int
+
+    @staticmethod
+    def of(shape: Sequence[int]) -> Statistics:
+        """Those of ``(clients, N, out, H, W)``."""
+        clients, n, out, high, wide = shape
+        return Statistics(clients, row_blocks(n * high * wide, clients)[0], out)
+
+    @property
+    def groups(self) -> int:
+        """Programs that add up the channels of a client."""
+        return triton.cdiv(self.out, GROUP)
+
+    @property
+    def partial(self) -> Memory:
+        return Memory.dense((self.clients, self.blocks, 2, self.out), torch.float32)
+
+    @property
+    def words(self) -> Memory:
+        return Memory.dense((self.clients * self.groups + 1,), torch.int32)
+
+    @property
+    def client(self) -> int:
+        """Distance between clients in ``partial``."""
+        return client_step(self.clients, self.blocks * 2 * self.out)
+
+
 def collecting(
     shape: Sequence[int], strides: Sequence[int], plan_client: int, extended_client: int | None = None,
-    partial_client: int | None = None,
+    statistics: Statistics | None = None,
 ) -> Launch:  # fmt: skip
-    """The launch over ``(x, collected, partial, plan, extended)``; see :func:`collect_channels`.
+    """The launch over ``(x, collected, partial, words, plan, extended)``; see :func:`collect_channels`.
 
     Args:
         shape, strides: of ``x``.
-        plan_client, extended_client, partial_client: distance between the clients of a plan, and of ``extended`` and
-            ``partial``; None where there is none, and the plan stands for it.
+        plan_client, extended_client: distance between the clients of a plan, and of ``extended``; None where there is
+            none, and the plan stands for it.
+        statistics: what is left behind; None: nothing, and the plan stands for ``partial`` and ``words``.
     """
     clients, n, out, high, wide = shape
     total, cap = n * high * wide, capacity(out)
+    blocks, steps = row_blocks(total, clients)
+    partial, words = (0, 0) if statistics is None else (statistics.client, statistics.words.size[0])
     return Launch(
         threshold_collect,
-        (triton.cdiv(total, COLLECT_ROWS), clients),
+        (blocks, clients),
         (
             client_step(clients, strides[0]), client_step(clients, total * cap),
-            client_step(clients, partial_client or 0), plan_client,
-            plan_client if extended_client is None else extended_client, total, out, strides[1], strides[3],
-            strides[4], strides[2],
+            partial, plan_client, plan_client if extended_client is None else extended_client, total, steps, out,
+            words, strides[1], strides[3], strides[4], strides[2],
         ),
         {
             "HEADER": HEADER, "P": high, "Q": wide, "EXTRA": extended_client is not None,
-            "STATISTICS": partial_client is not None, "CAP": cap, "WIDEST": WIDEST, "ROWS": COLLECT_ROWS, "STEP": 32,
+            "STATISTICS": statistics is not None, "CAP": cap, "WIDEST": WIDEST, "STEP": STEP,
             "COLUMNS": min(64, cap), "num_warps": 4,
         },
     )  # fmt: skip
@@ -139,5 +198,5 @@ def collect_channels(x: Tensor, plan: Plan) -> Tensor:
     into = x.new_empty(clients, n * high * wide, capacity(out))
     data = plan.data
     launch = _prepare(x.shape, x.stride(), (x.dtype, data.dtype), x.device, data.stride(0))
-    launch(current_stream(x.get_device()), x, into, data, data, data)
+    launch(current_stream(x.get_device()), x, into, data, data, data, data)
     return into

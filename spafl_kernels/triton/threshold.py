@@ -1,11 +1,7 @@
 """The threshold pass: scores, masks, active lists, counts and packed weights of all layers and clients in one launch.
 
 A program has a few filters. Where their rows go depends on how many filters before them are active, which other
-programs find out. A program takes a ticket when it starts and works on the filters of that number; it publishes its
-count, then adds up the counts of the tickets before its own. So whoever waits, waits for programs that have started and
-that wait for none behind them: no order of programs can hang (Merrill and Garland's "decoupled look-back"). A count is
-one word, written and read by atomic operations, and nothing else passes between programs: no order of other reads and
-writes matters.
+programs find out: they tell by look-back (``lookback.py``).
 
 A pruned filter knows its place too: counted from the end, as many places as pruned filters are before it. There it puts
 the -1 of the list and the row of zeros behind the packed weights, so that no program has all of them to write.
@@ -29,12 +25,11 @@ from .device import device_of, on_device_of_first
 from .geometry import Memory, dense_rows, row_order
 from .kinds import DTYPES
 from .launch import REMEMBERED, Launch, current_stream
+from .lookback import LANES, WARPS, look_back
 from .plan import HEADER, Plan, capacity, plan_size, row_stride
 
 ROWS = 4  # filters of a program
 STEP = 512  # numbers of a row that are read at once
-WARPS = 8
-LANES = 256  # counts of other programs that are read at once: one per thread, so that no atomic is done twice
 FIELDS = 12  # numbers per layer and client in the table of a model
 
 
@@ -74,31 +69,6 @@ def _flags(
     tl.store(flags + row, flag, mask=live)
     tl.store(scores + row, score, mask=live)
     return tl.where(live, flag, 0)
-
-
-@triton.jit
-def _published(word, lane, mine):
-    """Words of the programs ``lane`` where these are before ``mine``, else 0: waits until all of them are there."""
-    before = lane < mine
-    seen = tl.where(before, tl.atomic_add(word + lane, 0, mask=before, sem="relaxed"), 0)
-    while tl.sum((before & (seen == 0)).to(tl.int32), 0) > 0:
-        seen = tl.where(before, tl.atomic_add(word + lane, 0, mask=before, sem="relaxed"), 0)
-    return seen
-
-
-@triton.jit
-def _look_back(words, mine, count, flipped, LANES: tl.constexpr):
-    """Active filters before program ``mine`` of a layer, and whether they or ``flipped`` hold a flipped one.
-
-    A word holds 1, plus 2 if a filter flipped, plus 4 times the active filters.
-    """
-    tl.atomic_xchg(words + mine, 1 + 2 * flipped + 4 * count, sem="relaxed")
-    rank = 0
-    for first in range(0, mine, LANES):
-        seen = _published(words, first + tl.arange(0, LANES), mine)
-        rank += tl.sum(seen >> 2, 0)
-        flipped = tl.maximum(flipped, tl.max((seen >> 1) & 1, 0))
-    return rank, flipped
 
 
 @triton.jit
@@ -148,7 +118,7 @@ def _block(
     row = mine * ROWS + tl.arange(0, ROWS)
     flag = _flags(weight, threshold, flags, scores, row, out, n_in, WINDOW, COMPARE, ROWS, STEP)
     count, flipped = tl.sum(flag & 1, 0), tl.max((flag >> 2) & 1, 0)
-    rank, flipped = _look_back(words, mine, count, flipped, LANES)
+    rank, flipped = look_back(words, mine, count, flipped, LANES)
     _pack(weight, flag, index, inverse, packed, row, rank, out, n_in, inner, outer, cap, stride, ROWS, STEP)
     if (mine + 1) * ROWS >= cap:  # the last block of the layer
         tl.store(plan, rank + count)

@@ -11,56 +11,63 @@ import triton
 import triton.language as tl
 
 from .bounds import within
-from .collect import COLLECT_ROWS, collecting
+from .collect import GROUP, Statistics, collecting
 from .geometry import Geometry, Memory, Positions, client_step, row_order
 from .launch import Launch
+from .lookback import LANES, WARPS, look_back
 from .narrowest import narrowest
 from .plan import HEADER, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
-FINISH_STEP, FINISH_NUMBERS = 512, 4096  # columns, and numbers of all slabs, that are added at once
-# Programs that the split of the batch aims at (a few waves of a large GPU), and the most memory its slabs may take.
-PROGRAMS = 528
-SLAB_BYTES = 64 << 20
+EXTEND_ROWS = 256  # blocks of rows that are added up at once
+FINISH_STEP = 1024  # columns of slabs that are added at once, at most
+# Programs that the split of the batch aims at (four for each multiprocessor of a large GPU, so that slabs stay below 35
+# MB), and the steps that each takes at least: fewer would cost more in adding up their slabs than they save.
+PROGRAMS, LEAST_STEPS = 528, 8
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def threshold_extend(
-    partial, sums, plan, extended, partial_client, sums_client, plan_client, extended_client, blocks, out,
-    HEADER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    partial, sums, words, plan, extended, partial_client, sums_client, plan_client, extended_client,
+    blocks, out, groups,
+    HEADER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Channel sums, and the list of filters whose row of the weight gradient is needed; grid (1, clients).
+    """Channel sums, and the list of filters whose row of the weight gradient is needed; grid (groups * clients).
 
     ``extended``: count, the extra filters at their positions in the list, and the position of every filter or -1.
+    Each program has COLUMNS channels. ``words``: see :class:`~.collect.Statistics`; the last one counts tickets.
     """
-    client = tl.program_id(1).to(tl.int64)
+    ticket = tl.atomic_add(words + tl.num_programs(0), 1, sem="relaxed")
+    client = (ticket // groups).to(tl.int64)
+    group = ticket % groups
     partial += client * partial_client
     plan += client * plan_client
     extended += client * extended_client
     flags = plan + HEADER + 2 * out
     inverse = plan + HEADER + out
-    position = tl.load(plan)
-    for c0 in range(0, out, COLUMNS):
-        c = c0 + tl.arange(0, COLUMNS)
-        live = c < out
-        column = within(c, live)
-        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        nonzero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for b0 in range(0, blocks, ROWS):
-            b = b0 + tl.arange(0, ROWS)
-            mask = (b < blocks)[:, None] & live[None, :]
-            at = partial + tl.where(b < blocks, b, 0).to(tl.int64)[:, None] * 2 * out + column[None, :]
-            total += tl.load(at, mask=mask, other=0.0)
-            nonzero = tl.maximum(nonzero, tl.load(at + out, mask=mask, other=0.0))
-        tl.store(sums + client * sums_client + c, tl.sum(total, 0), mask=live)
-        flag = tl.load(flags + column, mask=live, other=0)
-        extra = (live & ((flag & 1) == 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
-        at = position + tl.cumsum(extra, 0) - extra
-        tl.store(extended + 1 + at, c, mask=extra > 0)
-        where = tl.where(extra > 0, at, tl.load(inverse + column, mask=live, other=-1))
-        tl.store(extended + 1 + out + c, where, mask=live)
-        position += tl.sum(extra, 0)
-    tl.store(extended, position)
+    c = group * COLUMNS + tl.arange(0, COLUMNS)
+    live = c < out
+    column = within(c, live)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    nonzero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(0, blocks, ROWS):
+        b = first + tl.arange(0, ROWS)
+        mask = (b < blocks)[:, None] & live[None, :]
+        at = partial + tl.where(b < blocks, b, 0).to(tl.int64)[:, None] * 2 * out + column[None, :]
+        total += tl.load(at, mask=mask, other=0.0)
+        nonzero = tl.maximum(nonzero, tl.load(at + out, mask=mask, other=0.0))
+    tl.store(sums + client * sums_client + c, tl.sum(total, 0), mask=live)
+    flag = tl.load(flags + column, mask=live, other=0)
+    extra = (live & ((flag & 1) == 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
+    count = tl.sum(extra, 0)
+    before, _ = look_back(words + client * groups, group, count, (count > 0).to(tl.int32), LANES)
+    before += tl.load(plan)
+    at = before + tl.cumsum(extra, 0) - extra
+    tl.store(extended + 1 + at, c, mask=extra > 0)
+    where = tl.where(extra > 0, at, tl.load(inverse + column, mask=live, other=-1))
+    tl.store(extended + 1 + out + c, where, mask=live)
+    if group == groups - 1:
+        tl.store(extended, before + count)
 
 
 @triton.jit
@@ -222,11 +229,10 @@ def threshold_finish(
         tl.store(dw + source, (g + r * sign / n_in).to(dw.dtype.element_ty), mask=exists)
 
 
-def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int]:
-    """``(parts, steps per part)`` into which wgrad cuts the batch: enough programs, bounded memory, whole steps of
-    ``depth`` rows."""
+def split(total: int, depth: int, tiles: int) -> tuple[int, int]:
+    """``(parts, steps per part)`` into which wgrad cuts the batch: enough programs, whole steps of ``depth`` rows."""
     steps = triton.cdiv(total, depth)
-    parts = max(1, min(PROGRAMS // max(1, tiles), SLAB_BYTES // max(1, slab_bytes), triton.cdiv(steps, 4)))
+    parts = max(1, min(PROGRAMS // max(1, tiles), triton.cdiv(steps, LEAST_STEPS)))
     each = triton.cdiv(steps, parts)
     return triton.cdiv(steps, each), each
 
@@ -235,6 +241,7 @@ class Scratch(NamedTuple):
     """Memory that the launches pass on."""
 
     partial: Memory
+    words: Memory
     sums: Memory
     extended: Memory
     slabs: Memory
@@ -244,7 +251,7 @@ class WeightGradients(NamedTuple):
     """The launches behind collecting ``dL/dy``.
 
     ========  ==========================================================================
-    extend    ``(partial, sums, plan, extended)``
+    extend    ``(partial, sums, words, plan, extended)``
     extra     as for collecting, with ``extended``
     product   ``(x, collected, slabs, extended, inputs)``
     finish    ``(weight, bias, slabs, sums, plan, extended, inputs, dw, dtau, dbias)``
@@ -258,13 +265,8 @@ class WeightGradients(NamedTuple):
     finish: Launch
 
 
-def blocks(shape: Sequence[int]) -> int:
-    """Blocks of rows into which collecting cuts ``dL/dy``: float32 ``(clients, blocks, 2, out)`` are its statistics."""
-    return triton.cdiv(shape[1] * shape[3] * shape[4], COLLECT_ROWS)
-
-
 def weight_gradients(
-    grad: tuple[Sequence[int], Sequence[int]], statistics: tuple[int, ...], x: Positions,
+    grad: tuple[Sequence[int], Sequence[int]], statistics: Statistics, x: Positions,
     weight: tuple[Sequence[int], Sequence[int]], dtype: torch.dtype, bias: int | None, geometry: Geometry,
     channels: int, mask_bias: bool, tf32: bool, tile: Tile | None, device: torch.device, plan: int, inputs: int | None,
 ) -> WeightGradients:  # fmt: skip
@@ -272,7 +274,7 @@ def weight_gradients(
 
     Args:
         grad: shape and strides of ``dL/dy``.
-        statistics: size of ``partial``.
+        statistics: what collecting leaves behind.
         x: where its positions lie; with a plan of the input, x and geometry are those of its list.
         weight: shape and strides; rows are dense.
         dtype, device: of ``x``.
@@ -287,9 +289,9 @@ def weight_gradients(
     total, listing, inputs = n * high * wide, 1 + 2 * out, plan if inputs is None else inputs
     extend = Launch(
         threshold_extend,
-        (1, clients),
-        (client_step(clients, math.prod(statistics[1:])), out, plan, listing, statistics[1], out),
-        {"HEADER": HEADER, "ROWS": 32, "COLUMNS": min(64, cap), "num_warps": 4},
+        (statistics.groups * clients,),
+        (statistics.client, out, plan, listing, statistics.blocks, out, statistics.groups),
+        {"HEADER": HEADER, "ROWS": EXTEND_ROWS, "COLUMNS": GROUP, "LANES": LANES, "num_warps": WARPS},
     )
 
     kind, pointwise = arithmetic(dtype, tf32), g.pointwise and x.line is not None
@@ -301,7 +303,7 @@ def weight_gradients(
     columns = narrow if flat else columns
     column_tiles = triton.cdiv(g.n_in, columns) if flat else taps * triton.cdiv(g.channels, columns)
     tiles = column_tiles * triton.cdiv(out, filters)
-    parts, steps = split(total, tile.depth, tiles * clients, clients * cap * stride * 4)
+    parts, steps = split(total, tile.depth, tiles * clients)
     slabs = (clients, parts, cap, stride)
     product = Launch(
         threshold_wgrad,
@@ -317,6 +319,7 @@ def weight_gradients(
         },
     )  # fmt: skip
     step = min(FINISH_STEP, max(16, power_of_two(n_in)))
+    warps = 16 if step > 512 else 8
     finish = Launch(
         threshold_finish,
         (out, clients),
@@ -327,12 +330,13 @@ def weight_gradients(
         {
             "HEADER": HEADER, "LISTED": listed, "INPUT_CAP": capacity(channels), "CAP": cap,
             "HAS_BIAS": bias is not None, "MASK_BIAS": mask_bias,
-            "STEP": step, "DEEP": FINISH_NUMBERS // step, "num_warps": 8,
+            "STEP": step, "DEEP": 512 * warps // step, "num_warps": warps,
         },
     )  # fmt: skip
     extra = collecting(*grad, plan, extended_client=listing)
     scratch = Scratch(
-        Memory.dense(statistics, torch.float32),
+        statistics.partial,
+        statistics.words,
         Memory.dense((clients, out), torch.float32),
         Memory.dense((clients, listing), torch.int32),
         Memory.dense(slabs, torch.float32),

@@ -25,10 +25,13 @@ else:
     from support import interpreter as checks
     from support.poison import poisoned
 
+    import spafl_kernels.triton.collect as collect_module
     import spafl_kernels.triton.threshold as threshold_module
+    import spafl_kernels.triton.wgrad as wgrad_module
     from spafl_kernels import executed
     from spafl_kernels.ops import closed_form, library
     from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
+    from spafl_kernels.triton.lookback import LANES
     from spafl_kernels.triton.plan import HEADER, Plan
     from spafl_kernels.triton.tiles import TILES, every
 
@@ -120,11 +123,11 @@ else:
             torch.testing.assert_close(scores, case.weight.float().flatten(2).abs().mean(2), rtol=1e-2, atol=0)
 
     def test_pass_over_more_blocks_than_are_read_at_once():
-        out = threshold_module.ROWS * (threshold_module.LANES + 2) + 3
+        out = threshold_module.ROWS * (LANES + 2) + 3
         case = cases.make(out, Geometry(3), 1, out // 3)
         with checks.options(order_seed=3) as stats:
             plan, packed, _ = plan_layer(case.weight, case.threshold, "identity")
-        assert stats.programs > threshold_module.LANES
+        assert stats.programs > LANES
         data, rows = closed_form.plan_and_packed(case.weight, case.threshold, "identity", SINGLE)
         assert torch.equal(plan.data, data) and torch.equal(packed, rows)
 
@@ -309,6 +312,17 @@ else:
             results.append((y, *gradients))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def test_row_blocks_of_several_steps_and_many_parts(monkeypatch):
+        """As large batches have them: sums of channels and slabs that are added up over programs, in turns."""
+        monkeypatch.setattr(collect_module, "PROGRAMS", 6)
+        monkeypatch.setattr(wgrad_module, "LEAST_STEPS", 1)
+        monkeypatch.setattr(wgrad_module, "EXTEND_ROWS", 2)
+        case = cases.make(40, Geometry(3, 12, 11), 9, 13, clients=2, seed=8)
+        total = 9 * 12 * 11
+        assert collect_module.row_blocks(total, 2) == (3, 13) and wgrad_module.split(total, 16, 1)[0] > 16
+        with checks.options(order_seed=1):
+            check(case, TOLERANCE[SINGLE])
 
     def test_empty_batch():
         geometry = Geometry(3, 5, 5, (3, 3))
