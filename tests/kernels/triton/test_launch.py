@@ -139,12 +139,12 @@ else:
         addresses = dict(enumerate(t.data_ptr() for t in given))
         for arguments, (one, pick) in zip(sent, program.stages, strict=True):
             _, grid, rest, values = one.known
-            places = pick(range(16))
+            places = pick(range(backward.SLABS + 1))
             assert arguments[:3] == grid and arguments[3] == 0 and arguments[4 : 4 + len(rest)] == rest
             assert arguments[-len(values) :] == values and len(places) + len(values) == len(one.kernel.arg_names)
             for place, address in zip(places, arguments[4 + len(rest) : -len(values)], strict=True):
                 assert addresses.setdefault(place, address) == address
-        assert sorted(addresses) == list(range(16))
+        assert sorted(addresses) == list(range(backward.SLABS + 1))
         # An address that is no multiple of 16 needs another kernel.
         layer_backward(shifted(grad, 1), x, weight, packed, plan, None, g, False, tf32)
         assert plain
