@@ -17,17 +17,24 @@ from .launch import REMEMBERED, Launch, current_stream
 from .plan import HEADER, WIDEST, Plan, capacity
 
 STEP = 32  # positions that are read at once
+COLUMNS = 64  # channels that a program reads at most
 LEAST = 128  # positions per program, at least
-# Programs at most, four for each multiprocessor of a large GPU: each leaves sums of every channel, which are added up.
+# Programs at most, four for each multiprocessor of a large GPU: each leaves sums of its channels, which are added up.
 PROGRAMS = 528
 GROUP = 16  # channels that a program of the launch behind adds up
 
 
-def row_blocks(total: int, clients: int) -> tuple[int, int]:
-    """``(programs per client, steps of STEP positions that each takes)``."""
+def row_blocks(total: int, programs: int) -> tuple[int, int]:
+    """``(blocks of rows, steps of STEP positions in each)``; ``programs``: of a block of rows, for all clients."""
     steps = triton.cdiv(total, STEP)
-    each = max(LEAST // STEP, triton.cdiv(steps, max(1, PROGRAMS // clients)))
+    each = max(LEAST // STEP, triton.cdiv(steps, max(1, PROGRAMS // programs)))
     return triton.cdiv(steps, each), each
+
+
+def column_blocks(out: int) -> int:
+    """Programs that share the channels of a block of rows: a serial walk over 1536 of them was most of the time of a
+    whole backward pass (ViT's projection, measured on an H200)."""
+    return triton.cdiv(capacity(out), COLUMNS)
 
 
 @triton.jit
@@ -43,11 +50,12 @@ def threshold_collect(
     HEADER: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, EXTRA: tl.constexpr, STATISTICS: tl.constexpr,
     CAP: tl.constexpr, WIDEST: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Listed channels of dL/dy side by side; sums and "not all zero" of every channel; grid (row blocks, clients).
+    """Listed channels of dL/dy side by side; sums and "not all zero" of every channel; grid (row blocks, column blocks,
+    clients).
 
     ``words``: ``number`` of them become 0, for the next launch.
     """
-    client = tl.program_id(1).to(tl.int64)
+    client = tl.program_id(2).to(tl.int64)
     plan += client * plan_client
     count = tl.load(plan)
     if EXTRA:
@@ -65,46 +73,42 @@ def threshold_collect(
     collected += client * collected_client
     limit = _padded(hi, CAP, WIDEST)
     lo_row = tl.program_id(0) * steps * STEP
-    for i in range(0, steps):
-        row = lo_row + i * STEP + tl.arange(0, STEP)
-        live = row < total
-        place = within(row, live)
-        at = (
-            (place // (P * Q)).to(tl.int64) * g_n + (place // Q % P).to(tl.int64) * g_h + (place % Q).to(tl.int64) * g_w
-        )
-        to = collected + row.to(tl.int64)[:, None] * CAP
-        for c0 in range(lo, limit, COLUMNS):
-            c = c0 + tl.arange(0, COLUMNS)
-            channel = tl.load(index + tl.where(c < hi, c, 0), mask=c < hi, other=0).to(tl.int64)
-            part = tl.load(
-                grad + at[:, None] + channel[None, :] * g_c, mask=live[:, None] & (c < hi)[None, :], other=0.0
-            )
-            tl.store(to + c[None, :], part, mask=live[:, None] & (c < limit)[None, :])
+    first = tl.program_id(1) * COLUMNS
+    c = first + tl.arange(0, COLUMNS)
+    if (first < limit) & (first + COLUMNS > lo):
+        listed = (c >= lo) & (c < hi)
+        channel = tl.load(index + tl.where(listed, c, lo), mask=listed, other=0).to(tl.int64)
+        for i in range(0, steps):
+            row = lo_row + i * STEP + tl.arange(0, STEP)
+            live = row < total
+            place = within(row, live)
+            at = (place // (P * Q)).to(tl.int64) * g_n + (place // Q % P).to(tl.int64) * g_h
+            at += (place % Q).to(tl.int64) * g_w
+            to = collected + row.to(tl.int64)[:, None] * CAP
+            part = tl.load(grad + at[:, None] + channel[None, :] * g_c, mask=live[:, None] & listed[None, :], other=0.0)
+            tl.store(to + c[None, :], part, mask=live[:, None] & ((c >= lo) & (c < limit))[None, :])
     if STATISTICS:
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            for first in range(0, number, COLUMNS):
-                word = first + tl.arange(0, COLUMNS)
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+            for begin in range(0, number, COLUMNS):
+                word = begin + tl.arange(0, COLUMNS)
                 tl.store(words + word, 0, mask=word < number)
         partial += client * partial_client + tl.program_id(0).to(tl.int64) * 2 * out
-        for c0 in range(0, out, COLUMNS):
-            c = c0 + tl.arange(0, COLUMNS)
-            channel = within(c, c < out)
-            total_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
-            nonzero = tl.zeros((COLUMNS,), dtype=tl.int32)
-            for i in range(0, steps):
-                row = lo_row + i * STEP + tl.arange(0, STEP)
-                live = row < total
-                row = within(row, live)
-                at = (row // (P * Q)).to(tl.int64) * g_n + (row // Q % P).to(tl.int64) * g_h
-                at += (row % Q).to(tl.int64) * g_w
-                part = tl.load(
-                    grad + at[:, None] + channel.to(tl.int64)[None, :] * g_c,
-                    mask=live[:, None] & (c < out)[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                total_sum += tl.sum(part, 0)
-                nonzero = tl.maximum(nonzero, tl.max((part != 0.0).to(tl.int32), 0))
-            tl.store(partial + c, total_sum, mask=c < out)
-            tl.store(partial + out + c, nonzero.to(tl.float32), mask=c < out)
+        channel = within(c, c < out).to(tl.int64)
+        total_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
+        nonzero = tl.zeros((COLUMNS,), dtype=tl.int32)
+        for i in range(0, steps):
+            row = lo_row + i * STEP + tl.arange(0, STEP)
+            live = row < total
+            place = within(row, live)
+            at = (place // (P * Q)).to(tl.int64) * g_n + (place // Q % P).to(tl.int64) * g_h
+            at += (place % Q).to(tl.int64) * g_w
+            part = tl.load(
+                grad + at[:, None] + channel[None, :] * g_c, mask=live[:, None] & (c < out)[None, :], other=0.0
+            ).to(tl.float32)
+            total_sum += tl.sum(part, 0)
+            nonzero = tl.maximum(nonzero, tl.max((part != 0.0).to(tl.int32), 0))
+        tl.store(partial + c, total_sum, mask=c < out)
+        tl.store(partial + out + c, nonzero.to(tl.float32), mask=c < out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Statistics:
     def of(shape: Sequence[int]) -> Statistics:
         """Those of ``(clients, N, out, H, W)``."""
         clients, n, out, high, wide = shape
-        return Statistics(clients, row_blocks(n * high * wide, clients)[0], out)
+        return Statistics(clients, row_blocks(n * high * wide, clients * column_blocks(out))[0], out)
 
     @property
     def groups(self) -> int:
@@ -158,11 +162,12 @@ def collecting(
     """
     clients, n, out, high, wide = shape
     total, cap = n * high * wide, capacity(out)
-    blocks, steps = row_blocks(total, clients)
+    columns = column_blocks(out)
+    blocks, steps = row_blocks(total, clients * columns)
     partial, words = (0, 0) if statistics is None else (statistics.client, statistics.words.size[0])
     return Launch(
         threshold_collect,
-        (blocks, clients),
+        (blocks, columns, clients),
         (
             client_step(clients, strides[0]), client_step(clients, total * cap),
             partial, plan_client, plan_client if extended_client is None else extended_client, total, steps, out,
@@ -171,7 +176,7 @@ def collecting(
         {
             "HEADER": HEADER, "P": high, "Q": wide, "EXTRA": extended_client is not None,
             "STATISTICS": statistics is not None, "CAP": cap, "WIDEST": WIDEST, "STEP": STEP,
-            "COLUMNS": min(64, cap), "num_warps": 4,
+            "COLUMNS": min(COLUMNS, cap), "num_warps": 4,
         },
     )  # fmt: skip
 
