@@ -59,6 +59,16 @@ def _triton_backend() -> tuple[bool, str | None]:
     return True, None
 
 
+def _launches() -> str:
+    """How Triton kernels are launched."""
+    if importlib.util.find_spec("triton") is None:
+        return "not at all: the triton package is not installed"
+    from .triton import launch
+
+    problem = launch.why_not()
+    return "remembered" if problem is None else f"every one through Triton's own launcher, which is slow: {problem}"
+
+
 def _measured(gpu: str, shelf: Shelf[Any]) -> str | None:
     """Where a table of a GPU comes from, None without one, or what is wrong with it."""
     try:
@@ -74,10 +84,8 @@ def report() -> dict[str, Any]:
     Returns:
         ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu`` (cores, threads, torch's capability,
         the instruction set of the compiled kernels and those it can run), ``gpus`` (names), ``measured`` (by GPU, the
-        origin of the table that ``auto`` chooses by, or None), ``tiles`` and ``engines`` (the same of the tile sizes
-        and of the speeds of simulations), ``request`` (``SPAFL_BACKEND``), ``strict`` (``SPAFL_STRICT``), ``extension``
-        (how it was built; ``kept``: why it is that of an earlier build) and ``backends`` (name -> ``available``,
-        ``reason``).
+        "launches": _launches(),
+        "extension": extension,
     """
     cpp, cpp_reason = _cpu_backend()
     backends = {
@@ -107,6 +115,7 @@ def report() -> dict[str, Any]:
         "engines": {gpu: _measured(gpu, engines.SHELF) for gpu in gpus},
         "request": backend.REQUESTED,
         "strict": backend.strict(),
+        "launches": _launches(),
         "extension": extension,
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends.items()},
     }
@@ -126,6 +135,7 @@ def _text(data: dict[str, Any]) -> str:
         lines.append(f"tiles       {gpu}: {data['tiles'][gpu] or 'not measured; the kernels choose them by rule'}")
         lines.append(f"simulator   {gpu}: {data['engines'][gpu] or 'not measured; device = auto takes the CPU'}")
     lines.append(f"layers      SPAFL_BACKEND={data['request']}, SPAFL_STRICT={'1' if data['strict'] else '0'}")
+    lines.append(f"launches    of Triton kernels: {data['launches']}")
     build = data["extension"]
     if build:
         archs = build.get("cuda") or "none"

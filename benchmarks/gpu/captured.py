@@ -33,7 +33,8 @@ class CapturedCompact:
         options: of the training.
         sample: shape of one input sample.
         loss: see :class:`~spafl_kernels.training.Trainer`.
-        multiple: layers keep a multiple of this many filters, filled up with zero rows.
+        multiple: layers keep a multiple of this many filters, filled up with zero rows; products of 16-bit numbers and
+            of tf32 want 8.
         momentum: full-size buffers by parameter name; they are completed by :meth:`finish`. None: zeros.
         densities: of every threshold layer in its last forward, for the collapse guard; 1 by default.
         horizon: steps after which ``changed`` is set if pruned rows still move (weight decay, or given momentum).
@@ -67,7 +68,7 @@ class CapturedCompact:
             self.momentum = momentum or {name: torch.zeros_like(p) for name, p in parameters.items()}
         if densities is None:
             densities = {name: 1.0 for name, m in model.named_modules() if isinstance(m, ThresholdLayer)}
-        self.session = Session(trace_flow(model, tuple(sample)), multiple, compiled=False, patience=0.5)
+        self.session = Session(trace_flow(model, tuple(sample)), multiple, compiled=False, patience=0.5, gpu=True)
         self.session.load(parameters, options, self.momentum, not momentum, dict(densities))
         self.session.refresh()
         self.steps = torch.zeros((), dtype=torch.int64, device=device)

@@ -6,8 +6,9 @@ the median of many calls, in one thread, forward and backward.
 
 =========  =========================================================================================================
 ``whole``  the layer, in a loop that gives its gradients back after every call
-``parts``  the functions that launch the kernels, called alone: pass and product forward, everything backward
+``parts``  what launches the kernels, called alone: results and scratch memory allocated, C launchers called
 ``rest``   the difference: the module's call, checks, choice of backend, autograd
+``share``  one of the layers of a model of equal layers, whose backward pass is called once for all
 ``floor``  a layer that computes nothing: a module with the same parameters that calls a
            :class:`torch.autograd.Function`, which allocates a result and gradients. No layer costs less
 =========  =========================================================================================================
@@ -34,7 +35,6 @@ from torch import Tensor, nn
 
 from spafl_kernels import ThresholdConv2d, ThresholdLinear
 from spafl_kernels.ops import arguments, direct
-from spafl_kernels.ops import packed as kernels
 from spafl_kernels.shared_pass import SharedPass
 
 from . import pretended
@@ -52,6 +52,9 @@ class Time:
 
     def __add__(self, other: Time) -> Time:
         return Time(self.least + other.least, self.median + other.median)
+
+    def __truediv__(self, parts: int) -> Time:
+        return Time(self.least / parts, self.median / parts)
 
     def __str__(self) -> str:
         return f"{self.least:6.1f} {self.median:6.1f}"
@@ -109,22 +112,21 @@ def whole(layer: nn.Module, x: Tensor, repeats: int) -> tuple[Time, Time]:
 
 
 def parts(layer: ThresholdConv2d | ThresholdLinear, x: Tensor, repeats: int, planned: bool) -> tuple[Time, Time]:
-    """The functions that launch the kernels, on a layer's tensors."""
+    """What launches the kernels of a layer's call, on its tensors."""
     geometry = None
     if isinstance(layer, nn.Conv2d):
         steps = layer.stride, layer.padding, layer.dilation
         geometry = arguments.geometry((1, *x.shape), (1, *layer.weight.shape), *steps)
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-        x, weight, threshold, bias = (t.detach().unsqueeze(0) for t in (x, layer.weight, layer.threshold, layer.bias))
-        call: Any = (x, weight, threshold, bias, geometry, "identity", False)
-        y, plan, packed = kernels.forward(*call, None, None)
-        given = (plan, packed) if planned else (None, None)
-        gradient = torch.empty_like(y)
-        forward, backward = times(
-            repeats,
-            lambda _: kernels.forward(*call, *given),
-            lambda _: kernels.backward(gradient, x, weight, packed, plan, bias, geometry, False, True, True),
-        )
+    x, weight, threshold, bias = (t.detach() for t in (x, layer.weight, layer.threshold, layer.bias))
+    call = direct.Call(x, weight, threshold, bias, geometry, "identity", False, False)
+    y, plan, packed = call.forward(x, weight, threshold, bias, None, None)
+    given = (plan, packed) if planned else (None, None)
+    gradient = torch.empty_like(y)
+    forward, backward = times(
+        repeats,
+        lambda _: call.forward(x, weight, threshold, bias, *given),
+        lambda _: call.backward(gradient, x, weight, packed, plan, bias, True, True),
+    )
     return forward, backward
 
 
@@ -171,6 +173,20 @@ def report(layer: ThresholdConv2d | ThresholdLinear, x: Tensor, repeats: int) ->
         yield row("alone: operator", whole(layer, x, repeats))
 
 
+DEPTH = 8
+
+
+def stacked(layers: Sequence[Any], x: Tensor, repeats: int) -> Iterator[str]:
+    """A layer's share of a model of some layers, alone and with a shared pass (its opening is not timed), and floor."""
+    model, densities = nn.Sequential(*layers), torch.empty(len(layers), dtype=torch.float64)
+    floors = nn.Sequential(*(Floor(layer, x.shape) for layer in layers))
+    for name, net in (("floor", floors), ("alone", model), ("shared", model)):
+        with SharedPass(layers).open(densities) if name == "shared" else contextlib.nullcontext():
+            launched(net, x)
+            forward, backward = whole(net, x, repeats)
+            yield row(f"{name}: share", (forward / len(layers), backward / len(layers)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -179,14 +195,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     layers: dict[str, tuple[Any, Tensor]] = {
-        "convolution, 6 to 16 channels 5x5, batch 4": (ThresholdConv2d(6, 16, 5), torch.randn(4, 6, 14, 14)),
+        "convolution, 6 to 16 channels 5x5, batch 4, channels last": (
+            ThresholdConv2d(6, 16, 5).to(memory_format=torch.channels_last),
+            torch.randn(4, 6, 14, 14).to(memory_format=torch.channels_last),
+        ),
         "linear, 120 to 84, batch 4": (ThresholdLinear(120, 84), torch.randn(4, 120)),
+    }
+    stacks: dict[str, tuple[Callable[[], Any], Tensor]] = {
+        f"one of {DEPTH} convolutions of 16 channels 3x3, batch 4, channels last": (
+            lambda: ThresholdConv2d(16, 16, 3, padding=1).to(memory_format=torch.channels_last),
+            torch.randn(4, 16, 8, 8).to(memory_format=torch.channels_last),
+        ),
+        f"one of {DEPTH} linear layers of 84, batch 4": (lambda: ThresholdLinear(84, 84), torch.randn(4, 84)),
     }
     print(f"microseconds, least and median of {options.repeats} calls: forward | backward | both")
     with pretended.device():
         for name, (layer, x) in layers.items():
             print(name)
             for line in report(layer, x.requires_grad_(), options.repeats):
+                print(line, flush=True)
+        for name, (layer, x) in stacks.items():
+            print(name)
+            for line in stacked([layer() for _ in range(DEPTH)], x.requires_grad_(), options.repeats // 2):
                 print(line, flush=True)
     return 0
 

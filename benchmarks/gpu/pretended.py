@@ -21,7 +21,7 @@ import os
 import pathlib
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from unittest import mock
 
 import torch
@@ -29,7 +29,10 @@ import torch
 _SOURCE = """
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 static long launches;
+static int count, sizes[64];
+static unsigned char last[40 + 64 * 8];
 int cuDeviceGet(int *device, int index) { *device = index; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   /* shared memory of a block and of a multiprocessor, multiprocessors, lanes; the rest is read by nobody */
@@ -52,8 +55,22 @@ int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
 int cuFuncSetCacheConfig(void *function, int config) { return 0; }
 int cuGetErrorString(int error, const char **text) { *text = "no error"; return 0; }
 int cuPointerGetAttribute(void *value, int attribute, uint64_t pointer) { *(uint64_t *)value = pointer; return 0; }
-int cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) { ++launches; return 0; }
+int cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) {
+  ++launches;
+  if (count > 0) {
+    memset(last, 0, sizeof last);
+    memcpy(last, &function, 8);
+    memcpy(last + 8, config, 28); /* grid, block, dynamic shared memory */
+    for (int i = 0; i < count; ++i) memcpy(last + 40 + 8 * i, parameters[i], sizes[i]);
+  }
+  return 0;
+}
 long spafl_launches(void) { return launches; }
+void spafl_record(int parameters, const int *bytes) {
+  count = parameters;
+  memcpy(sizes, bytes, parameters * sizeof(int));
+}
+const unsigned char *spafl_last(void) { return last; }
 """
 
 
@@ -73,6 +90,21 @@ def _library() -> ctypes.CDLL:
 def launches() -> int:
     """Kernels that were launched in this process on the stand-in."""
     return int(_library().spafl_launches())
+
+
+def record(sizes: Sequence[int]) -> None:
+    """Keep what reaches the driver from now on: of kernels with parameters of these sizes in bytes, at most 64 of 8.
+
+    No size: nothing is kept any more. A kernel with fewer parameters may not be launched in between.
+    """
+    _library().spafl_record(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+
+
+def last(parameters: int) -> bytes:
+    """The kernel, its grid, block and shared memory, and the values of its parameters, of the last launch."""
+    found = _library().spafl_last
+    found.restype = ctypes.c_void_p
+    return ctypes.string_at(found(), 40 + 8 * parameters)
 
 
 @functools.cache

@@ -157,9 +157,9 @@ def rows_of(
             gate = "-"
             try:
                 if provider.change is not None:
-                    error = difference(provider.change(), want)
+                    error, where = differs_most(provider.change(), want)
                     bound = bound or _bound(error, GATE[what.dtype])
-                    gate = f"{'pass' if error < bound else 'fail'} {error:.1e}"
+                    gate = f"{'pass' if error < bound else 'fail'} {error:.1e} {where}".rstrip()
                 runner = provider.make()
             except Exception as problem:
                 yield what.failed(provider.name, problem)
@@ -183,15 +183,17 @@ def _bound(masked: float, gate: float) -> float:
 
 # ------------------------------------------------------------------------------------------------ one model
 class DenseTrainer:
-    """A plain model by plain SGD: what a step costs without thresholds."""
+    """A plain model by plain SGD: what a step costs without thresholds; ``autocast``: dtype of its products."""
 
-    def __init__(self, model: nn.Module, options: SGDOptions) -> None:
-        self.model, self.options = to_dense(model).train(), options
+    def __init__(self, model: nn.Module, options: SGDOptions, autocast: torch.dtype | None = None) -> None:
+        self.model, self.options, self.autocast = to_dense(model).train(), options, autocast
         self.optimizer = torch.optim.SGD(self.model.parameters(), options.lr, options.momentum)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(x), y)
+        # Cached copies of weights would outlive the step that made them.
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+            loss = F.cross_entropy(self.model(x), y)
         loss.backward()
         if self.options.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
@@ -213,17 +215,24 @@ def trained(model: nn.Module, trainer: Any, x: Tensor, y: Tensor) -> dict[str, T
 
 
 def difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Largest relative root mean square difference over all parameters, infinite where one is not finite.
+    """The difference of :func:`differs_most`."""
+    return differs_most(got, want)[0]
+
+
+def differs_most(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest relative root mean square difference over all parameters, infinite where one is not finite, and where.
 
     A parameter that hardly moves is measured against the typical change of all: thresholds in front of a BatchNorm
     have gradients that cancel to rounding noise.
     """
     typical = float(torch.cat([w.flatten() for w in want.values()]).square().mean().sqrt())
-    worst = 0.0
+    worst, where = 0.0, ""
     for name, w in want.items():
         error = float((got[name] - w).square().mean().sqrt()) / max(float(w.square().mean().sqrt()), typical, 1e-30)
-        worst = max(worst, error) if error == error else float("inf")
-    return worst
+        error = error if error == error else float("inf")
+        if error > worst:
+            worst, where = error, name
+    return worst, where
 
 
 def model_rows(

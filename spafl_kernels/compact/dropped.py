@@ -7,7 +7,7 @@ row's score from above, and only a row whose bound exceeds its threshold is look
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -76,12 +76,18 @@ class DroppedRows:
 
     def measure(self, gone: Tensor) -> None:
         """Note the momentum with which rows leave."""
+        for layer, index in self._by_layer(gone):
+            assert layer.momentum is not None
+            self._measured = True
+            self.moving_mean[index + layer.begin] = layer.momentum[index].abs().mean((1, 2))
+
+    def _by_layer(self, rows: Tensor) -> Iterator[tuple[LayerState, Tensor]]:
+        """Indices of ``rows`` (bool over all filters) in every layer that has some; waits for the device once."""
+        known = rows.cpu()
         for layer in self.layers:
-            index = gone[layer.part].nonzero().flatten()
+            index = known[layer.part].nonzero().flatten()
             if len(index):
-                assert layer.momentum is not None
-                self._measured = True
-                self.moving_mean[index + layer.begin] = layer.momentum[index].abs().mean((1, 2))
+                yield layer, index.to(rows.device, non_blocking=True)
 
     def settle(self, dropped: Tensor) -> None:
         """Find out whether the rows ``dropped`` (bool over all filters) move."""
@@ -120,10 +126,7 @@ class DroppedRows:
 
     def catch_up(self, rows: Tensor) -> None:
         """Apply the steps that dropped rows have missed; ``rows``: bool over all filters."""
-        for layer in self.layers:
-            index = rows[layer.part].nonzero().flatten()
-            if not len(index):
-                continue
+        for layer, index in self._by_layer(rows):
             place = index + layer.begin
             a, b, c, d = (t.view(-1, 1, 1) for t in self._powers.at(self.clock - self.base[place], self.clock))
             w = layer.weight[index]

@@ -185,7 +185,7 @@ class CompactModule(nn.Module):
             lines.append(captured.flow.explain())
             reasons = {c.layer.name: c.reason for c in captured.conditions}
             for _, _, made in list(captured.made.values())[-1:]:
-                lines += [rows_in_words(n, made.masks[n], made.keep[n], reasons.get(n, "")) for n in made.masks]
+                lines += [rows_in_words(n, made.masks[n].cpu(), made.keep[n], reasons.get(n, "")) for n in made.masks]
         return "\n".join(lines)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

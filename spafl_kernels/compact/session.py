@@ -21,6 +21,7 @@ from ..training import SGDOptions
 from .arena import Arena, attach, shares_of
 from .conditions import Condition, rows_in_words
 from .dropped import DroppedRows
+from .flat_update import FlatUpdate
 from .flow import Flow
 from .fusion import always_fused, prefers_channels_last
 from .layout import Layout
@@ -32,6 +33,9 @@ from .state import LayerState, NormState, Tensors, all_channels, per_filter, sam
 from .update import CompiledUpdate, Loose, PlainUpdate, Update
 
 __all__ = ["Session", "settings_of"]
+
+# Bytes at multiples of which tensors begin on a GPU.
+ALIGNMENT = 32
 
 
 def settings_of(flow: Flow) -> tuple[object, ...]:
@@ -51,6 +55,7 @@ class Session:
     Args:
         flow: the traced model.
         multiple, compiled, patience: see :class:`~spafl_kernels.compact.CompactTrainer`.
+        gpu: lay out plans and weights for the products of a GPU; None: if the model is not on a CPU.
 
     Attributes:
         program: the forward pass under the current plan, after :meth:`refresh`.
@@ -72,7 +77,7 @@ class Session:
     _needed: Tensor  # rows that must be computed; the plan may keep more for a while
     _momentum: Mapping[str, Tensor]
 
-    def __init__(self, flow: Flow, multiple: int, compiled: bool, patience: float) -> None:
+    def __init__(self, flow: Flow, multiple: int, compiled: bool, patience: float, gpu: bool | None = None) -> None:
         self.flow, self.multiple, self.settings = flow, multiple, settings_of(flow)
         self.patience = patience
         # Of a step's work, what idle filters take now; and what they have taken since the plan was made, in steps.
@@ -101,7 +106,8 @@ class Session:
         self._conditioned = {c.layer for c in self._conditions}
         self._steady = all(condition.fixed for condition in self._conditions)
         self._exact = always_fused(flow) if self.compiled else set()
-        self._channels_last = prefers_channels_last(flow)
+        self._gpu = self._device.type != "cpu" if gpu is None else gpu
+        self._channels_last = prefers_channels_last(flow, self._gpu)
         self._all_channels: dict[int, Channels] = {}
         self._memory = Memory(self._scores)
         # Threshold layers that run as they are: autograd and the loose parameters know all of them but the guard.
@@ -207,7 +213,10 @@ class Session:
             made = False
         elif made := not torch.equal(keep, self._keep):
             self._rebuild(keep)
-        if made or not torch.equal(active, self._active) or far is not None or self._far is not None:
+        # A row that was pruned since the plan was made may be needed again though it stays pruned.
+        other = made or not torch.equal(active, self._active)
+        other = other or (keep is not active and not torch.equal(keep, self._needed))
+        if other or far is not None or self._far is not None:
             self._active, self._needed, self._far = active, keep, far
             self._set_masks()
         self._stale = False
@@ -218,7 +227,7 @@ class Session:
     def guard(self) -> None:
         """The collapse guard: thresholds of layers that the last forward left hardly any filter."""
         for layer in self._collapsed:
-            self._tau[layer.part] = 0
+            self._tau[layer.part].zero_()
             self._stale = True
 
     def penalty(self) -> Tensor | None:
@@ -274,7 +283,8 @@ class Session:
         """By window layer, where the window lets gradients through; layers without any are left out."""
         if far is None:
             return {}
-        return {la.name: rows for la in self._pruned if la.window and bool((rows := far[la.part]).any())}
+        known = far.cpu()
+        return {la.name: far[la.part] for la in self._pruned if la.window and bool(known[la.part].any())}
 
     def _kept_rows(self, active: Tensor, far: Mapping[str, Tensor]) -> Tensor:
         if self._spoiled:
@@ -315,18 +325,21 @@ class Session:
         self._set_densities: list[float] = []
         masks: list[Tensor] = []
         computed = used = 0
+        # Answers for all layers: every one of these waits for the device.
+        active_rows, needed_rows = self._active.cpu(), self._needed.cpu()
+        far_rows = None if self._far is None else self._far.cpu()
         for layer in self._pruned:
             assert layer.row_channels is not None
             kept = layer.row_channels.kept
             count = len(kept)
             layer.slot.mask = layer.slot.rows = None
             layer.far = None if self._far is None else self._far[layer.part]
-            active = self._active[layer.part]
+            active = active_rows[layer.part]
             count = int(active.sum())
             if count < len(kept):
                 mask = self._scores.new_zeros(layer.row_channels.stored)
-                mask[: len(kept)] = active[kept]
-                if torch.equal(active, self._needed[layer.part]):
+                mask[: len(kept)] = self._active[layer.part][kept]
+                if torch.equal(active, needed_rows[layer.part]):
                     # Pruned since the plan was made; nothing reads what they would compute.
                     layer.slot.rows = mask
                     used -= layer.work * (len(kept) - count)
@@ -338,7 +351,7 @@ class Session:
             used += layer.work * len(kept)
             self.densities[layer.name] = count / layer.rows
             self._set_densities.append(count / layer.rows)
-            layer.signed = not layer.window or (layer.far is not None and bool(layer.far.any()))
+            layer.signed = not layer.window or (far_rows is not None and bool(far_rows[layer.part].any()))
         # An idle filter takes its own products and those of the layers that read it.
         self._idle_share = 1 - (used / max(computed, 1)) ** 2
         assert self._arena is not None
@@ -397,7 +410,9 @@ class Session:
         """A plan that keeps ``keep``, a new arena, and a program that runs on it; from the model and from ``old``."""
         flow = self.flow
         self._arena = None  # until all is made: what is left half-way must not be used again
-        plan = Plan(flow, {la.name: keep[la.part] for la in self._pruned}, self.multiple, self._exact)
+        known = keep.cpu()
+        keeps = {la.name: known[la.part] for la in self._pruned}
+        plan = Plan(flow, keeps, self.multiple, self._exact, self._gpu, self._device)
         changed = self._changed_layers(plan, old)
         if old is not None:
             self._write(old, [layer.name for layer in changed])
@@ -411,14 +426,15 @@ class Session:
             norm.set_channels(self._whole(width) if layout is None else plan.channels(layout))
             norm.load_statistics()
         layers, norms = self._layers.values(), self._norms.values()
-        shares = shares_of(flow, layers, norms, borrow=self.compiled)
+        shares = shares_of(flow, layers, norms, borrow=self.compiled, last=self._gpu and self._channels_last)
         # The two arenas of a rebuild must not overlap.
         name = "other arena" if old is not None and old.name == "arena" else "arena"
-        arena = Arena(shares, len(self._scores), self._memory, name, bool(self.options.momentum))
+        align = ALIGNMENT // self._scores.element_size() if self._gpu else 1
+        arena = Arena(shares, len(self._scores), self._memory, name, bool(self.options.momentum), align)
         self._read(arena, old, [layer.name for layer in changed])
         self._tau = arena.tau
         attach(arena, layers, norms)
-        kind = CompiledUpdate if self.compiled else PlainUpdate
+        kind = CompiledUpdate if self.compiled else FlatUpdate if self._gpu else PlainUpdate
         self._update = kind(arena, self._pruned, self._scores, self.options)
         self._update.begin(self._loose, self.options)
         layer_slots = {name: layer.slot for name, layer in self._layers.items()}

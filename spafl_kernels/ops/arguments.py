@@ -14,6 +14,24 @@ from ..triton.plan import capacity, plan_size, row_stride
 _LOW = (torch.float16, torch.bfloat16)
 
 
+def check_layer(weight: Tensor, threshold: Tensor, estimator: str) -> None:
+    """The threshold of one layer, without clients.
+
+    Raises:
+        ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
+    """
+    reference.check_estimator(estimator)
+    if threshold.shape != weight.shape[:1]:
+        raise ValueError(
+            f"threshold must have one value per filter: expected shape ({weight.shape[0]},) for a weight of shape "
+            f"{tuple(weight.shape)}; got {tuple(threshold.shape)}"
+        )
+    if threshold.device != weight.device:
+        raise ValueError(f"threshold is on {threshold.device} but weight is on {weight.device}")
+    if threshold.dtype != weight.dtype:
+        raise ValueError(f"threshold has dtype {threshold.dtype} but weight has {weight.dtype}")
+
+
 def check(
     input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: str, dims: tuple[int, int]
 ) -> None:
@@ -56,7 +74,7 @@ def check(
 
 
 def check_planned(input: Tensor, weight: Tensor, plan: Tensor | None, packed: Tensor | None) -> None:
-    """Refuse a pass that was made for another layer, or for another dtype.
+    """Refuse a pass that was made for another layer, or in another dtype.
 
     Raises:
         ValueError: says what was expected and what was given.
@@ -68,6 +86,8 @@ def check_planned(input: Tensor, weight: Tensor, plan: Tensor | None, packed: Te
     if plan is None or packed is None or plan.shape != (clients, plan_size(out)) or packed.shape != rows:
         shapes = [None if t is None else tuple(t.shape) for t in (plan, packed)]
         raise ValueError(f"plan and packed must have shapes {(clients, plan_size(out))} and {rows}; got {shapes}")
+    if plan.dtype != torch.int32:
+        raise ValueError(f"plan must be int32; got {plan.dtype}")
     if packed.dtype != input.dtype:
         raise ValueError(f"packed must have the dtype of input; got {packed.dtype} and {input.dtype}")
 

@@ -205,13 +205,16 @@ def fall_back(reason: str) -> None:
         warnings.warn(message, stacklevel=5)
 
 
+_CONV: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+_MATMUL: Any = torch.backends.cuda.matmul
+
+
 def tf32(conv: bool) -> bool:
     """Whether PyTorch's own operator would round float32 operands to tf32.
 
     ``allow_tf32`` sets ``fp32_precision``; but reading ``allow_tf32`` raises once the newer setting has been used.
     """
-    setting = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    return setting.fp32_precision == "tf32"
+    return (_CONV if conv else _MATMUL).fp32_precision == "tf32"  # type: ignore[no-any-return]
 
 
 tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the getter is C++, which cannot be traced

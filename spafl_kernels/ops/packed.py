@@ -6,6 +6,8 @@ Clients come first everywhere. Nothing is checked here but a pass that was given
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 from typing import Any
 
 import torch
@@ -18,6 +20,14 @@ from . import backend
 from .arguments import check_planned
 
 _STAY = contextlib.nullcontext()
+
+
+@functools.cache
+def launchers() -> types.ModuleType:
+    """:mod:`spafl_kernels.triton` with its launchers; names of that package alone are looked up at every use."""
+    from ..triton import launchers
+
+    return launchers
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -36,18 +46,17 @@ def forward(
         input, weight, threshold, bias, estimator, mask_bias, plan, packed: as for the operators.
         geometry: of a convolution; None: a linear layer.
     """
-    from ..triton import layer_forward, plan_layer
-
+    run = launchers()
     check_planned(input, weight, plan, packed)
     with on_device_of(input):
         if plan is None or packed is None:
-            made, packed, _ = plan_layer(weight, threshold, estimator, input.dtype)
+            made, packed, _ = run.plan_layer(weight, threshold, estimator, input.dtype)
         else:
             made = Plan(plan, weight.shape[1])
         tf32 = input.dtype == torch.float32 and backend.tf32(conv=geometry is not None)
         if geometry is not None:
-            return layer_forward(input, packed, made, bias, geometry, mask_bias, tf32), made.data, packed
-        y = layer_forward(input[..., None, None], packed, made, bias, Geometry(weight.shape[2]), mask_bias, tf32)
+            return run.layer_forward(input, packed, made, bias, geometry, mask_bias, tf32), made.data, packed
+        y = run.layer_forward(input[..., None, None], packed, made, bias, Geometry(weight.shape[2]), mask_bias, tf32)
         return y.squeeze(4).squeeze(3), made.data, packed
 
 
@@ -56,16 +65,14 @@ def backward(
     geometry: Geometry | None, mask_bias: bool, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """``(dinput, dweight, dthreshold, dbias)``; None where not needed."""
-    from ..triton import layer_backward
-
-    made = Plan(plan, weight.shape[1])
+    run, made = launchers(), Plan(plan, weight.shape[1])
     with on_device_of(input):
         tf32 = input.dtype == torch.float32 and backend.tf32(conv=geometry is not None)
         if geometry is not None:
-            return layer_backward(
+            return run.layer_backward(
                 grad, input, weight, packed, made, bias, geometry, mask_bias, tf32, need_input, need_weight
             )
-        dx, dw, dtau, db = layer_backward(
+        dx, dw, dtau, db = run.layer_backward(
             grad[..., None, None], input[..., None, None], weight, packed, made, bias, Geometry(weight.shape[2]),
             mask_bias, tf32, need_input, need_weight,
         )  # fmt: skip

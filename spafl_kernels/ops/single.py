@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +11,9 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..reference import Estimator
+from ..tables import choices, tiles
 from ..threshold_layer import Planned
+from ..triton.geometry import Geometry
 from . import arguments, backend, direct, library
 from .narrow import narrow
 
@@ -41,16 +42,15 @@ def _clients(planned: Planned | None) -> tuple[Tensor, ...]:
 
 
 # ----------------------------------------------------------------------------------------------- checked calls
-@dataclasses.dataclass(frozen=True)
-class _Known:
+class _Known(NamedTuple):
     """A direct call that was checked and for which the packed kernels were chosen."""
 
-    options: direct.Options
+    call: direct.Call
     # What autocast and an uneven padding="same" make of the input first.
     dtype: torch.dtype | None
     pad: tuple[int, ...] | None
-    # Keeps a table alive whose identity is one of the facts.
-    table: Any
+    # Keeps tables alive whose identities are among the facts.
+    tables: tuple[Any, ...]
 
 
 # By the facts of the call, so that a layer is looked at when something about it changes, and not in every step.
@@ -59,40 +59,55 @@ _MOST = 4096  # a program whose shapes never repeat starts over
 
 
 def _facts(
-    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, planned: Planned | None, *rest: Hashable
-) -> Hashable | None:
-    """Everything that checks and choice depend on; None for a call that operators must see."""
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, planned: Planned | None, conv: bool,
+    *options: Hashable,
+) -> Hashable | None:  # fmt: skip
+    """Everything that checks, choice and launches depend on; None for a call that operators must see."""
     if not (backend.on_gpu(weight) and direct.plain(input, weight, threshold, bias)):
         return None
-    table = backend.table_of(weight.get_device())
+    index, dtype = weight.get_device(), weight.dtype
+    table, measured = choices.SHELF.of(index), tiles.SHELF.of(index)
     return (
-        input.shape, input.dtype, input.get_device(), weight.shape, weight.dtype, weight.get_device(),
-        threshold.shape, threshold.dtype, threshold.get_device(),
-        None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
-        None if planned is None else (planned.plan.shape, planned.packed.shape, planned.packed.dtype),
-        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None, backend.REQUESTED,
-        None if table is None else (id(table), backend.way(), backend.tf32(True), backend.tf32(False)), rest,
+        index, dtype, weight.shape, weight.stride(), input.get_device(), input.dtype, input.shape, input.stride(),
+        threshold.get_device(), threshold.dtype, threshold.shape, threshold.stride(),
+        None if bias is None else (bias.get_device(), bias.dtype, bias.shape, bias.stride()),
+        None if planned is None else _facts_of_pass(*planned),
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
+        dtype == torch.float32 and backend.tf32(conv), backend.REQUESTED,
+        None if table is None else (id(table), backend.way()), None if measured is None else id(measured), conv,
+        options,
     )  # fmt: skip
 
 
-def _direct(
+def _facts_of_pass(plan: Tensor, packed: Tensor) -> Hashable:
+    return plan.get_device(), plan.dtype, plan.shape, packed.get_device(), packed.dtype, packed.shape
+
+
+def _first(
     facts: Hashable, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, planned: Planned | None,
-    options: direct.Options, pad: tuple[int, ...] | None = None,
-) -> Tensor:  # fmt: skip
-    """A first call with these facts: checks, and remembers that they are right. ``input`` is padded already."""
+    geometry: Geometry | None, estimator: Estimator, mask_bias: bool, pad: tuple[int, ...] | None = None,
+) -> Tensor | None:  # fmt: skip
+    """A first call with these facts: checks, and remembers that they are right; None where operators are to do it.
+
+    ``input`` is padded already.
+    """
     dtype = None
     if torch.is_autocast_enabled("cuda"):
         cast = library.cast(input, "cuda")
         dtype, input = None if cast is input else cast.dtype, cast
     plan, packed = (None, None) if planned is None else planned
-    first = input.unsqueeze(0), weight.unsqueeze(0)
-    dims = (3, 3) if options.geometry is None else (5, 5)
-    arguments.check(*first, threshold.unsqueeze(0), _client(bias), options.estimator, dims)
+    first, dims = (input.unsqueeze(0), weight.unsqueeze(0)), (3, 3) if geometry is None else (5, 5)
+    arguments.check(*first, threshold.unsqueeze(0), _client(bias), estimator, dims)
     arguments.check_planned(*first, _client(plan), _client(packed))
+    if not direct.possible(input, weight, threshold, bias):
+        return None
+    tf32 = input.dtype == torch.float32 and backend.tf32(conv=geometry is not None)
+    call = direct.Call(input, weight, threshold, bias, geometry, estimator, mask_bias, tf32)
     if len(_known) >= _MOST:
         _known.clear()
-    _known[facts] = _Known(options, dtype, pad, backend.table_of(weight.get_device()))
-    return direct.call(input, weight, threshold, bias, plan, packed, options)
+    index = weight.get_device()
+    _known[facts] = _Known(call, dtype, pad, (choices.SHELF.of(index), tiles.SHELF.of(index)))
+    return direct.run(call, input, weight, threshold, bias, plan, packed)
 
 
 def _again(
@@ -104,7 +119,7 @@ def _again(
     if known.dtype is not None:
         input = input.to(known.dtype)
     plan, packed = (None, None) if planned is None else planned
-    return direct.call(input, weight, threshold, bias, plan, packed, known.options)
+    return direct.run(known.call, input, weight, threshold, bias, plan, packed)
 
 
 # ----------------------------------------------------------------------------------------------- the two layers
@@ -113,13 +128,14 @@ def linear(
     density: float = 1.0, planned: Planned | None = None,
 ) -> Tensor:  # fmt: skip
     """One linear layer through the operator, or the reference with a stated reason. Shapes as ``F.linear`` has them."""
-    facts = _facts(input, weight, threshold, bias, planned, estimator, mask_bias, density)
+    facts = _facts(input, weight, threshold, bias, planned, False, estimator, mask_bias, density)
     known = None if facts is None else _known.get(facts)
     if known is not None:
         if input.dim() == 2:
             return _again(known, input, weight, threshold, bias, planned)
         y = _again(known, input.reshape(-1, input.shape[-1]), weight, threshold, bias, planned)
         return y.reshape(*input.shape[:-1], weight.shape[0])
+    arguments.check_layer(weight, threshold, estimator)
     _check_dtype(input, weight)
     chosen = _choose(input, weight, 1, backend.linear_work(input, weight, density))
     if chosen == "reference":
@@ -127,16 +143,17 @@ def linear(
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input must have {weight.shape[1]} features, as weight has; got shape {tuple(input.shape)}")
     rows = input.reshape(-1, input.shape[-1])
+    found: Tensor | None = None
     if chosen == "narrow":
-        y = narrow(rows, weight, threshold, bias, estimator, mask_bias, None)
+        found = narrow(rows, weight, threshold, bias, estimator, mask_bias, None)
     elif facts is not None:
-        y = _direct(facts, rows, weight, threshold, bias, planned, direct.Options(None, estimator, mask_bias))
-    else:
-        y = library.call_linear(
+        found = _first(facts, rows, weight, threshold, bias, planned, None, estimator, mask_bias)
+    if found is None:
+        found = library.call_linear(
             rows.unsqueeze(0), weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), estimator, mask_bias,
             *_clients(planned),
         )  # fmt: skip
-    return y.reshape(*input.shape[:-1], weight.shape[0])
+    return found.reshape(*input.shape[:-1], weight.shape[0])
 
 
 def _pad(
@@ -172,13 +189,14 @@ def conv2d(
     strides, dilations = backend._pair(stride), backend._pair(dilation)
     given = padding if isinstance(padding, str) else backend._pair(padding)
     facts = _facts(
-        input, weight, threshold, bias, planned, strides, given, dilations, groups, estimator, mask_bias, density
+        input, weight, threshold, bias, planned, True, strides, given, dilations, groups, estimator, mask_bias, density
     )
     known = None if facts is None else _known.get(facts)
     if known is not None:
         if input.dim() == 4:
             return _again(known, input, weight, threshold, bias, planned)
         return _again(known, input.unsqueeze(0), weight, threshold, bias, planned).squeeze(0)
+    arguments.check_layer(weight, threshold, estimator)
     _check_dtype(input, weight)
     if input.dim() not in (3, 4):
         raise ValueError(f"input must be (N, in, H, W) or (in, H, W); got shape {tuple(input.shape)}")
@@ -190,18 +208,17 @@ def conv2d(
     pad, pads = _pad(weight.shape[2:], padding, strides, dilations)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     batch = batch if pad is None else F.pad(batch, pad)
-    if chosen == "triton" and facts is None:
-        y = library.call_conv2d(
+    found: Tensor | None = None
+    if chosen == "narrow" or facts is not None:
+        geometry = arguments.geometry((1, *batch.shape), (1, *weight.shape), strides, pads, dilations)
+        if chosen == "narrow":
+            found = narrow(batch, weight, threshold, bias, estimator, mask_bias, geometry)
+        else:
+            found = _first(facts, batch, weight, threshold, bias, planned, geometry, estimator, mask_bias, pad)
+    if found is None:
+        found = library.call_conv2d(
             batch.unsqueeze(0), weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), strides, pads, dilations,
             estimator, mask_bias, *_clients(planned),
         )  # fmt: skip
-        y = y.squeeze(0)
-    else:
-        shape = (1, *batch.shape), (1, *weight.shape)
-        geometry = arguments.geometry(*shape, strides, pads, dilations)
-        if chosen == "narrow":
-            y = narrow(batch, weight, threshold, bias, estimator, mask_bias, geometry)
-        else:
-            options = direct.Options(geometry, estimator, mask_bias)
-            y = _direct(facts, batch, weight, threshold, bias, planned, options, pad)
-    return y if input.dim() == 4 else y.squeeze(0)
+        found = found.squeeze(0)
+    return found if input.dim() == 4 else found.squeeze(0)

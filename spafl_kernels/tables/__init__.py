@@ -108,6 +108,12 @@ class Shelf(Generic[T]):
         finally:
             self._given.pop()
 
+    def of(self, index: int) -> T | None:
+        """The table for tensors of a CUDA device, by its index; negative: of no such device."""
+        if self._given:
+            return self._given[-1]
+        return self.for_index(index) if index >= 0 else None
+
     def given(self) -> T | None:
         """The table of the innermost :meth:`using`, or None."""
         return self._given[-1] if self._given else None

@@ -9,15 +9,22 @@ bias) between, which makes every output element written exactly once, without a 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..executed import note
+from ..executed import counting, note
+from ..tables import tiles as measured
+from .bounds import last_of, within
 from .collect import collect_channels
-from .geometry import Geometry, channels_last, empty_channels_last, row_step
-from .kinds import is_wide
+from .device import on_device_of_first
+from .geometry import Geometry, Memory, channels_last, channels_last_strides, client_step, needs_copy, positions
+from .launch import REMEMBERED, Launch, current_stream
 from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
@@ -32,14 +39,15 @@ def spread(
     target = y + rows.to(tl.int64)[:, None] * out
     for c0 in range(start // GROUP * GROUP, end, GROUP):
         c = c0 + tl.arange(0, GROUP)
-        position = tl.load(inverse + c, mask=c < out, other=-1)
+        at = within(c, c < out)
+        position = tl.load(inverse + at, mask=c < out, other=-1)
         column = position - first
         kept = (column >= 0) & (column < TILE)
         column = tl.where(kept, column, 0)
         value = tl.gather(acc, tl.broadcast_to(column[None, :], (ROWS, GROUP)), axis=1)
         value = tl.where(kept[None, :], value, 0.0)
         if HAS_BIAS:
-            b = tl.load(bias + c, mask=c < out, other=0.0).to(tl.float32)
+            b = tl.load(bias + at, mask=c < out, other=0.0).to(tl.float32)
             if MASK_BIAS:
                 b = tl.where(position >= 0, b, 0.0)
             value += b[None, :]
@@ -86,23 +94,23 @@ def _forward_tile(
         parts = 1
         steps = tl.cdiv(C * R * S, DEPTH)
     elif LISTED:
-        parts = tl.cdiv(channels, DEPTH)
-        steps = R * S * parts
+        steps = R * S * tl.cdiv(channels, DEPTH)
+        parts = tl.maximum(tl.cdiv(channels, DEPTH), 1)  # it divides
     else:
         parts = PARTS
         steps = R * S * PARTS
-    for step in range(0, tl.where(count > 0, steps, 0)):
+    for i in range(0, tl.where(count > 0, steps, 0)):
         if FLAT:
-            k = step * DEPTH + tl.arange(0, DEPTH)
+            k = i * DEPTH + tl.arange(0, DEPTH)
             h = high[:, None] + (k // (S * C) * SHAPE[11])[None, :]
             w = wide[:, None] + (k // C % S * SHAPE[12])[None, :]
             ok = live[:, None] & (k < C * R * S)[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            # Masked lanes get offset 0: a masked asynchronous copy from before the tensor faults (pytorch 187081).
             at = tl.where(ok, base[:, None] + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w + (k % C)[None, :], 0)
             a = tl.load(x + at, mask=ok, other=0.0)
-            b = packed + first.to(tl.int64) * stride + filters[:, None] * stride + k[None, :]
-            b = tl.load(b, mask=(k < stride)[None, :], other=0.0)
+            b = packed + first.to(tl.int64) * stride + filters[:, None] * stride
+            b = tl.load(b + within(k, k < stride)[None, :], mask=(k < stride)[None, :], other=0.0)
         else:
+            step = last_of(i, steps)
             tap = step // parts
             c0 = step % parts * DEPTH
             if POINTWISE:
@@ -114,10 +122,14 @@ def _forward_tile(
                 ok = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 at = tl.where(ok, base + (h.to(OFFSET) * x_h + w.to(OFFSET) * x_w), 0)
             # Scalars are added to the pointer first: they stay out of the per-element address arithmetic.
-            a = (x + c0) + at[:, None] + lane[None, :]
+            if C % DEPTH == 0:
+                c = lane
+            else:
+                c = within(lane, c0 + lane < C)
+            a = (x + c0) + at[:, None] + c[None, :]
             if PIECE > 0:
                 a = tl.max_contiguous(a, [1, PIECE])
-            b = (packed + (first.to(tl.int64) * stride + tap * C + c0)) + filters[:, None] * stride + lane[None, :]
+            b = (packed + (first.to(tl.int64) * stride + tap * C + c0)) + filters[:, None] * stride + c[None, :]
             if C % DEPTH == 0:
                 a = tl.load(a, mask=ok[:, None], other=0.0)
                 b = tl.load(b)
@@ -128,7 +140,7 @@ def _forward_tile(
     spread(acc, y, bias, inverse, first, start, end, rows, live, out, MODE[3], MODE[4], TILE, GROUP, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "row_tiles"])
 def threshold_forward(
     x, packed, bias, y, plan, inputs, x_client, packed_client, bias_client, y_client, plan_client, inputs_client,
     total, out, stride, x_n, x_h, x_w, row_tiles,
@@ -174,7 +186,7 @@ def threshold_pack_columns(
     lane = tl.arange(0, CAP if CAP < 64 else 64)
     for c0 in range(0, CAP, CAP if CAP < 64 else 64):
         listed = c0 + lane < count
-        channel = tl.load(inputs + HEADER + c0 + lane, mask=listed, other=0)
+        channel = tl.load(inputs + HEADER + tl.where(listed, c0 + lane, 0), mask=listed, other=0)
         for tap in range(0, taps):
             part = tl.load(packed + tap * channels + channel, mask=listed, other=0.0)
             tl.store(narrow + tap * CAP + c0 + lane, part)
@@ -188,7 +200,8 @@ def restrict(x: Tensor, packed: Tensor, input_plan: Plan, geometry: Geometry) ->
     the wide loads of its inner loop.
 
     Returns:
-        ``(clients, N, H, W, capacity(C))`` (zeros behind the list up to a whole tile, the rest unwritten), the weights
+        ``(clients, N, capacity(C), H, W)``, channels last (zeros behind the list up to a whole tile, the rest
+        unwritten), the weights
         ``(clients, capacity(out), kH * kW * capacity(C))``, and the geometry with ``capacity(C)`` channels.
     """
     clients, n, channels, high, wide = x.shape
@@ -198,7 +211,7 @@ def restrict(x: Tensor, packed: Tensor, input_plan: Plan, geometry: Geometry) ->
             f"{input_plan.data.shape[0]}"
         )
     cap, taps, data = capacity(channels), geometry.kernel[0] * geometry.kernel[1], input_plan.data
-    listed = collect_channels(x, input_plan).view(clients, n, high, wide, cap)
+    listed = collect_channels(x, input_plan).view(clients, n, high, wide, cap).permute(0, 1, 4, 2, 3)
     narrow = packed.new_empty(clients, packed.shape[1], taps * cap)
     threshold_pack_columns[(packed.shape[1], clients)](
         packed, narrow, data, packed.stride(0), narrow.stride(0), data.stride(0), packed.shape[2], channels, taps,
@@ -213,6 +226,99 @@ def flat_is_better(channels: int, taps: int, depth: int) -> bool:
     return taps > 1 and 2 * -(-taps * channels // depth) <= per_tap
 
 
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The forward pass of given sizes, see :func:`layer_forward`."""
+
+    y: Memory
+    device: torch.device
+    # None: there is nothing to compute.
+    launch: Launch | None
+    copy: bool
+    # Multiply-accumulates of a filter and input channel; how many channels there are, None where a list says it.
+    cost: int
+    channels: int | None
+    # Keeps the table of tiles alive whose identity is one of the facts.
+    table: Any
+
+    def of_one_client(self, linear: bool) -> Forward:
+        """The same with tensors that lack the client dimension; linear: input and result are matrices."""
+        return dataclasses.replace(self, y=self.y.part(slice(1, 3 if linear else None)))
+
+    def run(
+        self, stream: int | None, x: Tensor, packed: Tensor, bias: Tensor | None, plan: Tensor, inputs: Tensor
+    ) -> Tensor:
+        """The output; ``inputs``: the plan of the input, or the plan again."""
+        size, strides, dtype = self.y
+        y = torch.empty_strided(size, strides, dtype=dtype, device=self.device)
+        if self.launch is not None:
+            if counting():
+                listed = inputs[..., 0].reshape(-1)
+                note(plan[..., 0].reshape(-1), self.cost, listed if self.channels is None else self.channels)
+            x = channels_last(x) if self.copy else x
+            self.launch(stream, x, packed, x if bias is None else bias, y, plan, inputs)
+        return y
+
+
+@functools.lru_cache(REMEMBERED)
+def prepare(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtypes: tuple[torch.dtype, ...], packed: int, plan: int,
+    inputs: int | None,
+    bias: tuple[torch.dtype, int] | None, out: int, geometry: Geometry, mask_bias: bool, tf32: bool, tile: Tile | None,
+    device: torch.device, table: int,
+) -> Forward:  # fmt: skip
+    """The pass by everything that its launch depends on.
+
+    Args:
+        shape, strides, device: of x.
+        dtypes: of x, the packed weights and the plan.
+        packed, plan, inputs: distances between clients in the packed weights, the plan, and the plan of the input.
+        bias: its dtype and the distance between clients.
+        table: identity of the table of measured tiles.
+    """
+    clients, n, g, at, dtype = shape[0], shape[1], geometry, positions(shape, strides), dtypes[0]
+    high, wide = g.output
+    size, memory = (clients, n, out, high, wide), channels_last_strides(out, high, wide, n)
+    total = n * high * wide
+    if total == 0 or clients == 0:
+        return Forward(Memory(size, memory, dtype), device, None, False, 0, None, None)
+    if max(total, n * g.height * g.width) >= 2**31:
+        raise ValueError(f"x must have fewer than 2**31 positions per client; got N={n}, {(g.height, g.width)} pixels")
+    listed = inputs is not None
+    kind = arithmetic(dtype, tf32)
+    tile = tile or choose("forward", kind, g, out, n, device, listed=listed)
+    filters = min(tile.filters, capacity(out))
+    depth = max(16, min(tile.depth, g.channels if listed else power_of_two(g.n_in)))
+    flat = not listed and flat_is_better(g.channels, g.kernel[0] * g.kernel[1], depth)
+    depth = min(depth, 32) if flat else depth
+    pointwise = g.pointwise and at.line is not None
+    # Masks and addresses of single channels cost registers: with 128 rows LeNet-5's second layer spilled in tf32, and
+    # so did strided 1x1 convolutions of sm_80, whose few steps are unrolled.
+    unrolled = kind == "tf32" and g.kernel == (1, 1) and not pointwise
+    rows = min(tile.rows, 64) if flat or unrolled or g.channels % depth else tile.rows
+    row_tiles = triton.cdiv(total, rows)
+    launch = Launch(
+        threshold_forward,
+        (row_tiles * triton.cdiv(out, filters), clients),
+        (
+            at.client, packed, 0 if bias is None else bias[1], client_step(clients, memory[0]), plan,
+            plan if inputs is None else inputs, total, out, row_stride(g.n_in), at.image, at.row,
+            at.step(pointwise), row_tiles,
+        ),
+        {
+            "HEADER": HEADER, "SHAPE": g.shape,
+            "MODE": (at.wide, pointwise, flat, bias is not None, mask_bias, listed, tile.piece(dtype)),
+            "PRECISION": precision(kind), "ROWS": rows, "TILE": filters, "DEPTH": depth,
+            "GROUP": min(64, max(16, power_of_two(out))), "num_warps": tile.warps, "num_stages": tile.stages,
+        },
+    )  # fmt: skip
+    return Forward(
+        Memory(size, memory, dtype), device, launch, needs_copy(shape, strides), total * math.prod(g.kernel),
+        None if listed else g.channels, measured.of(device),
+    )  # fmt: skip
+
+
+@on_device_of_first
 def layer_forward(
     x: Tensor,
     packed: Tensor,
@@ -242,42 +348,14 @@ def layer_forward(
     Returns:
         ``(clients, N, out, H', W')`` in channels-last order, dtype of ``x``.
     """
-    clients, n = x.shape[:2]
-    g, out = geometry, plan.out
-    high, wide = g.output
-    y = empty_channels_last(clients, n, out, (high, wide), x.dtype, x.device)
-    total = n * high * wide
-    if total == 0 or clients == 0:
-        return y
-    if max(total, n * g.height * g.width) >= 2**31:
-        raise ValueError(f"x must have fewer than 2**31 positions per client; got N={n}, {(g.height, g.width)} pixels")
-    note(plan.count, total * g.kernel[0] * g.kernel[1], g.channels if input_plan is None else input_plan.count)
-    if input_plan is not None:
-        x, packed, g = restrict(x, packed, input_plan, g)
-    else:
-        x = channels_last(x)
-    kind = arithmetic(x.dtype, tf32)
-    tile = tile or choose("forward", kind, g, out, n, x.device, listed=input_plan is not None)
-    filters = min(tile.filters, capacity(out))
-    line = row_step(x)
+    inputs, device, data = None, x.device, plan.data
     bias = None if bias is None else bias.contiguous()
-    depth = max(16, min(tile.depth, power_of_two(g.n_in) if input_plan is None else g.channels))
-    flat = input_plan is None and flat_is_better(g.channels, g.kernel[0] * g.kernel[1], depth)
-    depth = min(depth, 32) if flat else depth
-    pointwise = g.pointwise and line is not None
-    # Masks and addresses of single channels cost registers: with 128 rows LeNet-5's second layer spilled in tf32, and
-    # so did strided 1x1 convolutions of sm_80, whose few steps are unrolled.
-    unrolled = kind == "tf32" and g.kernel == (1, 1) and not pointwise
-    rows = min(tile.rows, 64) if flat or unrolled or g.channels % depth else tile.rows
-    row_tiles = triton.cdiv(total, rows)
-    inputs = plan.data if input_plan is None else input_plan.data
-    threshold_forward[(row_tiles * triton.cdiv(out, filters), clients)](
-        x, packed, x if bias is None else bias, y, plan.data, inputs,
-        x.stride(0), packed.stride(0), 0 if bias is None else bias.stride(0), y.stride(0), plan.data.stride(0),
-        inputs.stride(0), total, out, row_stride(g.n_in), x.stride(1), x.stride(2),
-        line if pointwise else x.stride(3), row_tiles, HEADER=HEADER, SHAPE=g.shape,
-        MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias, input_plan is not None, tile.piece(x.dtype)),
-        PRECISION=precision(kind), ROWS=rows, TILE=filters, DEPTH=depth,
-        GROUP=min(64, max(16, power_of_two(out))), num_warps=tile.warps, num_stages=tile.stages,
+    if input_plan is not None and x.numel() > 0:
+        x, packed, geometry = restrict(x, packed, input_plan, geometry)
+        inputs = input_plan.data
+    made = prepare(
+        x.shape, x.stride(), (x.dtype, packed.dtype, data.dtype), packed.stride(0), data.stride(0),
+        None if inputs is None else inputs.stride(0), None if bias is None else (bias.dtype, bias.stride(0)), plan.out,
+        geometry, mask_bias, tf32, tile, device, id(measured.of(device)),
     )  # fmt: skip
-    return y
+    return made.run(current_stream(x.get_device()), x, packed, bias, data, data if inputs is None else inputs)

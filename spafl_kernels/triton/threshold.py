@@ -1,11 +1,7 @@
 """The threshold pass: scores, masks, active lists, counts and packed weights of all layers and clients in one launch.
 
 A program has a few filters. Where their rows go depends on how many filters before them are active, which other
-programs find out. A program takes a ticket when it starts and works on the filters of that number; it publishes its
-count, then adds up the counts of the tickets before its own. So whoever waits, waits for programs that have started and
-that wait for none behind them: no order of programs can hang (Merrill and Garland's "decoupled look-back"). A count is
-one word, written and read by atomic operations, and nothing else passes between programs: no order of other reads and
-writes matters.
+programs find out: they tell by look-back (``lookback.py``).
 
 A pruned filter knows its place too: counted from the end, as many places as pruned filters are before it. There it puts
 the -1 of the list and the row of zeros behind the packed weights, so that no program has all of them to write.
@@ -14,6 +10,7 @@ the -1 of the list and the row of zeros behind the packed weights, so that no pr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -23,14 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Estimator, check_estimator
-from .geometry import dense_rows, row_order
+from .bounds import within
+from .device import device_of, on_device_of_first
+from .geometry import Memory, dense_rows, row_order
 from .kinds import DTYPES
+from .launch import REMEMBERED, Launch, current_stream
+from .lookback import LANES, WARPS, look_back
 from .plan import HEADER, Plan, capacity, plan_size, row_stride
 
 ROWS = 4  # filters of a program
 STEP = 512  # numbers of a row that are read at once
-WARPS = 8
-LANES = 256  # counts of other programs that are read at once: one per thread, so that no atomic is done twice
 FIELDS = 12  # numbers per layer and client in the table of a model
 
 
@@ -45,15 +44,17 @@ def _flags(
     """
     live = row < out
     total = tl.zeros((ROWS, STEP), dtype=tl.float32)
-    start = weight + row.to(tl.int64)[:, None] * n_in
+    at = tl.where(live, row, 0)
+    start = weight + tl.where(live, row.to(tl.int64) * n_in, 0)[:, None]
     for k0 in range(0, n_in, STEP):
         k = k0 + tl.arange(0, STEP)
-        part = tl.load(start + k[None, :], mask=live[:, None] & (k < n_in)[None, :], other=0.0)
+        column = within(k, k < n_in)
+        part = tl.load(start + column[None, :], mask=live[:, None] & (k < n_in)[None, :], other=0.0)
         total += tl.abs(part.to(tl.float32))
     kind: tl.constexpr = weight.dtype.element_ty
     # Rounded to the dtype of the weight before it is compared, as the definition compares.
     score = (tl.sum(total, 1) / n_in).to(kind).to(tl.float32)
-    tau = tl.load(threshold + row, mask=live, other=0.0).to(tl.float32)
+    tau = tl.load(threshold + at, mask=live, other=0.0).to(tl.float32)
     flag = (score > tau).to(tl.int32)
     if WINDOW:
         margin = (score - tau).to(kind).to(tl.float32)
@@ -61,38 +62,13 @@ def _flags(
     else:
         flag += 2
     if COMPARE:
-        before = tl.load(flags + row, mask=live, other=0)
+        before = tl.load(flags + at, mask=live, other=0)
     else:
         before = tl.full((ROWS,), -1, tl.int32)
     flag += tl.where((before < 0) | ((before & 1) != (flag & 1)), 4, 0)
     tl.store(flags + row, flag, mask=live)
     tl.store(scores + row, score, mask=live)
     return tl.where(live, flag, 0)
-
-
-@triton.jit
-def _published(word, lane, mine):
-    """Words of the programs ``lane`` where these are before ``mine``, else 0: waits until all of them are there."""
-    before = lane < mine
-    seen = tl.where(before, tl.atomic_add(word + lane, 0, mask=before, sem="relaxed"), 0)
-    while tl.sum((before & (seen == 0)).to(tl.int32), 0) > 0:
-        seen = tl.where(before, tl.atomic_add(word + lane, 0, mask=before, sem="relaxed"), 0)
-    return seen
-
-
-@triton.jit
-def _look_back(words, mine, count, flipped, LANES: tl.constexpr):
-    """Active filters before program ``mine`` of a layer, and whether they or ``flipped`` hold a flipped one.
-
-    A word holds 1, plus 2 if a filter flipped, plus 4 times the active filters.
-    """
-    tl.atomic_xchg(words + mine, 1 + 2 * flipped + 4 * count, sem="relaxed")
-    rank = 0
-    for first in range(0, mine, LANES):
-        seen = _published(words, first + tl.arange(0, LANES), mine)
-        rank += tl.sum(seen >> 2, 0)
-        flipped = tl.maximum(flipped, tl.max((seen >> 1) & 1, 0))
-    return rank, flipped
 
 
 @triton.jit
@@ -115,9 +91,10 @@ def _pack(
     tl.store(index + place, tl.where(keep, row, -1), mask=live)
     for k0 in range(0, stride, STEP):
         k = k0 + tl.arange(0, STEP)
-        source = (k % inner) * outer + k // inner
+        column = within(k, k < n_in)
+        source = (column % inner) * outer + column // inner
         part = tl.load(
-            weight + row.to(tl.int64)[:, None] * n_in + source[None, :],
+            weight + tl.where(keep, row.to(tl.int64) * n_in, 0)[:, None] + source[None, :],
             mask=keep[:, None] & (k < n_in)[None, :],
             other=0.0,
         )
@@ -141,7 +118,7 @@ def _block(
     row = mine * ROWS + tl.arange(0, ROWS)
     flag = _flags(weight, threshold, flags, scores, row, out, n_in, WINDOW, COMPARE, ROWS, STEP)
     count, flipped = tl.sum(flag & 1, 0), tl.max((flag >> 2) & 1, 0)
-    rank, flipped = _look_back(words, mine, count, flipped, LANES)
+    rank, flipped = look_back(words, mine, count, flipped, LANES)
     _pack(weight, flag, index, inverse, packed, row, rank, out, n_in, inner, outer, cap, stride, ROWS, STEP)
     if (mine + 1) * ROWS >= cap:  # the last block of the layer
         tl.store(plan, rank + count)
@@ -198,6 +175,7 @@ def threshold_pass_model(
     )  # fmt: skip
 
 
+@on_device_of_first
 def plan_layer(
     weight: Tensor, threshold: Tensor, estimator: Estimator, dtype: torch.dtype | None = None, plan: Plan | None = None
 ) -> tuple[Plan, Tensor, Tensor]:
@@ -214,27 +192,83 @@ def plan_layer(
         ``(plan, packed, scores)``; packed ``(clients, capacity(out), row_stride(n_in))`` with every row in
         ``(kH, kW, in)`` order; scores float32 ``(clients, out)``.
     """
-    clients, out = weight.shape[:2]
     weight, threshold = dense_rows(weight), threshold.contiguous()
-    n_in = math.prod(weight.shape[2:])
-    order = row_order(weight.shape[1:], weight.stride()[1:])
-    assert order is not None
-    compare = plan is not None
-    if plan is None:
-        plan = Plan(torch.empty(clients, plan_size(out), dtype=torch.int32, device=weight.device), out)
-    cap, stride = capacity(out), row_stride(n_in)
-    packed = torch.empty(clients, cap, stride, dtype=dtype or weight.dtype, device=weight.device)
-    scores = torch.empty(clients, out, dtype=torch.float32, device=weight.device)
-    blocks = triton.cdiv(cap, ROWS)
-    words = torch.zeros(blocks * clients + 1, dtype=torch.int32, device=weight.device)
-    threshold_pass_layer[(blocks * clients,)](
-        weight, threshold, plan.data, scores, packed, words,
-        weight.stride(0), threshold.stride(0), plan.data.stride(0), packed.stride(0),
-        out, n_in, order[0], order[1], cap, stride, blocks,
-        WINDOW=estimator == "window", COMPARE=compare, HEADER=HEADER, ROWS=ROWS, STEP=STEP, LANES=LANES,
-        num_warps=WARPS,
+    made = prepare(
+        weight.shape, weight.stride(), threshold.stride(0), (weight.dtype, threshold.dtype, dtype or weight.dtype),
+        weight.device, None if plan is None else plan.data.stride(0), estimator == "window",
     )  # fmt: skip
-    return plan, packed, scores
+    stream = current_stream(weight.get_device())
+    data, packed, scores = made.run(stream, weight, threshold, None if plan is None else plan.data)
+    return plan or Plan(data, weight.shape[1]), packed, scores
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPass:
+    """The pass of one layer of given sizes, see :func:`plan_layer`."""
+
+    plan: Memory
+    packed: Memory
+    scores: Memory
+    words: int
+    device: torch.device
+    launch: Launch
+
+    def run(
+        self, stream: int | None, weight: Tensor, threshold: Tensor, plan: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(plan, packed, scores)``; weight and threshold may lack the client dimension where there is one client."""
+        device, empty = self.device, torch.empty_strided
+        if plan is None:
+            size, strides, dtype = self.plan
+            plan = empty(size, strides, dtype=dtype, device=device)
+        size, strides, dtype = self.packed
+        packed = empty(size, strides, dtype=dtype, device=device)
+        size, strides, dtype = self.scores
+        scores = empty(size, strides, dtype=dtype, device=device)
+        words = torch.zeros(self.words, dtype=torch.int32, device=device)
+        self.launch(stream, weight, threshold, plan, scores, packed, words)
+        return plan, packed, scores
+
+
+@functools.lru_cache(REMEMBERED)
+def prepare(
+    shape: tuple[int, ...], strides: tuple[int, ...], threshold: int, dtypes: tuple[torch.dtype, ...],
+    device: torch.device, plan: int | None, window: bool,
+) -> LayerPass:  # fmt: skip
+    """The pass by everything that its launch depends on.
+
+    Args:
+        shape, strides: of the weight, clients first; rows are dense.
+        threshold, plan: distances between clients; no plan: a new one is made.
+        dtypes: of weight, threshold and packed weights.
+        device: of all.
+        window: the estimator.
+    """
+    clients, out = shape[:2]
+    n_in, order = math.prod(shape[2:]), row_order(shape[1:], strides[1:])
+    assert order is not None
+    cap, stride = capacity(out), row_stride(n_in)
+    blocks = triton.cdiv(cap, ROWS)
+    launch = Launch(
+        threshold_pass_layer,
+        (blocks * clients,),
+        (
+            strides[0], threshold, plan_size(out) if plan is None else plan, cap * stride, out, n_in, *order, cap,
+            stride, blocks,
+        ),
+        {
+            "WINDOW": window, "COMPARE": plan is not None, "HEADER": HEADER, "ROWS": ROWS, "STEP": STEP, "LANES": LANES,
+            "num_warps": WARPS,
+        },
+    )  # fmt: skip
+    return LayerPass(
+        Memory.dense((clients, plan_size(out)), torch.int32),
+        Memory.dense((clients, cap, stride), dtypes[2]),
+        Memory.dense((clients, out), torch.float32),
+        blocks * clients + 1,
+        device,
+        launch,
+    )
 
 
 class ModelPass:
@@ -286,8 +320,10 @@ class ModelPass:
         n = self._layers[0].clients
 
         def parts(sizes: list[int], dtype: torch.dtype, fill: int = 0) -> tuple[Tensor, list[Tensor]]:
-            whole = torch.full((n * sum(sizes),), fill, dtype=dtype, device=device)
-            return whole, [part.view(n, -1) for part in whole.split([n * size for size in sizes])]
+            """One memory for all layers; that of each begins at a multiple of 16 bytes, which Triton compiles for."""
+            spans = [-(-n * size // 16) * 16 for size in sizes]
+            whole = torch.full((sum(spans),), fill, dtype=dtype, device=device)
+            return whole, [part[: n * size].view(n, -1) for part, size in zip(whole.split(spans), sizes, strict=True)]
 
         self._plans, plans = parts([plan_size(layer.out) for layer in self._layers], torch.int32, fill=-1)
         self._packed, packed = parts([layer.cap * layer.stride for layer in self._layers], dtype or kind)
@@ -302,18 +338,23 @@ class ModelPass:
         self._words = torch.zeros(2 * self._programs, dtype=torch.int32, device=device)
         self._addresses = self._current_addresses()
         self._table = self._make_table()
+        constants = {
+            "DTYPE": self._dtype, "WINDOW": estimator == "window", "COMPARE": True, "HEADER": HEADER,
+            "FIELDS": FIELDS, "ROWS": ROWS, "STEP": STEP, "LANES": LANES, "num_warps": WARPS,
+        }  # fmt: skip
+        self._launch = Launch(threshold_pass_model, (self._programs,), (), constants)
 
     def _current_addresses(self) -> list[tuple[int, int]]:
         return [(layer.weight.data_ptr(), layer.threshold.data_ptr()) for layer in self._layers]
 
     def _make_table(self) -> Tensor:
-        rows, plan_at, scores_at, packed_at, ticket = [], 0, 0, 0, 0
-        for layer in self._layers:
-            for weight, threshold in zip(layer.weight, layer.threshold, strict=True):
-                at = [weight.data_ptr(), threshold.data_ptr(), plan_at, scores_at, packed_at]
+        rows, ticket = [], 0
+        for layer, plan, scores, packed in zip(self._layers, self.plans, self.scores, self.packed, strict=True):
+            for client, (weight, threshold) in enumerate(zip(layer.weight, layer.threshold, strict=True)):
+                places = [t.storage_offset() + client * t.stride(0) for t in (plan.data, scores, packed)]
+                at = [weight.data_ptr(), threshold.data_ptr(), *places]
                 rows.append([*at, layer.out, layer.n_in, *layer.order, layer.cap, layer.stride, ticket])
-                plan_at, scores_at = plan_at + plan_size(layer.out), scores_at + layer.out
-                packed_at, ticket = packed_at + layer.cap * layer.stride, ticket + layer.blocks
+                ticket += layer.blocks
         return torch.tensor(rows, dtype=torch.int64, device=self._plans.device)
 
     def __call__(self) -> list[Plan]:
@@ -321,11 +362,11 @@ class ModelPass:
         if (addresses := self._current_addresses()) != self._addresses:
             self._addresses = addresses
             self._table = self._make_table()
-        threshold_pass_model[(self._programs,)](
-            self._table, self._owners, self._tickets, self._words, self._plans, self._scores, self._packed,
-            DTYPE=self._dtype, WINDOW=self.estimator == "window", COMPARE=True, HEADER=HEADER, FIELDS=FIELDS,
-            ROWS=ROWS, STEP=STEP, LANES=LANES, num_warps=WARPS,
-        )  # fmt: skip
+        with device_of(self._plans):
+            self._launch(
+                current_stream(self._plans.get_device()), self._table, self._owners, self._tickets, self._words,
+                self._plans, self._scores, self._packed,
+            )  # fmt: skip
         return self.plans
 
     def densities(self, out: Tensor) -> None:

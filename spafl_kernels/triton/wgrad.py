@@ -2,61 +2,72 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..executed import note
-from .collect import COLLECT_ROWS, collect_channels
-from .geometry import Geometry, like_rows, row_order, row_step
-from .kinds import is_wide
+from .bounds import within
+from .collect import GROUP, Statistics, collecting
+from .geometry import Geometry, Memory, Positions, client_step, row_order
+from .launch import Launch
+from .lookback import LANES, WARPS, look_back
 from .narrowest import narrowest
-from .plan import HEADER, Plan, capacity, row_stride
+from .plan import HEADER, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision
 
-FINISH_STEP = 1024
-# Programs that the split of the batch aims at (a few waves of a large GPU), and the most memory its slabs may take.
-PROGRAMS = 528
-SLAB_BYTES = 64 << 20
+EXTEND_ROWS = 256  # blocks of rows that are added up at once
+FINISH_STEP = 1024  # columns of slabs that are added at once, at most
+# Programs that the split of the batch aims at (four for each multiprocessor of a large GPU, so that slabs stay below 35
+# MB), and the steps that each takes at least: fewer would cost more in adding up their slabs than they save.
+PROGRAMS, LEAST_STEPS = 528, 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def threshold_extend(
-    partial, sums, plan, extended, partial_client, sums_client, plan_client, extended_client, blocks, out,
-    HEADER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    partial, sums, words, plan, extended, partial_client, sums_client, plan_client, extended_client,
+    blocks, out, groups,
+    HEADER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Channel sums, and the list of filters whose row of the weight gradient is needed; grid (1, clients).
+    """Channel sums, and the list of filters whose row of the weight gradient is needed; grid (groups * clients).
 
     ``extended``: count, the extra filters at their positions in the list, and the position of every filter or -1.
+    Each program has COLUMNS channels. ``words``: see :class:`~.collect.Statistics`; the last one counts tickets.
     """
-    client = tl.program_id(1).to(tl.int64)
+    ticket = tl.atomic_add(words + tl.num_programs(0), 1, sem="relaxed")
+    client = (ticket // groups).to(tl.int64)
+    group = ticket % groups
     partial += client * partial_client
     plan += client * plan_client
     extended += client * extended_client
     flags = plan + HEADER + 2 * out
     inverse = plan + HEADER + out
-    position = tl.load(plan)
-    for c0 in range(0, out, COLUMNS):
-        c = c0 + tl.arange(0, COLUMNS)
-        live = c < out
-        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        nonzero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for b0 in range(0, blocks, ROWS):
-            b = b0 + tl.arange(0, ROWS)
-            mask = (b < blocks)[:, None] & live[None, :]
-            at = partial + b.to(tl.int64)[:, None] * 2 * out + c[None, :]
-            total += tl.load(at, mask=mask, other=0.0)
-            nonzero = tl.maximum(nonzero, tl.load(at + out, mask=mask, other=0.0))
-        tl.store(sums + client * sums_client + c, tl.sum(total, 0), mask=live)
-        flag = tl.load(flags + c, mask=live, other=0)
-        extra = (live & ((flag & 1) == 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
-        at = position + tl.cumsum(extra, 0) - extra
-        tl.store(extended + 1 + at, c, mask=extra > 0)
-        where = tl.where(extra > 0, at, tl.load(inverse + c, mask=live, other=-1))
-        tl.store(extended + 1 + out + c, where, mask=live)
-        position += tl.sum(extra, 0)
-    tl.store(extended, position)
+    c = group * COLUMNS + tl.arange(0, COLUMNS)
+    live = c < out
+    column = within(c, live)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    nonzero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(0, blocks, ROWS):
+        b = first + tl.arange(0, ROWS)
+        mask = (b < blocks)[:, None] & live[None, :]
+        at = partial + tl.where(b < blocks, b, 0).to(tl.int64)[:, None] * 2 * out + column[None, :]
+        total += tl.load(at, mask=mask, other=0.0)
+        nonzero = tl.maximum(nonzero, tl.load(at + out, mask=mask, other=0.0))
+    tl.store(sums + client * sums_client + c, tl.sum(total, 0), mask=live)
+    flag = tl.load(flags + column, mask=live, other=0)
+    extra = (live & ((flag & 1) == 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
+    count = tl.sum(extra, 0)
+    before, _ = look_back(words + client * groups, group, count, (count > 0).to(tl.int32), LANES)
+    before += tl.load(plan)
+    at = before + tl.cumsum(extra, 0) - extra
+    tl.store(extended + 1 + at, c, mask=extra > 0)
+    where = tl.where(extra > 0, at, tl.load(inverse + column, mask=live, other=-1))
+    tl.store(extended + 1 + out + c, where, mask=live)
+    if group == groups - 1:
+        tl.store(extended, before + count)
 
 
 @triton.jit
@@ -90,6 +101,10 @@ def _wgrad_tile(
         column = tap * C + c
         down = tap // S * SHAPE[11]
         right = tap % S * SHAPE[12]
+    if FLAT or C % COLUMNS == 0:
+        inner = c
+    else:
+        inner = within(c, inside)
     filters = first + tl.arange(0, TILE)
     lane = tl.arange(0, DEPTH)
     acc = tl.zeros((COLUMNS, TILE), dtype=tl.float32)
@@ -108,17 +123,18 @@ def _wgrad_tile(
             at = tl.where(ok, image + h.to(OFFSET) * x_h + w.to(OFFSET) * x_w, 0)
         if FLAT or C % COLUMNS != 0:
             ok = ok & inside[None, :]
-        a = tl.load(x + at + c[None, :], mask=ok, other=0.0)
-        g = (collected + tl.cast(m0, tl.int64) * CAP) + (lane[:, None] * CAP + filters[None, :])
+        a = tl.load(x + at + inner[None, :], mask=ok, other=0.0)
+        row = tl.where(live, lane, 0)
+        g = (collected + tl.minimum(m0, hi - 1).to(tl.int64) * CAP) + (row[:, None] * CAP + filters[None, :])
         g = tl.load(g, mask=live[:, None], other=0.0)
         acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
     tl.store(slab + filters.to(tl.int64)[None, :] * stride + column[:, None], acc, mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "steps"])
 def threshold_wgrad(
     x, collected, slabs, extended, inputs, x_client, collected_client, slabs_client, extended_client, inputs_client,
-    total, chunk, stride, x_n, x_h, x_w, column_tiles,
+    total, steps, stride, x_n, x_h, x_w, column_tiles,
     SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     CAP: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -136,19 +152,19 @@ def threshold_wgrad(
     x += client * x_client
     collected += client * collected_client
     slab = slabs + client * slabs_client + tl.program_id(1).to(tl.int64) * CAP * stride
-    lo = tl.program_id(1) * chunk
-    hi = tl.minimum(lo + chunk, total)
+    lo = tl.program_id(1) * steps * DEPTH
+    hi = tl.minimum(lo + steps * DEPTH, total)
     args = x, collected, slab, first, column_tile, lo, hi, stride, x_n, x_h, x_w
     narrowest(_wgrad_tile, args, count - first, CAP, COLUMNS, DEPTH, SHAPE, MODE, PRECISION, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def threshold_finish(
     weight, bias, slabs, sums, plan, extended, inputs, dw, dtau, dbias,
     weight_client, bias_client, slabs_client, plan_client, extended_client, inputs_client,
-    out, n_in, inner, outer, channels, stride,
-    HEADER: tl.constexpr, LISTED: tl.constexpr, INPUT_CAP: tl.constexpr, PARTS: tl.constexpr, CAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, STEP: tl.constexpr,
+    out, n_in, inner, outer, channels, stride, parts,
+    HEADER: tl.constexpr, LISTED: tl.constexpr, INPUT_CAP: tl.constexpr, CAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, STEP: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one filter from its row of G, if it has one; grid (filters, clients)."""
     row = tl.program_id(0)
@@ -165,15 +181,20 @@ def threshold_finish(
     for k0 in range(0, n_in, STEP):
         k = k0 + tl.arange(0, STEP)
         mask = listed & (k < n_in)
+        k = within(k, k < n_in)
         column = k
         if LISTED:
             place = tl.load(inverse + k % channels, mask=mask, other=-1)
             mask = mask & (place >= 0)
-            column = k // channels * INPUT_CAP + place
-        g = tl.zeros((STEP,), dtype=tl.float32)
-        for part in range(0, PARTS):
-            g += tl.load(slabs + tl.cast(part, tl.int64) * CAP * stride + column, mask=mask, other=0.0)
-        if PARTS > 1:
+            column = k // channels * INPUT_CAP + tl.maximum(place, 0)
+        total = tl.zeros((DEEP, STEP), dtype=tl.float32)
+        for first in range(0, parts, DEEP):
+            part = first + tl.arange(0, DEEP)
+            there = part < parts
+            at = slabs + tl.where(there, part, 0).to(tl.int64)[:, None] * (CAP * stride) + column[None, :]
+            total += tl.load(at, mask=there[:, None] & mask[None, :], other=0.0)
+        g = tl.sum(total, 0)
+        if parts > 1:
             tl.store(slabs + column, g, mask=mask)
         w = tl.load(weight + (k % inner) * outer + k // inner, mask=mask, other=0.0).to(tl.float32)
         dots += g * w
@@ -192,99 +213,132 @@ def threshold_finish(
     tl.debug_barrier()  # the added slabs are read back
     for k0 in range(0, n_in, STEP):
         k = k0 + tl.arange(0, STEP)
-        mask = listed & (k < n_in)
+        exists = k < n_in
+        mask = listed & exists
+        k = within(k, exists)
         source = (k % inner) * outer + k // inner
         column = k
         there = mask & active
         if LISTED:
             place = tl.load(inverse + k % channels, mask=there, other=-1)
             there = there & (place >= 0)
-            column = k // channels * INPUT_CAP + place
+            column = k // channels * INPUT_CAP + tl.maximum(place, 0)
         g = tl.load(slabs + column, mask=there, other=0.0)
         w = tl.load(weight + source, mask=mask, other=0.0).to(tl.float32)
         sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
-        tl.store(dw + source, (g + r * sign / n_in).to(dw.dtype.element_ty), mask=k < n_in)
+        tl.store(dw + source, (g + r * sign / n_in).to(dw.dtype.element_ty), mask=exists)
 
 
-def split(total: int, depth: int, tiles: int, slab_bytes: int) -> tuple[int, int]:
-    """``(parts, rows per part)`` into which wgrad cuts the batch: enough programs, bounded memory, whole steps."""
+def split(total: int, depth: int, tiles: int) -> tuple[int, int]:
+    """``(parts, steps per part)`` into which wgrad cuts the batch: enough programs, whole steps of ``depth`` rows."""
     steps = triton.cdiv(total, depth)
-    parts = max(1, min(PROGRAMS // max(1, tiles), SLAB_BYTES // max(1, slab_bytes), triton.cdiv(steps, 4)))
-    chunk = triton.cdiv(steps, parts) * depth
-    return triton.cdiv(total, chunk), chunk
+    parts = max(1, min(PROGRAMS // max(1, tiles), triton.cdiv(steps, LEAST_STEPS)))
+    each = triton.cdiv(steps, parts)
+    return triton.cdiv(steps, each), each
 
 
-def statistics_buffer(grad: Tensor) -> Tensor:
-    """Where collecting ``dL/dy`` leaves sums and flags of every channel: float32 ``(clients, blocks, 2, out)``."""
-    clients, n, out, high, wide = grad.shape
-    return grad.new_empty(clients, triton.cdiv(n * high * wide, COLLECT_ROWS), 2, out, dtype=torch.float32)
+class Scratch(NamedTuple):
+    """Memory that the launches pass on."""
+
+    partial: Memory
+    words: Memory
+    sums: Memory
+    extended: Memory
+    slabs: Memory
+
+
+class WeightGradients(NamedTuple):
+    """The launches behind collecting ``dL/dy``.
+
+    ========  ==========================================================================
+    extend    ``(partial, sums, words, plan, extended)``
+    extra     as for collecting, with ``extended``
+    product   ``(x, collected, slabs, extended, inputs)``
+    finish    ``(weight, bias, slabs, sums, plan, extended, inputs, dw, dtau, dbias)``
+    ========  ==========================================================================
+    """
+
+    scratch: Scratch
+    extend: Launch
+    extra: Launch
+    product: Launch
+    finish: Launch
 
 
 def weight_gradients(
-    grad: Tensor,
-    collected: Tensor,
-    partial: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    plan: Plan,
-    bias: Tensor | None,
-    geometry: Geometry,
-    mask_bias: bool,
-    tf32: bool,
-    tile: Tile | None,
-    input_plan: Plan | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(dw, dtau, dbias)``.
+    grad: tuple[Sequence[int], Sequence[int]], statistics: Statistics, x: Positions,
+    weight: tuple[Sequence[int], Sequence[int]], dtype: torch.dtype, bias: int | None, geometry: Geometry,
+    channels: int, mask_bias: bool, tf32: bool, tile: Tile | None, device: torch.device, plan: int, inputs: int | None,
+) -> WeightGradients:  # fmt: skip
+    """The launches for ``dw``, ``dtau`` and ``dbias``.
 
-    ``collected`` and ``partial`` come from collecting ``grad``; ``collected`` gets the extra filters appended.
-    ``x`` is ``(clients, N, H, W, C)``; with ``input_plan``, ``x`` and geometry are restricted to its list. ``weight``
-    has dense rows.
+    Args:
+        grad: shape and strides of ``dL/dy``.
+        statistics: what collecting leaves behind.
+        x: where its positions lie; with a plan of the input, x and geometry are those of its list.
+        weight: shape and strides; rows are dense.
+        dtype, device: of ``x``.
+        bias, plan, inputs: distances between clients in the bias, the plan, and the plan of the input.
+        channels: of the input, listed or not.
     """
-    g, clients, out, cap = geometry, x.shape[0], plan.out, capacity(plan.out)
-    inputs = plan.data if input_plan is None else input_plan.data
-    channels = g.channels if input_plan is None else input_plan.out
-    taps, stride, n_in = g.kernel[0] * g.kernel[1], row_stride(g.n_in), weight.shape[2:].numel()
-    dw, dtau = like_rows(weight), weight.new_empty(clients, out)
-    dbias = None if bias is None else bias.new_empty(clients, out)
-    sums = x.new_empty(clients, out, dtype=torch.float32)
-    extended = x.new_empty(clients, 1 + 2 * out, dtype=torch.int32)
-    threshold_extend[(1, clients)](
-        partial, sums, plan.data, extended, partial.stride(0), sums.stride(0), plan.data.stride(0),
-        extended.stride(0), partial.shape[1], out, HEADER=HEADER, ROWS=32, COLUMNS=min(64, cap), num_warps=4,
-    )  # fmt: skip
-    collect_channels(grad, plan, extended, into=collected)
+    shape, strides = weight
+    order = row_order(shape[1:], strides[1:])
+    assert order is not None
+    g, listed, (clients, n, out, high, wide) = geometry, inputs is not None, grad[0]
+    cap, taps, stride, n_in = capacity(out), g.kernel[0] * g.kernel[1], row_stride(g.n_in), math.prod(shape[2:])
+    total, listing, inputs = n * high * wide, 1 + 2 * out, plan if inputs is None else inputs
+    extend = Launch(
+        threshold_extend,
+        (statistics.groups * clients,),
+        (statistics.client, out, plan, listing, statistics.blocks, out, statistics.groups),
+        {"HEADER": HEADER, "ROWS": EXTEND_ROWS, "COLUMNS": GROUP, "LANES": LANES, "num_warps": WARPS},
+    )
 
-    line, kind, total = row_step(x), arithmetic(x.dtype, tf32), collected.shape[1]
-    # The active filters, and the pruned ones whose row is needed.
-    note(extended[:, 0], total * taps, g.channels if input_plan is None else input_plan.count)
-    pointwise = g.pointwise and line is not None
-    tile = tile or choose("wgrad", kind, g, out, x.shape[1], x.device, listed=input_plan is not None)
-    columns = min(tile.rows, max(16, power_of_two(g.n_in) if input_plan is None else g.channels))
+    kind, pointwise = arithmetic(dtype, tf32), g.pointwise and x.line is not None
+    tile = tile or choose("wgrad", kind, g, out, n, device, listed=listed)
+    columns = min(tile.rows, max(16, g.channels if listed else power_of_two(g.n_in)))
     filters = min(tile.filters, cap)
     narrow = min(columns, 64)  # addresses of single channels cost the registers of a wider tile
-    flat = input_plan is None and taps > 1 and 2 * triton.cdiv(g.n_in, narrow) <= taps * triton.cdiv(g.channels, narrow)
+    flat = not listed and taps > 1 and 2 * triton.cdiv(g.n_in, narrow) <= taps * triton.cdiv(g.channels, narrow)
     columns = narrow if flat else columns
     column_tiles = triton.cdiv(g.n_in, columns) if flat else taps * triton.cdiv(g.channels, columns)
     tiles = column_tiles * triton.cdiv(out, filters)
-    parts, chunk = split(total, tile.depth, tiles * clients, clients * cap * stride * 4)
-    slabs = x.new_empty(clients, parts, cap, stride, dtype=torch.float32)
-    threshold_wgrad[(tiles, parts, clients)](
-        x, collected, slabs, extended, inputs, x.stride(0), collected.stride(0), slabs.stride(0), extended.stride(0),
-        inputs.stride(0), total, chunk, stride, x.stride(1), x.stride(2), line if pointwise else x.stride(3),
-        column_tiles, SHAPE=g.shape, MODE=(is_wide(x), pointwise, flat, input_plan is not None),
-        PRECISION=precision(kind), CAP=cap, COLUMNS=columns, TILE=filters, DEPTH=tile.depth, num_warps=tile.warps,
-        num_stages=tile.stages,
+    parts, steps = split(total, tile.depth, tiles * clients)
+    slabs = (clients, parts, cap, stride)
+    product = Launch(
+        threshold_wgrad,
+        (tiles, parts, clients),
+        (
+            x.client, client_step(clients, total * cap), client_step(clients, math.prod(slabs[1:])), listing, inputs,
+            total, steps, stride, x.image, x.row, x.step(pointwise), column_tiles,
+        ),
+        {
+            "SHAPE": g.shape, "MODE": (x.wide, pointwise, flat, listed), "PRECISION": precision(kind), "CAP": cap,
+            "COLUMNS": columns, "TILE": filters, "DEPTH": tile.depth, "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        },
     )  # fmt: skip
-
-    order = row_order(weight.shape[1:], weight.stride()[1:])
-    assert order is not None
-    threshold_finish[(out, clients)](
-        weight, weight if bias is None else bias, slabs, sums, plan.data, extended, inputs, dw, dtau,
-        dtau if dbias is None else dbias,
-        weight.stride(0), 0 if bias is None else bias.stride(0), slabs.stride(0), plan.data.stride(0),
-        extended.stride(0), inputs.stride(0), out, n_in, order[0], order[1], channels, stride,
-        HEADER=HEADER, LISTED=input_plan is not None, INPUT_CAP=capacity(channels), PARTS=parts, CAP=cap,
-        HAS_BIAS=bias is not None, MASK_BIAS=mask_bias, STEP=min(FINISH_STEP, max(16, power_of_two(n_in))),
-        num_warps=4,
+    step = min(FINISH_STEP, max(16, power_of_two(n_in)))
+    warps = 16 if step > 512 else 8
+    finish = Launch(
+        threshold_finish,
+        (out, clients),
+        (
+            strides[0], 0 if bias is None else bias, client_step(clients, math.prod(slabs[1:])), plan, listing, inputs,
+            out, n_in, *order, channels, stride, parts,
+        ),
+        {
+            "HEADER": HEADER, "LISTED": listed, "INPUT_CAP": capacity(channels), "CAP": cap,
+            "HAS_BIAS": bias is not None, "MASK_BIAS": mask_bias,
+            "STEP": step, "DEEP": 512 * warps // step, "num_warps": warps,
+        },
     )  # fmt: skip
-    return dw, dtau, dbias
+    extra = collecting(*grad, plan, extended_client=listing)
+    scratch = Scratch(
+        statistics.partial,
+        statistics.words,
+        Memory.dense((clients, out), torch.float32),
+        Memory.dense((clients, listing), torch.int32),
+        Memory.dense(slabs, torch.float32),
+    )
+    return WeightGradients(scratch, extend, extra, product, finish)

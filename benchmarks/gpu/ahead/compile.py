@@ -29,17 +29,24 @@ from triton.runtime import cache as triton_cache
 from . import inert, spec, store
 from .spec import HOPPER, Spec
 
+SOME_FAILED = 3  # exit code
+
 
 @dataclasses.dataclass
 class Outcome:
-    """``seconds``: of the kernels that were compiled, by name; ``loaded``: were there; ``failed``: in words.
+    """What became of kernels.
 
-    ``stubs``: how many launching stubs the cache holds for this Python version; ``no_stubs``: why it has none.
+    Attributes:
+        seconds: of those that were compiled, by name.
+        loaded: how many were there.
+        failed: those that could not be compiled, and why.
+        stubs: how many launching stubs the cache holds for this Python version.
+        no_stubs: why it has none, or nothing.
     """
 
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
     loaded: int = 0
-    failed: list[str] = dataclasses.field(default_factory=list)
+    failed: dict[Spec, str] = dataclasses.field(default_factory=dict)
     stubs: int = 0
     no_stubs: str = ""
 
@@ -54,7 +61,7 @@ class Outcome:
         version = "{}.{}".format(*sys.version_info)
         why = f": {self.no_stubs}" if self.no_stubs else ""
         lines.append(f"{self.stubs} launching stubs for Python {version}{why}")
-        return "\n".join([*lines, *self.failed])
+        return "\n".join([*lines, *self.failed.values()])
 
 
 def _start(cache: str) -> None:
@@ -77,8 +84,8 @@ def _no_stubs(driver: pathlib.Path) -> str:
     return ""
 
 
-def _compile(one: Spec, driver: pathlib.Path | None) -> tuple[str, float, bool, str]:
-    """Name, seconds, whether it was there, and an error in words or nothing; its stub too with a ``driver``."""
+def _compile(one: Spec, driver: pathlib.Path | None) -> tuple[float, bool, str]:
+    """Seconds, whether it was there, and an error in words or nothing; its stub too with a ``driver``."""
     import triton
     from triton import knobs
 
@@ -95,8 +102,8 @@ def _compile(one: Spec, driver: pathlib.Path | None) -> tuple[str, float, bool, 
             launchers.begin(driver)
             launchers.compile_for(source, kernel)
     except Exception as error:
-        return one.name, 0.0, False, f"{one.name}: {type(error).__name__}: {error}"[:300]
-    return one.name, seconds, hits == [True], ""
+        return 0.0, False, f"{one.name}: {type(error).__name__}: {error}"[:300]
+    return seconds, hits == [True], ""
 
 
 def compile_all(specs: Sequence[Spec], cache: pathlib.Path, workers: int = 2) -> Outcome:
@@ -114,13 +121,13 @@ def compile_all(specs: Sequence[Spec], cache: pathlib.Path, workers: int = 2) ->
         driver = pathlib.Path(folder)
         outcome.no_stubs = pool.submit(_no_stubs, driver).result()
         call = functools.partial(_compile, driver=None if outcome.no_stubs else driver)
-        for name, seconds, there, error in pool.map(call, order, chunksize=4):
+        for one, (seconds, there, error) in zip(order, pool.map(call, order, chunksize=4), strict=True):
             if error:
-                outcome.failed.append(error)
+                outcome.failed[one] = error
             elif there:
                 outcome.loaded += 1
             else:
-                outcome.seconds[name].append(seconds)
+                outcome.seconds[one.name].append(seconds)
     outcome.stubs = sum(1 for _ in cache.glob(f"*/__triton_launcher{sysconfig.get_config_var('EXT_SUFFIX')}"))
     store.finish(cache, outcome.compiled + outcome.loaded, HOPPER)
     return outcome
@@ -147,14 +154,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("specs", nargs="+", type=pathlib.Path, help="files of kernels, one a line")
     parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder to compile into")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--failed", type=pathlib.Path, help="file for the kernels that could not be compiled")
     parser.add_argument("--every", type=int, default=1, help="compile only every EVERY-th kernel")
     options = parser.parse_args(argv)
     specs = list({one.text: one for path in options.specs for one in spec.read(path)}.values())[:: options.every]
     began = time.monotonic()
     outcome = compile_all(specs, options.cache, options.workers)
+    if options.failed is not None:
+        spec.write(outcome.failed, options.failed)
     print(outcome)
     print(f"{time.monotonic() - began:.0f} s; {size(options.cache) / 1e6:.1f} MB in {options.cache}")
-    return 1 if outcome.failed else 0
+    return SOME_FAILED if outcome.failed else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 LOCAL = ("extern_libs", "arch")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
     """A kernel by module and name, and its specialisation.
 
@@ -45,13 +45,12 @@ class Spec:
     def from_text(line: str) -> Spec:
         """Raises :class:`ValueError` for a line that is not a spec."""
         try:
-            fields = json.loads(line)
-            spec = Spec(**fields)
-            pairs = {
-                name: tuple((tuple(path), value) for path, value in fields[name])
-                for name in ("constants", "attributes")
-            }
-            return dataclasses.replace(spec, signature=_tuples(spec.signature), **pairs)
+            f = json.loads(line)
+            constants, attributes = (
+                tuple((tuple(path), value) for path, value in f[name]) for name in ("constants", "attributes")
+            )
+            signature = _tuples(f["signature"])
+            return Spec(f["module"], f["name"], signature, constants, attributes, f["options"])
         except (TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"not a kernel specification ({error}): {line[:80]}") from None
 

@@ -61,7 +61,7 @@ STAGES = (
     Stage("steps-conv4-128", 45, "steps of Conv4, batch 128", "timing", ("step", "conv4", 128)),
     Stage("steps-resnet18-128", 60, "steps of ResNet-18, batch 128", "timing", ("step", "resnet18-full", 128)),
     Stage("layers", 75, "eight layers, product by product, against cuDNN", "timing", ("layers",)),
-    Stage("kernels", 30, "three layers, kernel by kernel", "kernels"),
+    Stage("kernels", 60, "steps and layers, kernel by kernel; steps in bfloat16", "kernels"),
     Stage("tests", 90, "the tests that need a GPU, in parallel", "tests"),
     Stage("simulator", 60, "federated runs on the device and on the CPU", "simulator"),
     Stage("tune", 120, "tile sizes for Conv4 and ResNet-18", "timing", ("tune",)),

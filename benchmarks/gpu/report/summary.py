@@ -11,7 +11,7 @@ Rows = Iterable[dict[str, Any]]
 def text(rows: Rows) -> str:
     """The whole summary."""
     found = list(rows)
-    parts = (_stages, _device, _values, _steps, _layers, _runs, _red)
+    parts = (_stages, _device, _values, _steps, _layers, _kernels, _runs, _red)
     return "\n\n".join("\n".join(lines) for part in parts if (lines := list(part(found)))) + "\n"
 
 
@@ -91,9 +91,24 @@ def _layers(rows: Rows) -> Iterator[str]:
         yield f"{key[0] + '.' + key[1]:<44} {key[2]:<5} {key[3]:<8} {key[4]:>7} " + " ".join(f"{c:>8}" for c in cell)
 
 
+def _kernels(rows: Rows) -> Iterator[str]:
+    for r in _of(rows, "captured"):
+        yield f"{r['model']} b{r['batch']} {r['arithmetic']} at {r['density']}: {r['provider']} {_number(r['us'])} us"
+    sums: dict[tuple[Any, ...], float] = {}
+    for r in _of(rows, "kernel"):
+        key = (r["of"], r["density"], r["provider"])
+        sums[key] = sums.get(key, 0.0) + r["us"]
+        if sums[key] > r["us"] and r["us"] < 0.04 * sums[key]:
+            continue
+        where = f"{r['of']:<28} {r['density']:>5} {r['provider']:<14}"
+        yield f"{where} {r['us']:8.1f} us {r['launches']:5.1f}x  {r['kernel'][:60]}"
+    for (of, density, provider), us in sums.items():
+        yield f"{of:<28} {density:>5} {provider:<14} {us:8.1f} us in all"
+
+
 def _runs(rows: Rows) -> Iterator[str]:
     for r in _of(rows, "run"):
-        seconds = ", ".join(f"{s['total']:.2f}" for s in r["round_seconds"])
+        seconds = ", ".join(f"{s:.2f}" for s in r["round_seconds"])
         yield f"digits on {r['where']}, {r['engine']}: rounds of {seconds} s, accuracy {r['accuracy']:.3f}"
 
 

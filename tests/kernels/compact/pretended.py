@@ -90,6 +90,11 @@ class Accelerator(TorchDispatchMode):
         super().__exit__(*error)
         self._factory.__exit__(*error)
 
+    @property
+    def waits(self):
+        """How often the host has waited."""
+        return sum(n for what, n in self.asked.items() if not what.endswith("not waiting"))
+
     def forget(self):
         self.asked.clear()
         self.ran.clear()
@@ -102,9 +107,10 @@ class Accelerator(TorchDispatchMode):
         if kwargs.get("device") is not None:
             stays = torch.device(kwargs["device"]) == WHERE
             if leaves and stays != there:
-                self.asked[f"{func} {'to' if stays else 'from'} the device"] += 1
+                free = ", not waiting" if stays and kwargs.get("non_blocking") else ""
+                self.asked[f"{func} {'to' if stays else 'from'} the device{free}"] += 1
         if there:
-            self._check(func, args, leaves)
+            self._check(func, args, kwargs, leaves)
         if there or stays:
             self.ran[func.overloadpacket] += 1
         made = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
@@ -114,13 +120,13 @@ class Accelerator(TorchDispatchMode):
         out = tree_map(lambda v: Pretended(v) if isinstance(v, torch.Tensor) else v, out)
         return return_and_correct_aliasing(func, args, kwargs, out) if there else out
 
-    def _check(self, func, args, leaves):
+    def _check(self, func, args, kwargs, leaves):
         packet, host = func.overloadpacket, [v for v in leaves if not isinstance(v, Pretended)]
         if packet is aten.copy_ and host:
             self.asked[f"{func} {'to' if isinstance(args[0], Pretended) else 'from'} the device"] += 1
             return
         assert all(v.dim() == 0 for v in host), f"{func} got tensors of two devices: {[v.shape for v in host]}"
-        waits = packet in WAITS or func is aten.repeat_interleave.Tensor
+        waits = packet in WAITS or (packet is aten.repeat_interleave and kwargs.get("output_size") is None)
         if packet in (aten.index, aten.index_put_, aten.index_put):
             waits = any(v is not None and v.dtype == torch.bool for v in args[1])
             waits = waits and not (packet is aten.index_put_ and args[2].numel() == 1)  # masked_fill

@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from helpers import prune
 from pretended import Accelerator, back, moved
+from torch.nn import functional as F
 
 from benchmarks.gpu import captured, steps
 from benchmarks.gpu.captured import CapturedCohort, CapturedCompact
@@ -97,6 +99,8 @@ def test_a_step_asks_nothing_and_moves_no_tensor(kind, estimator, options):
             loss = runner.step(px, py)
             torch.testing.assert_close(loss.held, fixed.step(x, y), rtol=1e-9, atol=1e-11)
         assert sum(device.ran.values()) > 100 and not device.asked
+        # The gradient of a look-up by index sorts on a GPU.
+        assert torch.ops.aten.index_put not in device.ran
         assert addresses(runner) == before and len(before) > 20
         runner.finish()
     fixed.finish()
@@ -116,11 +120,41 @@ def addresses(runner):
     return [t.data_ptr() for t in tensors]
 
 
+@pytest.mark.parametrize("kind, estimator, options", CASES[:3], ids=lambda v: getattr(v, "__name__", ""))
+def test_products_have_whole_blocks_of_channels_and_images_their_order(kind, estimator, options):
+    model, data = case(kind, estimator, 0.4, count=1)
+    runner = CapturedCompact(model, options, IMAGE[kind])
+    shapes = {
+        n: tuple(slot.weight.shape[:2]) for n, slot in ((la.name, la.slot) for la in runner.session._layers.values())
+    }
+    assert len(shapes) == len(list(threshold_layers(model))) + (kind is ResNet18)
+    for name, (rows, columns) in shapes.items():
+        full = model.get_submodule(name).weight.shape
+        assert rows % 8 == 0 or rows == full[0], (name, rows)
+        assert columns % 8 == 0 or columns == full[1], (name, columns)
+        assert rows < full[0] or full[0] <= 16 or name == "linear", (name, rows)
+    orders = set()
+    stock = F.conv2d
+
+    def conv2d(x, weight, *rest):
+        orders.add((is_last(x), is_last(weight), is_last(y := stock(x, weight, *rest))))
+        return y
+
+    with mock.patch.object(F, "conv2d", conv2d):
+        runner.step(*data[0])
+    assert orders == {(True, True, True)}
+
+
+def is_last(x):
+    """Whether nothing has to be moved to have the channels of these images, or the inputs of these filters, last."""
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_what_a_step_asks_is_seen():
     model, data = case(LeNet5, "identity", 0.5, count=1)
     with Accelerator() as device:
         runner = CapturedCompact(moved(model), EVERYTHING, IMAGE[LeNet5])
-        runner.loss = lambda out, y: torch.nn.functional.cross_entropy(out, y) * float(out.detach().max())
+        runner.loss = lambda out, y: F.cross_entropy(out, y) * float(out.detach().max())
         device.forget()
         runner.step(*map(moved, data[0]))
         assert device.asked == {"aten._local_scalar_dense.default": 1}

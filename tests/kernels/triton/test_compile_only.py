@@ -5,6 +5,7 @@ machine code of chosen layers looks like; ``SPAFL_UPDATE_SASS=1`` rewrites it. E
 every architecture; with ``SPAFL_SLOW_TESTS=1`` every layer of the published models is, too.
 """
 
+import collections
 import itertools
 import json
 import math
@@ -49,9 +50,12 @@ else:
         "lenet-conv2-fp32": (50, Geometry(20, 12, 12, (5, 5)), 16, 1, SINGLE, False),
     }
 
-    def launches(target, out, geometry, n, clients, dtype, tf32, forward=None, backward=None, listed=False):
+    def launches(
+        target, out, geometry, n, clients, dtype, tf32, forward=None, backward=None, listed=False,
+        how=compile_only.compiling,
+    ):  # fmt: skip
         """All launches of plan, forward and backward of one layer."""
-        with FakeTensorMode(), compile_only.compiling(target) as log:
+        with FakeTensorMode(), how(target) as log:
             fake = {"device": "cuda"}
             weight = torch.empty(clients, out, geometry.channels, *geometry.kernel, **fake)
             threshold = torch.empty(clients, out, **fake)
@@ -148,10 +152,55 @@ else:
         assert [launch.grid for launch in log] == [(sum(capacity(s[0]) for s in tensors) // 4,)]
         assert compile_only.resources(log[0].kernel)["stack"] == 0
 
+    def test_launches_are_on_the_device_of_their_tensors(monkeypatch):
+        """Which need not be the current one."""
+        current, seen = [0], []
+
+        class DeviceOf:
+            def __init__(self, tensor):
+                self.device = tensor.device.index
+
+            def __enter__(self):
+                current.append(self.device)
+
+            def __exit__(self, *error):
+                current.pop()
+
+        monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(
+            triton.runtime.jit.JITFunction, "run", lambda self, *a, **k: seen.append((self.__name__, current[-1]))
+        )
+        with FakeTensorMode(), torch.device("cuda:1"):
+            weight, threshold, x = torch.empty(1, 8, 5), torch.empty(1, 8), torch.empty(1, 6, 5, 1, 1)
+            plan, packed, _ = plan_layer(weight, threshold, "identity")
+            y = layer_forward(x=x, packed=packed, plan=plan, bias=None, geometry=Geometry(5))
+            layer_backward(y, x, weight, packed, plan, None, Geometry(5))
+        assert len(seen) == 8 and {device for _, device in seen} == {1}, seen
+        ModelPass([torch.empty(8, 5)], [torch.empty(8)])()  # fake tensors have no addresses; those of the CPU no index
+        assert seen[8:] == [("threshold_pass_model", None)]
+
     def test_sizes_of_one_compile():
         """Arguments equal to 1 become constants, which some expressions of Triton take and others refuse."""
         log = launches(TARGETS["sm_90"], 1, Geometry(1), 1, 1, SINGLE, True)
         check(log, "sm_90", SINGLE, True, kind="HMMA")  # the smallest tiles use the instruction of one warp
+
+    @pytest.mark.parametrize("layer", LAYERS)
+    def test_other_batch_sizes_compile_nothing_new(layer):
+        """But for tiles, which the rule takes by the number of rows: of these sizes, one of 64 may want another."""
+        out, geometry, _, _, dtype, tf32 = LAYERS[layer]
+        seen = collections.defaultdict(set)
+        for n in (64, 100, 127, 128, 130, 513):
+            found = launches(
+                TARGETS["sm_90"], out, geometry, n, 1, dtype, tf32, how=compile_only.specialising
+            )  # fmt: skip
+            for name, variants in found.items():
+                seen[name] |= variants
+        number = {name: len(variants) for name, variants in seen.items()}
+        assert number.pop("threshold_collect") == 2  # active filters and the others
+        tiles = [number.pop(name) for name in ("threshold_forward", "threshold_dgrad")]
+        assert max(tiles) <= 2 and (max(tiles) == 1 or geometry.height < 28)
+        assert set(number.values()) == {1}, number
 
     def test_grids_do_not_depend_on_anything_on_the_device():
         """The same launches whatever the mask: fake tensors have no values, and a read of one raises."""

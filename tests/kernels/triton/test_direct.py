@@ -38,8 +38,8 @@ else:
     @pytest.fixture
     def direct_calls(monkeypatch):
         """Every call that goes around the dispatcher."""
-        seen, stock = [], direct.call
-        monkeypatch.setattr(direct, "call", lambda *a: (seen.append(a), stock(*a))[1])
+        seen, stock = [], direct.run
+        monkeypatch.setattr(direct, "run", lambda *a: (seen.append(a), stock(*a))[1])
         return seen
 
     def pruned(layer, seed=0):

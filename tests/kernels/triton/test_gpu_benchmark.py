@@ -488,6 +488,10 @@ def test_targets_are_met_missed_or_not_measured():
     def cohort(us, provider, graph):
         return {**sample(us, "all", provider, 0.5, graph=graph), "kind": "cohort", "clients": "10", "batch": "64"}
 
+    def step(model, density, factor):
+        row = {**sample(10, "all", "compact-fixed", density), "kind": "step", "model": model}
+        return {**row, "speedup_vs_dense": str(factor)}
+
     rows = [
         whole("a", 40, 0.5, 2.0),  # 2.5 times as fast as dense; asked for: 1.8, and .75 * 2
         whole("b", 100 / 1.7, 0.5, 2.0),  # 1.7: 1.5 is reached, 1.8 is not
@@ -498,6 +502,10 @@ def test_targets_are_met_missed_or_not_measured():
         cohort(290, "loop", 1),
         cohort(100, "cohort", 1),
         cohort(120, "cohort-torch", 1),
+        *(step("resnet18-full", d, f) for d, f in ((0.5, 1.9), (0.25, 2.5))),
+        step("conv4", 0.5, 1.1),
+        step("conv4", 1.0, 0.5),  # density 1 is no target
+        step("vit", 0.5, 0.5),  # nor is this model
     ]  # fmt: skip
     found = [str(v) for v in targets.judge(rows)]
     assert found[0] == (
@@ -505,7 +513,9 @@ def test_targets_are_met_missed_or_not_measured():
     )
     assert found[1].endswith("at density 0.5, bf16, batch 128 (1 of 2): conv4.b at 0.5 1.70 < 1.80")
     assert found[2].endswith("at density 0.25, bf16, batch 128 (0 of 1): conv4.d at 0.25 2.00 < 3.00")
-    assert [v.split()[0] for v in found] == ["missed"] * 3 + ["not"] * 3 + ["met", "missed"]
+    assert [v.split()[0] for v in found] == ["missed"] * 3 + ["not"] * 3 + ["missed"] * 2 + ["met", "missed"]
+    assert found[6].endswith("at density 0.5, batch 128 (1 of 2): conv4 at 0.5 1.10 < 1.80")
+    assert found[7].endswith("at density 0.25, batch 128 (0 of 1): resnet18-full at 0.25 2.50 < 3.00")
     assert found[-1].endswith("the masked loop, in a graph (0 of 1): conv4 at 0.5 2.90 < 3.00")
 
 
@@ -550,7 +560,7 @@ def test_the_whole_command(tmp_path, pretended_gpu, capsys):
 
 
 def test_a_red_run_says_so_and_fails(tmp_path, pretended_gpu, monkeypatch, capsys):
-    monkeypatch.setattr(steps, "difference", lambda got, want: 1.0)
+    monkeypatch.setattr(steps, "differs_most", lambda got, want: (1.0, "conv1.weight"))
     assert command.main(["--workers", "1", "--out", str(tmp_path / "gpu.csv")]) == 1
     said = capsys.readouterr().out
     assert "RED" in said and "red: 1" in said

@@ -16,16 +16,22 @@ if not INTERPRETED:
 
 else:
     import dataclasses
+    import importlib
 
     import torch
+    import triton
+    import triton.language as tl
     from support import cases
     from support import interpreter as checks
     from support.poison import poisoned
 
+    import spafl_kernels.triton.collect as collect_module
     import spafl_kernels.triton.threshold as threshold_module
+    import spafl_kernels.triton.wgrad as wgrad_module
     from spafl_kernels import executed
     from spafl_kernels.ops import closed_form, library
     from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
+    from spafl_kernels.triton.lookback import LANES
     from spafl_kernels.triton.plan import HEADER, Plan
     from spafl_kernels.triton.tiles import TILES, every
 
@@ -59,6 +65,46 @@ else:
         cases.check(case, plan, y, gradients, tolerance, bias, mask_bias)
         return y, gradients
 
+    # ------------------------------------------------------------------------------------------- bounds of masked lanes
+    @triton.jit
+    def copy(x, y, n, shift, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(y + at, tl.load(x + shift + at, mask=at < n, other=0.0), mask=at < n)
+
+    def test_a_masked_lane_outside_of_its_tensor_is_found():
+        """Also where the address is that of a number of another argument."""
+        both = torch.ones(64)
+        x, y = both[:20], both[32:]
+        with checks.options(masked=False):
+            copy[(1,)](x, y, 20, 0, BLOCK=32)
+        with pytest.raises(Exception, match=r"masked load of 12 .* 80 bytes from the start of 'x', which has 80 bytes"):
+            copy[(1,)](x, y, 20, 0, BLOCK=32)
+        with pytest.raises(Exception, match=r"OutOfBounds.*load of 20 element"):
+            copy[(1,)](x, y, 20, 40, BLOCK=32)
+
+    # What of a layer reads with it; sizes that no tile divides.
+    @pytest.mark.parametrize("name", ["threshold", "forward", "dgrad", "collect", "wgrad"])
+    def test_kernels_without_the_clamp_are_found(monkeypatch, name):
+        case = cases.make(17, Geometry(37), 9, 9)
+        plan, packed = case.plan()
+
+        def launch():
+            if name == "threshold":
+                return plan_layer(case.weight, case.threshold, "identity")
+            if name == "forward":
+                return layer_forward(case.x, packed, plan, None, case.geometry)
+            need_input = name == "dgrad"
+            return layer_backward(
+                case.grad, case.x, case.weight, packed, plan, None, case.geometry, need_input=need_input,
+                need_weight=not need_input,
+            )  # fmt: skip
+
+        launch()
+        module = importlib.import_module(f"spafl_kernels.triton.{name}")
+        monkeypatch.setattr(module, "within", lambda index, live: index)
+        with pytest.raises(Exception, match=r"OutOfBounds.*masked load"):
+            launch()
+
     # ------------------------------------------------------------------------------------------- threshold pass
     @pytest.mark.parametrize(("dtype", "estimator"), [(SINGLE, "identity"), (HALF, "window"), (BRAIN, "window")])
     def test_pass_equals_the_closed_form(estimator, dtype):
@@ -77,11 +123,11 @@ else:
             torch.testing.assert_close(scores, case.weight.float().flatten(2).abs().mean(2), rtol=1e-2, atol=0)
 
     def test_pass_over_more_blocks_than_are_read_at_once():
-        out = threshold_module.ROWS * (threshold_module.LANES + 2) + 3
+        out = threshold_module.ROWS * (LANES + 2) + 3
         case = cases.make(out, Geometry(3), 1, out // 3)
         with checks.options(order_seed=3) as stats:
             plan, packed, _ = plan_layer(case.weight, case.threshold, "identity")
-        assert stats.programs > threshold_module.LANES
+        assert stats.programs > LANES
         data, rows = closed_form.plan_and_packed(case.weight, case.threshold, "identity", SINGLE)
         assert torch.equal(plan.data, data) and torch.equal(packed, rows)
 
@@ -266,6 +312,17 @@ else:
             results.append((y, *gradients))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def test_row_blocks_of_several_steps_and_many_parts(monkeypatch):
+        """As large batches have them: sums of channels and slabs that are added up over programs, in turns."""
+        monkeypatch.setattr(collect_module, "PROGRAMS", 6)
+        monkeypatch.setattr(wgrad_module, "LEAST_STEPS", 1)
+        monkeypatch.setattr(wgrad_module, "EXTEND_ROWS", 2)
+        case = cases.make(40, Geometry(3, 12, 11), 9, 13, clients=2, seed=8)
+        total = 9 * 12 * 11
+        assert collect_module.row_blocks(total, 2) == (3, 13) and wgrad_module.split(total, 16, 1)[0] > 16
+        with checks.options(order_seed=1):
+            check(case, TOLERANCE[SINGLE])
 
     def test_empty_batch():
         geometry = Geometry(3, 5, 5, (3, 3))
@@ -542,8 +599,8 @@ else:
         cohort = Cohort(models, options, False)
         assert cohort.passes is not None
         with checks.options(also=[*cohort.weights, *cohort.thresholds]):
-            got = changes(cohort, x, y)
-        assert difference(got, changes(Loop(models, options), x, y)) < 1e-4
+            got = changes(models, cohort, x, y)
+        assert difference(got, changes(models, Loop(models, options), x, y)) < 1e-4
         assert cohort.density.tolist() == [pytest.approx([0.5, 0.5], abs=0.03)] * len(cohort.layers)
 
     # ------------------------------------------------------------------------------------------- the benchmark

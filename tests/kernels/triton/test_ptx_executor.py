@@ -12,6 +12,7 @@ if INTERPRETED:
         pytest_in_own_process(__file__, interpret=False)
 
 else:
+    import contextlib
     import re
     import struct
 
@@ -29,7 +30,8 @@ else:
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, DOUBLE: tl.constexpr):  # fmt: skip
         row, column, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, STEP)
         acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for step in range(0, steps):
+        for i in range(0, steps):
+            step = tl.minimum(i, steps - 1)  # the pipeline copies nothing from behind the last one
             left = tl.load(a + row[:, None] * a_row + (step * STEP + k)[None, :] * a_column)
             right = tl.load(b + (step * STEP + k)[:, None] * b_row + column[None, :] * b_column)
             if DOUBLE:  # computed, so that it is in registers
@@ -108,6 +110,30 @@ else:
             assert "overwritten before the wait" in str(hazard)
         else:
             assert error > 1e-2
+
+    @triton.jit
+    def multiply_some(a, b, c, steps, limit, CLAMP: tl.constexpr, LAST: tl.constexpr, SIZE: tl.constexpr):
+        row, k = tl.arange(0, SIZE), tl.arange(0, SIZE)
+        acc = tl.zeros((SIZE, SIZE), dtype=tl.float32)
+        for i in range(0, steps):
+            step = tl.minimum(i, LAST)
+            left = tl.load(a + row[:, None] * (steps * SIZE) + (step * SIZE + k)[None, :])
+            down = step * SIZE + k
+            live = down < limit
+            if CLAMP:
+                down = tl.where(live, down, 0)
+            acc = tl.dot(left, tl.load(b + down[:, None] * SIZE + row[None, :], mask=live[:, None], other=0.0), acc)
+        tl.store(c + row[:, None] * SIZE + row[None, :], acc)
+
+    @pytest.mark.parametrize(("clamp", "last"), [(True, 2), (False, 2), (True, 9)])
+    def test_a_masked_copy_from_behind_the_end_is_found(clamp, last):
+        """Whether the kernel masked it, or the compiler: it fetches for steps behind the last one, and masks that."""
+        good = clamp and last == 2
+        a, b, c = matrix(64, 192, BRAIN, False, 1), matrix(150, 64, BRAIN, False, 2), torch.empty(64, 64)
+        with contextlib.nullcontext() if good else pytest.raises(ptx.OutOfBounds, match="copy of none of 16 bytes"):
+            with executing():
+                multiply_some[(1,)](a, b, c, 3, 150, CLAMP=clamp, LAST=last, SIZE=64, num_stages=3)
+            assert cases.error(c, a[:, :150].double() @ b.double()) < 1e-6
 
     @triton.jit
     def copy(x, y, n, BLOCK: tl.constexpr):

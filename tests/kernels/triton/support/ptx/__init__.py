@@ -10,6 +10,7 @@ descriptors, assumed alignments.
 bounds        every global access lies within a tensor of the launch, every shared access within the block's bytes.
 alignment     an address that is no multiple of the size of its access is an error.
 poison        shared memory and registers hold NaN until they are written.
+masked copy   the address of a cp.async that reads nothing must lie within a tensor, too.
 cp.async      the destination holds NaN from the copy to the wait that covers it: a wait that is too weak gives NaN.
 wgmma         accumulators hold NaN until the wait that covers them; an operand overwritten before is an error.
 barriers      threads that wait at different barriers, or a warp instruction that only a part of its warp reaches, are

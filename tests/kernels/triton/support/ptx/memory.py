@@ -43,6 +43,11 @@ class Global:
         # One window over all tensors and what lies between them, which no checked access touches.
         self.windows = {size: np.asarray(_Raw(self.base, -(-length // size), kind)) for size, kind in ITEMS.items()}
 
+    def check(self, addresses, size, what):
+        """An error if an address is outside of every tensor, or misaligned."""
+        if addresses.size:
+            self._index(addresses, size, what)
+
     def _index(self, addresses, size, what):
         low, high = int(addresses.min()), int(addresses.max())
         at = bisect.bisect_right(self.starts, low) - 1

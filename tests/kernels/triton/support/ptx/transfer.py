@@ -80,7 +80,7 @@ def store(k, i, parts):
 
 
 def asynchronous(k, i, parts):
-    """cp.async; a fourth operand of 0 reads nothing and writes zeros."""
+    """cp.async; a fourth operand of 0 reads nothing and writes zeros, but its address must be valid all the same."""
     if parts[1:2] != ["async"]:
         raise Unsupported(i.opcode)
     if parts[2] == "commit_group":
@@ -101,7 +101,8 @@ def asynchronous(k, i, parts):
         some = taken == size
         if taken[~some].any():
             raise Unsupported(f"a copy of {taken[~some].max()} of {size} bytes")
-        if some.any():  # nothing is read, nor its address looked at, where the size is 0
+        k.memory.check(addresses[~some], size, "copy of none")
+        if some.any():
             data[some] = k.memory.load(addresses[some], size).view(np.uint8).reshape(-1, size)
         k.copies.issue(lanes, to()[lanes], size, data)
 
