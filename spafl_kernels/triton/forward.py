@@ -21,7 +21,7 @@ from .geometry import Geometry, channels_last, client_step, empty_channels_last,
 from .kinds import is_wide
 from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
-from .tiles import Tile, arithmetic, choose, power_of_two, precision
+from .tiles import Tile, arithmetic, choose, filters_of, power_of_two, precision
 
 
 @triton.jit
@@ -264,7 +264,7 @@ def layer_forward(
         x = channels_last(x)
     kind = arithmetic(x.dtype, tf32)
     tile = tile or choose("forward", kind, g, out, n, x.device, listed=input_plan is not None)
-    filters = min(tile.filters, capacity(out))
+    filters = filters_of(tile, capacity(out))
     line = row_step(x)
     bias = None if bias is None else bias.contiguous()
     depth = max(16, min(tile.depth, power_of_two(g.n_in) if input_plan is None else g.channels))

@@ -14,7 +14,7 @@ from .kinds import is_wide
 from .lookback import LANES, WARPS, look_back
 from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
-from .tiles import Tile, arithmetic, choose, power_of_two, precision
+from .tiles import Tile, arithmetic, choose, filters_of, power_of_two, precision
 
 EXTEND_ROWS = 256  # blocks of rows that are added up at once
 FINISH_STEP = 1024  # columns of slabs that are added at once, at most
@@ -274,7 +274,7 @@ def weight_gradients(
     pointwise = g.pointwise and line is not None
     tile = tile or choose("wgrad", kind, g, out, x.shape[1], x.device, listed=input_plan is not None)
     columns = min(tile.rows, max(16, power_of_two(g.n_in) if input_plan is None else g.channels))
-    filters = min(tile.filters, cap)
+    filters = filters_of(tile, cap)
     narrow = min(columns, 64)  # addresses of single channels cost the registers of a wider tile
     flat = input_plan is None and taps > 1 and 2 * triton.cdiv(g.n_in, narrow) <= taps * triton.cdiv(g.channels, narrow)
     columns = narrow if flat else columns
