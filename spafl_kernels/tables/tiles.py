@@ -81,7 +81,7 @@ class Table:
         }
 
 
-_SIZES = {"rows": (16, 256), "filters": (16, 256), "depth": (16, 256), "warps": (4, 4), "stages": (1, 8)}
+_SIZES = {"rows": (16, 256), "filters": (16, 256), "depth": (16, 256), "warps": (4, 8), "stages": (1, 8)}
 
 
 def _tile(data: Any) -> Tile:

@@ -68,8 +68,9 @@ def threshold_dgrad(
     taps_s = tl.maximum((S - first_s + STEP_W - 1) // STEP_W, 0)
     parts = (count + DEPTH - 1) // DEPTH
     steps = taps_r * taps_s * parts
-    parts = tl.maximum(parts, 1)  # where there are no steps, too, these divide and are an address
-    taps_s = tl.maximum(taps_s, 1)
+    # Where there are no steps, too, these divide and make an address.
+    parts, taps_s = tl.maximum(parts, 1), tl.maximum(taps_s, 1)
+    first_r, first_s = tl.minimum(first_r, R - 1), tl.minimum(first_s, S - 1)
     OFFSET: tl.constexpr = tl.int64 if P * Q * CAP >= 2**31 else tl.int32
     base = tl.where(live, image, 0).to(tl.int64) * (P * Q * CAP)
     lane = tl.arange(0, DEPTH)
@@ -79,8 +80,8 @@ def threshold_dgrad(
         step = last_of(i, steps)
         tap = step // parts
         k0 = step % parts * DEPTH
-        r = tl.minimum(first_r + tap // taps_s * STEP_H, R - 1)
-        s = tl.minimum(first_s + tap % taps_s * STEP_W, S - 1)
+        r = first_r + tap // taps_s * STEP_H
+        s = first_s + tap % taps_s * STEP_W
         p = (h + PH - r * DH) // SH  # exact within the class
         q = (w + PW - s * DW) // SW
         ok = live & (h + PH - r * DH >= 0) & (p < P) & (w + PW - s * DW >= 0) & (q < Q)
@@ -143,7 +144,7 @@ def input_gradient(
     rows = rows_of("dgrad", g, n)
     tile = tile or choose("dgrad", kind, g, out, n, device, listed=listed)
     # With a list the epilogue spreads the tile: 128 columns of it took all registers and spilled.
-    columns = min(tile.filters, max(16, power_of_two(g.channels)), 64 if listed else 128)
+    columns = min(tile.filters, max(16, power_of_two(g.channels)), 64 if listed else 256)
     row_tiles = triton.cdiv(rows, tile.rows)
     high, wide = g.output
     return Launch(

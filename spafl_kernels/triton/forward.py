@@ -27,7 +27,7 @@ from .geometry import Geometry, Memory, channels_last, channels_last_strides, cl
 from .launch import REMEMBERED, Launch, current_stream
 from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
-from .tiles import Tile, arithmetic, choose, power_of_two, precision
+from .tiles import Tile, arithmetic, choose, filters_of, power_of_two, precision
 
 
 @triton.jit
@@ -287,7 +287,7 @@ def prepare(
     listed = inputs is not None
     kind = arithmetic(dtype, tf32)
     tile = tile or choose("forward", kind, g, out, n, device, listed=listed)
-    filters = min(tile.filters, capacity(out))
+    filters = filters_of(tile, capacity(out))
     depth = max(16, min(tile.depth, g.channels if listed else power_of_two(g.n_in)))
     flat = not listed and flat_is_better(g.channels, g.kernel[0] * g.kernel[1], depth)
     depth = min(depth, 32) if flat else depth

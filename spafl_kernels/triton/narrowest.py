@@ -9,21 +9,17 @@ import triton.language as tl
 @triton.jit
 def narrowest(
     body: tl.constexpr, args, left, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, SHAPE: tl.constexpr,
-    MODE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+    MODE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr = 16,
 ):  # fmt: skip
     """``body(*args, A, B, C, SHAPE, MODE, PRECISION, width)`` with the narrowest width that holds ``left`` filters.
 
-    The width is 16, 32 or TILE. Constants are listed one by one, as a tuple of Triton makes tensors of them.
+    Widths are LEAST and its doubles up to TILE. Constants are listed one by one, as a tuple of Triton makes tensors of
+    them.
     """
-    if TILE > 16:
-        if left <= 16:
-            body(*args, A, B, C, SHAPE, MODE, PRECISION, 16)
-        elif TILE > 32:
-            if left <= 32:
-                body(*args, A, B, C, SHAPE, MODE, PRECISION, 32)
-            else:
-                body(*args, A, B, C, SHAPE, MODE, PRECISION, TILE)
+    if LEAST < TILE:
+        if left <= LEAST:
+            body(*args, A, B, C, SHAPE, MODE, PRECISION, LEAST)
         else:
-            body(*args, A, B, C, SHAPE, MODE, PRECISION, TILE)
+            narrowest(body, args, left, A, B, C, SHAPE, MODE, PRECISION, TILE, 2 * LEAST)
     else:
         body(*args, A, B, C, SHAPE, MODE, PRECISION, TILE)

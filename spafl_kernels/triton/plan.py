@@ -23,7 +23,7 @@ from torch import Tensor
 
 HEADER = 2
 ACTIVE, PASSES, FLIPPED = 1, 2, 4
-# Widest tile over filters that any kernel uses: packed rows come in multiples of it.
+# Packed rows come in multiples of it, or in 16 or 32. A tile over filters that is wider shrinks where fewer are left.
 WIDEST = 64
 
 

@@ -1,8 +1,11 @@
 """Tile sizes of the matrix kernels, as data. Nothing here is measured yet: shapes follow the static facts below.
 
 * A matrix instruction of a Hopper warpgroup needs 64 rows and 4 warps; smaller tiles use the older instruction.
-* 8 warps are not used: implicit convolution over a flattened tap and channel loop was seen to be silently wrong with
-  them (pytorch issues 173068 and 177823).
+* A program reads its rows and its filters once per step, from L2: 44 operations per byte with 128 x 64, 64 with
+  128 x 128. The wider tile needs 8 warps for its accumulator; with 4 the epilogue spills.
+* 8 warps are among the candidates, but no rule takes them: implicit convolution over a flattened tap and channel loop
+  was seen to be silently wrong with them (pytorch issues 173068 and 177823). The PTX of these kernels is right by the
+  executor of the tests; what ptxas makes of it, and how fast it is, the measurement has to show.
 * float32 without tf32 has no matrix instruction: its tiles are small to keep the accumulator in registers.
 
 ``rows`` are the large, dense dimension of a tile, ``filters`` the dimension over packed filters (or over input channels
@@ -19,6 +22,7 @@ import torch
 from ..tables import tiles as measured
 from ..tables.tiles import Kind, Operation, Tile
 from .geometry import Geometry
+from .plan import WIDEST
 
 # operation -> kind of arithmetic -> (least number of rows for which the tile is used, tile), widest first
 TILES: dict[Operation, dict[Kind, list[tuple[int, Tile]]]] = {
@@ -50,27 +54,32 @@ CANDIDATES: dict[Operation, dict[Kind, tuple[Tile, ...]]] = {
         "half": (
             Tile(128, 64, 64, 4, 3, True), Tile(128, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4, True),
             Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4, True), Tile(64, 128, 64, 4, 3),
+            Tile(128, 128, 64, 8, 3), Tile(64, 256, 64, 8, 3),
         ),
         "tf32": (
             Tile(128, 32, 32, 4, 3, True), Tile(64, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4, True),
-            Tile(64, 128, 32, 4, 3),
+            Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3), Tile(64, 256, 32, 8, 3),
         ),
     },
     "dgrad": {
         "half": (
             Tile(128, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4, True), Tile(128, 64, 64, 4, 3),
             Tile(128, 64, 64, 4, 3, True), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4),
+            Tile(128, 128, 64, 8, 3), Tile(64, 256, 64, 8, 3),
         ),
         "tf32": (
             Tile(128, 64, 32, 4, 3, True), Tile(64, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4, True),
-            Tile(64, 128, 32, 4, 3),
+            Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3),
         ),
     },
     "wgrad": {
         "half": (
             Tile(128, 64, 64, 4, 3), Tile(128, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4), Tile(64, 128, 64, 4, 3),
+            Tile(128, 128, 64, 8, 3),
         ),
-        "tf32": (Tile(64, 64, 32, 4, 4), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 2)),
+        "tf32": (
+            Tile(64, 64, 32, 4, 4), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 2), Tile(128, 128, 32, 8, 3),
+        ),
     },
 }  # fmt: skip
 
@@ -89,6 +98,15 @@ def precision(kind: Kind) -> str:
 
 def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
+
+
+def filters_of(tile: Tile, cap: int) -> int:
+    """Filters of a tile for ``cap`` packed rows: so many that no tile, the last one shrunk, reads rows behind them."""
+    filters = tile.filters
+    # Between 129 and 192 filters that are left take a tile of 256, of which there may be 192 rows only.
+    while filters > cap or (filters > WIDEST and cap % filters > filters // 2):
+        filters //= 2
+    return filters
 
 
 def by_rule(operation: Operation, kind: Kind, rows: int) -> Tile:
@@ -140,6 +158,7 @@ def candidates(operation: Operation, kind: Kind, geometry: Geometry, out: int, i
     others = () if operation == "wgrad" and geometry.channels < 64 else CANDIDATES[operation].get(kind, ())
     different: dict[Tile, Tile] = {}
     for tile in (rule, *others):
-        if tile.rows <= max(64, power_of_two(rows)):
+        # Tiles of 8 warps are wide, and as small ones they would be slower than those of 4.
+        if tile.rows <= max(64, power_of_two(rows)) and (tile.warps == 4 or tile.filters <= columns):
             different.setdefault(dataclasses.replace(tile, filters=min(tile.filters, columns)), tile)
     return list(different.values())

@@ -17,7 +17,7 @@ from .launch import Launch
 from .lookback import LANES, WARPS, look_back
 from .narrowest import narrowest
 from .plan import HEADER, capacity, row_stride
-from .tiles import Tile, arithmetic, choose, power_of_two, precision
+from .tiles import Tile, arithmetic, choose, filters_of, power_of_two, precision
 
 EXTEND_ROWS = 256  # blocks of rows that are added up at once
 FINISH_STEP = 1024  # columns of slabs that are added at once, at most
@@ -297,7 +297,7 @@ def weight_gradients(
     kind, pointwise = arithmetic(dtype, tf32), g.pointwise and x.line is not None
     tile = tile or choose("wgrad", kind, g, out, n, device, listed=listed)
     columns = min(tile.rows, max(16, g.channels if listed else power_of_two(g.n_in)))
-    filters = min(tile.filters, cap)
+    filters = filters_of(tile, cap)
     narrow = min(columns, 64)  # addresses of single channels cost the registers of a wider tile
     flat = not listed and taps > 1 and 2 * triton.cdiv(g.n_in, narrow) <= taps * triton.cdiv(g.channels, narrow)
     columns = narrow if flat else columns

@@ -33,7 +33,7 @@ else:
     from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
     from spafl_kernels.triton.lookback import LANES
     from spafl_kernels.triton.plan import HEADER, Plan
-    from spafl_kernels.triton.tiles import TILES, every
+    from spafl_kernels.triton.tiles import TILES, Tile, every
 
     checks.install()
     HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -389,9 +389,35 @@ else:
 
     # ------------------------------------------------------------------------------------------- work
     def quantised(count, tile=64):
-        """Filters that are multiplied: whole tiles, the last one cut to 16 or 32 if that is enough."""
+        """Filters that are multiplied: whole tiles, the last one cut to 16 or a double of it if that is enough."""
         whole, left = divmod(count, tile)
-        return whole * tile + (0 if left == 0 else next(t for t in (16, 32, 64) if left <= t))
+        return whole * tile + (0 if left == 0 else next(t for t in (16, 32, 64, 128, 256) if left <= t))
+
+    @pytest.mark.parametrize(
+        ("tile", "counts"), [(128, (0, 9, 33, 100, 129, 193, 320)), (256, (20, 64, 128, 129, 256, 257, 320))]
+    )
+    def test_the_last_of_wide_tiles_shrinks(tile, counts):
+        """To all widths; and no row behind the packed ones is read, which are multiples of 64."""
+        geometry, out, n = Geometry(16), 320, 16
+        sizes = Tile(16, tile, 16, 8, 2)
+        for count in counts:
+            case = cases.make(out, geometry, n, count, dead_gradient=True, seed=count)
+            plan, packed = case.plan()
+            with checks.options() as stats:
+                y = layer_forward(case.x, packed, plan, None, geometry, tf32=True, tile=sizes)
+            assert stats.dot_flops == 2 * n * 16 * quantised(count, tile), count
+            assert cases.error(y, cases.expected_output(case, False, False)) < TF32
+
+    def test_wide_tiles_of_the_weight_gradient_read_no_row_behind_the_last():
+        case = cases.make(150, Geometry(16), 16, 150)  # 192 rows: the second tile of 128 has 64
+        plan, packed = case.plan()
+        with checks.options() as stats:
+            _, dw, _, _ = layer_backward(
+                case.grad, case.x, case.weight, packed, plan, None, case.geometry, tf32=True, need_input=False,
+                tile=Tile(16, 128, 16, 8, 2),
+            )  # fmt: skip
+        assert stats.dot_flops == 2 * 16 * 16 * (128 + 32)
+        assert cases.error(dw, cases.expected_gradients(case, plan, False, False)[1]) < TF32
 
     def test_forward_work_is_proportional_to_the_active_filters():
         geometry, out, n = Geometry(32), 160, 64

@@ -17,8 +17,8 @@ from spafl_kernels.tables import FOLDER, file_name
 from spafl_kernels.tables import tiles as measured
 from spafl_kernels.tables.tiles import Table, Tile
 from spafl_kernels.triton.geometry import Geometry
-from spafl_kernels.triton.plan import Plan
-from spafl_kernels.triton.tiles import TILES, by_rule, candidates, choose, rows_of
+from spafl_kernels.triton.plan import Plan, capacity
+from spafl_kernels.triton.tiles import TILES, by_rule, candidates, choose, filters_of, rows_of
 
 CONV = Geometry(64, 32, 32, (3, 3), (1, 1), (1, 1))
 CLASS = "conv3x3/1 in64 out64 positions131072"
@@ -32,6 +32,23 @@ def made_up(**change):
 
 def chosen(images=128, operation="forward", kind="half", geometry=CONV, out=64, listed=False):
     return choose(operation, kind, geometry, out, images, CPU, listed)
+
+
+@pytest.mark.parametrize("filters", [16, 32, 64, 128, 256])
+def test_a_tile_never_reads_behind_the_packed_rows(filters):
+    for out in range(1, 1100):
+        cap = capacity(out)
+        width = filters_of(dataclasses.replace(BEST, filters=filters), cap)
+        assert width == filters or (width < filters and (cap < filters or cap % filters > filters // 2))
+        left = out % width or width
+        last = next(w for w in (16, 32, 64, 128, 256) if left <= w)
+        assert out - left + last <= cap, (out, width)
+
+
+def test_tiles_of_eight_warps_are_measured_on_layers_that_fill_them():
+    for out, wide in ((64, set()), (128, {128}), (192, {128, 256}), (512, {128, 256})):
+        geometry = dataclasses.replace(CONV, channels=64)
+        assert {t.filters for t in candidates("forward", "half", geometry, out, 128) if t.warps == 8} == wide
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -94,7 +111,7 @@ GOOD = dataclasses.asdict(BEST)
             "dgrad, half, .*: a tile needs rows, filters, depth, warps, stages, cache_l1; got",
         ),
         ({"entries": {"dgrad": {"half": {CLASS: {**GOOD, "rows": 48}}}}}, "rows must be a power of two in .*; got 48"),
-        ({"entries": {"dgrad": {"half": {CLASS: {**GOOD, "warps": 8}}}}}, "warps must be .* in .4, 4.; got 8"),
+        ({"entries": {"dgrad": {"half": {CLASS: {**GOOD, "warps": 16}}}}}, "warps must be .* in .4, 8.; got 16"),
         ({"entries": {"dgrad": {"half": {CLASS: {**GOOD, "stages": 0}}}}}, "stages must be in .1, 8.; got 0"),
         ({"entries": {"dgrad": {"half": {CLASS: {**GOOD, "depth": True}}}}}, "depth must be .*; got True"),
         ({"entries": {"dgrad": {"half": {CLASS: {**GOOD, "cache_l1": 1}}}}}, "cache_l1 must be true or false; got 1"),
