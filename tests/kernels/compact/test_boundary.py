@@ -58,7 +58,7 @@ def together(model, change=None, options=OPTIONS, batches=None, kinds=("step", "
 
 def same_state(twin, model):
     for (key, p), q in zip(twin.state_dict().items(), model.state_dict().values(), strict=True):
-        torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-9, msg=lambda m: f"{key}: {m}")
+        torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def same_calls(model, x=None, change=None, **kwargs):
@@ -185,7 +185,7 @@ def test_a_forward_that_writes_or_draws_runs_masked_and_is_left_alone(kind):
     assert trainer.engine == "masked"
     if kind is DrawsPython:
         return
-    for x, y in data():
+    for x, _ in data():
         torch.manual_seed(5)
         a = before(x)
         torch.manual_seed(5)
@@ -436,7 +436,7 @@ def test_one_bad_input_does_not_end_it():
     assert trainer.engine == "masked"
     trainer.step(x, y)
     assert trainer.engine == "compact" and trainer.finish().steps == 1
-    sizes = [CompactModule(nn.Sequential(ThresholdConv2d(1, 2, 1), nn.ReLU())) for _ in range(1)][0]
+    sizes = CompactModule(nn.Sequential(ThresholdConv2d(1, 2, 1), nn.ReLU()))
     for size in range(1, 20):
         sizes(torch.randn(1, 1, size, 2))
     assert len(sizes._captures) <= 8
