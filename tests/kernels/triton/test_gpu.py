@@ -24,9 +24,9 @@ pytestmark = [
 ]
 
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
-# dtype, tf32, bound on the root mean square error. Starting points; to be replaced by the measured worst case.
+# dtype, tf32, bound on the root mean square error. Measured on an H200, at most: 6.1e-7, 8.7e-4, 3.0e-4, 2.0e-3.
 KINDS = {
-    "fp32": (SINGLE, False, 1e-5), "tf32": (SINGLE, True, 1e-3),
+    "fp32": (SINGLE, False, 5e-6), "tf32": (SINGLE, True, 2e-3),
     "fp16": (HALF, False, 1e-3), "bf16": (BRAIN, False, 5e-3),
 }  # fmt: skip
 SHAPES = {
