@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import hashlib
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -26,7 +27,7 @@ class Unpacked:
 
     Attributes:
         cache: folder of kernels, for :func:`benchmarks.gpu.ahead.store.install`.
-        packages: folder of Python packages, on the path of processes started from now on.
+        packages: folder of Python packages, on the path of processes started from now on, unless pydantic is there.
         extension: whether the extension in the library is the packed one, and not one that was built here.
     """
 
@@ -60,7 +61,9 @@ def unpack(root: pathlib.Path = ROOT) -> Unpacked | None:
         made.rename(target)
     packages = target / "packages"
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if packages.is_dir() and str(packages) not in paths:
+    # Where they are installed already, maybe for another Python, nothing takes their place.
+    missing = importlib.util.find_spec("pydantic") is None
+    if missing and packages.is_dir() and str(packages) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), str(packages)])
     return Unpacked(target / "cache", packages, _place(target / "extension", root / "spafl_kernels", fresh))
 

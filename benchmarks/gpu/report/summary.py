@@ -109,7 +109,8 @@ def _kernels(rows: Rows) -> Iterator[str]:
 def _runs(rows: Rows) -> Iterator[str]:
     for r in _of(rows, "run"):
         seconds = ", ".join(f"{s:.2f}" for s in r["round_seconds"])
-        yield f"digits on {r['where']}, {r['engine']}: rounds of {seconds} s, accuracy {r['accuracy']:.3f}"
+        what = f"{r.get('data', 'digits')} on {r['where']}, {r['engine']}"
+        yield f"{what}: rounds of {seconds} s, accuracy {r['accuracy']:.3f}"
 
 
 def _red(rows: Rows) -> Iterator[str]:
