@@ -1,13 +1,15 @@
 # make demo   set up and run the main job on embedded real data
 # make test   set up and run the tests
 # make bench  measure everything that needs no GPU, on an idle machine; rewrites the tables and pictures
+# make test-all  the tests and the slow ones: minutes to an hour; says which took how long
+# make gpu-report OUT=folder   a short visit to a GPU: everything that decides, in nine minutes; make gpu-pack before it
 # make test-gpu, make bench-gpu, make tune-gpu   on a machine with a GPU, with the PyTorch it has; nothing is downloaded
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test bench test-gpu bench-gpu tune-gpu lint clean
+.PHONY: setup demo test test-all bench gpu-pack gpu-report test-gpu bench-gpu tune-gpu lint clean
 
 setup: $(STAMP)
 
@@ -29,6 +31,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto
 
+test-all: $(STAMP)
+	SPAFL_SLOW_TESTS=1 $(BIN)/python -m pytest -q -n auto --durations=40
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks all
 
@@ -38,6 +43,17 @@ GPU_PATH := PYTHONPATH="$(CURDIR):$(CURDIR)/python"
 
 # Most of the time compiles kernels; pytest-xdist, where it is there, does that on several cores.
 GPU_PARALLEL = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo '-n 8')
+
+# On a machine without a GPU: kernels, extension and packages for a visit, in build/gpu. AHEAD_PYTHON: an interpreter with
+# Triton alone, of the Python version of the machine with the GPU; with it, launching stubs are compiled as well.
+AHEAD_PYTHON ?= $(BIN)/python
+gpu-pack: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu.ahead.pack --python $(AHEAD_PYTHON)
+
+# On a machine with one, from a checkout with or without build/gpu.
+OUT ?= runs/gpu-report
+gpu-report:
+	$(GPU_PATH) $(GPU_PYTHON) -m benchmarks.gpu.report --out $(OUT)
 
 test-gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace

@@ -2,11 +2,13 @@
 
 Environment:
   SPAFL_BUILD_CPP=auto|0|1    auto: build if there is a working C++ compiler, else install the pure Python package.
+                              0: install the pure Python package, without the library of an earlier build.
   SPAFL_BUILD_CUDA=auto|0|1   auto: build csrc/cuda if nvcc is there. A visible GPU plays no part.
   SPAFL_CUDA_ARCHS=90a;90+PTX compute capabilities, ``+PTX`` for code that later GPUs can translate.
   CXX, CUDA_HOME, MAX_JOBS    as usual.
 
-A missing tool is a reason to build less; a build that starts and fails is an error.
+A missing tool is a reason to build less, and never one to lose what an earlier build made: a library that fits stays,
+and only SPAFL_BUILD_CPP=0 removes one. A build that starts and fails is an error; library and record stay as they were.
 """
 
 import json
@@ -101,6 +103,42 @@ def gencode(archs):
     return options
 
 
+def earlier_library():
+    """``(path, facts, problem)`` of the library that an earlier build left; path None if there is none.
+
+    ``problem``: why it does not fit this package, None if it does.
+    """
+    found = sorted(RECORD.parent.glob("_C*.so"))
+    if not found:
+        return None, {}, None
+    match = re.search(rb"SPAFL_BUILD(\{.*?\})\0", found[0].read_bytes())
+    facts = json.loads(match.group(1)) if match else {}
+    if facts.get("schema") != schema():
+        return found[0], facts, f"it has operator interface {facts.get('schema')} and this package needs {schema()}"
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return found[0], facts, None  # an isolated build: nothing here can try it
+    # In another process: a library cannot be unloaded.
+    load = "import sys, torch; torch.ops.load_library(sys.argv[1]); torch.ops.spafl.cpu_isa()"
+    done = subprocess.run([sys.executable, "-c", load, str(found[0])], capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return found[0], facts, f"this torch cannot load it: {lines[-1]}"
+    return found[0], facts, None
+
+
+def kept(path, facts, reason):
+    """The record of a library that stays because ``reason`` keeps this build from making as much."""
+    newest = max(p.stat().st_mtime for p in ROOT.glob("csrc/**/*") if p.is_file())
+    older = "; csrc/ holds newer files than it was built from" if newest > path.stat().st_mtime else ""
+    say(f"keeping {path.name} of an earlier build, which fits: {reason}{older}")
+    before = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    cuda = bool(facts.get("cuda"))
+    why = None if cuda else before.get("cuda_reason")
+    return {"cpp": True, "cpp_reason": None, "cuda": cuda, "cuda_reason": why, "kept": reason}
+
+
 def plan():
     """``(cpp, cuda home or None, record)`` from the environment and the machine."""
     want_cpp, want_cuda = choice("SPAFL_BUILD_CPP"), choice("SPAFL_BUILD_CUDA")
@@ -112,6 +150,11 @@ def plan():
             raise SystemExit(f"error: SPAFL_BUILD_CPP=1, but {reason}")
         if want_cuda == "1":
             raise SystemExit(f"error: SPAFL_BUILD_CUDA=1, but the C++ extension is not built: {reason}")
+        path, facts, problem = earlier_library() if want_cpp != "0" else (None, {}, None)
+        if path and not problem:
+            return False, None, kept(path, facts, reason)
+        if path:
+            say(f"{path.name} of an earlier build stays but is of no use: {problem}")
         say(f"installing without the C++ extension: {reason}")
         record.update(cpp_reason=reason, cuda_reason="the C++ extension was not built")
         return False, None, record
@@ -126,6 +169,10 @@ def plan():
     if reason:
         if want_cuda == "1":
             raise SystemExit(f"error: SPAFL_BUILD_CUDA=1, but {reason}")
+        path, facts, problem = earlier_library() if want_cuda != "0" else (None, {}, None)
+        if path and facts.get("cuda") and not problem:
+            hint = "it has CUDA kernels; SPAFL_BUILD_CUDA=0 builds a library without"
+            return False, None, kept(path, facts, f"{reason} ({hint})")
         say(f"building without CUDA: {reason}")
         record["cuda_reason"] = reason
         return True, None, record
@@ -204,17 +251,38 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     # A new virtual environment of Python 3.11 brings 65, which stops at the licence field without saying what to do.
     raise SystemExit(f"error: setuptools >= 77 is needed, this is {setuptools.__version__}: pip install -U setuptools")
 BUILDING = {"build_ext", "build_py", "build", "install", "develop", "editable_wheel", "bdist_wheel", "dist_info"}
-arguments = {}
-if BUILDING & set(sys.argv):
-    cpp, home, record = plan()
-    if cpp:
-        arguments = extension(home)
-    if "dist_info" not in sys.argv:
-        # Before anything is built, so that a wheel takes the record along.
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
-        if not cpp:
-            # An earlier build in this tree would be loaded although this one leaves it out.
-            for library in RECORD.parent.glob("_C*.so"):
-                library.unlink()
 
-setup(**arguments)
+
+def remove_libraries():
+    """A library of an earlier build would be loaded although this build leaves it out."""
+    for library in RECORD.parent.glob("_C*.so"):
+        say(f"removing {library.name} of an earlier build: SPAFL_BUILD_CPP=0")
+        library.unlink()
+
+
+def main():
+    if not BUILDING & set(sys.argv):
+        setup()
+        return
+    cpp, home, record = plan()
+    arguments = extension(home) if cpp else {}
+    if "dist_info" in sys.argv:
+        setup(**arguments)
+        return
+    if choice("SPAFL_BUILD_CPP") == "0":
+        remove_libraries()
+    former = RECORD.read_bytes() if RECORD.exists() else None
+    # Before anything is built, so that a wheel takes the record along.
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    try:
+        setup(**arguments)
+    except BaseException:
+        # The library is still the one of before, and so must be what is said of it.
+        if former is None:
+            RECORD.unlink()
+        else:
+            RECORD.write_bytes(former)
+        raise
+
+
+main()

@@ -8,7 +8,6 @@ import functools
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,8 @@ from matplotlib.figure import Figure
 
 from spafl.report.figures import COLOURS, in_style
 from spafl_kernels import native
+
+from .commit import commit
 
 __all__ = [
     "COLOURS", "IMAGES", "RESULTS", "Row", "Rows", "alone", "check_densities", "evenly", "in_style", "in_turns",
@@ -97,12 +98,11 @@ def over(rival: Sequence[float], ours: Sequence[float]) -> tuple[float, float, f
 @functools.cache
 def _facts() -> Row:
     """What every figure depends on."""
-    here = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     return {
         "isa": native.cpu_isa() or "no extension",
         "torch": torch.__version__,
-        "commit": done.stdout.strip() or "unknown",
+        # Without "-dirty": the results of a run are themselves tracked files.
+        "commit": commit(changes=False),
     }
 
 

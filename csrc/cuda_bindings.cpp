@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "loaded_symbol.h"
 
 #ifndef SPAFL_NAMESPACE
 #define SPAFL_NAMESPACE spafl
@@ -55,6 +56,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SPAFL_NAMESPACE, m) {
       "Tensor(f!)[] other_momenta, Tensor learning_rate, Tensor penalty, float momentum, float weight_decay, float? max_norm, "
       "Tensor(g!) partials, Tensor(h!) norms, Tensor(i!) scores, Tensor(j!) mask, Tensor(k!) flipped) -> ()");
   m.def("fused_step_partials(int[] rows, int[] sizes) -> int");
+  m.def("require_cuda_stream() -> ()");
   m.def(
       "compact_gather_cuda(Tensor[] full, Tensor(a!)[] compact, Tensor active, Tensor counts, int[] filters, int[] row_layers, "
       "int[] column_layers, Tensor(b!) short_by) -> ()");
@@ -65,14 +67,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SPAFL_NAMESPACE, m) {
 
 #if defined(USE_CUDA) || defined(SPAFL_CUDA_ON_CPU)
 
-#ifndef SPAFL_CUDA_ON_CPU
-// Weak: a CPU-only torch has no such symbol, and the library must still load there.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) __attribute__((weak));
-#endif
-
 namespace {
 
 #ifdef SPAFL_CUDA_ON_CPU
+void require_cuda_stream() {}
 bool on_device(const Tensor& t) { return t.is_cpu(); }
 constexpr const char* DEVICE = "cpu";
 struct Launch {
@@ -82,11 +80,23 @@ struct Launch {
 #else
 bool on_device(const Tensor& t) { return t.is_cuda(); }
 constexpr const char* DEVICE = "cuda";
+
+// A CPU-only torch does not have this function, and the library must still load there.
+using CurrentStream = AOTITorchError (*)(int32_t, void**);
+CurrentStream current_stream() {
+  constexpr const char* NAME = "aoti_torch_get_current_cuda_stream";
+  static const auto found = reinterpret_cast<CurrentStream>(loaded_symbol(NAME));
+  SPAFL_CHECK(found, "no library in this process defines ", NAME, ", by which the CUDA kernels find their stream: this torch was built without CUDA");
+  return found;
+}
+
+void require_cuda_stream() { current_stream(); }
+
 struct Launch {
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
   explicit Launch(const Tensor& t) : guard(t.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream()(t.get_device_index(), &stream));
   }
 };
 #endif
@@ -512,5 +522,8 @@ STABLE_TORCH_LIBRARY_IMPL(SPAFL_NAMESPACE, SPAFL_KERNEL_DEVICE, m) {
   m.impl("compact_gather_cuda", TORCH_BOX(&compact_gather));
   m.impl("compact_scatter_cuda", TORCH_BOX(&compact_scatter));
 }
-STABLE_TORCH_LIBRARY_IMPL(SPAFL_NAMESPACE, CompositeExplicitAutograd, m) { m.impl("fused_step_partials", TORCH_BOX(&fused_step_partials)); }
+STABLE_TORCH_LIBRARY_IMPL(SPAFL_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("fused_step_partials", TORCH_BOX(&fused_step_partials));
+  m.impl("require_cuda_stream", TORCH_BOX(&require_cuda_stream));
+}
 #endif

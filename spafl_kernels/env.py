@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from . import native
-from .ops import backend
-from .tables import Shelf, choices, tiles
+from .ops import backend, cuda_ops
+from .tables import Shelf, choices, engines, tiles
 
 _PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime")
 
@@ -38,11 +38,12 @@ def _cuda_backend(cpp: bool) -> tuple[bool, str | None]:
     if not cpp:
         return False, "it is part of the C++ extension"
     if not native.build_info().get("cuda"):
-        return False, f"the extension was built without CUDA: {native.build_record().get('cuda_reason') or 'no nvcc'}"
+        reason = native.build_record().get("cuda_reason")
+        return False, f"the extension was built without CUDA{': ' + reason if reason else ''}"
     if not torch.cuda.is_available():
         built = torch.version.cuda
         return False, "torch sees no CUDA device" if built else "this torch is a CPU build"
-    return True, None
+    return cuda_ops.available(), cuda_ops.why_not()
 
 
 def _triton_backend() -> tuple[bool, str | None]:
@@ -58,8 +59,18 @@ def _triton_backend() -> tuple[bool, str | None]:
     return True, None
 
 
+def _launches() -> str:
+    """How Triton kernels are launched."""
+    if importlib.util.find_spec("triton") is None:
+        return "not at all: the triton package is not installed"
+    from .triton import launch
+
+    problem = launch.why_not()
+    return "remembered" if problem is None else f"every one through Triton's own launcher, which is slow: {problem}"
+
+
 def _measured(gpu: str, shelf: Shelf[Any]) -> str | None:
-    """Where a GPU's table of choices or tiles comes from, None without one, or what is wrong with it."""
+    """Where a table of a GPU comes from, None without one, or what is wrong with it."""
     try:
         table = shelf.for_device(gpu)
     except ValueError as error:
@@ -73,9 +84,8 @@ def report() -> dict[str, Any]:
     Returns:
         ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu`` (cores, threads, torch's capability,
         the instruction set of the compiled kernels and those it can run), ``gpus`` (names), ``measured`` (by GPU, the
-        origin of the table that ``auto`` chooses by, or None), ``tiles`` (the same of the tile sizes), ``request``
-        (``SPAFL_BACKEND``), ``strict`` (``SPAFL_STRICT``), ``extension`` (how it was built) and ``backends`` (name ->
-        ``available``, ``reason``).
+        "launches": _launches(),
+        "extension": extension,
     """
     cpp, cpp_reason = _cpu_backend()
     backends = {
@@ -84,6 +94,9 @@ def report() -> dict[str, Any]:
         "cuda": _cuda_backend(cpp),
         "triton": _triton_backend(),
     }
+    extension = native.build_info()
+    if extension and (kept := native.build_record().get("kept")):
+        extension["kept"] = kept
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
@@ -99,9 +112,11 @@ def report() -> dict[str, Any]:
         "gpus": gpus,
         "measured": {gpu: _measured(gpu, choices.SHELF) for gpu in gpus},
         "tiles": {gpu: _measured(gpu, tiles.SHELF) for gpu in gpus},
+        "engines": {gpu: _measured(gpu, engines.SHELF) for gpu in gpus},
         "request": backend.REQUESTED,
         "strict": backend.strict(),
-        "extension": native.build_info(),
+        "launches": _launches(),
+        "extension": extension,
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends.items()},
     }
 
@@ -118,11 +133,15 @@ def _text(data: dict[str, Any]) -> str:
     for gpu, origin in data["measured"].items():
         lines.append(f"choice      {gpu}: {origin or 'no times were measured; layers take the Triton kernels'}")
         lines.append(f"tiles       {gpu}: {data['tiles'][gpu] or 'not measured; the kernels choose them by rule'}")
+        lines.append(f"simulator   {gpu}: {data['engines'][gpu] or 'not measured; device = auto takes the CPU'}")
     lines.append(f"layers      SPAFL_BACKEND={data['request']}, SPAFL_STRICT={'1' if data['strict'] else '0'}")
+    lines.append(f"launches    of Triton kernels: {data['launches']}")
     build = data["extension"]
     if build:
         archs = build.get("cuda") or "none"
         lines.append(f"extension   built with torch {build.get('torch')}, CUDA architectures: {archs}")
+        if "kept" in build:
+            lines.append(f"            of an earlier build, kept: {build['kept']}")
     lines.append("backends")
     lines += [
         f"  {name:<9} {'yes' if state['available'] else 'no: ' + str(state['reason'])}"

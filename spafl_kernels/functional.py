@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
+from .ops.arguments import check_layer
 from .reference import Estimator, filter_scores
 from .tables.classes import DENSITIES, density_step
 from .threshold_layer import Planned, ThresholdLayer
@@ -26,19 +27,6 @@ __all__ = [
     "threshold_linear",
     "threshold_penalty",
 ]
-
-
-def _check(weight: Tensor, threshold: Tensor, estimator: str) -> None:
-    reference.check_estimator(estimator)
-    if threshold.shape != weight.shape[:1]:
-        raise ValueError(
-            f"threshold must have one value per filter: expected shape ({weight.shape[0]},) for a weight of shape "
-            f"{tuple(weight.shape)}; got {tuple(threshold.shape)}"
-        )
-    if threshold.device != weight.device:
-        raise ValueError(f"threshold is on {threshold.device} but weight is on {weight.device}")
-    if threshold.dtype != weight.dtype:
-        raise ValueError(f"threshold has dtype {threshold.dtype} but weight has {weight.dtype}")
 
 
 def threshold_conv2d(
@@ -76,8 +64,7 @@ def threshold_conv2d(
     Raises:
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
-    _check(weight, threshold, estimator)
-    if weight.is_cuda:
+    if ops.backend.on_gpu(weight):
         return ops.conv2d(
             input,
             weight,
@@ -92,6 +79,7 @@ def threshold_conv2d(
             known_density,
             planned,
         )
+    check_layer(weight, threshold, estimator)
     return reference.threshold_conv2d(
         input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
     )
@@ -124,9 +112,9 @@ def threshold_linear(
     Raises:
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
-    _check(weight, threshold, estimator)
-    if weight.is_cuda:
+    if ops.backend.on_gpu(weight):
         return ops.linear(input, weight, threshold, bias, estimator, mask_bias, known_density, planned)
+    check_layer(weight, threshold, estimator)
     return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
 
 

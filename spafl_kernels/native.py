@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 # Number of the operator interface; raised whenever a schema in csrc/bindings.cpp changes.
-SCHEMA = 5
+SCHEMA = 6
 
 _HERE = Path(__file__).parent
 _ISA = ("scalar", "avx2", "avx512")
@@ -33,16 +33,30 @@ def _read_build(path: Path) -> dict[str, Any]:
 
 
 def build_record() -> dict[str, Any]:
-    """What the last build decided: ``cpp``, ``cpp_reason``, ``cuda``, ``cuda_reason``. Empty if there was none."""
-    record = _HERE / "_build.json"
-    return json.loads(record.read_text()) if record.exists() else {}
+    """What the last build decided: ``cpp``, ``cpp_reason``, ``cuda``, ``cuda_reason``; empty if there was none.
+
+    ``kept``, where it is there, says why the library is that of an earlier build. A library that is here decides over a
+    record that contradicts it (it came from elsewhere): its own facts are given then, without reasons.
+    """
+    file, path = _HERE / "_build.json", _library()
+    record = json.loads(file.read_text()) if file.exists() else {}
+    if path is None:
+        return record
+    cuda = bool(_read_build(path).get("cuda"))
+    if record.get("cpp") and bool(record.get("cuda")) == cuda:
+        return record
+    return {"cpp": True, "cpp_reason": None, "cuda": cuda, "cuda_reason": None}
 
 
 def _reason_not_built() -> str:
-    reason = build_record().get("cpp_reason")
+    record = build_record()
+    reason = record.get("cpp_reason") or record.get("kept")
     if reason:
         return f"the C++ extension was not built: {reason}"
-    return "the C++ extension was not built: run `pip install -e . --no-build-isolation`"
+    command = "run `pip install -e . --no-build-isolation`"
+    if record.get("cpp"):
+        return f"the C++ extension was built, but its library spafl_kernels/_C*.so is gone: {command}"
+    return f"the C++ extension was not built: {command}"
 
 
 @functools.cache

@@ -39,16 +39,18 @@ class SharedPass:
 
     def __init__(self, layers: Sequence[ThresholdLayer]) -> None:
         self._layers = list(layers)
-        self._passes: dict[torch.dtype, ModelPass] = {}
+        self._passes: dict[torch.dtype, tuple[ModelPass, list[Planned]]] = {}
 
-    def _of(self, dtype: torch.dtype) -> ModelPass:
-        """The pass that packs weights in ``dtype``."""
+    def _of(self, dtype: torch.dtype) -> tuple[ModelPass, list[Planned]]:
+        """The pass that packs weights in ``dtype``, and what it makes for every layer, rewritten by each run of it."""
         if dtype not in self._passes:
             from .triton import ModelPass
 
             weights = [layer.weight.detach() for layer in self._layers]
             thresholds = [layer.threshold.detach() for layer in self._layers]
-            self._passes[dtype] = ModelPass(weights, thresholds, self._layers[0].estimator, dtype)
+            made = ModelPass(weights, thresholds, self._layers[0].estimator, dtype)
+            planned = [Planned(plan.data[0], rows[0]) for plan, rows in zip(made.plans, made.packed, strict=True)]
+            self._passes[dtype] = made, planned
         return self._passes[dtype]
 
     @contextlib.contextmanager
@@ -62,12 +64,12 @@ class SharedPass:
         """
         first = self._layers[0].weight
         kind = first.device.type
-        made = self._of(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype)
-        plans = made()
+        made, planned = self._of(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype)
+        made()
         made.densities(densities.unsqueeze(1))
         try:
-            for layer, plan, packed in zip(self._layers, plans, made.packed, strict=True):
-                layer.planned = Planned(plan.data[0], packed[0])
+            for layer, each in zip(self._layers, planned, strict=True):
+                layer.planned = each
             yield
         finally:
             for layer in self._layers:

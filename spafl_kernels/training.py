@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from .executed import Executed
 from .functional import check_thresholds, threshold_penalty
 from .inventory import Inventory
+from .ops.flops import of_other_operators
 from .shared_pass import share
 
 __all__ = ["MaskedTrainer", "SGDOptions", "TrainResult", "Trainer", "Unsupported"]
@@ -87,7 +89,9 @@ class TrainResult:
         densities: share of active filters in the last forward (train or eval), by threshold layer; what was given to
             ``begin`` if there was no forward.
         macs: multiply-accumulates executed by ``step`` calls in convolutions and matrix products: forward, gradient of
-            the input and gradient of the weight. Evaluation is not counted.
+            the input and gradient of the weight. Evaluation is not counted. Layers that run the packed kernels count
+            the filters that these compute: the active ones, and in the gradient of the weight also pruned ones whose
+            estimator lets a gradient through that is not zero.
         steps: SGD steps done.
         rebuilds: times the compact plan was made anew because a mask changed (0 for the masked engine).
         momentum: full-size momentum buffers by parameter name: the tensors given to ``begin``, or the trainer's own,
@@ -225,8 +229,10 @@ class MaskedTrainer(Trainer):
     def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy, reason: str = "asked for") -> None:
         super().__init__(model, loss)
         self.reason = reason
-        # MACs of one step, by input shape without the batch: (MACs, batch they were counted at).
+        # MACs of one step that do not depend on masks, by input shape without the batch: (MACs, batch of the count).
         self._macs_of: dict[tuple[int, ...], tuple[int, int]] = {}
+        # Those that do. Kept over trainings: a captured step adds to the same tensors at each replay.
+        self._executed = Executed()
 
     def begin(
         self,
@@ -252,6 +258,7 @@ class MaskedTrainer(Trainer):
                     self._momentum[name] = torch.zeros_like(p)
                 self._optimizer.state[p]["momentum_buffer"] = self._momentum[name]
         self._steps = self._macs = 0
+        self._executed.reset()
         self.model.train()
 
     @torch.no_grad()
@@ -271,11 +278,15 @@ class MaskedTrainer(Trainer):
         self._check_open()
         key = tuple(x.shape[1:])
         if key not in self._macs_of:
-            with FlopCounterMode(display=False) as counter:
+            before = self._executed.numbers
+            with FlopCounterMode(display=False) as counter, self._executed.counting():
                 loss = self._step(x, y)
-            self._macs_of[key] = counter.get_total_flops() // 2, len(x)
+            # PyTorch's own operators that compute active filters alone are in both counts.
+            twice = self._executed.numbers - before
+            self._macs_of[key] = of_other_operators(counter) // 2 - twice, len(x)
         else:
-            loss = self._step(x, y)
+            with self._executed.counting():
+                loss = self._step(x, y)
         macs, batch = self._macs_of[key]
         self._macs += macs * len(x) // batch
         self._steps += 1
@@ -310,7 +321,7 @@ class MaskedTrainer(Trainer):
             self._optimizer.zero_grad()
             self._result = TrainResult(
                 densities=dict(zip([name for name, _ in self._layers], self._densities.tolist(), strict=True)),
-                macs=self._macs,
+                macs=self._macs + self._executed.total(),
                 steps=self._steps,
                 rebuilds=0,
                 momentum=self._momentum if self._options.momentum else {},

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .results import latest
 
@@ -29,6 +30,24 @@ def _grid(panels: int) -> tuple[Figure, Sequence[Any]]:
     for axis in axes[panels:]:
         axis.set_axis_off()
     return figure, axes
+
+
+def _logarithmic(axis: Any, densities: Iterable[float]) -> None:
+    """Both axes logarithmic: densities where they were measured, plain numbers at 1, 2 and 5 times powers of ten."""
+    ticks = sorted(set(densities))
+    axis.set(xscale="log", yscale="log", xlabel="density")
+    axis.set_xticks(ticks, [f"{d:g}" for d in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(LogLocator(subs=tuple(range(1, 10))))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.yaxis.set_minor_formatter(lambda y, _: "")
+
+
+def _legend(figure: Figure, axes: Sequence[Any]) -> None:
+    """One legend for all panels, beside them."""
+    found = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label()[0] != "_"}
+    figure.legend(found.values(), found.keys(), fontsize=8, loc="outside right upper")
 
 
 def layers(rows: Rows, dtype: str, batch: str, graph: str, mode: str) -> Figure | None:
@@ -55,13 +74,11 @@ def layers(rows: Rows, dtype: str, batch: str, graph: str, mode: str) -> Figure 
         ours = curve(found, "ours", "speedup_vs_dense")
         axis.plot(*zip(*ours, strict=True), "o-", color=OURS, ms=4, label="ours")
         axis.axhline(1.0, color="black", lw=0.6)
-        axis.set(xscale="log", yscale="log", xlabel="density", ylabel="times faster than dense")
-        ticks = [d for d, _ in ideal]
-        axis.set_xticks(ticks, [f"{d:g}" for d in ticks])
-        axis.minorticks_off()
+        _logarithmic(axis, (d for d, _ in ours))
+        axis.set_ylabel("times faster than dense")
         loss = min(speed for _, speed in ours) < 1.0
         axis.set_title(f"{model} {name}\n{found[0]['shape']}", fontsize=8, color="#CC0000" if loss else "black")
-    axes[0].legend(fontsize=7)
+    _legend(figure, axes)
     way = "CUDA graph" if graph == "1" else "eager"
     figure.suptitle(f"{mode}, {dtype}, batch {batch}, {way}, {'; '.join(sorted({r['gpu'] for r in chosen}))}")
     return figure
@@ -80,9 +97,10 @@ def steps(rows: Rows, kind: str) -> Figure | None:
         for provider in dict.fromkeys(r["provider"] for r in found):
             points = curve(found, provider, "us")
             axis.plot([d for d, _ in points], [us / 1e3 for _, us in points], "o-", ms=4, label=provider)
-        axis.set(yscale="log", xlabel="density", ylabel="ms per step")
+        _logarithmic(axis, (float(r["density"]) for r in found))
+        axis.set_ylabel("ms per step")
         axis.set_title(f"{model}, batch {batch}, {'CUDA graph' if graph == '1' else 'eager'}", fontsize=9)
-        axis.legend(fontsize=7)
+    _legend(figure, axes)
     clients = sorted({r["clients"] for r in chosen})
     what = "training step" if kind == "step" else f"step of a cohort of {', '.join(clients)} clients"
     figure.suptitle(f"{what}, {'; '.join(sorted({r['gpu'] for r in chosen}))}")

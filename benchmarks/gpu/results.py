@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import datetime
 import pathlib
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+
+from ..commit import commit
 
 COLUMNS = (
     "kind", "model", "layer", "shape", "shape_class", "clients", "batch", "dtype", "density", "count", "tile_density",
@@ -19,18 +20,16 @@ Row = dict[str, object]
 
 
 def environment(gpu: str, roofline: str) -> dict[str, str]:
-    """What a figure depends on."""
+    """What a figure depends on. Nothing of it names the machine or a folder on it."""
     try:
         import triton
 
         version = triton.__version__
     except ImportError:
         version = "none"
-    root = pathlib.Path(__file__).resolve().parent
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
     return {
         "gpu": gpu, "torch": torch.__version__, "triton": version, "cuda": str(torch.version.cuda),
-        "roofline": roofline, "commit": done.stdout.strip() or "unknown",
+        "roofline": roofline, "commit": commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 

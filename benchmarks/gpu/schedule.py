@@ -60,6 +60,8 @@ SCHEDULE = (
     Pass("layer", OURS, 16, "bf16", ALL, OPERATIONS, BOTH),
     Pass("layer", IMAGENET, 64, "bf16", ALL, OPERATIONS, EAGER),
 )
+# Whose speed-ups are said while a run goes on.
+SHOWN = ("ours", "compact-fixed", "cohort", "cohort-torch", "compact-graph", "compact-streams")
 # Measured before the rest, whose times depend on it.
 TUNING = (
     Pass("tile", OURS, 128, "bf16", (0.5, 0.25), OPERATIONS, seconds=120),
@@ -161,9 +163,10 @@ def run(
                 recorder.add([row])
                 outcome.rows += 1
                 bad = bad or bool(row.get("error")) or str(row["gate"]).startswith("fail")
-                if row["provider"] in ("ours", "cohort", "cohort-torch") and row["mode"] in ("whole", "step"):
+                if row["provider"] in SHOWN and row["mode"] in ("whole", "step"):
                     way = "graph" if row["graph"] else "eager"
-                    shown.append(f"{row['density']}:{row.get('speedup_vs_dense', '-')} ({way})")
+                    name = "" if row["provider"] == "ours" else f"{row['provider']} "
+                    shown.append(f"{name}{row['density']}:{row.get('speedup_vs_dense', '-')} ({way})")
                 if now() - began > 1.1 * seconds:
                     outcome.left_out.append(f"{job.label} (the rest of it)")
                     break

@@ -2,7 +2,7 @@
 
 A step is what :mod:`spafl_kernels.training` defines: collapse guard, forward, backward, penalty, clip, SGD, in the
 settings of the published runs. Every provider starts from the same weights and is gated: after one step its parameters
-are compared with those of the masked loop, and no time is reported where they differ.
+are compared with those of the masked loop in float64, and no time is reported where they differ.
 
 Providers of a model:
 
@@ -10,35 +10,37 @@ dense    the plain dense model, plain SGD with the same clip: the rival
 masked   the masked trainer on dense operators: what the published code does
 ours     the masked trainer with the packed kernels in its layers
 compact  the compact trainer; it asks the host whether a mask changed, so it has no graph
+compact-fixed  its steps under the plan of the first masks, which ask nothing (:mod:`.captured`)
 
 Providers of a cohort (times are per step of the whole cohort):
 
 loop     the masked trainer on dense operators, client after client: what a simulator does
 cohort   the packed kernels for all clients at once by ``torch.func.vmap``, and one update for all parameters: the fused
          CUDA kernel where the extension has it, else PyTorch on stacked tensors (named ``cohort-torch``)
+compact-graph    steps under fixed plans, client after client: in a graph one chain of all their kernels
+compact-streams  the same on a stream for every client: in a graph as many branches
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
 from spafl.models import build_model
 from spafl_kernels import threshold_layers, to_dense
 from spafl_kernels.compact import CompactTrainer
 from spafl_kernels.ops import backend, cuda_ops
-from spafl_kernels.threshold_layer import Planned
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Trainer
 
+from .captured import CapturedCohort, CapturedCompact
 from .clock import Device, in_words, measure
+from .cohort import Cohort, Loop
 from .results import Row, finish
 
 CLIENTS = 10
@@ -66,24 +68,32 @@ SETTINGS = {
         (3, 32, 32), 16, SGDOptions(0.01, 0.9, max_grad_norm=3, penalty=1e-4, collapse_floor=0.01), "window"
     ),
 }
-# Largest relative difference (root mean square) of a parameter's change in one step from that of the masked loop.
+# Largest relative difference (root mean square) of a parameter's change in one step from that of the masked loop in
+# float64. Rounding alone may take more: gradients of thresholds are sums that cancel, so a step is also right if it is
+# no further from float64 than SLACK times the masked loop in the same arithmetic, if that is below LIMIT gates.
 GATE = {"tf32": 5e-2, "fp32": 2e-3, "fp64": 1e-9}
+SLACK, LIMIT = 2.0, 4.0
 
 
 def pruned_model(name: str, density: float, seed: int, device: str, dtype: torch.dtype) -> nn.Module:
     """A model of this density in every layer, margins so wide that no mask changes while it is measured."""
     setting = SETTINGS[name]
-    model = build_model(name, 10, setting.sample[0], seed).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, layer in threshold_layers(model):
-            layer.estimator = setting.estimator  # type: ignore[assignment]
-            score = layer.scores()
-            factor = torch.full_like(score, 0.3)
-            keep = max(1, round(density * len(score)))
-            factor[torch.randperm(len(score), generator=generator)[keep:]] = 2.0
-            layer.threshold.copy_(score * factor)
+    model = pruned(build_model(name, 10, setting.sample[0], seed).to(dtype), density, seed, setting.estimator)
     return model.to(device).to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def pruned(model: nn.Module, density: float, seed: int, estimator: str) -> nn.Module:
+    """``model``, of which every layer keeps this share of filters, at random and by wide margins."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in threshold_layers(model):
+        layer.estimator = estimator  # type: ignore[assignment]
+        score = layer.scores()
+        factor = torch.full_like(score, 0.3)
+        keep = max(1, round(density * len(score)))
+        factor[torch.randperm(len(score), generator=generator)[keep:]] = 2.0
+        layer.threshold.copy_(score * factor)
+    return model
 
 
 def batches(name: str, clients: int, batch: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -132,22 +142,24 @@ class What:
 
 def rows_of(
     device: Device, what: What, providers: Sequence[Provider], x: Tensor, y: Tensor, graphs: Sequence[bool],
-    rival: str, rival_us: dict[bool, float],
+    rival: str, rival_us: dict[bool, float], definition: Callable[[], dict[str, Tensor]],
 ) -> Iterator[Row]:  # fmt: skip
-    """Rows of these providers; the first with a change to compare is the definition that gates the others.
+    """Rows of these providers; the first with a change to compare is the masked loop.
 
     ``rival_us``: times of ``rival``, eager and in a graph, that speed-ups are over; filled when it is measured.
+    ``definition``: how far each parameter moves in one step of the masked loop in float64.
     """
-    want: dict[str, Tensor] = {}
+    bound = None
+    with backend.requesting("reference"):
+        want = definition()
     for provider in providers:
         with backend.requesting(provider.request):
             gate = "-"
             try:
                 if provider.change is not None:
-                    got = provider.change()
-                    want = want or got
-                    error = difference(got, want)
-                    gate = "pass" if error < GATE[what.dtype] else f"fail {error:.1e}"
+                    error, where = differs_most(provider.change(), want)
+                    bound = bound or _bound(error, GATE[what.dtype])
+                    gate = f"{'pass' if error < bound else 'fail'} {error:.1e} {where}".rstrip()
                 runner = provider.make()
             except Exception as problem:
                 yield what.failed(provider.name, problem)
@@ -164,17 +176,24 @@ def rows_of(
                 yield finish(row, rival_us.get(graph))
 
 
+def _bound(masked: float, gate: float) -> float:
+    """The largest error of a step that is right, when the masked loop has the error ``masked``."""
+    return max(gate, SLACK * masked) if masked < LIMIT * gate else gate
+
+
 # ------------------------------------------------------------------------------------------------ one model
 class DenseTrainer:
-    """A plain model by plain SGD: what a step costs without thresholds."""
+    """A plain model by plain SGD: what a step costs without thresholds; ``autocast``: dtype of its products."""
 
-    def __init__(self, model: nn.Module, options: SGDOptions) -> None:
-        self.model, self.options = to_dense(model).train(), options
+    def __init__(self, model: nn.Module, options: SGDOptions, autocast: torch.dtype | None = None) -> None:
+        self.model, self.options, self.autocast = to_dense(model).train(), options, autocast
         self.optimizer = torch.optim.SGD(self.model.parameters(), options.lr, options.momentum)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(x), y)
+        # Cached copies of weights would outlive the step that made them.
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+            loss = F.cross_entropy(self.model(x), y)
         loss.backward()
         if self.options.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
@@ -196,24 +215,32 @@ def trained(model: nn.Module, trainer: Any, x: Tensor, y: Tensor) -> dict[str, T
 
 
 def difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Largest relative root mean square difference over all parameters, infinite where one is not finite.
+    """The difference of :func:`differs_most`."""
+    return differs_most(got, want)[0]
+
+
+def differs_most(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest relative root mean square difference over all parameters, infinite where one is not finite, and where.
 
     A parameter that hardly moves is measured against the typical change of all: thresholds in front of a BatchNorm
     have gradients that cancel to rounding noise.
     """
     typical = float(torch.cat([w.flatten() for w in want.values()]).square().mean().sqrt())
-    worst = 0.0
+    worst, where = 0.0, ""
     for name, w in want.items():
         error = float((got[name] - w).square().mean().sqrt()) / max(float(w.square().mean().sqrt()), typical, 1e-30)
-        worst = max(worst, error) if error == error else float("inf")
-    return worst
+        error = error if error == error else float("inf")
+        if error > worst:
+            worst, where = error, name
+    return worst, where
 
 
 def model_rows(
     device: Device, name: str, batch: int, dtype: str, densities: Sequence[float], graphs: Sequence[bool]
 ) -> Iterator[Row]:
     """Rows of the training steps of one model at one batch size; dense first."""
-    options, kind = SETTINGS[name].options, torch.float64 if dtype == "fp64" else torch.float32
+    setting = SETTINGS[name]
+    options, kind = setting.options, torch.float64 if dtype == "fp64" else torch.float32
     x, y = (t[0] for t in batches(name, 1, batch, device.where, kind))
     x = x.contiguous(memory_format=torch.channels_last)
     dense_us: dict[bool, float] = {}
@@ -224,6 +251,8 @@ def model_rows(
             model = copy.deepcopy(stock)
             if provider == "dense":
                 return model, DenseTrainer(model, options)
+            if provider == "compact-fixed":
+                return model, CapturedCompact(model, options, setting.sample)
             trainer = CompactTrainer(model, strict=True) if provider == "compact" else MaskedTrainer(model)
             return model, opened(trainer, options)
 
@@ -232,145 +261,34 @@ def model_rows(
             request: backend.Request = "triton" if provider == "ours" else "reference"
             return Provider(provider, request, lambda: make(provider)[1], change, graph=provider != "compact")
 
-        names = ("dense", "masked", "ours", "compact") if density == 1.0 else ("masked", "ours", "compact")
+        names = (*("dense",) * (density == 1.0), "masked", "ours", "compact", "compact-fixed")
         what = What("step", name, 1, batch, dtype, density)
-        yield from rows_of(device, what, [offered(n) for n in names], x, y, graphs, "dense", dense_us)
+
+        def definition(stock: nn.Module = stock) -> dict[str, Tensor]:
+            model = copy.deepcopy(stock).double()
+            return trained(model, opened(MaskedTrainer(model), options), x.double(), y)
+
+        yield from rows_of(device, what, [offered(n) for n in names], x, y, graphs, "dense", dense_us, definition)
 
 
 # ------------------------------------------------------------------------------------------------ a cohort
-def runs_triton(weight: Tensor) -> bool:
-    """Whether the packed kernels run on this tensor: on a GPU, and on a CPU in Triton's interpreter."""
-    return weight.dtype in backend.DTYPES and (weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+Runner = Cohort | Loop | CapturedCohort
 
 
-class Cohort:
-    """Clients trained together: parameters stacked, one gradient call for all, one update for all.
-
-    Args:
-        models: one per client, same architecture and device; copied.
-        options: of the training.
-        fused: whether the update runs in the CUDA kernel; else in PyTorch, on the stacked tensors.
-    """
-
-    def __init__(self, models: Sequence[nn.Module], options: SGDOptions, fused: bool) -> None:
-        self.options, self.fused = options, fused
-        self.skeleton = copy.deepcopy(models[0]).train()
-        self.params = {
-            n: torch.stack([dict(m.named_parameters())[n].detach() for m in models]).contiguous()
-            for n, _ in models[0].named_parameters()
-        }
-        self.buffers = {
-            n: torch.stack([dict(m.named_buffers())[n] for m in models]) for n, _ in models[0].named_buffers()
-        }
-        self.layers = [name for name, _ in threshold_layers(models[0])]
-        self.velocity = {n: torch.zeros_like(p) for n, p in self.params.items()}
-        names = [(f"{n}.weight", f"{n}.threshold") for n in self.layers]
-        self.weights, self.thresholds = ([self.params[pair[i]] for pair in names] for i in (0, 1))
-        first = self.weights[0]
-        self.density = torch.ones(len(self.layers), len(models), device=first.device)  # in place: a graph reads it back
-        self.passes = None
-        if runs_triton(first):
-            from spafl_kernels.triton import ModelPass
-
-            (estimator,) = {layer.estimator for _, layer in threshold_layers(self.skeleton)}
-            self.passes = ModelPass(self.weights, self.thresholds, estimator)
-        listed = {n for pair in names for n in pair}
-        self.names = [[pair[i] for pair in names] for i in (0, 1)] + [[n for n in self.params if n not in listed]]
-        if fused:
-            self.masks = cuda_ops.mask_state(self.weights)
-            cuda_ops.threshold_pass(self.weights, self.thresholds, self.masks, compare=False)
-            self.state = cuda_ops.step_state(
-                self.weights, self.thresholds, [self.params[n] for n in self.names[2]], learning_rate=options.lr,
-                penalty=options.penalty, momentum=options.momentum,
-            )  # fmt: skip
-
-    def _loss(self, params: Any, buffers: Any, planned: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
-        for name, value in planned.items():
-            self.skeleton.get_submodule(name).planned = Planned(*value)  # type: ignore[assignment]
-        loss = F.cross_entropy(functional_call(self.skeleton, (params, buffers), (x,)), y)
-        return loss, buffers
-
-    def _guard(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The collapse guard of every client; then the pass of the forward that follows: plan and packed weights."""
-        floor = self.options.collapse_floor
-        if floor is not None:
-            for tau, collapsed in zip(self.thresholds, (self.density <= floor).unbind(), strict=True):
-                tau.masked_fill_(collapsed.unsqueeze(1), 0.0)
-        if self.passes is None:
-            masks = (w.flatten(2).abs().mean(2) > t for w, t in zip(self.weights, self.thresholds, strict=True))
-            torch.stack([mask.to(self.density.dtype).mean(1) for mask in masks], out=self.density)
-            return {}
-        plans = self.passes()
-        self.passes.densities(self.density)
-        return {n: (p.data, rows) for n, p, rows in zip(self.layers, plans, self.passes.packed, strict=True)}
-
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One step of every client; ``x`` and ``y`` with the client first. Returns the losses, ``(clients,)``."""
-        planned = self._guard()
-        gradient = vmap(grad_and_value(self._loss, has_aux=True), randomness="different")
-        try:
-            grads, (losses, buffers) = gradient(self.params, self.buffers, planned, x, y)
-        finally:
-            for name in planned:  # what a layer holds belongs to the transform that is over
-                self.skeleton.get_submodule(name).planned = None  # type: ignore[assignment]
-        for name, value in buffers.items():
-            self.buffers[name].copy_(value)
-        self._update_fused(grads) if self.fused else self._update(grads)
-        return losses
-
-    def _update_fused(self, grads: dict[str, Tensor]) -> None:
-        o, (weights, thresholds, others) = self.options, self.names
-        cuda_ops.fused_step(
-            self.weights, [grads[n].contiguous() for n in weights],
-            self.thresholds, [grads[n].contiguous() for n in thresholds],
-            [self.params[n] for n in others], [grads[n].contiguous() for n in others],
-            self.state, self.masks, momentum=o.momentum, weight_decay=o.weight_decay, max_norm=o.max_grad_norm,
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def _update(self, grads: dict[str, Tensor]) -> None:
-        o = self.options
-        if o.penalty:
-            for name in self.names[1]:
-                grads[name] = grads[name] - o.penalty * torch.exp(-self.params[name])
-        if o.max_grad_norm is not None:
-            norm = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
-            factor = (o.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            grads = {n: g * factor.view(-1, *(1,) * (g.dim() - 1)) for n, g in grads.items()}
-        params, steps = list(self.params.values()), [grads[n] for n in self.params]
-        if o.weight_decay:
-            steps = torch._foreach_add(steps, params, alpha=o.weight_decay)
-        if o.momentum:
-            velocity = list(self.velocity.values())
-            torch._foreach_mul_(velocity, o.momentum)
-            torch._foreach_add_(velocity, steps)
-            steps = velocity
-        torch._foreach_add_(params, steps, alpha=-o.lr)
+def stacked(models: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The parameters of all clients, client first, in float64."""
+    parameters = [dict(m.named_parameters()) for m in models]
+    return {n: torch.stack([p[n].detach().double() for p in parameters]) for n in parameters[0]}
 
 
-class Loop:
-    """The same clients one after the other, each by the masked trainer on dense operators."""
-
-    def __init__(self, models: Sequence[nn.Module], options: SGDOptions) -> None:
-        self.models = [copy.deepcopy(m) for m in models]
-        self.trainers = [opened(MaskedTrainer(m), options) for m in self.models]
-
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.stack([t.step(a, b) for t, a, b in zip(self.trainers, x, y, strict=True)])
-
-
-def changes(runner: Cohort | Loop, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """By how much each parameter changes in one step, clients stacked, in float64."""
-
-    def now() -> dict[str, Tensor]:
-        if isinstance(runner, Cohort):
-            return {n: p.double().clone() for n, p in runner.params.items()}
-        parameters = [dict(m.named_parameters()) for m in runner.models]
-        return {n: torch.stack([p[n].detach().double() for p in parameters]) for n in parameters[0]}
-
-    before = now()
+def changes(models: Sequence[nn.Module], runner: Runner, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """By how much each parameter of ``models`` changes in the first step of ``runner``, which was made of them."""
+    before = stacked(models)
     runner.step(x, y)
-    return {n: p - before[n] for n, p in now().items()}
+    if isinstance(runner, CapturedCohort):
+        runner.finish()
+    now = runner.params if isinstance(runner, Cohort) else stacked(runner.models)
+    return {n: p.double() - before[n] for n, p in now.items()}
 
 
 def cohort_rows(
@@ -378,23 +296,34 @@ def cohort_rows(
     graphs: Sequence[bool],
 ) -> Iterator[Row]:  # fmt: skip
     """Rows of one cohort; ``speedup_vs_dense`` is over the loop, eager or in a graph as the row itself."""
-    options, kind = SETTINGS[name].options, torch.float64 if dtype == "fp64" else torch.float32
+    setting = SETTINGS[name]
+    options, kind = setting.options, torch.float64 if dtype == "fp64" else torch.float32
     x, y = batches(name, clients, batch, device.where, kind)
-    fused = device.where == "cuda" and cuda_ops.available()
     for density in sorted(set(densities), reverse=True):
         models = [pruned_model(name, density, seed, device.where, kind) for seed in range(clients)]
-        makers: dict[str, Callable[[], Cohort | Loop]] = {"loop": lambda models=models: Loop(models, options)}  # type: ignore[misc]
-        if fused:
+
+        def captured(streams: int, models: Sequence[nn.Module] = models) -> CapturedCohort:
+            return CapturedCohort([copy.deepcopy(m) for m in models], options, setting.sample, streams)
+
+        makers: dict[str, Callable[[], Runner]] = {"loop": lambda models=models: Loop(models, options)}  # type: ignore[misc]
+        if device.where == "cuda" and cuda_ops.available():
             makers["cohort"] = lambda models=models: Cohort(models, options, True)  # type: ignore[misc]
         makers["cohort-torch"] = lambda models=models: Cohort(models, options, False)  # type: ignore[misc]
+        makers["compact-graph"] = lambda captured=captured: captured(1)  # type: ignore[misc]
+        makers["compact-streams"] = lambda captured=captured: captured(clients)  # type: ignore[misc]
 
-        def offered(provider: str, make: Callable[[], Cohort | Loop]) -> Provider:
-            request: backend.Request = "reference" if provider == "loop" else "triton"
-            return Provider(provider, request, make, lambda: changes(make(), x, y))
+        def offered(provider: str, make: Callable[[], Runner], models: Sequence[nn.Module] = models) -> Provider:
+            request: backend.Request = "triton" if provider.startswith("cohort") else "reference"
+            return Provider(provider, request, make, lambda: changes(models, make(), x, y))
 
         providers = [offered(provider, make) for provider, make in makers.items()]
         what = What("cohort", name, clients, batch, dtype, density)
-        yield from rows_of(device, what, providers, x, y, graphs, "loop", {})
+
+        def definition(models: Sequence[nn.Module] = models) -> dict[str, Tensor]:
+            wide = [copy.deepcopy(m).double() for m in models]
+            return changes(wide, Loop(wide, options), x.double(), y)
+
+        yield from rows_of(device, what, providers, x, y, graphs, "loop", {}, definition)
 
 
 def warm(kind: str, name: str, batch: int, device: str) -> None:

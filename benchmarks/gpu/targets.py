@@ -12,6 +12,7 @@ DTYPES = ("bf16", "tf32")
 SHARE_OF_CEILING = 0.75
 SPEEDUPS = {0.5: 1.8, 0.25: 3.0}  # over dense channels last, where the ceiling allows it
 OVER_EAGER_LOOP, OVER_GRAPH_LOOP = 30.0, 3.0
+STEP_MODELS = ("conv4", "resnet18-full")  # whose captured compact steps at batch 128 are judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +57,20 @@ def _cohorts(rows: Rows, loop_graph: str) -> Iterable[tuple[str, float]]:
         if r["kind"] == "cohort" and r["us"] and r["clients"] == "10" and not r["gate"].startswith("fail"):
             times.setdefault((r["model"], r["density"]), {})[r["provider"], r["graph"]] = float(r["us"])
     for (model, density), us in times.items():
-        ours = [t for (provider, graph), t in us.items() if provider.startswith("cohort") and graph == "1"]
+        ours = [t for (provider, graph), t in us.items() if provider.startswith(("cohort", "compact")) and graph == "1"]
         loop = us.get(("loop", loop_graph))
         if ours and loop:
             yield f"{model} at {float(density):g}", loop / min(ours)
+
+
+def _steps(rows: Rows) -> Iterable[tuple[str, float, float]]:
+    """Name, density and speed-up over captured dense of captured compact steps at batch 128, below density 1."""
+    wanted = {"kind": "step", "batch": "128", "graph": "1", "provider": "compact-fixed"}
+    for r in rows:
+        density = float(r["density"])
+        judged = r["model"] in STEP_MODELS and all(r[k] == v for k, v in wanted.items()) and density < 1.0
+        if judged and r["speedup_vs_dense"]:
+            yield f"{r['model']} at {density:g}", density, float(r["speedup_vs_dense"])
 
 
 def judge(rows: Iterable[dict[str, str]]) -> list[Verdict]:
@@ -81,6 +92,13 @@ def judge(rows: Iterable[dict[str, str]]) -> list[Verdict]:
             )
             for at, least in SPEEDUPS.items()
         ]
+    verdicts += [
+        _judge(
+            f"captured compact steps are {least:g} times as fast as captured dense at density {at:g}, batch 128",
+            ((name, speed, least) for name, density, speed in _steps(found) if density == at),
+        )
+        for at, least in SPEEDUPS.items()
+    ]
     for words, graph, least in (("eager", "0", OVER_EAGER_LOOP), ("in a graph", "1", OVER_GRAPH_LOOP)):
         verdicts.append(
             _judge(

@@ -90,6 +90,7 @@ class SimulationConfig(_Section):
     """Worker processes of one thread each; 0: one per core on a CPU, one on a GPU."""
     engine: Literal["auto", "masked", "compact"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where a table of measured speeds shows the run to be faster there, else the CPU."""
     store: Literal["auto", "memory", "file"] = "auto"
     """Where clients' tensors live between turns; auto: in memory if they need at most a quarter of what is free."""
     checkpoint_every: int = Field(default=10, ge=1)

@@ -49,12 +49,14 @@ _COLUMNS = {
 class Piece:
     """One tensor in the arena; ``at`` is set when the arena is laid out.
 
-    ``borrowed``: the model's tensor that takes its place among the parameters.
+    ``borrowed``: the model's tensor that takes its place among the parameters. ``last``: weights of a convolution whose
+    input channels lie last in memory.
     """
 
     shape: tuple[int, ...]
     region: Region
     borrowed: Tensor | None = None
+    last: bool = False
     at: int = 0
     size: int = field(init=False)
 
@@ -65,7 +67,21 @@ class Piece:
         return flat[self.at : self.at + self.size]
 
     def of(self, flat: Tensor) -> Tensor:
+        if self.last:
+            rows, columns, height, width = self.shape
+            return self.span(flat).view(rows, height, width, columns).permute(0, 3, 1, 2)
         return self.span(flat).view(self.shape)
+
+    def columns(self, flat: Tensor) -> Tensor:
+        """``(rows, columns, kernel)`` of a weight."""
+        rows, columns = self.shape[:2]
+        if self.last:
+            return self.span(flat).view(rows, -1, columns).transpose(1, 2)
+        return self.span(flat).view(rows, columns, -1)
+
+    def span_of(self, tensor: Tensor) -> Tensor:
+        """A tensor of this shape as :meth:`span` has it; a copy unless it lies in that order."""
+        return tensor.permute(0, 2, 3, 1).reshape(-1) if self.last else tensor.reshape(-1)
 
 
 @dataclass
@@ -104,7 +120,7 @@ class WeightShare(Share):
         part = full
         if len(rows.dropped):
             part = torch.index_select(full, 0, rows.kept, out=memory.take("rows", (live, *full.shape[1:])))
-        kept = self._matrix(self.kept, flat, columns.stored)
+        kept = self.kept.columns(flat)
         if columns.pads or rows.pads:
             kept.zero_()
             kept = kept[:live, : len(columns.kept)]
@@ -112,7 +128,7 @@ class WeightShare(Share):
             kept.copy_(part)
             return
         torch.index_select(part, 1, columns.kept, out=kept)
-        lost = self._matrix(self.dropped, flat, len(columns.dropped))
+        lost = self.dropped.columns(flat)
         if rows.pads:
             lost[live:].zero_()
         torch.index_select(part, 1, columns.dropped, out=lost[:live])
@@ -120,17 +136,14 @@ class WeightShare(Share):
     def store(self, full: Tensor, flat: Tensor, memory: Memory) -> None:
         rows, columns = self.rows, self.columns
         live = len(rows.kept)
-        part = self._matrix(self.kept, flat, columns.stored)[:live, : len(columns.kept)]
+        part = self.kept.columns(flat)[:live, : len(columns.kept)]
         if self.dropped is not None:
-            lost = self._matrix(self.dropped, flat, len(columns.dropped))[:live]
+            lost = self.dropped.columns(flat)[:live]
             # One gather of the two side by side takes half the time of two scatters.
             shape = (live, columns.width, full.shape[2])
             both = torch.cat([part, lost], 1, out=memory.take("rows", shape))
             part = torch.index_select(both, 1, columns.order, out=memory.take("whole rows", shape))
         put_rows(full, rows, part)
-
-    def _matrix(self, piece: Piece, flat: Tensor, columns: int) -> Tensor:
-        return piece.span(flat).view(self.rows.stored, columns, -1)
 
 
 @dataclass
@@ -151,11 +164,12 @@ class VectorShare(Share):
 
 
 def shares_of(
-    flow: Flow, layers: Iterable[LayerState], norms: Iterable[NormState], borrow: bool = False
+    flow: Flow, layers: Iterable[LayerState], norms: Iterable[NormState], borrow: bool = False, last: bool = False
 ) -> dict[Key, Share]:
     """The shares of all tensors under the channels that the layers and norms have now.
 
-    ``borrow``: weights of threshold layers are borrowed where they are whole.
+    ``borrow``: weights of threshold layers are borrowed where they are whole. ``last``: weights of convolutions lie in
+    channels-last order, which is what the product of channels-last images copies them to otherwise.
     """
     shares: dict[Key, Share] = {}
 
@@ -168,6 +182,7 @@ def shares_of(
         assert rows is not None and columns is not None
         kernel = tuple(layer.module.weight.shape[2:])
         kept = Piece((rows.stored, columns.stored, *kernel), Region.WEIGHTS if layer.is_threshold else Region.VECTORS)
+        kept.last = last and len(kernel) == 2 and op.kind == "layer"
         dropped = None
         whole = rows.full and columns.full and layer.weight.is_contiguous()
         if borrow and whole and layer.is_threshold and not layer.mask_bias:
@@ -193,33 +208,55 @@ class Arena:
     Args:
         memory, name: whose buffers ``name + ...`` are used.
         with_momentum: False leaves ``velocity`` empty.
+        align: pieces begin at multiples of so many elements. Kernels of cuDNN were seen to fail on weights that begin
+            elsewhere than at a multiple of 16 bytes.
 
     Attributes:
         flat, velocity, grad: the three tensors, not initialised; only ``velocity`` has room for borrowed pieces.
         tau, tau_momentum, tau_grad: views of their thresholds.
-        leaves: views of the pieces that have a gradient, in order; autograd's leaves. They end at ``leaf_end``.
+        leaves, leaf_pieces: views of the pieces that have a gradient, in order; autograd's leaves. They end at
+            ``leaf_end``.
         scored: ``(start, stop)`` of the weights of threshold layers, all columns.
         others: the ranges that are neither these nor thresholds.
+        gaps: ``(start, size)`` of what no piece has, because of ``align``; zeros in all three tensors.
     """
 
     def __init__(
-        self, shares: Mapping[Key, Share], thresholds: int, memory: Memory, name: str, with_momentum: bool
-    ) -> None:
+        self, shares: Mapping[Key, Share], thresholds: int, memory: Memory, name: str, with_momentum: bool,
+        align: int = 1,
+    ) -> None:  # fmt: skip
         self.shares, self.name = shares, name
         pieces = sorted((piece for share in shares.values() for piece in share.pieces), key=lambda p: p.region)
         own = [piece for piece in pieces if piece.borrowed is None]
+        self.gaps: list[tuple[int, int]] = []
+
+        def aligned(end: int) -> int:
+            at = -(-end // align) * align
+            if at > end:
+                self.gaps.append((end, at - end))
+            return at
+
         end = 0
         for piece in own:
-            piece.at = end
-            end += piece.size
+            piece.at = aligned(end)
+            end = piece.at + piece.size
+        end = aligned(end)
         total = behind = end + thresholds
+        inner = len(self.gaps)
         for piece in pieces:
             if piece.borrowed is not None:
-                piece.at = behind
-                behind += piece.size
+                piece.at = aligned(behind)
+                behind = piece.at + piece.size
+        borrowed_gaps, self.gaps = self.gaps[inner:], self.gaps[:inner]
         self.flat = memory.take(name + " parameters", (total,))
         self.velocity = memory.take(name + " momentum", (behind if with_momentum else 0,))
         self.grad = memory.take(name + " gradient", (total,))
+        for tensor in (self.flat, self.grad):
+            for at, size in self.gaps:
+                tensor[at : at + size].zero_()
+        if with_momentum:
+            for at, size in (*self.gaps, *borrowed_gaps):
+                self.velocity[at : at + size].zero_()
         self.tau, self.tau_grad = self.flat[end:], self.grad[end:]
         self.tau_momentum = self.velocity[end:total]
 
@@ -234,6 +271,7 @@ class Arena:
         self.vectors = sum(piece.region == Region.VECTORS for piece in pieces)
         self._tensors: dict[int, Tensor] = {}
         self.leaves: list[Tensor] = []
+        self.leaf_pieces = [piece for piece in pieces if piece.region <= LAST_LEAF]
         for piece in pieces:
             tensor = self.parameter(piece)
             if piece.region <= LAST_LEAF:

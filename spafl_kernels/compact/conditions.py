@@ -55,14 +55,14 @@ class Condition:
     def carry(self, constants: Constants, far: Tensor | None) -> Tensor | None:
         """Rows to keep though pruned (also set for active ones): bool ``(rows,)`` or None.
 
-        ``far``, bool ``(rows,)`` or None, says where the window lets gradients through.
+        ``far``, bool ``(rows,)``, says where the window lets gradients through; None: nowhere, or there is no window.
         """
         layer = self.layer
         device = layer.module.weight.device
         if layer.all_rows:
             return torch.ones(layer.rows, dtype=torch.bool, device=device)
         result: Tensor | None = None
-        if not layer.window or (far is not None and bool(far.any())):
+        if not layer.window or far is not None:
             if self.proof is None:
                 result = torch.ones(layer.rows, dtype=torch.bool, device=device)
             else:

@@ -7,7 +7,7 @@ row's score from above, and only a row whose bound exceeds its threshold is look
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,11 +30,10 @@ class Powers:
         self._dtype, self._device = dtype, device
         self._table: Tensor | None = None
 
-    def at(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``a, b, c, d`` of ``w <- a w + b v; v <- c w + d v`` after ``steps`` (int64) steps."""
-        need = int(steps.max()) + 1 if steps.numel() else 1
-        if self._table is None or need > len(self._table):
-            size = max(64, 2 * need)
+    def at(self, steps: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``a, b, c, d`` of ``w <- a w + b v; v <- c w + d v`` after ``steps`` (int64) steps, none above ``most``."""
+        if self._table is None or most >= len(self._table):
+            size = max(64, 2 * (most + 1))
             while len(self._rows) < size:
                 self._rows.append(self._step @ self._rows[-1])
             self._table = torch.stack(self._rows).flatten(1).to(self._dtype).to(self._device)
@@ -77,12 +76,18 @@ class DroppedRows:
 
     def measure(self, gone: Tensor) -> None:
         """Note the momentum with which rows leave."""
+        for layer, index in self._by_layer(gone):
+            assert layer.momentum is not None
+            self._measured = True
+            self.moving_mean[index + layer.begin] = layer.momentum[index].abs().mean((1, 2))
+
+    def _by_layer(self, rows: Tensor) -> Iterator[tuple[LayerState, Tensor]]:
+        """Indices of ``rows`` (bool over all filters) in every layer that has some; waits for the device once."""
+        known = rows.cpu()
         for layer in self.layers:
-            index = gone[layer.part].nonzero().flatten()
+            index = known[layer.part].nonzero().flatten()
             if len(index):
-                assert layer.momentum is not None
-                self._measured = True
-                self.moving_mean[index + layer.begin] = layer.momentum[index].abs().mean((1, 2))
+                yield layer, index.to(rows.device, non_blocking=True)
 
     def settle(self, dropped: Tensor) -> None:
         """Find out whether the rows ``dropped`` (bool over all filters) move."""
@@ -95,17 +100,25 @@ class DroppedRows:
 
         ``window``: filters of the window estimator (bool), whose large margins must be known exactly.
         """
-        unsure = (self._bounds() > tau) & dropped
-        if window is not None:
-            unsure |= dropped & window & (tau > WINDOW)
+        unsure = self.suspects(tau, dropped, window, self.clock, self.clock)
         if not bool(unsure.any()):
             return False
         self.catch_up(unsure)
         return bool(((self.scores > tau) & dropped).any())
 
-    def _bounds(self) -> Tensor:
+    def suspects(self, tau: Tensor, dropped: Tensor, window: Tensor | None, clock: Tensor | int, most: int) -> Tensor:
+        """Dropped rows whose bounds do not suffice, bool over all filters; see :meth:`look`.
+
+        Nothing waits for the device. ``clock``: the step to judge; beyond ``most`` every dropped row is one.
+        """
+        unsure = (self._bounds(clock, most) > tau) & dropped
+        if window is not None:
+            unsure |= dropped & window & (tau > WINDOW)
+        return unsure | (dropped & (clock > most)) if isinstance(clock, Tensor) else unsure
+
+    def _bounds(self, clock: Tensor | int, most: int) -> Tensor:
         """Upper bounds of the dropped rows' scores (kept rows: anything)."""
-        a, b, _, _ = self._powers.at(self.clock - self.base)
+        a, b, _, _ = self._powers.at((clock - self.base).clamp(max=most), most)
         slack = 1 + 8 * torch.finfo(self.scores.dtype).eps
         bound = (a.abs() * self.scores + b.abs() * self.moving_mean) * slack
         still = (self.moving_mean == 0) & (a == 1)
@@ -113,12 +126,9 @@ class DroppedRows:
 
     def catch_up(self, rows: Tensor) -> None:
         """Apply the steps that dropped rows have missed; ``rows``: bool over all filters."""
-        for layer in self.layers:
-            index = rows[layer.part].nonzero().flatten()
-            if not len(index):
-                continue
+        for layer, index in self._by_layer(rows):
             place = index + layer.begin
-            a, b, c, d = (t.view(-1, 1, 1) for t in self._powers.at(self.clock - self.base[place]))
+            a, b, c, d = (t.view(-1, 1, 1) for t in self._powers.at(self.clock - self.base[place], self.clock))
             w = layer.weight[index]
             if layer.momentum is None:
                 w = a * w

@@ -21,7 +21,7 @@ LANES = 16
 
 
 class Heads:
-    """Where the kept channels of q, k and v go.
+    """Where the kept channels of q, k and v go; all on the CPU.
 
     Args:
         channels: of q, k and v, those that are kept; None: all.
@@ -41,9 +41,8 @@ class Heads:
         widths: tuple[int, int],
         heads: int,
         rounded: bool,
-        device: torch.device,
     ) -> None:
-        kept = [torch.ones(width, dtype=torch.bool, device=device) for width in (widths[0], *widths)]
+        kept = [torch.ones(width, dtype=torch.bool) for width in (widths[0], *widths)]
         for mask, known in zip(kept, channels):
             if known is not None:
                 mask.index_fill_(0, known.dropped, False)
@@ -56,7 +55,7 @@ class Heads:
         self.places: list[Tensor] = []
         for mask, known in zip(masks, channels):
             used = mask.flatten().nonzero().flatten()
-            rank = mask.cumsum(1) - 1 + torch.arange(heads, device=device).unsqueeze(1) * self.width
+            rank = mask.cumsum(1) - 1 + torch.arange(heads).unsqueeze(1) * self.width
             self.picks.append(used if known is None else known.order[used])
             self.places.append(rank[mask])
 

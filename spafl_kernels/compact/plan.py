@@ -21,14 +21,21 @@ class Channels:
 
     Args:
         width: number of channels at full width.
-        kept, dropped: int64 indices into them, ascending.
+        kept, dropped: int64 indices into them, ascending, where the model is.
         pads: zero channels behind the kept ones.
+        copy: the same on the CPU; None if these are there.
     """
 
     width: int
     kept: Tensor
     dropped: Tensor
     pads: int
+    copy: Channels | None = None
+
+    @property
+    def host(self) -> Channels:
+        """The same on the CPU, for questions that would wait for a device."""
+        return self if self.copy is None else self.copy
 
     @property
     def stored(self) -> int:
@@ -58,19 +65,34 @@ class Plan:
 
     Args:
         keep: by threshold layer, bool ``(filters,)``: which filters are computed.
+        device: where the indices of channels go, if ``keep`` is on the CPU so that nothing waits for a device; None:
+            where ``keep`` is.
         multiple: convolutions keep a multiple of this many channels, filled with zero rows; oneDNN computes blocks of
             eight anyway, and shapes repeat (a new shape costs a primitive: 1.2-3.3 ms measured).
         exact: layers that are not rounded up, because something else computes them.
+        linear: linear layers, and whatever else a product reads, are rounded up as convolutions are; on a GPU rows that
+            begin at a multiple of 16 bytes take the faster products.
     """
 
-    def __init__(self, flow: Flow, keep: dict[str, Tensor], multiple: int = 8, exact: Collection[str] = ()) -> None:
-        self.keep, self.multiple = keep, multiple
+    def __init__(
+        self,
+        flow: Flow,
+        keep: dict[str, Tensor],
+        multiple: int = 8,
+        exact: Collection[str] = (),
+        linear: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        self._device = next(iter(keep.values())).device if device is None else device
+        self.keep = keep = {name: mask.cpu() for name, mask in keep.items()}
+        self.multiple = multiple
         self._cache: dict[Layout, Channels] = {}
         self.rows: dict[str, Channels] = {}
+        self._linear = linear
         self._images = {name for name in keep if len(flow.layers[name].shape or ()) == 4}
         for name, mask in keep.items():
-            rounded = name in self._images and flow.layers[name].kind == "layer" and name not in exact
-            self.rows[name] = _channels(mask, multiple if rounded else 1)
+            rounded = (name in self._images or linear) and flow.layers[name].kind == "layer" and name not in exact
+            self.rows[name] = _channels(mask, multiple if rounded else 1, self._device)
 
     def channels(self, layout: Layout) -> Channels:
         """The channels of a layout (cached)."""
@@ -87,17 +109,22 @@ class Plan:
         rounded = (
             layout.summed and self._images.issuperset(layout.sources) and all(s.repeat == 1 for s in layout.segments)
         )
-        return _channels(torch.cat([self._kept(s) for s in layout.segments]), self.multiple if rounded else 1)
+        rounded = rounded or self._linear
+        mask = torch.cat([self._kept(s) for s in layout.segments])
+        return _channels(mask, self.multiple if rounded else 1, self._device)
 
     def _kept(self, segment: Segment) -> Tensor:
         """Bool ``(segment.width,)``."""
         parts = [self.keep[name][start : start + segment.count] for name, start in segment.sources]
         if not parts:
-            device = next(iter(self.keep.values())).device
-            return torch.ones(segment.width, dtype=torch.bool, device=device)
+            return torch.ones(segment.width, dtype=torch.bool)
         return torch.stack(parts).any(0).repeat_interleave(segment.repeat)
 
 
-def _channels(mask: Tensor, multiple: int) -> Channels:
-    kept = mask.nonzero().flatten()
-    return Channels(len(mask), kept, (~mask).nonzero().flatten(), padding_for(len(kept), len(mask), multiple))
+def _channels(mask: Tensor, multiple: int, device: torch.device) -> Channels:
+    kept, dropped = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+    made = Channels(len(mask), kept, dropped, padding_for(len(kept), len(mask), multiple))
+    if device.type == "cpu":
+        return made
+    kept, dropped = torch.cat([kept, dropped]).to(device, non_blocking=True).split([len(kept), len(dropped)])
+    return Channels(made.width, kept, dropped, made.pads, made)

@@ -40,6 +40,7 @@ class Scope:
         self.flow, self.plan, self.layers, self.norms = flow, plan, layers, norms
         self.channels_last = channels_last
         weight = next(flow.model.parameters())
+        self.device = weight.device
         floats = (torch.float32, torch.float64)
         self.native = compiled and weight.device.type == "cpu" and weight.dtype in floats and native.available()
         self.fused_pools = fused_pools(flow) if self.native else {}
@@ -63,7 +64,7 @@ class Scope:
         if channels is None or channels.full:
             return lambda env: env[j]
         assert op.layout is not None
-        spread = Spread(channels.kept, channels.width, op.layout.dim, self.native)
+        spread = Spread(channels.host.kept, channels.width, op.layout.dim, self.native, self.device)
 
         def full(env: list[Any]) -> Tensor:
             if env[2 * n + j] is None:

@@ -19,6 +19,7 @@ from ..training import SGDOptions
 from .arena import Arena, attach, shares_of
 from .conditions import Condition
 from .dropped import DroppedRows
+from .flat_update import FlatUpdate
 from .flow import Flow
 from .fusion import always_fused, prefers_channels_last
 from .layout import Layout
@@ -30,6 +31,9 @@ from .state import LayerState, NormState, Tensors, all_channels, per_filter, sam
 from .update import CompiledUpdate, Loose, PlainUpdate, Update
 
 __all__ = ["Session", "settings_of"]
+
+# Bytes at multiples of which tensors begin on a GPU.
+ALIGNMENT = 32
 
 
 def settings_of(flow: Flow) -> tuple[object, ...]:
@@ -49,6 +53,7 @@ class Session:
     Args:
         flow: the traced model.
         multiple, compiled, patience: see :class:`~spafl_kernels.compact.CompactTrainer`.
+        gpu: lay out plans and weights for the products of a GPU; None: if the model is not on a CPU.
 
     Attributes:
         program: the forward pass under the current plan, after :meth:`refresh`.
@@ -70,7 +75,7 @@ class Session:
     _needed: Tensor  # rows that must be computed; the plan may keep more for a while
     _momentum: Mapping[str, Tensor]
 
-    def __init__(self, flow: Flow, multiple: int, compiled: bool, patience: float) -> None:
+    def __init__(self, flow: Flow, multiple: int, compiled: bool, patience: float, gpu: bool | None = None) -> None:
         self.flow, self.multiple, self.settings = flow, multiple, settings_of(flow)
         self.patience = patience
         # Of a step's work, what idle filters take now; and what they have taken since the plan was made, in steps.
@@ -99,7 +104,8 @@ class Session:
         self._conditioned = {c.layer for c in self._conditions}
         self._steady = all(condition.fixed for condition in self._conditions)
         self._exact = always_fused(flow) if self.compiled else set()
-        self._channels_last = prefers_channels_last(flow)
+        self._gpu = self._device.type != "cpu" if gpu is None else gpu
+        self._channels_last = prefers_channels_last(flow, self._gpu)
         self._all_channels: dict[int, Channels] = {}
         self._memory = Memory(self._scores)
         self._arena: Arena | None = None
@@ -166,15 +172,18 @@ class Session:
     @torch.no_grad()
     def refresh(self) -> None:
         """What happens at the start of a forward: guard, masks, and a new plan if a row's class changed."""
-        for layer in self._collapsed:
-            self._tau[layer.part] = 0
-            self._stale = True
+        self.guard()
         if not self._stale:
             return
         scores, tau = self._scores, self._tau
         revived = False
         if self._loaded:
             self._update.rescore()
+            # Elsewhere than on a CPU every question below waits for the device; mostly this one answers all.
+            asks = self._device.type != "cpu" and self._idle_steps < self.patience and not self._collapsed
+            if asks and not bool(self.drift(self._dropped.clock, self._dropped.clock)):
+                self._stale = False
+                return
             revived = self._dropped.moving and self._dropped.look(tau, ~self._keep, self._window)
         far = None
         if self._window is not None:
@@ -186,7 +195,7 @@ class Session:
             self._stale = False
             return
         active = scores > tau
-        keep = self._kept_rows(active, far)
+        keep = self._kept_rows(active, self._far_rows(far))
         made = True
         if not self._loaded:
             made = self._begin(keep)
@@ -194,22 +203,69 @@ class Session:
             made = False
         elif made := not torch.equal(keep, self._keep):
             self._rebuild(keep)
-        if made or not torch.equal(active, self._active) or far is not None or self._far is not None:
+        # A row that was pruned since the plan was made may be needed again though it stays pruned.
+        other = made or not torch.equal(active, self._active)
+        other = other or (keep is not active and not torch.equal(keep, self._needed))
+        if other or far is not None or self._far is not None:
             self._active, self._needed, self._far = active, keep, far
             self._set_masks()
         self._stale = False
         self._collapsed = self._find_collapsed()
         self._update.set_masks(active)
 
+    @torch.no_grad()
+    def guard(self) -> None:
+        """The collapse guard: thresholds of layers that the last forward left hardly any filter."""
+        for layer in self._collapsed:
+            self._tau[layer.part].zero_()
+            self._stale = True
+
+    @torch.no_grad()
+    def rescore(self) -> None:
+        """Bring the scores of the kept rows up to date after a step; :meth:`refresh` does so itself."""
+        self._update.rescore()
+
+    @torch.no_grad()
+    def drift(self, clock: Tensor | int, most: int) -> Tensor:
+        """Whether the next forward may want other masks or rows than the present plan has: a bool, on the device.
+
+        Never False where they changed; True without need where a dropped row moves and its bound exceeds its threshold.
+        Nothing waits for the device, nor depends on what the host knows of the steps but its arguments, so the call can
+        be recorded into a CUDA graph.
+
+        Args:
+            clock: steps of this training so far; int64 scalar on the device, or a number.
+            most: the largest ``clock`` that can be judged; above it the answer is True if dropped rows move.
+        """
+        scores, tau = self._scores, self._tau
+        active = scores > tau
+        changed = active != self._active
+        if self._window is not None:
+            far = ((scores - tau).abs() > WINDOW) & self._window
+            changed |= far if self._far is None else far != self._far
+        if not self._steady:
+            far_rows = {la.name: la.far for la in self._pruned if la.window and la.signed and la.far is not None}
+            changed |= self._kept_rows(active, far_rows) & ~self._needed
+        if self._dropped.moving:
+            changed |= self._dropped.suspects(tau, ~self._keep, self._window, clock, most)
+        return changed.any()
+
     def _bears(self, keep: Tensor) -> bool:
         """Whether the present plan has all that is to be kept, and more for not too long."""
         return self._idle_steps < self.patience and not bool((keep & ~self._keep).any())
 
-    def _kept_rows(self, active: Tensor, far: Tensor | None) -> Tensor:
+    def _far_rows(self, far: Tensor | None) -> dict[str, Tensor]:
+        """By window layer, where the window lets gradients through; layers without any are left out."""
+        if far is None:
+            return {}
+        known = far.cpu()
+        return {la.name: far[la.part] for la in self._pruned if la.window and bool(known[la.part].any())}
+
+    def _kept_rows(self, active: Tensor, far: Mapping[str, Tensor]) -> Tensor:
         keep = active
         for condition in self._conditions:
             layer = condition.layer
-            carry = condition.carry(self, None if far is None or not layer.window else far[layer.part])
+            carry = condition.carry(self, far.get(layer.name))
             if carry is not None:
                 if keep is active:
                     keep = active.clone()
@@ -242,18 +298,21 @@ class Session:
         self._set_densities: list[float] = []
         masks: list[Tensor] = []
         computed = used = 0
+        # Answers for all layers: every one of these waits for the device.
+        active_rows, needed_rows = self._active.cpu(), self._needed.cpu()
+        far_rows = None if self._far is None else self._far.cpu()
         for layer in self._pruned:
             assert layer.row_channels is not None
             kept = layer.row_channels.kept
             count = len(kept)
             layer.slot.mask = layer.slot.rows = None
             layer.far = None if self._far is None else self._far[layer.part]
-            active = self._active[layer.part]
+            active = active_rows[layer.part]
             count = int(active.sum())
             if count < len(kept):
                 mask = self._scores.new_zeros(layer.row_channels.stored)
-                mask[: len(kept)] = active[kept]
-                if torch.equal(active, self._needed[layer.part]):
+                mask[: len(kept)] = self._active[layer.part][kept]
+                if torch.equal(active, needed_rows[layer.part]):
                     # Pruned since the plan was made; nothing reads what they would compute.
                     layer.slot.rows = mask
                     used -= layer.work * (len(kept) - count)
@@ -265,7 +324,7 @@ class Session:
             used += layer.work * len(kept)
             self.densities[layer.name] = count / layer.rows
             self._set_densities.append(count / layer.rows)
-            layer.signed = not layer.window or (layer.far is not None and bool(layer.far.any()))
+            layer.signed = not layer.window or (far_rows is not None and bool(far_rows[layer.part].any()))
         # An idle filter takes its own products and those of the layers that read it.
         self._idle_share = 1 - (used / max(computed, 1)) ** 2
         assert self._arena is not None
@@ -314,7 +373,9 @@ class Session:
         """A plan that keeps ``keep``, a new arena, and a program that runs on it; from the model and from ``old``."""
         flow = self.flow
         self._arena = None  # until all is made: what is left half-way must not be used again
-        plan = Plan(flow, {la.name: keep[la.part] for la in self._pruned}, self.multiple, self._exact)
+        known = keep.cpu()
+        keeps = {la.name: known[la.part] for la in self._pruned}
+        plan = Plan(flow, keeps, self.multiple, self._exact, self._gpu, self._device)
         changed = self._changed_layers(plan, old)
         if old is not None:
             self._write(old, [layer.name for layer in changed])
@@ -328,14 +389,15 @@ class Session:
             norm.set_channels(self._whole(width) if layout is None else plan.channels(layout))
             norm.load_statistics()
         layers, norms = self._layers.values(), self._norms.values()
-        shares = shares_of(flow, layers, norms, borrow=self.compiled)
+        shares = shares_of(flow, layers, norms, borrow=self.compiled, last=self._gpu and self._channels_last)
         # The two arenas of a rebuild must not overlap.
         name = "other arena" if old is not None and old.name == "arena" else "arena"
-        arena = Arena(shares, len(self._scores), self._memory, name, bool(self.options.momentum))
+        align = ALIGNMENT // self._scores.element_size() if self._gpu else 1
+        arena = Arena(shares, len(self._scores), self._memory, name, bool(self.options.momentum), align)
         self._read(arena, old, [layer.name for layer in changed])
         self._tau = arena.tau
         attach(arena, layers, norms)
-        kind = CompiledUpdate if self.compiled else PlainUpdate
+        kind = CompiledUpdate if self.compiled else FlatUpdate if self._gpu else PlainUpdate
         self._update = kind(arena, self._pruned, self._scores, self.options)
         self._update.begin(self._loose, self.options)
         layer_slots = {name: layer.slot for name, layer in self._layers.items()}
@@ -413,8 +475,13 @@ class Session:
         grads.clear()
         self._update(weights, others, masks)
 
-    def store(self) -> None:
-        """Write the whole state into the model's tensors, and into the momentum unless that began fresh."""
+    def store(self, steps: int | None = None) -> None:
+        """Write the whole state into the model's tensors, and into the momentum unless that began fresh.
+
+        ``steps``: of this training, where some were taken without :meth:`advance` being called, from a CUDA graph.
+        """
+        if steps is not None:
+            self._dropped.clock = steps
         arena, steps = self._arena, self._dropped.clock
         if not self._loaded or arena is None:
             return

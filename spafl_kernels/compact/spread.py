@@ -16,15 +16,19 @@ class Spread:
     """Puts channels in their places among more.
 
     Args:
-        place: ``(K,)``, int64, ascending: which channel of the result each of the first ``K`` channels is.
+        place: ``(K,)``, int64, on the CPU, ascending: which channel of the result each of the first ``K`` channels is.
         width: number of channels of the result.
         dim: the channel dimension.
         native: take the compiled kernel.
+        device: where the channels are.
     """
 
-    def __init__(self, place: Tensor, width: int, dim: int, native: bool) -> None:
-        self.place, self.width, self.dim, self.native = place, width, dim, native
+    def __init__(self, place: Tensor, width: int, dim: int, native: bool, device: torch.device) -> None:
+        self.place, self.width, self.dim, self.native = place.to(device, non_blocking=True), width, dim, native
         self._others: Tensor | None = None
+        if not native:  # now, as it would be in the way of a step
+            free = torch.ones(width, dtype=torch.bool).index_fill_(0, place, False)
+            self._others = free.nonzero().flatten().to(device, non_blocking=True)
         self._matrix: Tensor | None = None
 
     def __call__(self, x: Tensor, constants: Tensor | None, stream: Tensor | None) -> Tensor:
@@ -32,25 +36,26 @@ class Spread:
         if self.native:
             return DirectExpandChannels.apply(x, self.place, self.width, self.dim, constants, stream)
         if constants is not None:
-            row = constants.new_zeros(self.width).index_copy(0, self.others, constants)
+            assert self._others is not None  # the channels of the result that are not in ``place``
+            row = constants.new_zeros(self.width).index_copy(0, self._others, constants)
             row = row.view([-1 if d == self.dim else 1 for d in range(x.dim())])
             stream = row if stream is None else stream + row
-        if is_channels_last(x):
-            # A product with a 0/1 matrix costs one pass over the result; index_add costs one per channel.
-            flat, matrix = pixels(x), self.matrix(x)
-            return _image(flat @ matrix if stream is None else torch.addmm(pixels(stream), flat, matrix), x)
-        shape = list(x.shape)
-        shape[self.dim] = self.width
-        base = x.new_zeros(shape) if stream is None else stream.expand(shape)
-        return base.index_add(self.dim, self.place, x.narrow(self.dim, 0, len(self.place)))
+        if not is_channels_last(x):
+            return self._moved(x, stream, self.dim)
+        flat, wide = pixels(x), None if stream is None else pixels(stream)
+        if x.device.type != "cpu":  # where a product may round what is only to be moved, as tf32 does
+            return _image(self._moved(flat, wide, 1), x)
+        # A product with a 0/1 matrix costs one pass over the result; index_add costs one per channel.
+        matrix = self.matrix(x)
+        return _image(flat @ matrix if wide is None else torch.addmm(wide, flat, matrix), x)
 
-    @property
-    def others(self) -> Tensor:
-        """The channels of the result that are not in ``place``."""
-        if self._others is None:
-            free = torch.ones(self.width, dtype=torch.bool, device=self.place.device)
-            self._others = free.index_fill_(0, self.place, False).nonzero().flatten()
-        return self._others
+    def _moved(self, x: Tensor, stream: Tensor | None, dim: int) -> Tensor:
+        shape, there = list(x.shape), x.narrow(dim, 0, len(self.place))
+        shape[dim] = self.width
+        if stream is None:
+            return x.new_zeros(shape).index_copy(dim, self.place, there)
+        kind = torch.promote_types(stream.dtype, there.dtype)  # under autocast they may differ
+        return stream.to(kind).expand(shape).index_add(dim, self.place, there.to(kind))
 
     def matrix(self, like: Tensor) -> Tensor:
         if self._matrix is None:
@@ -60,10 +65,10 @@ class Spread:
 
 
 class Pick:
-    """Takes the channels ``kept`` (int64, ascending), then zeros up to ``stored`` channels (at least 1)."""
+    """Takes the channels ``kept`` (int64, on the CPU, ascending), then zeros up to ``stored`` channels (at least 1)."""
 
-    def __init__(self, kept: Tensor, stored: int, dim: int, native: bool) -> None:
-        self.kept, self.stored, self.dim, self.native = kept, stored, dim, native
+    def __init__(self, kept: Tensor, stored: int, dim: int, native: bool, device: torch.device) -> None:
+        self.kept, self.stored, self.dim, self.native = kept.to(device, non_blocking=True), stored, dim, native
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.native:
@@ -77,24 +82,25 @@ class Summand:
     """An operand of a sum of different channels."""
 
     def __init__(self, channels: Channels, after: Channels, dim: int, native: bool) -> None:
-        same = torch.equal(channels.kept, after.kept) and channels.pads == after.pads
-        self.spread = None if same else Spread(after.order[channels.kept], after.stored, dim, native)
+        device, (part, whole) = channels.kept.device, (channels.host, after.host)
+        same = torch.equal(part.kept, whole.kept) and part.pads == whole.pads
+        self.spread = None if same else Spread(whole.order[part.kept], whole.stored, dim, native, device)
         self._pads = after.pads
-        stays = torch.isin(channels.dropped, after.kept)
+        stays = torch.isin(part.dropped, whole.kept)
         # Places, among the dropped channels, of those that the sum has and of those that it does not have.
-        self._stay, self._leave = stays.nonzero().flatten(), (~stays).nonzero().flatten()
+        self._stay, self._leave = (mask.nonzero().flatten().to(device, non_blocking=True) for mask in (stays, ~stays))
 
     def __call__(self, x: Tensor, constants: Tensor | None, stream: Tensor | None) -> Tensor:
         """``x`` in the channels of the sum, onto ``stream`` if there is one."""
         if self.spread is None:
             return x if stream is None else stream + x
         if constants is not None:
-            constants = F.pad(constants[self._stay], (0, self._pads))
+            constants = F.pad(constants.index_select(0, self._stay), (0, self._pads))
         return self.spread(x, constants, stream)
 
     def left(self, constants: Tensor | None) -> Tensor | None:
         """The constants of channels that the sum does not have either."""
-        return None if constants is None else constants[self._leave]
+        return None if constants is None else constants.index_select(0, self._leave)
 
 
 def pixels(x: Tensor) -> Tensor:

@@ -141,11 +141,18 @@ def full_name(module: str, name: str) -> str:
 
 
 def all_channels(width: int, device: torch.device) -> Channels:
-    return Channels(width, torch.arange(width, device=device), torch.empty(0, dtype=torch.int64, device=device), 0)
+    made = Channels(width, torch.arange(width), torch.empty(0, dtype=torch.int64), 0)
+    return (
+        made
+        if device.type == "cpu"
+        else Channels(
+            width, made.kept.to(device, non_blocking=True), made.dropped.to(device, non_blocking=True), 0, made
+        )
+    )
 
 
 def same_channels(a: Channels, b: Channels | None) -> bool:
-    return b is not None and a.pads == b.pads and torch.equal(a.kept, b.kept)
+    return b is not None and a.pads == b.pads and torch.equal(a.host.kept, b.host.kept)
 
 
 def put_rows(full: Tensor, rows: Channels, values: Tensor) -> None:

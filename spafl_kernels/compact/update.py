@@ -15,7 +15,7 @@ from ..training import SGDOptions
 from .arena import Arena, Piece, Region
 from .state import LayerState
 
-__all__ = ["CompiledUpdate", "Loose", "PlainUpdate", "Update"]
+__all__ = ["CompiledUpdate", "Filters", "Loose", "PlainUpdate", "Update"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Update(Protocol):
         ...
 
 
-class _Filters:
+class Filters:
     """The stored rows of one threshold layer, as matrices that are views of the arena (made when first needed)."""
 
     def __init__(self, arena: Arena, layer: LayerState) -> None:
@@ -99,8 +99,16 @@ class _Filters:
         return r
 
 
-def _collect(grads: Sequence[Tensor | None], leaves: Sequence[Tensor], out: Tensor) -> None:
-    parts = [g.reshape(-1) if g is not None else leaf.new_zeros(leaf.numel()) for g, leaf in zip(grads, leaves)]
+def _collect(grads: Sequence[Tensor | None], pieces: Sequence[Piece], out: Tensor) -> None:
+    """Gradients side by side, zeros where there is none and between pieces; ``out`` begins where the arena does."""
+    parts, end = [], 0
+    for g, piece in zip(grads, pieces):
+        if piece.at > end:
+            parts.append(out.new_zeros(piece.at - end))
+        parts.append(out.new_zeros(piece.size) if g is None else piece.span_of(g))
+        end = piece.at + piece.size
+    if len(out) > end:
+        parts.append(out.new_zeros(len(out) - end))
     if parts:
         torch.cat(parts, out=out)
 
@@ -121,7 +129,7 @@ class PlainUpdate:
 
     def __init__(self, arena: Arena, layers: Sequence[LayerState], scores: Tensor, options: SGDOptions) -> None:
         self.arena, self.scores = arena, scores
-        self._filters = [_Filters(arena, layer) for layer in layers]
+        self._filters = [Filters(arena, layer) for layer in layers]
         start, stop = arena.scored
         self._absolute = arena.flat.new_empty(stop - start)
         total = sum(f.channels.stored for f in self._filters)
@@ -151,7 +159,7 @@ class PlainUpdate:
                 out += self._abs_rows(f, f.lost).sum(1)
         self.scores.index_copy_(0, self._index, self._sums.index_select(0, self._place) / self._row_size)
 
-    def _abs_rows(self, f: _Filters, piece: Piece) -> Tensor:
+    def _abs_rows(self, f: Filters, piece: Piece) -> Tensor:
         at = piece.at - self.arena.scored[0]
         return self._absolute[at : at + piece.size].view(f.channels.stored, -1)
 
@@ -165,21 +173,15 @@ class PlainUpdate:
         flat, grad, tau_grad = arena.flat, arena.grad, arena.tau_grad
         params, momenta = self.loose.params, self.loose.momenta
         loose_grads = _or_zeros(loose, params)
-        _collect(leaves, arena.leaves, grad[: arena.leaf_end])
-        signed = False
-        for f, part in zip(self._filters, self._parts):
-            if f.layer.signed:
-                signed = True
-                self._sign_term(f, masks.get(f.layer.name), self._dots[part])
-            elif f.dead_grad is not None and not f.dead_const:
-                f.dead_grad.zero_()
+        _collect(leaves, arena.leaf_pieces, grad[: arena.leaf_end])
+        signed = self._sign_terms(masks)
         if options.penalty:
             torch.neg(arena.tau, out=tau_grad)
             tau_grad.exp_().mul_(-options.penalty)
         else:
             tau_grad.zero_()
         if signed:
-            tau_grad.index_add_(0, self._index, self._dots.index_select(0, self._place), alpha=-1)
+            self._subtract_dots(tau_grad)
         if options.max_grad_norm is not None:
             norm = torch.linalg.vector_norm(grad)
             if loose_grads:
@@ -207,14 +209,30 @@ class PlainUpdate:
             # It was added in place; entries that no later gradient overwrites start at 0 again.
             grad[arena.leaf_end :].zero_()
 
+    def _sign_terms(self, masks: dict[str, Tensor | None]) -> bool:
+        """``r_i`` of every kept row found, and ``r_i sign(w_ij) / n_in`` added to the gradient; False if all are 0."""
+        signed = False
+        for f, part in zip(self._filters, self._parts):
+            if f.layer.signed:
+                signed = True
+                self._sign_term(f, masks.get(f.layer.name), self._dots[part])
+            elif f.dead_grad is not None and not f.dead_const:
+                f.dead_grad.zero_()
+        return signed
+
+    def _subtract_dots(self, tau_grad: Tensor) -> None:
+        """The thresholds' gradient: ``-r_i``."""
+        tau_grad.index_add_(0, self._index, self._dots.index_select(0, self._place), alpha=-1)
+
     @staticmethod
-    def _sign_term(f: _Filters, mask_grad: Tensor | None, dots: Tensor) -> None:
-        """``r_i`` of every kept row into ``dots``, and ``r_i sign(w_ij) / n_in`` added to the gradient."""
-        layer = f.layer
-        if layer.slot.mask is None:
-            r = f.dots(f.kept_grad, f.dead_grad)
-        else:
-            r = torch.zeros_like(layer.slot.mask) if mask_grad is None else mask_grad
+    def _row_dots(f: Filters, mask_grad: Tensor | None) -> Tensor:
+        """``r_i`` of the stored rows, whatever the estimator lets pass."""
+        if f.layer.slot.mask is None:
+            return f.dots(f.kept_grad, f.dead_grad)
+        return torch.zeros_like(f.layer.slot.mask) if mask_grad is None else mask_grad
+
+    def _sign_term(self, f: Filters, mask_grad: Tensor | None, dots: Tensor) -> None:
+        layer, r = f.layer, self._row_dots(f, mask_grad)
         if layer.far is not None:
             passes = torch.zeros_like(r)
             passes[: len(f.channels.kept)] = layer.far[f.channels.kept].to(r.dtype)
@@ -239,7 +257,7 @@ class CompiledUpdate:
 
     def __init__(self, arena: Arena, layers: Sequence[LayerState], scores: Tensor, options: SGDOptions) -> None:
         self.arena = arena
-        self._filters = [_Filters(arena, layer) for layer in layers]
+        self._filters = [Filters(arena, layer) for layer in layers]
         self._masks = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
         with_momentum = bool(options.momentum)
 
@@ -284,7 +302,7 @@ class CompiledUpdate:
     ) -> None:
         arena, options, rows = self.arena, self.options, self._rows
         vectors, layers = arena.vectors, len(self._filters)
-        _collect(leaves[:vectors], arena.leaves[:vectors], arena.grad[: arena.scored[0]])
+        _collect(leaves[:vectors], arena.leaf_pieces[:vectors], arena.grad[: arena.scored[0]])
         others = []
         for i, leaf in enumerate(arena.leaves[vectors:], vectors):
             # Where a gradient is copied into the order of the arena, the original goes at once.

@@ -10,7 +10,8 @@ implementations, autograd, autocast and vmap. They take a leading client dimensi
 own weights, thresholds and batch, and all run in one launch. ``torch.func.vmap`` over them becomes more clients of the
 same call; a single layer is one client. They return ``(output, plan, packed)``; plan and packed weights (see
 :mod:`spafl_kernels.triton.plan`) are what the backward operators need. Weights may be float32 while the input is
-float16 or bfloat16: masks are always decided in the dtype of the weights, so autocast casts the input only.
+float16 or bfloat16: masks are always decided in the dtype of the weights, so autocast casts the input only. A layer in
+plain eager mode runs the same launchers without the dispatcher (:mod:`spafl_kernels.ops.direct`).
 :func:`spafl_kernels.explain` says which implementation a layer uses on an input, and why.
 """
 
@@ -19,9 +20,9 @@ from .backend import Explanation
 from .channels import DirectExpandChannels, expand_channels
 from .conv_pool import DirectConvReluPool, DirectReluPool, conv_relu_pool, relu_pool
 from .image_conv import DirectImageConv, image_conv, image_passes
-from .library import conv2d, linear
 from .norm import DirectBatchNormRelu, batch_norm_relu
 from .sgd import sgd_step
+from .single import conv2d, linear
 from .step import FilterRows, threshold_step
 from .threshold import threshold_pass
 

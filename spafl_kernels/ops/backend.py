@@ -90,6 +90,11 @@ class Work:
     density: float = 1.0
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a layer with this weight takes the operators."""
+    return tensor.is_cuda
+
+
 def strict() -> bool:
     """Whether ``SPAFL_STRICT`` is set to anything but 0 or nothing."""
     return os.environ.get("SPAFL_STRICT", "0") not in ("", "0")
@@ -113,14 +118,18 @@ def unsupported(input: Tensor, weight: Tensor, groups: int = 1) -> str | None:
     return None
 
 
+def table_of(index: int) -> choices.Table | None:
+    """The table for the device with this index, or None."""
+    return choices.SHELF.given() or choices.SHELF.for_index(index)
+
+
 def _measured(index: int) -> bool:
-    """Whether there is a table for the device with this index."""
-    return (choices.SHELF.given() or choices.SHELF.for_index(index)) is not None
+    return table_of(index) is not None
 
 
 def _look_up(index: int, way: choices.Way, *work: Any) -> tuple[Backend, str]:
     """Choice and reason for the fields of a :class:`Work`; integers and words only, for ``torch.compile``."""
-    table = choices.SHELF.given() or choices.SHELF.for_index(index)
+    table = table_of(index)
     assert table is not None
     high, wide, down, right, channels, out, positions, dtype, step = work
     shape = classes.shape_class((high, wide), (down, right), channels, out, positions)
@@ -141,6 +150,11 @@ def _host_unknowing() -> str | None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "while a CUDA graph is captured"
     return None
+
+
+def way() -> choices.Way:
+    """How a layer runs now: compiled code waits for launches no more than a CUDA graph does."""
+    return "eager" if _host_unknowing() is None else "graph"
 
 
 def choose(input: Tensor, weight: Tensor, groups: int, work: Work) -> Explanation:
@@ -170,10 +184,7 @@ def choose(input: Tensor, weight: Tensor, groups: int, work: Work) -> Explanatio
         *(classes.exact(n) for n in (*work.kernel, *work.stride)),
         *(classes.power_up(work.channels), classes.power_up(work.out), classes.power_down(work.positions)),
     )
-    way: choices.Way = (
-        "eager" if blind is None else "graph"
-    )  # compiled code waits for launches no more than a graph does
-    found, why = _look_up(index, way, *sizes, work.dtype, classes.density_step(work.density))
+    found, why = _look_up(index, way(), *sizes, work.dtype, classes.density_step(work.density))
     return Explanation(found, why)
 
 
@@ -194,13 +205,16 @@ def fall_back(reason: str) -> None:
         warnings.warn(message, stacklevel=5)
 
 
+_CONV: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+_MATMUL: Any = torch.backends.cuda.matmul
+
+
 def tf32(conv: bool) -> bool:
     """Whether PyTorch's own operator would round float32 operands to tf32.
 
     ``allow_tf32`` sets ``fp32_precision``; but reading ``allow_tf32`` raises once the newer setting has been used.
     """
-    setting = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    return setting.fp32_precision == "tf32"
+    return (_CONV if conv else _MATMUL).fp32_precision == "tf32"  # type: ignore[no-any-return]
 
 
 tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the getter is C++, which cannot be traced

@@ -1,6 +1,7 @@
 """The operators in plain PyTorch: the CPU implementation, and the definition the kernels are tested against.
 
-Everything has a leading client dimension and is computed client by client with the masked reference.
+Everything has a leading client dimension and is computed client by client with the masked reference. The products that
+it notes (:mod:`spafl_kernels.executed`) are those of the kernels that it defines.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad as conv_grad
 
-from .. import reference
+from .. import executed, reference
 from ..reference import Estimator
 from ..triton.geometry import Geometry
 from ..triton.plan import ACTIVE, FLIPPED, PASSES, Plan, capacity, row_stride
@@ -49,6 +50,7 @@ def forward(
 ) -> Tensor:
     """``(clients, M, out)``, or ``(clients, N, out, H', W')`` with a geometry."""
     outputs = []
+    executed.note(plan.count, _cost(input, weight, geometry), weight.shape[2])
     for x, w, active, b in zip(input, weight, plan.mask, [None] * len(weight) if bias is None else bias, strict=True):
         masked = torch.where(active.view(-1, *(1,) * (w.dim() - 1)), w, 0).to(x.dtype)
         if b is not None:
@@ -60,6 +62,12 @@ def forward(
     return torch.stack(outputs)
 
 
+def _cost(input: Tensor, weight: Tensor, geometry: Geometry | None) -> int:
+    """MACs of one filter and input channel in one product."""
+    positions = input.shape[1] * (1 if geometry is None else geometry.output[0] * geometry.output[1])
+    return positions * weight.shape[3:].numel()
+
+
 def backward(
     grad: Tensor,
     input: Tensor,
@@ -68,10 +76,20 @@ def backward(
     bias: Tensor | None,
     mask_bias: bool,
     geometry: Geometry | None,
+    needs: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(dx, dw, dtau, dbias)`` by the closed form; dbias is dL/d(masked bias), summed, if there is no bias."""
+    """``(dx, dw, dtau, dbias)`` by the closed form; dbias is dL/d(masked bias), summed, if there is no bias.
+
+    ``needs``: whether the gradients of the input, and of the rest, are wanted; for what is counted as executed.
+    """
     results: tuple[list[Tensor], ...] = ([], [], [], [])
     active, passes = plan.mask, (plan.flags & PASSES).bool()
+    if needs[0]:
+        executed.note(plan.count, _cost(input, weight, geometry), weight.shape[2])
+    if needs[1] and executed.counting():
+        arrives = (grad != 0).transpose(1, 2).flatten(2).any(2)
+        computed = active | (passes & arrives)
+        executed.note(computed.sum(1, dtype=torch.int32), _cost(input, weight, geometry), weight.shape[2])
     for i in range(len(weight)):
         m, h = active[i].to(weight.dtype), passes[i].to(weight.dtype)
         w = weight[i]

@@ -44,8 +44,8 @@ def load(path: str | Path | None = None, namespace: str = "spafl") -> None:
     Raises:
         FileNotFoundError: there is no library at ``path``.
         OSError: the library at ``path`` does not fit this torch.
-        RuntimeError: the library was built without CUDA; or the package's extension is missing or does not fit, which
-            the message explains.
+        RuntimeError: the library was built without CUDA; this torch was built without CUDA; or the package's extension
+            is missing or does not fit, which the message explains.
     """
     global _namespace, _reason
     if path is None:
@@ -58,6 +58,8 @@ def load(path: str | Path | None = None, namespace: str = "spafl") -> None:
         torch.ops.load_library(str(path))
     if not _defined(namespace):
         raise RuntimeError(f"{path or 'the C++ extension'} holds no CUDA kernels: it was built without them")
+    # Throws here, not in the middle of training, if this torch does not say on which stream to launch.
+    getattr(torch.ops, namespace).require_cuda_stream()
     _register_fakes(namespace)
     _namespace, _reason = namespace, None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
+from ..executed import note_number
 from ..reference import Estimator
 from ..triton.geometry import Geometry
 
@@ -26,6 +27,12 @@ def _first(wanted: Tensor) -> tuple[Tensor, int]:
     count = int(wanted.sum())  # waits for the device
     order = torch.argsort((~wanted).to(torch.int8), stable=True)
     return order[: -(-count // MULTIPLE) * MULTIPLE], count
+
+
+def _cost(x: Tensor, weight: Tensor, geometry: Geometry | None) -> int:
+    """MACs of one filter in one product."""
+    positions = len(x) * (1 if geometry is None else geometry.output[0] * geometry.output[1])
+    return positions * weight.shape[1:].numel()
 
 
 def _gradients(
@@ -56,6 +63,7 @@ class _Narrow(torch.autograd.Function):
             shown = bias * active if mask_bias else bias
             y += shown.to(x.dtype).view(-1, *(1,) * (y.dim() - 2))
         if count:
+            note_number(len(rows) * _cost(x, weight, geometry))
             w, b = weight[rows].to(x.dtype), None if bias is None else bias[rows].to(x.dtype)
             if geometry is None:
                 narrow = F.linear(x, w, b)
@@ -82,6 +90,7 @@ class _Narrow(torch.autograd.Function):
         if need_input:
             dx = torch.zeros_like(x)
             if count:
+                note_number(count * _cost(x, weight, geometry))
                 columns = grad.index_select(1, rows[:count])
                 dx = _gradients(columns, x, weight[rows[:count]].to(x.dtype), geometry, True, False)[0]
         if not need_weight:
@@ -92,6 +101,7 @@ class _Narrow(torch.autograd.Function):
         total = grad.sum(dims).to(weight.dtype)
         if wanted:
             w = weight[listed]
+            note_number(len(listed) * _cost(x, weight, geometry))
             rows_of_g = _gradients(grad.index_select(1, listed), x, w.to(x.dtype), geometry, False, True)[1]
             assert rows_of_g is not None
             rows_of_g = rows_of_g.to(weight.dtype)

@@ -1,6 +1,7 @@
 """What was measured on GPUs, as data: one JSON file per device and subject, next to the module that reads it.
 
 :mod:`~spafl_kernels.tables.choices`: how a layer runs. :mod:`~spafl_kernels.tables.tiles`: with which tile sizes.
+:mod:`~spafl_kernels.tables.engines`: whether a simulation runs there at all.
 :mod:`~spafl_kernels.tables.classes`: which layers share times.
 The environment variable ``SPAFL_TABLES`` names another folder to read from.
 """
@@ -106,6 +107,12 @@ class Shelf(Generic[T]):
             yield
         finally:
             self._given.pop()
+
+    def of(self, index: int) -> T | None:
+        """The table for tensors of a CUDA device, by its index; negative: of no such device."""
+        if self._given:
+            return self._given[-1]
+        return self.for_index(index) if index >= 0 else None
 
     def given(self) -> T | None:
         """The table of the innermost :meth:`using`, or None."""

@@ -120,4 +120,4 @@ SHELF = Shelf("tiles", "a table of measured tiles", 1, _parse)
 
 def of(device: torch.device) -> Table | None:
     """The table for tensors of a device: the one in use whatever the device, else the device's own, or None."""
-    return SHELF.given() or (SHELF.for_index(device.index or 0) if device.type == "cuda" else None)
+    return SHELF.of(device.index or 0 if device.type == "cuda" else -1)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .bounds import last_of, within
 from .forward import spread
-from .geometry import Geometry, client_step, empty_channels_last
-from .plan import HEADER, Plan, capacity, row_stride
+from .geometry import Geometry, client_step
+from .launch import Launch
+from .plan import HEADER, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, power_of_two, precision, rows_of
 
 
@@ -125,35 +126,39 @@ def threshold_dgrad(
 
 
 def input_gradient(
-    collected: Tensor,
-    packed: Tensor,
-    plan: Plan,
-    geometry: Geometry,
-    n: int,
-    tf32: bool,
-    tile: Tile | None,
-    input_plan: Plan | None,
-) -> Tensor:
-    """``dL/dx``: ``(clients, n, C, H, W)``, channels last; channels that ``input_plan`` does not list are 0.
+    clients: int, n: int, out: int, geometry: Geometry, channels: int, dtype: torch.dtype, tf32: bool,
+    tile: Tile | None, device: torch.device, packed: int, plan: int, inputs: int | None,
+) -> Launch:  # fmt: skip
+    """The launch over ``(collected, packed, dx, plan, inputs)`` that writes ``dL/dx``, stored channels last.
 
-    ``collected`` holds dL/dy of the active filters. With ``input_plan``, packed and geometry are those of its list.
+    ``collected`` holds dL/dy of the active filters. With a plan of the input, packed and geometry are those of its
+    list, and channels that are not listed get 0.
+
+    Args:
+        clients, n: of the batch; the launch is for ``dx`` of ``(clients, n, channels, H, W)``.
+        dtype, device: of ``dx``.
+        packed, plan, inputs: distances between clients in the packed weights, the plan, and the plan of the input.
     """
-    g, clients, cap = geometry, packed.shape[0], capacity(plan.out)
-    channels = g.channels if input_plan is None else input_plan.out
-    inputs = plan.data if input_plan is None else input_plan.data
-    dx = empty_channels_last(clients, n, channels, (g.height, g.width), packed.dtype, packed.device)
-    kind = arithmetic(packed.dtype, tf32)
-    positions = rows_of("dgrad", g, n)
-    tile = tile or choose("dgrad", kind, g, plan.out, n, dx.device, listed=input_plan is not None)
+    g, cap, listed = geometry, capacity(out), inputs is not None
+    kind = arithmetic(dtype, tf32)
+    rows = rows_of("dgrad", g, n)
+    tile = tile or choose("dgrad", kind, g, out, n, device, listed=listed)
     # With a list the epilogue spreads the tile: 128 columns of it took all registers and spilled.
-    columns = min(tile.filters, max(16, power_of_two(g.channels)), 256 if input_plan is None else 64)
-    row_tiles = triton.cdiv(positions, tile.rows)
-    threshold_dgrad[(row_tiles * triton.cdiv(g.channels, columns), g.stride[0] * g.stride[1], clients)](
-        collected, packed, dx, plan.data, inputs, client_step(collected), packed.stride(0), client_step(dx),
-        plan.data.stride(0), inputs.stride(0), positions, row_stride(g.n_in), channels, row_tiles,
-        HEADER=HEADER, LISTED=input_plan is not None, GROUP=min(64, max(16, power_of_two(channels))),
-        SHAPE=g.shape, STEP_H=g.step[0], STEP_W=g.step[1], PRECISION=precision(kind), CAP=cap, ROWS=tile.rows,
-        TILE=columns, DEPTH=min(tile.depth, cap), PIECE=tile.piece(collected.dtype), num_warps=tile.warps,
-        num_stages=tile.stages,
+    columns = min(tile.filters, max(16, power_of_two(g.channels)), 64 if listed else 256)
+    row_tiles = triton.cdiv(rows, tile.rows)
+    high, wide = g.output
+    return Launch(
+        threshold_dgrad,
+        (row_tiles * triton.cdiv(g.channels, columns), g.stride[0] * g.stride[1], clients),
+        (
+            client_step(clients, n * high * wide * cap), packed,
+            client_step(clients, n * channels * g.height * g.width), plan, plan if inputs is None else inputs,
+            rows, row_stride(g.n_in), channels, row_tiles,
+        ),
+        {
+            "HEADER": HEADER, "LISTED": listed, "GROUP": min(64, max(16, power_of_two(channels))), "SHAPE": g.shape,
+            "STEP_H": g.step[0], "STEP_W": g.step[1], "PRECISION": precision(kind), "CAP": cap, "ROWS": tile.rows,
+            "TILE": columns, "DEPTH": min(tile.depth, cap), "PIECE": tile.piece(dtype), "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        },
     )  # fmt: skip
-    return dx

@@ -9,16 +9,22 @@ bias) between, which makes every output element written exactly once, without a 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..executed import counting, note
+from ..tables import tiles as measured
 from .bounds import last_of, within
 from .collect import collect_channels
 from .device import on_device_of_first
-from .geometry import Geometry, channels_last, client_step, empty_channels_last, row_step
-from .kinds import is_wide
+from .geometry import Geometry, Memory, channels_last, channels_last_strides, client_step, needs_copy, positions
+from .launch import REMEMBERED, Launch, current_stream
 from .narrowest import narrowest
 from .plan import HEADER, Plan, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, filters_of, power_of_two, precision
@@ -194,7 +200,8 @@ def restrict(x: Tensor, packed: Tensor, input_plan: Plan, geometry: Geometry) ->
     the wide loads of its inner loop.
 
     Returns:
-        ``(clients, N, H, W, capacity(C))`` (zeros behind the list up to a whole tile, the rest unwritten), the weights
+        ``(clients, N, capacity(C), H, W)``, channels last (zeros behind the list up to a whole tile, the rest
+        unwritten), the weights
         ``(clients, capacity(out), kH * kW * capacity(C))``, and the geometry with ``capacity(C)`` channels.
     """
     clients, n, channels, high, wide = x.shape
@@ -204,7 +211,7 @@ def restrict(x: Tensor, packed: Tensor, input_plan: Plan, geometry: Geometry) ->
             f"{input_plan.data.shape[0]}"
         )
     cap, taps, data = capacity(channels), geometry.kernel[0] * geometry.kernel[1], input_plan.data
-    listed = collect_channels(x, input_plan).view(clients, n, high, wide, cap)
+    listed = collect_channels(x, input_plan).view(clients, n, high, wide, cap).permute(0, 1, 4, 2, 3)
     narrow = packed.new_empty(clients, packed.shape[1], taps * cap)
     threshold_pack_columns[(packed.shape[1], clients)](
         packed, narrow, data, packed.stride(0), narrow.stride(0), data.stride(0), packed.shape[2], channels, taps,
@@ -217,6 +224,98 @@ def flat_is_better(channels: int, taps: int, depth: int) -> bool:
     """Whether to walk taps and channels as one dimension: wider loads are lost, but fewer padded steps are made."""
     per_tap = taps * -(-channels // depth)
     return taps > 1 and 2 * -(-taps * channels // depth) <= per_tap
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The forward pass of given sizes, see :func:`layer_forward`."""
+
+    y: Memory
+    device: torch.device
+    # None: there is nothing to compute.
+    launch: Launch | None
+    copy: bool
+    # Multiply-accumulates of a filter and input channel; how many channels there are, None where a list says it.
+    cost: int
+    channels: int | None
+    # Keeps the table of tiles alive whose identity is one of the facts.
+    table: Any
+
+    def of_one_client(self, linear: bool) -> Forward:
+        """The same with tensors that lack the client dimension; linear: input and result are matrices."""
+        return dataclasses.replace(self, y=self.y.part(slice(1, 3 if linear else None)))
+
+    def run(
+        self, stream: int | None, x: Tensor, packed: Tensor, bias: Tensor | None, plan: Tensor, inputs: Tensor
+    ) -> Tensor:
+        """The output; ``inputs``: the plan of the input, or the plan again."""
+        size, strides, dtype = self.y
+        y = torch.empty_strided(size, strides, dtype=dtype, device=self.device)
+        if self.launch is not None:
+            if counting():
+                listed = inputs[..., 0].reshape(-1)
+                note(plan[..., 0].reshape(-1), self.cost, listed if self.channels is None else self.channels)
+            x = channels_last(x) if self.copy else x
+            self.launch(stream, x, packed, x if bias is None else bias, y, plan, inputs)
+        return y
+
+
+@functools.lru_cache(REMEMBERED)
+def prepare(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtypes: tuple[torch.dtype, ...], packed: int, plan: int,
+    inputs: int | None,
+    bias: tuple[torch.dtype, int] | None, out: int, geometry: Geometry, mask_bias: bool, tf32: bool, tile: Tile | None,
+    device: torch.device, table: int,
+) -> Forward:  # fmt: skip
+    """The pass by everything that its launch depends on.
+
+    Args:
+        shape, strides, device: of x.
+        dtypes: of x, the packed weights and the plan.
+        packed, plan, inputs: distances between clients in the packed weights, the plan, and the plan of the input.
+        bias: its dtype and the distance between clients.
+        table: identity of the table of measured tiles.
+    """
+    clients, n, g, at, dtype = shape[0], shape[1], geometry, positions(shape, strides), dtypes[0]
+    high, wide = g.output
+    size, memory = (clients, n, out, high, wide), channels_last_strides(out, high, wide, n)
+    total = n * high * wide
+    if total == 0 or clients == 0:
+        return Forward(Memory(size, memory, dtype), device, None, False, 0, None, None)
+    if max(total, n * g.height * g.width) >= 2**31:
+        raise ValueError(f"x must have fewer than 2**31 positions per client; got N={n}, {(g.height, g.width)} pixels")
+    listed = inputs is not None
+    kind = arithmetic(dtype, tf32)
+    tile = tile or choose("forward", kind, g, out, n, device, listed=listed)
+    filters = filters_of(tile, capacity(out))
+    depth = max(16, min(tile.depth, g.channels if listed else power_of_two(g.n_in)))
+    flat = not listed and flat_is_better(g.channels, g.kernel[0] * g.kernel[1], depth)
+    depth = min(depth, 32) if flat else depth
+    pointwise = g.pointwise and at.line is not None
+    # Masks and addresses of single channels cost registers: with 128 rows LeNet-5's second layer spilled in tf32, and
+    # so did strided 1x1 convolutions of sm_80, whose few steps are unrolled.
+    unrolled = kind == "tf32" and g.kernel == (1, 1) and not pointwise
+    rows = min(tile.rows, 64) if flat or unrolled or g.channels % depth else tile.rows
+    row_tiles = triton.cdiv(total, rows)
+    launch = Launch(
+        threshold_forward,
+        (row_tiles * triton.cdiv(out, filters), clients),
+        (
+            at.client, packed, 0 if bias is None else bias[1], client_step(clients, memory[0]), plan,
+            plan if inputs is None else inputs, total, out, row_stride(g.n_in), at.image, at.row,
+            at.step(pointwise), row_tiles,
+        ),
+        {
+            "HEADER": HEADER, "SHAPE": g.shape,
+            "MODE": (at.wide, pointwise, flat, bias is not None, mask_bias, listed, tile.piece(dtype)),
+            "PRECISION": precision(kind), "ROWS": rows, "TILE": filters, "DEPTH": depth,
+            "GROUP": min(64, max(16, power_of_two(out))), "num_warps": tile.warps, "num_stages": tile.stages,
+        },
+    )  # fmt: skip
+    return Forward(
+        Memory(size, memory, dtype), device, launch, needs_copy(shape, strides), total * math.prod(g.kernel),
+        None if listed else g.channels, measured.of(device),
+    )  # fmt: skip
 
 
 @on_device_of_first
@@ -249,41 +348,14 @@ def layer_forward(
     Returns:
         ``(clients, N, out, H', W')`` in channels-last order, dtype of ``x``.
     """
-    clients, n = x.shape[:2]
-    g, out = geometry, plan.out
-    high, wide = g.output
-    y = empty_channels_last(clients, n, out, (high, wide), x.dtype, x.device)
-    total = n * high * wide
-    if total == 0 or clients == 0:
-        return y
-    if max(total, n * g.height * g.width) >= 2**31:
-        raise ValueError(f"x must have fewer than 2**31 positions per client; got N={n}, {(g.height, g.width)} pixels")
-    if input_plan is not None:
-        x, packed, g = restrict(x, packed, input_plan, g)
-    else:
-        x = channels_last(x)
-    kind = arithmetic(x.dtype, tf32)
-    tile = tile or choose("forward", kind, g, out, n, x.device, listed=input_plan is not None)
-    filters = filters_of(tile, capacity(out))
-    line = row_step(x)
+    inputs, device, data = None, x.device, plan.data
     bias = None if bias is None else bias.contiguous()
-    depth = max(16, min(tile.depth, power_of_two(g.n_in) if input_plan is None else g.channels))
-    flat = input_plan is None and flat_is_better(g.channels, g.kernel[0] * g.kernel[1], depth)
-    depth = min(depth, 32) if flat else depth
-    pointwise = g.pointwise and line is not None
-    # Masks and addresses of single channels cost registers: with 128 rows LeNet-5's second layer spilled in tf32, and
-    # so did strided 1x1 convolutions of sm_80, whose few steps are unrolled.
-    unrolled = kind == "tf32" and g.kernel == (1, 1) and not pointwise
-    rows = min(tile.rows, 64) if flat or unrolled or g.channels % depth else tile.rows
-    row_tiles = triton.cdiv(total, rows)
-    inputs = plan.data if input_plan is None else input_plan.data
-    threshold_forward[(row_tiles * triton.cdiv(out, filters), clients)](
-        x, packed, x if bias is None else bias, y, plan.data, inputs,
-        client_step(x), packed.stride(0), 0 if bias is None else bias.stride(0), client_step(y), plan.data.stride(0),
-        inputs.stride(0), total, out, row_stride(g.n_in), x.stride(1), x.stride(2),
-        line if pointwise else x.stride(3), row_tiles, HEADER=HEADER, SHAPE=g.shape,
-        MODE=(is_wide(x), pointwise, flat, bias is not None, mask_bias, input_plan is not None, tile.piece(x.dtype)),
-        PRECISION=precision(kind), ROWS=rows, TILE=filters, DEPTH=depth,
-        GROUP=min(64, max(16, power_of_two(out))), num_warps=tile.warps, num_stages=tile.stages,
+    if input_plan is not None and x.numel() > 0:
+        x, packed, geometry = restrict(x, packed, input_plan, geometry)
+        inputs = input_plan.data
+    made = prepare(
+        x.shape, x.stride(), (x.dtype, packed.dtype, data.dtype), packed.stride(0), data.stride(0),
+        None if inputs is None else inputs.stride(0), None if bias is None else (bias.dtype, bias.stride(0)), plan.out,
+        geometry, mask_bias, tf32, tile, device, id(measured.of(device)),
     )  # fmt: skip
-    return y
+    return made.run(current_stream(x.get_device()), x, packed, bias, data, data if inputs is None else inputs)

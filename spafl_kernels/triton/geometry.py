@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,31 +60,55 @@ class Geometry:
         )
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """``(clients, N, C, H, W)`` as ``(clients, N, H, W, C)`` whose last stride is 1; a copy only where it must be."""
-    x = x.permute(0, 1, 3, 4, 2)
-    return x if x.stride(4) == 1 or x.shape[4] == 1 else x.contiguous()
+class Positions(NamedTuple):
+    """How ``(clients, N, C, H, W)`` lies in memory whose channel stride is 1: distances in elements.
+
+    ``line``: between consecutive positions, None if it varies. ``wide``: whether offsets inside one image need 64 bits.
+    (The start of an image is always a 64-bit offset. Inside, 64-bit multiplications would be most of the address work.)
+    """
+
+    client: int
+    image: int
+    row: int
+    column: int
+    line: int | None
+    wide: bool
+
+    def step(self, pointwise: bool) -> int:
+        """Distance that a kernel reads by: that of lines where it takes positions as one dimension."""
+        if not pointwise:
+            return self.column
+        assert self.line is not None
+        return self.line
 
 
-def empty_channels_last(
-    clients: int, n: int, c: int, size: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Uninitialised ``(clients, n, c, *size)``, stored as ``(clients, n, *size, c)``."""
-    return torch.empty(clients, n, *size, c, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
+def needs_copy(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether ``(clients, N, C, H, W)`` has to be copied for the kernels: its channels are not next to each other."""
+    return strides[2] != 1 and shape[2] != 1
 
 
-def client_step(t: Tensor) -> int:
+def client_step(clients: int, distance: int) -> int:
     """Distance in memory between clients, as kernels take it: 0 for a single client, whatever the size of its batch.
 
     Kernels are compiled for what divides a distance, and that of a single client is never used.
     """
-    return 0 if t.shape[0] == 1 else t.stride(0)
+    return 0 if clients == 1 else distance
 
 
-def row_step(x: Tensor) -> int | None:
-    """Distance in memory between consecutive positions of ``(clients, N, H, W, C)``, None if it varies."""
+def positions(shape: Sequence[int], strides: Sequence[int]) -> Positions:
+    """Of a tensor with this shape and these strides, or of its copy if it needs one."""
+    clients, n, c, high, wide = shape
+    if needs_copy(shape, strides):
+        strides = channels_last_strides(c, high, wide, n)
+    last = (high - 1) * strides[3] + (wide - 1) * strides[4] + (c - 1) * strides[2]
+    line = _line((wide, high, n), (strides[4], strides[3], strides[1]))
+    return Positions(client_step(clients, strides[0]), strides[1], strides[3], strides[4], line, last >= 2**31)
+
+
+def _line(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """Distance between consecutive elements of dimensions, innermost first; None if it varies."""
     step = span = None
-    for size, stride in zip(x.shape[3:0:-1], x.stride()[3:0:-1], strict=True):
+    for size, stride in zip(sizes, strides, strict=True):
         if size == 1:
             continue
         if step is None:
@@ -93,6 +118,20 @@ def row_step(x: Tensor) -> int | None:
         else:
             span = stride * size
     return 0 if step is None else step
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A copy of ``([clients,] N, C, H, W)``, stored as ``([clients,] N, H, W, C)``."""
+    if x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def empty_channels_last(
+    clients: int, n: int, c: int, size: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Uninitialised ``(clients, n, c, *size)``, stored as ``(clients, n, *size, c)``."""
+    return torch.empty(clients, n, *size, c, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
 
 
 def row_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
@@ -114,15 +153,57 @@ def row_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] |
     return None
 
 
+def channels_last_strides(c: int, high: int, wide: int, n: int) -> tuple[int, int, int, int, int]:
+    """Of ``(clients, n, c, high, wide)``, stored as ``(clients, n, high, wide, c)``."""
+    return n * high * wide * c, high * wide * c, 1, wide * c, c
+
+
 def dense_rows(weight: Tensor) -> Tensor:
     """``weight`` itself if the rows of every client lie dense in memory, else a contiguous copy."""
     return weight if row_order(weight.shape[1:], weight.stride()[1:]) is not None else weight.contiguous()
 
 
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of contiguous memory."""
+    found, span = [], 1
+    for size in reversed(shape):
+        found.append(span)
+        span *= size
+    return tuple(reversed(found))
+
+
+class Memory(NamedTuple):
+    """What is allocated for a tensor. (``torch.empty_strided`` of sizes and strides is the fastest way to it.)"""
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def dense(size: tuple[int, ...], dtype: torch.dtype) -> Memory:
+        """Contiguous."""
+        return Memory(size, dense_strides(size), dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Of contiguous memory."""
+        return math.prod(self.size) * self.dtype.itemsize
+
+    def part(self, kept: slice) -> Memory:
+        """Without the other dimensions, whose sizes are 1."""
+        return Memory(self.size[kept], self.strides[kept], self.dtype)
+
+
+def strides_like_rows(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Of dense memory for ``(clients, out, in[, kH, kW])``; rows channels last if those of these strides are."""
+    n_in = math.prod(shape[2:])
+    if len(shape) == 5 and row_order(shape[1:], strides[1:]) == (n_in, 1):
+        out, c, high, wide = shape[1:]
+        return channels_last_strides(c, high, wide, out)
+    return dense_strides(shape)
+
+
 def like_rows(weight: Tensor) -> Tensor:
     """Uninitialised, shape of ``weight`` (clients first), contiguous; rows channels last if those of ``weight`` are."""
-    n_in = math.prod(weight.shape[2:])
-    if weight.dim() == 5 and row_order(weight.shape[1:], weight.stride()[1:]) == (n_in, 1):
-        clients, out, c, high, wide = weight.shape
-        return weight.new_empty(clients, out, high, wide, c).permute(0, 1, 4, 2, 3)
-    return weight.new_empty(weight.shape)
+    strides = strides_like_rows(weight.shape, weight.stride())
+    return torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device)

@@ -10,6 +10,7 @@ the -1 of the list and the row of zeros behind the packed weights, so that no pr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -21,8 +22,9 @@ from torch import Tensor
 from ..reference import Estimator, check_estimator
 from .bounds import within
 from .device import device_of, on_device_of_first
-from .geometry import dense_rows, row_order
+from .geometry import Memory, dense_rows, row_order
 from .kinds import DTYPES
+from .launch import REMEMBERED, Launch, current_stream
 from .lookback import LANES, WARPS, look_back
 from .plan import HEADER, Plan, capacity, plan_size, row_stride
 
@@ -190,27 +192,83 @@ def plan_layer(
         ``(plan, packed, scores)``; packed ``(clients, capacity(out), row_stride(n_in))`` with every row in
         ``(kH, kW, in)`` order; scores float32 ``(clients, out)``.
     """
-    clients, out = weight.shape[:2]
     weight, threshold = dense_rows(weight), threshold.contiguous()
-    n_in = math.prod(weight.shape[2:])
-    order = row_order(weight.shape[1:], weight.stride()[1:])
-    assert order is not None
-    compare = plan is not None
-    if plan is None:
-        plan = Plan(torch.empty(clients, plan_size(out), dtype=torch.int32, device=weight.device), out)
-    cap, stride = capacity(out), row_stride(n_in)
-    packed = torch.empty(clients, cap, stride, dtype=dtype or weight.dtype, device=weight.device)
-    scores = torch.empty(clients, out, dtype=torch.float32, device=weight.device)
-    blocks = triton.cdiv(cap, ROWS)
-    words = torch.zeros(blocks * clients + 1, dtype=torch.int32, device=weight.device)
-    threshold_pass_layer[(blocks * clients,)](
-        weight, threshold, plan.data, scores, packed, words,
-        weight.stride(0), threshold.stride(0), plan.data.stride(0), packed.stride(0),
-        out, n_in, order[0], order[1], cap, stride, blocks,
-        WINDOW=estimator == "window", COMPARE=compare, HEADER=HEADER, ROWS=ROWS, STEP=STEP, LANES=LANES,
-        num_warps=WARPS,
+    made = prepare(
+        weight.shape, weight.stride(), threshold.stride(0), (weight.dtype, threshold.dtype, dtype or weight.dtype),
+        weight.device, None if plan is None else plan.data.stride(0), estimator == "window",
     )  # fmt: skip
-    return plan, packed, scores
+    stream = current_stream(weight.get_device())
+    data, packed, scores = made.run(stream, weight, threshold, None if plan is None else plan.data)
+    return plan or Plan(data, weight.shape[1]), packed, scores
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPass:
+    """The pass of one layer of given sizes, see :func:`plan_layer`."""
+
+    plan: Memory
+    packed: Memory
+    scores: Memory
+    words: int
+    device: torch.device
+    launch: Launch
+
+    def run(
+        self, stream: int | None, weight: Tensor, threshold: Tensor, plan: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(plan, packed, scores)``; weight and threshold may lack the client dimension where there is one client."""
+        device, empty = self.device, torch.empty_strided
+        if plan is None:
+            size, strides, dtype = self.plan
+            plan = empty(size, strides, dtype=dtype, device=device)
+        size, strides, dtype = self.packed
+        packed = empty(size, strides, dtype=dtype, device=device)
+        size, strides, dtype = self.scores
+        scores = empty(size, strides, dtype=dtype, device=device)
+        words = torch.zeros(self.words, dtype=torch.int32, device=device)
+        self.launch(stream, weight, threshold, plan, scores, packed, words)
+        return plan, packed, scores
+
+
+@functools.lru_cache(REMEMBERED)
+def prepare(
+    shape: tuple[int, ...], strides: tuple[int, ...], threshold: int, dtypes: tuple[torch.dtype, ...],
+    device: torch.device, plan: int | None, window: bool,
+) -> LayerPass:  # fmt: skip
+    """The pass by everything that its launch depends on.
+
+    Args:
+        shape, strides: of the weight, clients first; rows are dense.
+        threshold, plan: distances between clients; no plan: a new one is made.
+        dtypes: of weight, threshold and packed weights.
+        device: of all.
+        window: the estimator.
+    """
+    clients, out = shape[:2]
+    n_in, order = math.prod(shape[2:]), row_order(shape[1:], strides[1:])
+    assert order is not None
+    cap, stride = capacity(out), row_stride(n_in)
+    blocks = triton.cdiv(cap, ROWS)
+    launch = Launch(
+        threshold_pass_layer,
+        (blocks * clients,),
+        (
+            strides[0], threshold, plan_size(out) if plan is None else plan, cap * stride, out, n_in, *order, cap,
+            stride, blocks,
+        ),
+        {
+            "WINDOW": window, "COMPARE": plan is not None, "HEADER": HEADER, "ROWS": ROWS, "STEP": STEP, "LANES": LANES,
+            "num_warps": WARPS,
+        },
+    )  # fmt: skip
+    return LayerPass(
+        Memory.dense((clients, plan_size(out)), torch.int32),
+        Memory.dense((clients, cap, stride), dtypes[2]),
+        Memory.dense((clients, out), torch.float32),
+        blocks * clients + 1,
+        device,
+        launch,
+    )
 
 
 class ModelPass:
@@ -262,8 +320,10 @@ class ModelPass:
         n = self._layers[0].clients
 
         def parts(sizes: list[int], dtype: torch.dtype, fill: int = 0) -> tuple[Tensor, list[Tensor]]:
-            whole = torch.full((n * sum(sizes),), fill, dtype=dtype, device=device)
-            return whole, [part.view(n, -1) for part in whole.split([n * size for size in sizes])]
+            """One memory for all layers; that of each begins at a multiple of 16 bytes, which Triton compiles for."""
+            spans = [-(-n * size // 16) * 16 for size in sizes]
+            whole = torch.full((sum(spans),), fill, dtype=dtype, device=device)
+            return whole, [part[: n * size].view(n, -1) for part, size in zip(whole.split(spans), sizes, strict=True)]
 
         self._plans, plans = parts([plan_size(layer.out) for layer in self._layers], torch.int32, fill=-1)
         self._packed, packed = parts([layer.cap * layer.stride for layer in self._layers], dtype or kind)
@@ -278,18 +338,23 @@ class ModelPass:
         self._words = torch.zeros(2 * self._programs, dtype=torch.int32, device=device)
         self._addresses = self._current_addresses()
         self._table = self._make_table()
+        constants = {
+            "DTYPE": self._dtype, "WINDOW": estimator == "window", "COMPARE": True, "HEADER": HEADER,
+            "FIELDS": FIELDS, "ROWS": ROWS, "STEP": STEP, "LANES": LANES, "num_warps": WARPS,
+        }  # fmt: skip
+        self._launch = Launch(threshold_pass_model, (self._programs,), (), constants)
 
     def _current_addresses(self) -> list[tuple[int, int]]:
         return [(layer.weight.data_ptr(), layer.threshold.data_ptr()) for layer in self._layers]
 
     def _make_table(self) -> Tensor:
-        rows, plan_at, scores_at, packed_at, ticket = [], 0, 0, 0, 0
-        for layer in self._layers:
-            for weight, threshold in zip(layer.weight, layer.threshold, strict=True):
-                at = [weight.data_ptr(), threshold.data_ptr(), plan_at, scores_at, packed_at]
+        rows, ticket = [], 0
+        for layer, plan, scores, packed in zip(self._layers, self.plans, self.scores, self.packed, strict=True):
+            for client, (weight, threshold) in enumerate(zip(layer.weight, layer.threshold, strict=True)):
+                places = [t.storage_offset() + client * t.stride(0) for t in (plan.data, scores, packed)]
+                at = [weight.data_ptr(), threshold.data_ptr(), *places]
                 rows.append([*at, layer.out, layer.n_in, *layer.order, layer.cap, layer.stride, ticket])
-                plan_at, scores_at = plan_at + plan_size(layer.out), scores_at + layer.out
-                packed_at, ticket = packed_at + layer.cap * layer.stride, ticket + layer.blocks
+                ticket += layer.blocks
         return torch.tensor(rows, dtype=torch.int64, device=self._plans.device)
 
     def __call__(self) -> list[Plan]:
@@ -298,10 +363,9 @@ class ModelPass:
             self._addresses = addresses
             self._table = self._make_table()
         with device_of(self._plans):
-            threshold_pass_model[(self._programs,)](
-                self._table, self._owners, self._tickets, self._words, self._plans, self._scores, self._packed,
-                DTYPE=self._dtype, WINDOW=self.estimator == "window", COMPARE=True, HEADER=HEADER, FIELDS=FIELDS,
-                ROWS=ROWS, STEP=STEP, LANES=LANES, num_warps=WARPS,
+            self._launch(
+                current_stream(self._plans.get_device()), self._table, self._owners, self._tickets, self._words,
+                self._plans, self._scores, self._packed,
             )  # fmt: skip
         return self.plans
 

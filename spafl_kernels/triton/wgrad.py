@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .bounds import within
-from .collect import Statistics, collect_channels
-from .geometry import Geometry, client_step, like_rows, row_order, row_step
-from .kinds import is_wide
+from .collect import GROUP, Statistics, collecting
+from .geometry import Geometry, Memory, Positions, client_step, row_order
+from .launch import Launch
 from .lookback import LANES, WARPS, look_back
 from .narrowest import narrowest
-from .plan import HEADER, Plan, capacity, row_stride
+from .plan import HEADER, capacity, row_stride
 from .tiles import Tile, arithmetic, choose, filters_of, power_of_two, precision
 
 EXTEND_ROWS = 256  # blocks of rows that are added up at once
@@ -234,73 +237,108 @@ def split(total: int, depth: int, tiles: int) -> tuple[int, int]:
     return triton.cdiv(steps, each), each
 
 
-def weight_gradients(
-    grad: Tensor,
-    collected: Tensor,
-    statistics: Statistics,
-    x: Tensor,
-    weight: Tensor,
-    plan: Plan,
-    bias: Tensor | None,
-    geometry: Geometry,
-    mask_bias: bool,
-    tf32: bool,
-    tile: Tile | None,
-    input_plan: Plan | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(dw, dtau, dbias)``.
+class Scratch(NamedTuple):
+    """Memory that the launches pass on."""
 
-    ``collected`` and ``statistics`` come from collecting ``grad``; ``collected`` gets the extra filters appended.
-    ``x`` is ``(clients, N, H, W, C)``; with ``input_plan``, ``x`` and geometry are restricted to its list. ``weight``
-    has dense rows.
+    partial: Memory
+    words: Memory
+    sums: Memory
+    extended: Memory
+    slabs: Memory
+
+
+class WeightGradients(NamedTuple):
+    """The launches behind collecting ``dL/dy``.
+
+    ========  ==========================================================================
+    extend    ``(partial, sums, words, plan, extended)``
+    extra     as for collecting, with ``extended``
+    product   ``(x, collected, slabs, extended, inputs)``
+    finish    ``(weight, bias, slabs, sums, plan, extended, inputs, dw, dtau, dbias)``
+    ========  ==========================================================================
     """
-    g, clients, out, cap = geometry, x.shape[0], plan.out, capacity(plan.out)
-    inputs = plan.data if input_plan is None else input_plan.data
-    channels = g.channels if input_plan is None else input_plan.out
-    taps, stride, n_in = g.kernel[0] * g.kernel[1], row_stride(g.n_in), weight.shape[2:].numel()
-    dw, dtau = like_rows(weight), weight.new_empty(clients, out)
-    dbias = None if bias is None else bias.new_empty(clients, out)
-    sums = x.new_empty(clients, out, dtype=torch.float32)
-    extended = x.new_empty(clients, 1 + 2 * out, dtype=torch.int32)
-    partial, groups = statistics.partial, triton.cdiv(out, Statistics.COLUMNS)
-    threshold_extend[(groups * clients,)](
-        partial, sums, statistics.words, plan.data, extended, client_step(partial), sums.stride(0),
-        plan.data.stride(0), extended.stride(0), partial.shape[1], out, groups, HEADER=HEADER, ROWS=EXTEND_ROWS,
-        COLUMNS=Statistics.COLUMNS, LANES=LANES, num_warps=WARPS,
-    )  # fmt: skip
-    collect_channels(grad, plan, extended, into=collected)
 
-    line, kind, total = row_step(x), arithmetic(x.dtype, tf32), collected.shape[1]
-    pointwise = g.pointwise and line is not None
-    tile = tile or choose("wgrad", kind, g, out, x.shape[1], x.device, listed=input_plan is not None)
-    columns = min(tile.rows, max(16, power_of_two(g.n_in) if input_plan is None else g.channels))
+    scratch: Scratch
+    extend: Launch
+    extra: Launch
+    product: Launch
+    finish: Launch
+
+
+def weight_gradients(
+    grad: tuple[Sequence[int], Sequence[int]], statistics: Statistics, x: Positions,
+    weight: tuple[Sequence[int], Sequence[int]], dtype: torch.dtype, bias: int | None, geometry: Geometry,
+    channels: int, mask_bias: bool, tf32: bool, tile: Tile | None, device: torch.device, plan: int, inputs: int | None,
+) -> WeightGradients:  # fmt: skip
+    """The launches for ``dw``, ``dtau`` and ``dbias``.
+
+    Args:
+        grad: shape and strides of ``dL/dy``.
+        statistics: what collecting leaves behind.
+        x: where its positions lie; with a plan of the input, x and geometry are those of its list.
+        weight: shape and strides; rows are dense.
+        dtype, device: of ``x``.
+        bias, plan, inputs: distances between clients in the bias, the plan, and the plan of the input.
+        channels: of the input, listed or not.
+    """
+    shape, strides = weight
+    order = row_order(shape[1:], strides[1:])
+    assert order is not None
+    g, listed, (clients, n, out, high, wide) = geometry, inputs is not None, grad[0]
+    cap, taps, stride, n_in = capacity(out), g.kernel[0] * g.kernel[1], row_stride(g.n_in), math.prod(shape[2:])
+    total, listing, inputs = n * high * wide, 1 + 2 * out, plan if inputs is None else inputs
+    extend = Launch(
+        threshold_extend,
+        (statistics.groups * clients,),
+        (statistics.client, out, plan, listing, statistics.blocks, out, statistics.groups),
+        {"HEADER": HEADER, "ROWS": EXTEND_ROWS, "COLUMNS": GROUP, "LANES": LANES, "num_warps": WARPS},
+    )
+
+    kind, pointwise = arithmetic(dtype, tf32), g.pointwise and x.line is not None
+    tile = tile or choose("wgrad", kind, g, out, n, device, listed=listed)
+    columns = min(tile.rows, max(16, g.channels if listed else power_of_two(g.n_in)))
     filters = filters_of(tile, cap)
     narrow = min(columns, 64)  # addresses of single channels cost the registers of a wider tile
-    flat = input_plan is None and taps > 1 and 2 * triton.cdiv(g.n_in, narrow) <= taps * triton.cdiv(g.channels, narrow)
+    flat = not listed and taps > 1 and 2 * triton.cdiv(g.n_in, narrow) <= taps * triton.cdiv(g.channels, narrow)
     columns = narrow if flat else columns
     column_tiles = triton.cdiv(g.n_in, columns) if flat else taps * triton.cdiv(g.channels, columns)
     tiles = column_tiles * triton.cdiv(out, filters)
     parts, steps = split(total, tile.depth, tiles * clients)
-    slabs = x.new_empty(clients, parts, cap, stride, dtype=torch.float32)
-    threshold_wgrad[(tiles, parts, clients)](
-        x, collected, slabs, extended, inputs, client_step(x), client_step(collected), client_step(slabs),
-        extended.stride(0), inputs.stride(0), total, steps, stride, x.stride(1), x.stride(2),
-        line if pointwise else x.stride(3),
-        column_tiles, SHAPE=g.shape, MODE=(is_wide(x), pointwise, flat, input_plan is not None),
-        PRECISION=precision(kind), CAP=cap, COLUMNS=columns, TILE=filters, DEPTH=tile.depth, num_warps=tile.warps,
-        num_stages=tile.stages,
+    slabs = (clients, parts, cap, stride)
+    product = Launch(
+        threshold_wgrad,
+        (tiles, parts, clients),
+        (
+            x.client, client_step(clients, total * cap), client_step(clients, math.prod(slabs[1:])), listing, inputs,
+            total, steps, stride, x.image, x.row, x.step(pointwise), column_tiles,
+        ),
+        {
+            "SHAPE": g.shape, "MODE": (x.wide, pointwise, flat, listed), "PRECISION": precision(kind), "CAP": cap,
+            "COLUMNS": columns, "TILE": filters, "DEPTH": tile.depth, "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        },
     )  # fmt: skip
-
     step = min(FINISH_STEP, max(16, power_of_two(n_in)))
     warps = 16 if step > 512 else 8
-    order = row_order(weight.shape[1:], weight.stride()[1:])
-    assert order is not None
-    threshold_finish[(out, clients)](
-        weight, weight if bias is None else bias, slabs, sums, plan.data, extended, inputs, dw, dtau,
-        dtau if dbias is None else dbias,
-        weight.stride(0), 0 if bias is None else bias.stride(0), client_step(slabs), plan.data.stride(0),
-        extended.stride(0), inputs.stride(0), out, n_in, order[0], order[1], channels, stride, parts,
-        HEADER=HEADER, LISTED=input_plan is not None, INPUT_CAP=capacity(channels), CAP=cap,
-        HAS_BIAS=bias is not None, MASK_BIAS=mask_bias, STEP=step, DEEP=512 * warps // step, num_warps=warps,
+    finish = Launch(
+        threshold_finish,
+        (out, clients),
+        (
+            strides[0], 0 if bias is None else bias, client_step(clients, math.prod(slabs[1:])), plan, listing, inputs,
+            out, n_in, *order, channels, stride, parts,
+        ),
+        {
+            "HEADER": HEADER, "LISTED": listed, "INPUT_CAP": capacity(channels), "CAP": cap,
+            "HAS_BIAS": bias is not None, "MASK_BIAS": mask_bias,
+            "STEP": step, "DEEP": 512 * warps // step, "num_warps": warps,
+        },
     )  # fmt: skip
-    return dw, dtau, dbias
+    extra = collecting(*grad, plan, extended_client=listing)
+    scratch = Scratch(
+        statistics.partial,
+        statistics.words,
+        Memory.dense((clients, out), torch.float32),
+        Memory.dense((clients, listing), torch.int32),
+        Memory.dense(slabs, torch.float32),
+    )
+    return WeightGradients(scratch, extend, extra, product, finish)

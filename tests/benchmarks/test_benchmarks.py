@@ -4,6 +4,10 @@ import csv
 import dataclasses
 import functools
 import importlib
+import platform
+import shutil
+import socket
+import subprocess
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from benchmarks import __main__ as registry
 from benchmarks import (
     breakdown,
     cases,
+    commit,
     common,
     federated,
     inference,
@@ -22,6 +27,7 @@ from benchmarks import (
     training_step,
     workers,
 )
+from benchmarks.gpu import results
 from spafl_kernels import ops, to_dense
 from spafl_kernels.compact import CompactTrainer
 
@@ -418,3 +424,44 @@ def test_bad_densities_are_refused(capsys):
         with pytest.raises(SystemExit):
             importlib.import_module(f"benchmarks.{name}").main(["--densities", "0"])
         assert "--densities must be in" in capsys.readouterr().err
+
+
+def git(folder, *command):
+    who = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+    subprocess.run(["git", *who, *command], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
+def test_the_commit_is_the_one_of_the_checkout_and_not_of_one_around_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("SPAFL_COMMIT", raising=False)
+    (tmp_path / "file").write_text("1")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-q", "-m", "one")
+    git(tmp_path, "tag", "-a", "v1", "-m", "a tag does not replace the commit")
+    head = (tmp_path / ".git" / "HEAD").read_text().split()[1]
+    full = (tmp_path / ".git" / head).read_text()
+    clean = commit.commit(tmp_path)
+    assert len(clean) >= 7 and full.startswith(clean)
+    (tmp_path / "file").write_text("2")
+    assert commit.commit(tmp_path) == f"{clean}-dirty" and commit.commit(tmp_path, changes=False) == clean
+    (tmp_path / "copy").mkdir()
+    assert commit.commit(tmp_path / "copy") == "unknown"
+
+
+def test_without_git_the_commit_is_what_the_copy_says_or_unknown(monkeypatch, tmp_path):
+    monkeypatch.delenv("SPAFL_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "no tools"))
+    (tmp_path / ".git").mkdir()
+    assert commit.commit(tmp_path) == "unknown"
+    (tmp_path / "build" / "gpu").mkdir(parents=True)
+    (tmp_path / commit.FILE).write_text("abc1234\n")
+    assert commit.commit(tmp_path) == "abc1234"
+    monkeypatch.setenv("SPAFL_COMMIT", "def5678")
+    assert commit.commit(tmp_path) == "def5678"
+    monkeypatch.setattr(platform, "node", lambda: "a-host")
+    monkeypatch.setattr(socket, "gethostname", lambda: "a-host")
+    # What is written with every row: made without git, and nothing that tells the machine.
+    for facts in (results.environment("made-up GPU", "none"), common._facts.__wrapped__()):
+        assert facts["commit"] == "def5678"
+        assert not [v for v in facts.values() if "a-host" in v or str(commit.ROOT) in v]

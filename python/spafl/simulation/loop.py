@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from ..wire import Message, decode, encode, payload_bytes
 from . import checkpoint
 from .checkpoint import Announcement, Progress
 from .metrics import density_summary, environment, evaluation_summary, first_layer_masks
+from .placement import pick_device, pick_workers
 from .pool import Pool
 from .progress import ProgressLine
 from .resident import ClientSetting
@@ -56,22 +57,6 @@ def sample_clients(config: RunConfig, round: int) -> list[int]:
     if config.sampling.stream == "published-cifar100":
         return np.random.RandomState(round).choice(clients, count, replace=False).tolist()
     return rng.numpy_stream(config.seed, "sampling", round).choice(clients, count, replace=False).tolist()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a run; ``auto`` is CUDA where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("simulation.device: cuda was asked for, but this PyTorch sees no CUDA device")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-def pick_workers(config: RunConfig, device: torch.device) -> int:
-    """Worker processes of a run: as configured, else one per core (CPU) or one (GPU), never more than busy clients."""
-    if config.simulation.workers:
-        return config.simulation.workers
-    if device.type != "cpu":
-        return 1
-    return max(1, min(len(os.sched_getaffinity(0)), config.sampling.clients_per_round))
 
 
 @dataclass
@@ -152,14 +137,16 @@ class Simulation:
         config: what to run.
         folder: an opened run folder.
         resume: continue from the folder's last checkpoint.
-        quiet: no progress line even on a terminal.
+        quiet: no progress line even on a terminal, and no line that says why a device was chosen.
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder, resume: bool = False, quiet: bool = False) -> None:
         self.config = config
         self.folder = folder
         self.quiet = quiet
-        self.device = pick_device(config.simulation.device)
+        self.device, why = pick_device(config)
+        if why and not quiet:
+            print(f"spafl: {why}", file=sys.stderr)
         self.workers = pick_workers(config, self.device)
         self.problem = build_problem(config)
         self.algorithm = self.problem.algorithm

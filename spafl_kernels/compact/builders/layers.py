@@ -78,7 +78,7 @@ def layer(scope: Scope, op: Op, i: int) -> Run:
         if const_in and (c := env[n + j]) is not None:
             assert wd is not None
             if taps is not None:
-                shift = torch.matmul(c, wd.flatten(2)) @ taps  # (rows, kernel) by (kernel, positions)
+                shift = _through(c, wd.flatten(2)) @ taps  # (rows, kernel) by (kernel, positions)
             else:
                 flat = wd.flatten(1)
                 kernel = flat.shape[1] // len(c)
@@ -109,6 +109,14 @@ def layer(scope: Scope, op: Op, i: int) -> Run:
     return run
 
 
+def _through(constants: Tensor, weights: Tensor) -> Tensor:
+    """``(C,)`` by ``(rows, C, kernel)``: ``(rows, kernel)``."""
+    if weights.device.type == "cpu":
+        return torch.matmul(constants, weights)
+    # matmul would copy the weights, forward and backward, to have one product; elsewhere a call is what costs.
+    return torch.bmm(constants.expand(len(weights), 1, -1), weights).squeeze(1)
+
+
 def _passes(
     scope: Scope, name: str, columns: Channels | None
 ) -> tuple[tuple[int, int], Callable[[int], Passes] | None]:
@@ -137,7 +145,7 @@ def depthwise(scope: Scope, op: Op, i: int) -> Run:
     const_out = op.const and rows is not None and len(rows.dropped) > 0
     # Without constants a dropped input channel is 0; then only channels kept on both sides are moved.
     select = None if rows is None or rows.full else rows.kept
-    direct = before is not None and rows is not None and bool(torch.equal(before.kept, rows.kept))
+    direct = before is not None and rows is not None and torch.equal(before.host.kept, rows.host.kept)
 
     def run(env: list[Any], training: bool) -> None:
         if direct:

@@ -28,7 +28,7 @@ def flatten(scope: Scope, op: Op, i: int) -> Run:
     def run(env: list[Any], training: bool) -> None:
         x, c = env[j], env[n + j]
         repeat = x[0, 0].numel()
-        if before.pads and (repeat > 1 or after.pads != before.pads):
+        if (before.pads and repeat > 1) or after.pads != before.pads:
             x = F.pad(x.narrow(1, 0, len(before.kept)).flatten(1), (0, after.pads))
         env[i] = x.flatten(1)
         if c is not None:
@@ -93,9 +93,10 @@ def split(scope: Scope, op: Op, i: int) -> Run:
     n, j, before = scope.count, scope.index[op.sources[0]], scope.channels(scope.op(op.sources[0]))
     layout = scope.op(op.sources[0]).layout
     assert before is not None and layout is not None
-    ends = torch.tensor([high for _, high in op.data], device=before.kept.device)
+    ends = torch.tensor([high for _, high in op.data])
     sizes, lost = (
-        torch.searchsorted(c, ends).diff(prepend=ends.new_zeros(1)).tolist() for c in (before.kept, before.dropped)
+        torch.searchsorted(c, ends).diff(prepend=ends.new_zeros(1)).tolist()
+        for c in (before.host.kept, before.host.dropped)
     )
     sizes.append(before.pads)
 

@@ -42,7 +42,8 @@ def add(scope: Scope, op: Op, i: int) -> Run:
 
 def _add_into(scope: Scope, full: Callable[[list[Any]], Any], j: int, part: Op, channels: Channels, i: int) -> Run:
     assert part.layout is not None
-    n, spread = scope.count, Spread(channels.kept, channels.width, part.layout.dim, scope.native)
+    n = scope.count
+    spread = Spread(channels.host.kept, channels.width, part.layout.dim, scope.native, scope.device)
 
     def run(env: list[Any], training: bool) -> None:
         env[i] = spread(env[j], env[n + j], full(env))

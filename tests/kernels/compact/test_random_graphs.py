@@ -1,5 +1,8 @@
 """Graphs made by hypothesis: train, evaluate and export must equal the masked model, whatever the blocks and masks."""
 
+from functools import partial
+from unittest import mock
+
 import torch
 from helpers import batches, compare
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +12,7 @@ from torch import nn
 
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, threshold_layers
 from spafl_kernels.compact import CompactTrainer, export
+from spafl_kernels.compact.session import Session
 from spafl_kernels.training import SGDOptions
 
 
@@ -100,13 +104,18 @@ def graphs(draw):
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    model=graphs(), multiple=st.sampled_from([1, 8]), compiled=st.booleans(), patience=st.sampled_from([0, 0.1, 1e9])
+    model=graphs(),
+    multiple=st.sampled_from([1, 8]),
+    kind=st.sampled_from(["compiled", "plain", "gpu"]),
+    patience=st.sampled_from([0, 0.1, 1e9]),
 )
-def test_random_graphs(model, multiple, compiled, patience):
+def test_random_graphs(model, multiple, kind, patience):
     options = SGDOptions(lr=1e-3, momentum=0.9, weight_decay=0.01, max_grad_norm=5.0, penalty=0.1, collapse_floor=0.05)
-    trainer = CompactTrainer(model, strict=True, multiple=multiple, compiled=compiled, patience=patience)
+    trainer = CompactTrainer(model, strict=True, multiple=multiple, compiled=kind == "compiled", patience=patience)
     data = batches((2, 7, 7), 4, 3, classes=3)
-    compare(model, options, data, evaluate_every=2, start_momentum=0.01, tolerance=1e-7, trainer=trainer)
+    # Plans and memory order as a GPU wants them.
+    with mock.patch("spafl_kernels.compact.trainer.Session", partial(Session, gpu=kind == "gpu")):
+        compare(model, options, data, evaluate_every=2, start_momentum=0.01, tolerance=1e-7, trainer=trainer)
     model.eval()
     x = torch.randn(2, 2, 7, 7, dtype=torch.float64)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from spafl_kernels.compact import CompactTrainer, fusion
 from spafl_kernels.compact.builders import norms
 from spafl_kernels.compact.follow import trace_flow
 from spafl_kernels.engines import make_trainer
-from spafl_kernels.training import SGDOptions, Unsupported
+from spafl_kernels.training import MaskedTrainer, SGDOptions, Unsupported
 
 EVERYTHING = SGDOptions(lr=0.02, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.003, collapse_floor=0.01)
 
@@ -107,6 +107,33 @@ def test_filters_that_were_pruned_may_be_computed_on_for_a_while(bias, mask_bias
             trainer.model, options, batches((2, 7, 8), 30, 4, classes=5), evaluate_every=5, trainer=trainer
         )
         assert flips > 3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("patience", [0.5, 1e9])
+def test_a_row_that_is_computed_on_has_a_gradient_once_its_constant_passes(patience, compiled):
+    """Pruned after the plan was made, with a negative beta; then, though no mask changes, beta becomes positive."""
+    torch.manual_seed(0)
+    net = [ThresholdConv2d(2, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*net, ThresholdLinear(8 * 25, 3, bias=False)).double()
+    nn.init.constant_(model[1].bias, -0.5)
+    twin = copy.deepcopy(model)
+    masked, compact = MaskedTrainer(twin), CompactTrainer(model, strict=True, patience=patience, compiled=compiled)
+    for trainer in (masked, compact):
+        trainer.begin(SGDOptions(lr=0.01))
+    for k, (x, y) in enumerate(batches((2, 7, 7), 4, 4, classes=3)):
+        if k:
+            session = compact._session
+            session._update.flipped = True
+            if k == 1:
+                twin[0].threshold.data[3] = session._tau[3] = 2.0
+            if k == 2:
+                assert session._layers["0"].slot.rows is not None and not session.rebuilds
+                twin[1].bias.data[3] = session._norms["1"].slot.bias.data[3] = 1.0
+        torch.testing.assert_close(compact.step(x, y), masked.step(x, y), rtol=1e-9, atol=1e-9)
+    compact.finish(), masked.finish()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -11,6 +11,7 @@ from pathlib import Path
 import cuda_build
 import cuda_sass as sass
 import pytest
+import torch
 
 pytestmark = [
     pytest.mark.compile_only,
@@ -74,27 +75,55 @@ __global__ void __launch_bounds__(1024, 2) kernel(float* x) {  // 32 registers a
         cuda_build.compile_cuda(source, tmp_path / "spill.cubin", "-cubin")
 
 
-def test_the_extension_loads_in_this_torch(tmp_path):
-    library = cuda_build.extension(tmp_path)
-    code = """
-import sys, torch
+# Stands for the library of a CUDA torch, which `import torch` loads out of the global scope.
+STREAM = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { *stream = nullptr; return 0; }'
+LOAD = """
+import ctypes, sys, torch
 from spafl_kernels.ops import cuda_ops
-cuda_ops.load(sys.argv[1])
-assert cuda_ops.available() and cuda_ops.why_not() is None
+if sys.argv[2:]:
+    ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_LOCAL)
+try:
+    cuda_ops.load(sys.argv[1])
+except RuntimeError as error:
+    print("load:", error)
+    cuda_ops._reason = str(error)
+print(cuda_ops.available(), cuda_ops.why_not())
 for name in cuda_ops.NAMES:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spafl::{name}", "CUDA"), name
 weights, thresholds = [torch.ones(1, 2, 3)], [torch.zeros(1, 2)]
 state = cuda_ops.mask_state(weights)
 try:
     cuda_ops.threshold_pass(weights, thresholds, state)
-except NotImplementedError as error:
+except (NotImplementedError, RuntimeError) as error:
     print("refused:", str(error).splitlines()[0])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(library)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{cuda_build.REPOSITORY}:{cuda_build.REPOSITORY / 'python'}"},
+
+
+def test_the_extension_loads_in_a_torch_with_cuda_and_says_what_a_torch_without_lacks(tmp_path):
+    library = cuda_build.extension(tmp_path)
+    (tmp_path / "stream.cpp").write_text(STREAM)
+    stub = tmp_path / "libtorch_cuda.so"
+    subprocess.run(["g++", "-shared", "-fPIC", str(tmp_path / "stream.cpp"), "-o", str(stub)], check=True)
+
+    def load(*libraries: Path) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD, *map(str, libraries)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": f"{cuda_build.REPOSITORY}:{cuda_build.REPOSITORY / 'python'}"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()
+
+    with_cuda = load(library, stub)
+    assert with_cuda[0] == "True None"
+    assert with_cuda[1].startswith(
+        "refused: Could not run 'spafl::threshold_pass_cuda' with arguments from the 'CPU' backend"
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Could not run 'spafl::threshold_pass_cuda' with arguments from the 'CPU' backend" in done.stdout
+    if torch.version.cuda is None:
+        why = (
+            "no library in this process defines aoti_torch_get_current_cuda_stream, by which the CUDA kernels find "
+            "their stream: this torch was built without CUDA"
+        )
+        call = f"refused: threshold_pass_cuda: the CUDA operators are not available: {why}"
+        assert load(library) == [f"load: {why}", f"False {why}", call]

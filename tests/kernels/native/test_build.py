@@ -123,27 +123,114 @@ def library(extension, copy):
     return Path(shutil.copy(built, copy / "spafl_kernels" / built.name))
 
 
-def test_a_library_of_another_version_is_refused_with_the_reason(library):
+def of_another_version(library):
     data = library.read_bytes()
     schema = f'"schema": {native.SCHEMA}'.encode()
     assert data.count(schema) == 1
     library.write_bytes(data.replace(schema, schema[:-1] + b"9"))
+
+
+def of_another_torch(library):
+    """It asks torch for a symbol that this one does not have."""
+    data = library.read_bytes()
+    symbol = b"aoti_torch_get_dtype"
+    assert symbol in data
+    library.write_bytes(data.replace(symbol, b"aoti_torch_GONE_type"))
+
+
+def test_a_library_of_another_version_is_refused_with_the_reason(library):
+    of_another_version(library)
     for why in (WHY, WHY_CUDA):
         out, _ = python(library.parent.parent, why)
         assert out.startswith("False _C.abi3.so has operator interface 9 and this package needs")
 
 
 def test_a_library_that_cannot_be_loaded_is_no_crash(library):
-    # Another torch lacks a symbol that this one has.
-    data = library.read_bytes()
-    symbol = b"aoti_torch_get_dtype"
-    assert symbol in data
-    library.write_bytes(data.replace(symbol, b"aoti_torch_GONE_type"))
+    of_another_torch(library)
     for why in (WHY, WHY_CUDA):
         out, error = python(library.parent.parent, why)
         assert out.startswith("False _C.abi3.so was built with torch") and "cannot load it" in out, out + error
     _, error = python(library.parent.parent, WHY, SPAFL_NATIVE="1")
     assert "RuntimeError: SPAFL_NATIVE=1, but _C.abi3.so was built with torch" in error
+
+
+def test_without_a_compiler_a_library_that_fits_stays(library):
+    folder, before = library.parent.parent, library.read_bytes()
+    done, record = build(folder, "build_ext", "--inplace", CXX="/no/such/compiler")
+    assert done.returncode == 0, done.stderr
+    assert "keeping _C.abi3.so of an earlier build, which fits: no C++ compiler (/no/such/compiler" in done.stderr
+    assert library.read_bytes() == before
+    assert record["cpp"] is True and record["kept"].startswith("no C++ compiler (/no/such/compiler")
+    assert record["cuda"] is bool(native.build_info()["cuda"])
+    out, error = python(folder, WHY + "; print(native.build_record()['kept'])")
+    assert out.splitlines()[0] == "True None" and out.splitlines()[1] == record["kept"], error
+    library.unlink()
+    assert python(folder, WHY)[0].startswith("False the C++ extension was not built: no C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (of_another_version, "it has operator interface 9 and this package needs"),
+        (of_another_torch, "this torch cannot load it"),
+    ],
+)
+def test_without_a_compiler_a_library_that_does_not_fit_is_named_as_such(library, damage, problem):
+    damage(library)
+    done, record = build(library.parent.parent, "build_ext", "--inplace", CXX="/no/such/compiler")
+    assert done.returncode == 0 and record["cpp"] is False and "kept" not in record
+    assert f"_C.abi3.so of an earlier build stays but is of no use: {problem}" in done.stderr
+    assert library.exists()
+
+
+def test_without_nvcc_a_library_with_cuda_kernels_stays(library):
+    if not native.build_info()["cuda"]:
+        pytest.skip("the extension was built without CUDA")
+    folder, before = library.parent.parent, library.read_bytes()
+    text = (folder / "setup.py").read_text()
+    (folder / "setup.py").write_text(
+        text.replace('"/usr/local/cuda"', '"/no/toolkit"').replace('which("nvcc")', 'which("no-nvcc")')
+    )
+    done, record = build(folder, "build_ext", "--inplace", CUDA_HOME="", CUDA_PATH="")
+    assert done.returncode == 0, done.stderr
+    assert "keeping _C.abi3.so of an earlier build, which fits: no CUDA toolkit" in done.stderr
+    assert library.read_bytes() == before and record["cuda"] is True and "SPAFL_BUILD_CUDA=0" in record["kept"]
+
+
+def test_only_a_wish_removes_a_library(library):
+    done, record = build(library.parent.parent, SPAFL_BUILD_CPP="0")
+    assert done.returncode == 0 and "removing _C.abi3.so of an earlier build: SPAFL_BUILD_CPP=0" in done.stderr
+    assert not library.exists() and record["cpp"] is False and record["cpp_reason"] == "SPAFL_BUILD_CPP=0"
+
+
+def test_a_build_that_fails_leaves_library_and_record_as_they_were(library):
+    folder, before = library.parent.parent, library.read_bytes()
+    broken = folder / "broken-c++"
+    broken.write_text('#!/bin/sh\ncase "$*" in *probe.cpp*) exec c++ "$@";; esac\necho "no space left" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    done, record = build(folder, "build_ext", "--inplace", CXX=str(broken), SPAFL_BUILD_CUDA="0")
+    assert done.returncode != 0 and record is None and library.read_bytes() == before
+    written = {"cpp": True, "cpp_reason": None, "cuda": False, "cuda_reason": "of the build before"}
+    (folder / "spafl_kernels" / "_build.json").write_text(json.dumps(written))
+    done, record = build(folder, "build_ext", "--inplace", CXX=str(broken), SPAFL_BUILD_CUDA="0")
+    assert done.returncode != 0 and record == written and library.read_bytes() == before
+
+
+def test_a_library_decides_over_a_record_that_contradicts_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_HERE", tmp_path)
+    record = {"cpp": False, "cpp_reason": "no C++ compiler", "cuda": False, "cuda_reason": "no nvcc"}
+    (tmp_path / "_build.json").write_text(json.dumps(record))
+    assert native.build_record() == record
+    (tmp_path / "_C.abi3.so").write_bytes(b'ELF SPAFL_BUILD{"schema": 1, "cuda": "90a"}\0')
+    assert native.build_record() == {"cpp": True, "cpp_reason": None, "cuda": True, "cuda_reason": None}
+    record = {"cpp": True, "cpp_reason": None, "cuda": True, "cuda_reason": None, "kept": "no ninja"}
+    (tmp_path / "_build.json").write_text(json.dumps(record))
+    assert native.build_record() == record
+    (tmp_path / "_C.abi3.so").unlink()
+    assert native._reason_not_built() == "the C++ extension was not built: no ninja"
+    del record["kept"]
+    (tmp_path / "_build.json").write_text(json.dumps(record))
+    assert native._reason_not_built().startswith("the C++ extension was built, but its library spafl_kernels/_C*.so is")
 
 
 def test_an_instruction_set_is_forced_or_refused(extension):

@@ -7,7 +7,7 @@ import torch
 
 import spafl_kernels
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, ops, reference
-from spafl_kernels.ops import backend, library
+from spafl_kernels.ops import backend, library, single
 from spafl_kernels.tables import FOLDER, choices, classes, file_name
 
 CLASS = "conv1x1/1 in8 out8 positions4"
@@ -37,10 +37,11 @@ def calls(monkeypatch):
         monkeypatch.setattr(
             reference, name, lambda *a, stock=stock, **k: (taken.append("reference"), stock(*a, **k))[1]
         )
-    stock_narrow = library.narrow
-    monkeypatch.setattr(library, "narrow", lambda *a: (taken.append("narrow"), stock_narrow(*a))[1])
-    stock_call = library._call
-    monkeypatch.setattr(library, "_call", lambda *a: (taken.append("triton"), stock_call(*a))[1])
+    stock_narrow = single.narrow
+    monkeypatch.setattr(single, "narrow", lambda *a: (taken.append("narrow"), stock_narrow(*a))[1])
+    for name in ("call_linear", "call_conv2d"):
+        stock = getattr(library, name)
+        monkeypatch.setattr(library, name, lambda *a, stock=stock: (taken.append("triton"), stock(*a))[1])
     return taken
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import choices, clock, layers, results, roofline, schedule, shapes, steps, targets
+from benchmarks.gpu import captured, choices, clock, layers, results, roofline, schedule, shapes, steps, targets
 from spafl_kernels import tables
 from spafl_kernels.ops import closed_form, cuda_ops
 from spafl_kernels.tables import classes
@@ -235,9 +235,10 @@ def test_the_collapse_guard_of_a_cohort():
 def test_rows_of_a_cohort(monkeypatch):
     monkeypatch.setattr(cuda_ops, "available", lambda: False)
     rows = list(steps.cohort_rows(Cpu(400.0, 100.0), "lenet5", 2, 2, "fp64", (1.0, 0.5), (False,)))
-    assert [(r["provider"], r["density"], r["gate"], r["speedup_vs_dense"]) for r in rows] == [
-        ("loop", 1.0, "pass", 1.0), ("cohort-torch", 1.0, "pass", 4.0),
-        ("loop", 0.5, "pass", 1.0), ("cohort-torch", 0.5, "pass", 4.0),
+    assert [(r["provider"], r["density"], r["gate"].split()[0], r["speedup_vs_dense"]) for r in rows] == [
+        (p, density, "pass", speedup)
+        for density in (1.0, 0.5)
+        for p, speedup in (("loop", 1.0), ("cohort-torch", 4.0), ("compact-graph", 1.0), ("compact-streams", 4.0))
     ]  # fmt: skip
     assert all(r["clients"] == 2 and r.keys() <= set(results.COLUMNS) for r in rows)
 
@@ -249,13 +250,26 @@ def test_a_cohort_that_trains_wrongly_has_no_time(monkeypatch):
     assert rows[0]["us"] == 100.0 and "us" not in rows[1] and rows[1]["gate"].startswith("fail")
 
 
+def test_captured_steps_that_train_wrongly_have_no_time(monkeypatch):
+    stock = captured.CapturedCompact.step
+    monkeypatch.setattr(captured.CapturedCompact, "step", lambda self, x, y: stock(self, 1.001 * x, y))
+    rows = [
+        *steps.cohort_rows(Cpu(), "lenet5", 2, 2, "fp64", (0.5,), (False,)),
+        *steps.model_rows(Cpu(), "lenet5", 2, "fp64", (1.0,), (False,)),
+    ]
+    red = {r["provider"] for r in rows if str(r["gate"]).startswith("fail") and "us" not in r}
+    assert red == {"compact-graph", "compact-streams", "compact-fixed"}
+
+
 def test_rows_of_a_model():
     rows = list(steps.model_rows(Cpu(), "lenet5", 2, "fp64", (0.5,), (False, True)))
     assert [(r["provider"], r["density"], r["graph"]) for r in rows] == [
         *((p, 1.0, g) for p in ("dense", "masked", "ours") for g in (0, 1)), ("compact", 1.0, 0),
+        *(("compact-fixed", 1.0, g) for g in (0, 1)),
         *((p, 0.5, g) for p in ("masked", "ours") for g in (0, 1)), ("compact", 0.5, 0),
+        *(("compact-fixed", 0.5, g) for g in (0, 1)),
     ]  # fmt: skip
-    assert all(r["gate"] == ("-" if r["provider"] == "dense" else "pass") and "us" in r for r in rows)
+    assert all(r["gate"].split()[0] == ("-" if r["provider"] == "dense" else "pass") and "us" in r for r in rows)
 
 
 def test_a_difference_is_seen_in_every_parameter():
@@ -474,6 +488,10 @@ def test_targets_are_met_missed_or_not_measured():
     def cohort(us, provider, graph):
         return {**sample(us, "all", provider, 0.5, graph=graph), "kind": "cohort", "clients": "10", "batch": "64"}
 
+    def step(model, density, factor):
+        row = {**sample(10, "all", "compact-fixed", density), "kind": "step", "model": model}
+        return {**row, "speedup_vs_dense": str(factor)}
+
     rows = [
         whole("a", 40, 0.5, 2.0),  # 2.5 times as fast as dense; asked for: 1.8, and .75 * 2
         whole("b", 100 / 1.7, 0.5, 2.0),  # 1.7: 1.5 is reached, 1.8 is not
@@ -484,6 +502,10 @@ def test_targets_are_met_missed_or_not_measured():
         cohort(290, "loop", 1),
         cohort(100, "cohort", 1),
         cohort(120, "cohort-torch", 1),
+        *(step("resnet18-full", d, f) for d, f in ((0.5, 1.9), (0.25, 2.5))),
+        step("conv4", 0.5, 1.1),
+        step("conv4", 1.0, 0.5),  # density 1 is no target
+        step("vit", 0.5, 0.5),  # nor is this model
     ]  # fmt: skip
     found = [str(v) for v in targets.judge(rows)]
     assert found[0] == (
@@ -491,7 +513,9 @@ def test_targets_are_met_missed_or_not_measured():
     )
     assert found[1].endswith("at density 0.5, bf16, batch 128 (1 of 2): conv4.b at 0.5 1.70 < 1.80")
     assert found[2].endswith("at density 0.25, bf16, batch 128 (0 of 1): conv4.d at 0.25 2.00 < 3.00")
-    assert [v.split()[0] for v in found] == ["missed"] * 3 + ["not"] * 3 + ["met", "missed"]
+    assert [v.split()[0] for v in found] == ["missed"] * 3 + ["not"] * 3 + ["missed"] * 2 + ["met", "missed"]
+    assert found[6].endswith("at density 0.5, batch 128 (1 of 2): conv4 at 0.5 1.10 < 1.80")
+    assert found[7].endswith("at density 0.25, batch 128 (0 of 1): resnet18-full at 0.25 2.50 < 3.00")
     assert found[-1].endswith("the masked loop, in a graph (0 of 1): conv4 at 0.5 2.90 < 3.00")
 
 
@@ -528,15 +552,15 @@ def test_the_whole_command(tmp_path, pretended_gpu, capsys):
     path = tmp_path / "gpu.csv"
     assert command.main(["--workers", "1", "--out", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "5 rows in" in said and "red: 0" in said and said.count("not measured") == 8
+    assert "7 rows in" in said and "red: 0" in said and said.count("not measured") == 8
     rows = rows_of(path)
-    assert len(rows) == 5 and {r["gpu"] for r in rows} == {"made-up GPU"}
+    assert len(rows) == 7 and {r["gpu"] for r in rows} == {"made-up GPU"}
     assert all(r["commit"] and r["torch"] == torch.__version__ and r["time"] for r in rows)
     assert {r["roofline"] for r in rows} == {"unknown device: no floors"}
 
 
 def test_a_red_run_says_so_and_fails(tmp_path, pretended_gpu, monkeypatch, capsys):
-    monkeypatch.setattr(steps, "difference", lambda got, want: 1.0)
+    monkeypatch.setattr(steps, "differs_most", lambda got, want: (1.0, "conv1.weight"))
     assert command.main(["--workers", "1", "--out", str(tmp_path / "gpu.csv")]) == 1
     said = capsys.readouterr().out
     assert "RED" in said and "red: 1" in said
@@ -675,6 +699,13 @@ def test_percentiles_and_errors_of_a_measurement():
         raise ValueError("x" * 500)
 
     assert clock.measure(Scripted(), broken, graph=False)["error"] == ("ValueError: " + "x" * 500)[:160]
+
+
+def test_rounding_of_the_masked_loop_widens_the_gate_but_not_without_limit():
+    gate = steps.GATE["tf32"]
+    assert steps._bound(0.0, gate) == steps._bound(0.4 * gate, gate) == gate
+    assert steps._bound(0.9 * gate, gate) == pytest.approx(1.8 * gate)
+    assert steps._bound(5 * gate, gate) == steps._bound(float("inf"), gate) == gate
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU

@@ -28,6 +28,7 @@ else:
     import spafl_kernels.triton.collect as collect_module
     import spafl_kernels.triton.threshold as threshold_module
     import spafl_kernels.triton.wgrad as wgrad_module
+    from spafl_kernels import executed
     from spafl_kernels.ops import closed_form, library
     from spafl_kernels.triton import Geometry, ModelPass, layer_backward, layer_forward, plan_layer
     from spafl_kernels.triton.lookback import LANES
@@ -273,6 +274,34 @@ else:
             for a, b in zip(gradients, gradients1, strict=True):
                 torch.testing.assert_close(a[i : i + 1], b, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("shape", ["linear", "uneven"])
+    @pytest.mark.parametrize("estimator", ["identity", "window"])
+    def test_executed_macs_are_those_of_the_definition(shape, estimator):
+        """The rows of the weight gradient, which the device lists, included; then with a list of input channels."""
+        out, geometry, n = SHAPES[shape]
+        case = cases.make(out, geometry, n, out // 3, clients=2)
+        counter, active = executed.Executed(), 2 * (out // 3)
+        with counter.counting():
+            plan, packed, _, _ = cases.run(case, estimator, True, False, False)
+        pruned = ~case.keep & (case.grad != 0).transpose(1, 2).flatten(2).any(2)
+        # Margins of pruned filters are .5 and 1.5: the window lets some of them pass.
+        needed = pruned if estimator == "identity" else pruned & (plan.flags & 2).bool()
+        assert 0 < needed.sum() <= pruned.sum() and (needed.sum() < pruned.sum()) == (estimator == "window")
+        products = 2 * active + active + int(needed.sum())
+        positions = n * geometry.output[0] * geometry.output[1]
+        assert counter.total() == positions * geometry.n_in * products
+        counter.reset()
+        with counter.counting():
+            closed_form.forward(case.x, case.weight, plan, case.bias, False, geometry)
+            closed_form.backward(case.grad, case.x, case.weight, plan, case.bias, False, geometry)
+        assert counter.total() == positions * geometry.n_in * products
+        counter.reset()
+        input_plan, _ = cases.make(geometry.channels, Geometry(4), 1, 2, 2, seed=7).plan()
+        with counter.counting():
+            layer_forward(case.x, packed, plan, case.bias, geometry, input_plan=input_plan)
+            layer_backward(case.grad, case.x, case.weight, packed, plan, case.bias, geometry, input_plan=input_plan)
+        assert counter.total() == positions * geometry.kernel[0] * geometry.kernel[1] * 2 * products
+
     def test_results_do_not_depend_on_the_order_of_programs():
         out, geometry, _n = SHAPES["strided"]
         case = cases.make(out, geometry, 20)  # enough rows for several blocks and slabs
@@ -515,7 +544,7 @@ else:
         steps = () if linear else (geometry.stride, geometry.padding, geometry.dilation)
         op = library.threshold_linear if linear else library.threshold_conv2d
         arguments = (x, w, case.threshold, case.bias, *steps, "identity", True)
-        results = op._backend_fns["cuda"](*arguments), op(*arguments)
+        results = library.CUDA[op](*arguments), op(*arguments)
         for a, b in zip(*results, strict=True):
             assert a.stride() == b.stride() and a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -523,7 +552,7 @@ else:
         op = library.threshold_linear_backward if linear else library.threshold_conv2d_backward
         for needs in ((True, True), (True, False), (False, True)):
             arguments = (dy, x, w, packed, plan, case.bias, *steps, True, *needs)
-            for a, b in zip(op._backend_fns["cuda"](*arguments), op(*arguments), strict=True):
+            for a, b in zip(library.CUDA[op](*arguments), op(*arguments), strict=True):
                 assert a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -596,8 +625,8 @@ else:
         cohort = Cohort(models, options, False)
         assert cohort.passes is not None
         with checks.options(also=[*cohort.weights, *cohort.thresholds]):
-            got = changes(cohort, x, y)
-        assert difference(got, changes(Loop(models, options), x, y)) < 1e-4
+            got = changes(models, cohort, x, y)
+        assert difference(got, changes(models, Loop(models, options), x, y)) < 1e-4
         assert cohort.density.tolist() == [pytest.approx([0.5, 0.5], abs=0.03)] * len(cohort.layers)
 
     # ------------------------------------------------------------------------------------------- the benchmark

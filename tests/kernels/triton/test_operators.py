@@ -11,7 +11,7 @@ from torch.func import grad, vmap
 from torch.library import opcheck
 
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, explain, ops, reference, threshold_conv2d, threshold_linear
-from spafl_kernels.ops import backend, library
+from spafl_kernels.ops import backend, single
 from spafl_kernels.triton.geometry import Geometry
 
 DOUBLE = torch.float64
@@ -211,7 +211,7 @@ def test_cuda_tensors_take_the_operators(monkeypatch, linear):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     called = []
     for name in ("linear", "conv2d"):
-        stock = getattr(library, name)
+        stock = getattr(single, name)
         monkeypatch.setattr(ops, name, lambda *a, stock=stock, name=name: (called.append(name), stock(*a))[1])
     with FakeTensorMode(), torch.no_grad():  # (the autograd engine of a build without CUDA has no thread for it)
         shapes = ((2, 4, 7), (6, 7)) if linear else ((2, 3, 7, 6), (6, 3, 3, 2))

@@ -34,7 +34,7 @@ NVCC_FLAGS = (
 def sanitizer_environment() -> dict[str, str]:
     """What a process needs to load a sanitised library."""
     runtimes = [
-        subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip()
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     return {

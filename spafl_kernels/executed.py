@@ -1,0 +1,93 @@
+"""Multiply-accumulates that threshold layers execute, counted where they run; nothing waits for the device.
+
+How many filters a kernel computes is known on the device only. An operator therefore notes the tensor that holds the
+number, and what one filter costs; :meth:`Executed.counting` adds the notes of a step up on the device, in two launches,
+which a CUDA graph captures with the step. Products only: no padding of tiles, no threshold pass, no sums over a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["Executed", "counting", "note", "note_number"]
+
+# The counter of the step that is running. The backward pass of a GPU runs in a thread of its own: not thread-local.
+_open: Executed | None = None
+
+
+def counting() -> bool:
+    """Whether anybody counts now, for what costs something to find out."""
+    return _open is not None
+
+
+def note(filters: Tensor, macs: int, channels: int | Tensor) -> None:
+    """A product over some filters runs now.
+
+    Args:
+        filters: int32 ``(clients,)``, how many it computes; not changed until the step is over.
+        macs: what one of them costs by input channel.
+        channels: input channels; a list of active ones has their number on the device, int32 ``(clients,)``.
+    """
+    if _open is None:
+        return
+    if isinstance(channels, Tensor):
+        filters, channels = filters * channels, 1
+    _open._notes.append((filters, macs * channels))
+
+
+def note_number(macs: int) -> None:
+    """Products that PyTorch's own operators run now for a threshold layer, with sizes that change from step to step."""
+    if _open is not None:
+        _open.numbers += macs
+
+
+class Executed:
+    """A sum of MACs over many steps. Only one counter counts at a time in a process.
+
+    Attributes:
+        numbers: those given to :func:`note_number`.
+    """
+
+    def __init__(self) -> None:
+        self.numbers = 0
+        self._notes: list[tuple[Tensor, int]] = []
+        # By the costs of a step's notes: those costs and the filters' sums, int64, on the device. Written in place.
+        self._sums: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+
+    def reset(self) -> None:
+        """Begin at 0."""
+        self.numbers = 0
+        for _, total in self._sums.values():
+            total.zero_()
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what runs in this context: one step. If it raises, its notes are dropped."""
+        global _open
+        before, _open = _open, self
+        try:
+            yield
+            self._settle()
+        finally:
+            _open = before
+            self._notes.clear()
+
+    def _settle(self) -> None:
+        if not self._notes:
+            return
+        costs = tuple(macs for filters, macs in self._notes for _ in range(len(filters)))
+        counts = torch.cat([filters for filters, _ in self._notes])
+        key = counts.device, costs
+        if key not in self._sums:
+            cost = torch.tensor(costs, dtype=torch.int64, device=counts.device)
+            self._sums[key] = cost, torch.zeros_like(cost)
+        cost, total = self._sums[key]
+        total.addcmul_(counts, cost)
+
+    def total(self) -> int:
+        """The sum; waits for the device."""
+        return self.numbers + sum(int(total.sum()) for _, total in self._sums.values())

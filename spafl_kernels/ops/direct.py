@@ -1,0 +1,207 @@
+"""A layer's call on a GPU in plain eager mode: one autograd function around the launchers, without the dispatcher.
+
+The dispatcher boxes every argument of an operator that is written in Python, on the way in and on the way out, and
+once more for its derivative. Where nobody listens (no mode, transform, tracer or tensor subclass; see :func:`plain`)
+a layer of one client does not need it. Everything else takes the operators of :mod:`spafl_kernels.ops.library`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import Estimator
+from ..triton.geometry import Geometry, row_order
+from . import library
+from . import packed as kernels
+
+
+@functools.cache
+def _ordinary(device: str) -> frozenset[int]:
+    """Key sets of tensors whose memory holds their values as they are: no wrapper, transform, or lazy negation."""
+    with torch.inference_mode():
+        inference = torch.empty(0, device=device)
+    with torch.inference_mode(False):
+        tensors = (inference, torch.empty(0, device=device))
+    return frozenset(torch._C._dispatch_keys(t).raw_repr() for t in tensors)
+
+
+def plain(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether nobody but autograd would see an operator on these tensors, and kernels may read their memory."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    if torch._C._dispatch_keys(first).raw_repr() not in _ordinary("cuda" if first.is_cuda else "cpu"):
+        return False
+    for tensor in others:  # noqa: SIM110 (any() of a generator takes as long as all the rest)
+        if tensor is not None and not _is_parameter(tensor):
+            return False
+    return True
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    """The same as for the first tensor; faster for a parameter, which is never a wrapper that transforms leave."""
+    if type(tensor) is torch.nn.Parameter:
+        return not tensor.is_neg()
+    return torch._C._dispatch_keys(tensor).raw_repr() in _ordinary("cuda" if tensor.is_cuda else "cpu")
+
+
+def possible(input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing has to be copied before the launchers, but the input, and there is something to compute."""
+    dense = row_order(weight.shape, weight.stride()) is not None
+    rows = threshold.is_contiguous() and (bias is None or bias.is_contiguous())
+    return dense and rows and input.numel() > 0
+
+
+def _with_client(tensor: Tensor, tail: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of a tensor as that of one client, with dimensions of size 1 behind."""
+    return (1, *tensor.shape, *tail), (tensor.shape[0] * tensor.stride(0), *tensor.stride(), *tail)
+
+
+class Call:
+    """A layer's call of given sizes: its launches, and what they need beside tensors.
+
+    Args:
+        input, weight: for shapes, strides and dtypes; input is ``(N, in, H, W)``, or ``(M, in)`` of a linear layer.
+        threshold, bias: for dtypes.
+        geometry: of a convolution; None: a linear layer.
+        estimator, mask_bias: as for the operators.
+        tf32: whether products of float32 are rounded.
+
+    Arguments are checked before, and :func:`possible` holds for them.
+    """
+
+    __slots__ = ("_backward", "_facts", "_forward", "_pass", "geometry", "mask_bias")
+
+    def __init__(
+        self, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, geometry: Geometry | None,
+        estimator: Estimator, mask_bias: bool, tf32: bool,
+    ) -> None:  # fmt: skip
+        run, device = kernels.launchers(), input.device
+        tail = () if geometry is not None else (1, 1)
+        g = Geometry(weight.shape[1]) if geometry is None else geometry
+        x, w = _with_client(input, tail), _with_client(weight, ())
+        row = weight.shape[0]
+        self.geometry, self.mask_bias = geometry, mask_bias
+        self._pass = run.threshold.prepare(
+            *w, row, (weight.dtype, threshold.dtype, input.dtype), device, None, estimator == "window"
+        )
+        self._facts = x, w, input.dtype, weight.dtype, g, tf32, device
+        biased = None if bias is None else (bias.dtype, row)
+        made = self._pass
+        self._forward = run.forward.prepare(
+            *x, (input.dtype, input.dtype, torch.int32), made.packed.strides[0], made.plan.strides[0], None, biased,
+            row, g, mask_bias, tf32, None, device, id(run.forward.measured.of(device)),
+        ).of_one_client(geometry is None)  # fmt: skip
+        self._backward: dict[Any, Any] = {}
+
+    def forward(
+        self, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, plan: Tensor | None,
+        packed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """``(output, plan, packed)``."""
+        with kernels.on_device_of(input):
+            stream = kernels.launchers().current_stream(input.get_device())
+            if plan is None or packed is None:
+                plan, packed, _ = self._pass.run(stream, weight, threshold)
+            return self._forward.run(stream, input, packed, bias, plan, plan), plan, packed
+
+    def backward(
+        self, grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None,
+        need_input: bool, need_weight: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """``(dinput, dweight, dthreshold, dbias)``, None where not needed; ``grad`` in the dtype of the output."""
+        key = grad.stride(), need_input, need_weight
+        made = self._backward.get(key)
+        if made is None:
+            made = self._backward[key] = self._prepare(grad, packed, plan, bias, need_input, need_weight)
+        with kernels.on_device_of(input):
+            stream = kernels.launchers().current_stream(input.get_device())
+            return made.run(stream, grad, input, weight, packed, bias, plan, plan)  # type: ignore[no-any-return]
+
+    def _prepare(
+        self, grad: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None, need_input: bool, need_weight: bool
+    ) -> Any:
+        run, (x, w, dtype, kind, g, tf32, device), made = kernels.launchers(), self._facts, self._pass
+        tail = (1, 1) if self.geometry is None else ()
+        biased = None if bias is None else (bias.dtype, w[0][1])
+        return run.backward.prepare(
+            _with_client(grad, tail), x, w, (grad.dtype, dtype, kind, packed.dtype, plan.dtype),
+            made.packed.strides[0], made.plan.strides[0], None, biased, g, self.mask_bias, tf32, need_input,
+            need_weight, None, device, id(run.backward.measured.of(device)),
+        ).of_one_client(self.geometry is None)  # fmt: skip
+
+
+class ThresholdLayer(torch.autograd.Function):
+    """One layer of one client; profilers show it by this name."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None,
+        rest: tuple[Call, Tensor | None, Tensor | None],
+    ) -> Tensor:  # fmt: skip
+        call, given, rows = rest
+        y, plan, packed = call.forward(input, weight, threshold, bias, given, rows)
+        ctx.save_for_backward(input, weight, bias, plan, packed)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, plan, packed = ctx.saved_tensors
+        call, needs = ctx.call, ctx.needs_input_grad
+        need_weight = needs[1] or needs[2] or needs[3]
+        if not torch.is_grad_enabled() and plain(grad):
+            dx, dw, dtau, db = call.backward(grad, input, weight, packed, plan, bias, needs[0], need_weight)
+        else:
+            dx, dw, dtau, db = _by_operator(call, grad, input, weight, packed, plan, bias, needs[0], need_weight)
+        if not (needs[1] and needs[2]):
+            dw, dtau = dw if needs[1] else None, dtau if needs[2] else None
+        return dx, dw, dtau, db if needs[3] else None, None
+
+
+def _by_operator(
+    call: Call, grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None,
+    need_input: bool, need_weight: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients by the operator, which modes and transforms see, and whose own derivative is refused in words."""
+    g, first = call.geometry, (t.unsqueeze(0) for t in (grad, input, weight))
+    op = library.threshold_linear_backward if g is None else library.threshold_conv2d_backward
+    steps = () if g is None else (g.stride, g.padding, g.dilation)
+    # A pass that was shared has no client dimension.
+    packed, plan = packed.reshape(1, *packed.shape[-2:]), plan.reshape(1, -1)
+    biased = None if bias is None else bias.unsqueeze(0)
+    dx, dw, dtau, db = op(*first, packed, plan, biased, *steps, call.mask_bias, need_input, need_weight)
+    return (
+        dx.squeeze(0) if need_input else None,
+        *((dw.squeeze(0), dtau.squeeze(0)) if need_weight else (None, None)),
+        db.squeeze(0) if need_weight and bias is not None else None,
+    )
+
+
+def run(
+    call: Call, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, plan: Tensor | None,
+    packed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``(N, out, H', W')`` of an input ``(N, in, H, W)``, or ``(M, out)`` of ``(M, in)``, with a derivative.
+
+    Args:
+        call: for tensors with these facts.
+        plan, packed: of a threshold pass over these weights, without a client dimension; made here if None.
+    """
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or weight.requires_grad
+        or threshold.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return ThresholdLayer.apply(input, weight, threshold, bias, (call, plan, packed))  # type: ignore[no-any-return]
+    return call.forward(input, weight, threshold, bias, plan, packed)[0]

@@ -1,0 +1,224 @@
+"""One layer of one client through the operators: shapes as PyTorch's own functions have them, and choice of backend."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import reference
+from ..reference import Estimator
+from ..tables import choices, tiles
+from ..threshold_layer import Planned
+from ..triton.geometry import Geometry
+from . import arguments, backend, direct, library
+from .narrow import narrow
+
+
+def _check_dtype(input: Tensor, weight: Tensor) -> None:
+    if input.device != weight.device:
+        raise ValueError(f"input is on {input.device} but weight is on {weight.device}")
+    if input.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        raise ValueError(f"input must have the dtype of weight outside autocast; got {input.dtype} and {weight.dtype}")
+
+
+def _choose(input: Tensor, weight: Tensor, groups: int, work: backend.Work) -> backend.Backend:
+    """The implementation that runs; a fallback is said, or an error."""
+    choice = backend.choose(input, weight, groups, work)
+    if choice.fallback:
+        backend.fall_back(choice.reason)
+    return choice.backend
+
+
+def _client(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.unsqueeze(0)
+
+
+def _clients(planned: Planned | None) -> tuple[Tensor, ...]:
+    return () if planned is None else (planned.plan.unsqueeze(0), planned.packed.unsqueeze(0))
+
+
+# ----------------------------------------------------------------------------------------------- checked calls
+class _Known(NamedTuple):
+    """A direct call that was checked and for which the packed kernels were chosen."""
+
+    call: direct.Call
+    # What autocast and an uneven padding="same" make of the input first.
+    dtype: torch.dtype | None
+    pad: tuple[int, ...] | None
+    # Keeps tables alive whose identities are among the facts.
+    tables: tuple[Any, ...]
+
+
+# By the facts of the call, so that a layer is looked at when something about it changes, and not in every step.
+_known: dict[Hashable, _Known] = {}
+_MOST = 4096  # a program whose shapes never repeat starts over
+
+
+def _facts(
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, planned: Planned | None, conv: bool,
+    *options: Hashable,
+) -> Hashable | None:  # fmt: skip
+    """Everything that checks, choice and launches depend on; None for a call that operators must see."""
+    if not (backend.on_gpu(weight) and direct.plain(input, weight, threshold, bias)):
+        return None
+    index, dtype = weight.get_device(), weight.dtype
+    table, measured = choices.SHELF.of(index), tiles.SHELF.of(index)
+    return (
+        index, dtype, weight.shape, weight.stride(), input.get_device(), input.dtype, input.shape, input.stride(),
+        threshold.get_device(), threshold.dtype, threshold.shape, threshold.stride(),
+        None if bias is None else (bias.get_device(), bias.dtype, bias.shape, bias.stride()),
+        None if planned is None else _facts_of_pass(*planned),
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
+        dtype == torch.float32 and backend.tf32(conv), backend.REQUESTED,
+        None if table is None else (id(table), backend.way()), None if measured is None else id(measured), conv,
+        options,
+    )  # fmt: skip
+
+
+def _facts_of_pass(plan: Tensor, packed: Tensor) -> Hashable:
+    return plan.get_device(), plan.dtype, plan.shape, packed.get_device(), packed.dtype, packed.shape
+
+
+def _first(
+    facts: Hashable, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, planned: Planned | None,
+    geometry: Geometry | None, estimator: Estimator, mask_bias: bool, pad: tuple[int, ...] | None = None,
+) -> Tensor | None:  # fmt: skip
+    """A first call with these facts: checks, and remembers that they are right; None where operators are to do it.
+
+    ``input`` is padded already.
+    """
+    dtype = None
+    if torch.is_autocast_enabled("cuda"):
+        cast = library.cast(input, "cuda")
+        dtype, input = None if cast is input else cast.dtype, cast
+    plan, packed = (None, None) if planned is None else planned
+    first, dims = (input.unsqueeze(0), weight.unsqueeze(0)), (3, 3) if geometry is None else (5, 5)
+    arguments.check(*first, threshold.unsqueeze(0), _client(bias), estimator, dims)
+    arguments.check_planned(*first, _client(plan), _client(packed))
+    if not direct.possible(input, weight, threshold, bias):
+        return None
+    tf32 = input.dtype == torch.float32 and backend.tf32(conv=geometry is not None)
+    call = direct.Call(input, weight, threshold, bias, geometry, estimator, mask_bias, tf32)
+    if len(_known) >= _MOST:
+        _known.clear()
+    index = weight.get_device()
+    _known[facts] = _Known(call, dtype, pad, (choices.SHELF.of(index), tiles.SHELF.of(index)))
+    return direct.run(call, input, weight, threshold, bias, plan, packed)
+
+
+def _again(
+    known: _Known, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, planned: Planned | None
+) -> Tensor:
+    """Another call with the same facts."""
+    if known.pad is not None:
+        input = F.pad(input, known.pad)
+    if known.dtype is not None:
+        input = input.to(known.dtype)
+    plan, packed = (None, None) if planned is None else planned
+    return direct.run(known.call, input, weight, threshold, bias, plan, packed)
+
+
+# ----------------------------------------------------------------------------------------------- the two layers
+def linear(
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: Estimator, mask_bias: bool,
+    density: float = 1.0, planned: Planned | None = None,
+) -> Tensor:  # fmt: skip
+    """One linear layer through the operator, or the reference with a stated reason. Shapes as ``F.linear`` has them."""
+    facts = _facts(input, weight, threshold, bias, planned, False, estimator, mask_bias, density)
+    known = None if facts is None else _known.get(facts)
+    if known is not None:
+        if input.dim() == 2:
+            return _again(known, input, weight, threshold, bias, planned)
+        y = _again(known, input.reshape(-1, input.shape[-1]), weight, threshold, bias, planned)
+        return y.reshape(*input.shape[:-1], weight.shape[0])
+    arguments.check_layer(weight, threshold, estimator)
+    _check_dtype(input, weight)
+    chosen = _choose(input, weight, 1, backend.linear_work(input, weight, density))
+    if chosen == "reference":
+        return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
+    if input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input must have {weight.shape[1]} features, as weight has; got shape {tuple(input.shape)}")
+    rows = input.reshape(-1, input.shape[-1])
+    found: Tensor | None = None
+    if chosen == "narrow":
+        found = narrow(rows, weight, threshold, bias, estimator, mask_bias, None)
+    elif facts is not None:
+        found = _first(facts, rows, weight, threshold, bias, planned, None, estimator, mask_bias)
+    if found is None:
+        found = library.call_linear(
+            rows.unsqueeze(0), weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), estimator, mask_bias,
+            *_clients(planned),
+        )  # fmt: skip
+    return found.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _pad(
+    kernel: Sequence[int], padding: int | Sequence[int] | str, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[tuple[int, ...] | None, tuple[int, int]]:
+    """Numbers for ``"same"`` and ``"valid"``; an uneven ``"same"`` pads the input itself first, at the end."""
+    if not isinstance(padding, str):
+        return None, backend._pair(padding)
+    if padding == "valid":
+        return None, (0, 0)
+    if padding != "same" or stride != (1, 1):
+        raise ValueError(f"padding must be numbers, 'valid', or 'same' with stride 1; got {padding!r}, stride {stride}")
+    total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    uneven = (0, total[1] % 2, 0, total[0] % 2) if any(t % 2 for t in total) else None
+    return uneven, (total[0] // 2, total[1] // 2)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] | str,
+    dilation: int | tuple[int, int],
+    groups: int,
+    estimator: Estimator,
+    mask_bias: bool,
+    density: float = 1.0,
+    planned: Planned | None = None,
+) -> Tensor:
+    """One convolution through the operator, or the reference with a stated reason. Shapes as ``F.conv2d`` has them."""
+    strides, dilations = backend._pair(stride), backend._pair(dilation)
+    given = padding if isinstance(padding, str) else backend._pair(padding)
+    facts = _facts(
+        input, weight, threshold, bias, planned, True, strides, given, dilations, groups, estimator, mask_bias, density
+    )
+    known = None if facts is None else _known.get(facts)
+    if known is not None:
+        if input.dim() == 4:
+            return _again(known, input, weight, threshold, bias, planned)
+        return _again(known, input.unsqueeze(0), weight, threshold, bias, planned).squeeze(0)
+    arguments.check_layer(weight, threshold, estimator)
+    _check_dtype(input, weight)
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input must be (N, in, H, W) or (in, H, W); got shape {tuple(input.shape)}")
+    chosen = _choose(input, weight, groups, backend.conv_work(input, weight, stride, padding, dilation, density))
+    if chosen == "reference":
+        return reference.threshold_conv2d(
+            input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
+        )
+    pad, pads = _pad(weight.shape[2:], padding, strides, dilations)
+    batch = input if input.dim() == 4 else input.unsqueeze(0)
+    batch = batch if pad is None else F.pad(batch, pad)
+    found: Tensor | None = None
+    if chosen == "narrow" or facts is not None:
+        geometry = arguments.geometry((1, *batch.shape), (1, *weight.shape), strides, pads, dilations)
+        if chosen == "narrow":
+            found = narrow(batch, weight, threshold, bias, estimator, mask_bias, geometry)
+        else:
+            found = _first(facts, batch, weight, threshold, bias, planned, geometry, estimator, mask_bias, pad)
+    if found is None:
+        found = library.call_conv2d(
+            batch.unsqueeze(0), weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), strides, pads, dilations,
+            estimator, mask_bias, *_clients(planned),
+        )  # fmt: skip
+        found = found.squeeze(0)
+    return found if input.dim() == 4 else found.squeeze(0)
