@@ -187,14 +187,16 @@ def threshold_finish(
             place = tl.load(inverse + k % channels, mask=mask, other=-1)
             mask = mask & (place >= 0)
             column = k // channels * INPUT_CAP + tl.maximum(place, 0)
-        total = tl.zeros((DEEP, STEP), dtype=tl.float32)
-        for first in range(0, parts, DEEP):
-            part = first + tl.arange(0, DEEP)
-            there = part < parts
-            at = slabs + tl.where(there, part, 0).to(tl.int64)[:, None] * (CAP * stride) + column[None, :]
-            total += tl.load(at, mask=there[:, None] & mask[None, :], other=0.0)
-        g = tl.sum(total, 0)
-        if parts > 1:
+        if parts == 1:
+            g = tl.load(slabs + column, mask=mask, other=0.0)
+        else:
+            total = tl.zeros((DEEP, STEP), dtype=tl.float32)
+            for first in range(0, parts, DEEP):
+                part = first + tl.arange(0, DEEP)
+                there = part < parts
+                at = slabs + tl.where(there, part, 0).to(tl.int64)[:, None] * (CAP * stride) + column[None, :]
+                total += tl.load(at, mask=there[:, None] & mask[None, :], other=0.0)
+            g = tl.sum(total, 0)
             tl.store(slabs + column, g, mask=mask)
         w = tl.load(weight + (k % inner) * outer + k // inner, mask=mask, other=0.0).to(tl.float32)
         dots += g * w
@@ -319,7 +321,8 @@ def weight_gradients(
         },
     )  # fmt: skip
     step = min(FINISH_STEP, max(16, power_of_two(n_in)))
-    warps = 16 if step > 512 else 8
+    # Many slabs of long rows are worth 16 warps; where there are few for any batch, smaller programs fill the device.
+    warps = 16 if step > 512 and PROGRAMS // (tiles * clients) > 4 else 8
     finish = Launch(
         threshold_finish,
         (out, clients),
