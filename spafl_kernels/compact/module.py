@@ -149,10 +149,16 @@ class CompactModule(nn.Module):
         multiple: convolutions keep a multiple of this many filters.
         verify: ``"first"``: what was captured is compared with the model itself, on a float64 copy, before it is used;
             ``"always"``: again whenever a new plan is made; ``"never"``.
+        trace: of ``model`` in its present modes, where one has been made already.
     """
 
     def __init__(
-        self, model: nn.Module, strict: bool | None = None, multiple: int = 8, verify: Verify = "first"
+        self,
+        model: nn.Module,
+        strict: bool | None = None,
+        multiple: int = 8,
+        verify: Verify = "first",
+        trace: Trace | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -163,7 +169,10 @@ class CompactModule(nn.Module):
         try:
             if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
                 raise Unsupported("the model has no threshold layers")
-            self._trace(True)
+            if trace is not None:
+                self._traces[trace.gradients[0], model.training] = trace
+            else:
+                self._trace(True)
         except Unsupported as error:
             self._fall_back(error)
 
@@ -290,8 +299,11 @@ class CompactModule(nn.Module):
         if self.verify == "never":
             return
 
+        trace = flow.trace
+        assert trace is not None
+
         def ours(model: nn.Module, t: Tensor) -> Any:
-            return CompactModule(model, True, self.multiple, "never")(t)
+            return CompactModule(model, True, self.multiple, "never", trace.on(model))(t)
 
         if (found := differs(flow, x, ours, gradients)) is not None:
             raise Unsupported(found)

@@ -11,7 +11,7 @@ import inspect
 import operator
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -119,6 +119,7 @@ class Trace:
         gradients: by pattern, whether gradients are asked for.
         constants: tensors that ``forward`` makes, by the name the graph has for them.
         watch: what else the graph depends on.
+        reads: by module, the attributes that its ``forward`` was asked for.
     """
 
     graph: fx.Graph
@@ -126,6 +127,12 @@ class Trace:
     gradients: tuple[bool, ...]
     watch: Watch
     constants: dict[str, Tensor] = field(default_factory=dict)
+    reads: Mapping[str, Collection[str]] = field(default_factory=dict)
+
+    def on(self, twin: nn.Module) -> Trace:
+        """The same for a copy of the model."""
+        watch = Watch(twin, self.reads, self.modes)
+        return Trace(self.graph, self.modes, self.gradients, watch, self.constants, self.reads)
 
     @property
     def trains(self) -> bool:
@@ -396,7 +403,8 @@ def _traced(model: nn.Module, twin: nn.Module, modes: tuple[Modes, ...], gradien
     for key, value in constants[0].items():
         if value.requires_grad:
             raise Unsupported(f"forward computes {key!r} from a parameter where a trace does not see it")
-    return Trace(graph, modes, gradients, Watch(model, reader.reads(), modes), constants[0])
+    reads = reader.reads()
+    return Trace(graph, modes, gradients, Watch(model, reads, modes), constants[0], reads)
 
 
 def _first_line(error: Exception) -> str:

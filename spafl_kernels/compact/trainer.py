@@ -54,6 +54,7 @@ class CompactTrainer(Trainer):
             steps; then a new plan drops them. 0: a new plan whenever a mask changes.
         verify: ``"first"``: a captured model is compared with the masked one, on a float64 copy, before it is used;
             ``"always"``: that, and again at the first batch of every training; ``"never"``.
+        trace: of ``model``, where one has been made already.
 
     Raises:
         Unsupported: the model has no threshold layers, or cannot be traced.
@@ -70,6 +71,7 @@ class CompactTrainer(Trainer):
         compiled: bool = True,
         patience: float = 0.5,
         verify: Verify = "first",
+        trace: Trace | None = None,
     ) -> None:
         super().__init__(model, loss)
         if not patience >= 0:
@@ -77,7 +79,7 @@ class CompactTrainer(Trainer):
         self.verify = check_verify(verify)
         if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
             raise Unsupported("the model has no threshold layers")
-        self._trace = check_traceable(model)
+        self._trace = check_traceable(model) if trace is None else trace
         if (name := self._trace.watch.hooked()) is not None:
             raise Unsupported(f"parameter {name!r} has a gradient hook")
         self.strict, self.multiple, self.compiled, self.patience = strict, multiple, compiled, patience

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from .flow import Flow
 from .follow import trace_flow
 from .fusion import after_its_pool
-from .trace import check_traceable, copy_of
+from .trace import Trace, copy_of
 
 __all__ = ["first_difference"]
 
@@ -36,7 +36,9 @@ def first_difference(flow: Flow, twin: nn.Module, x: Tensor, tolerance: float) -
     from .module import Made, conditions_of, rows_of
 
     assert flow.trace is not None
-    modes = flow.trace.modes[0]
+    was = flow.trace
+    trace = Trace(was.graph, was.modes[:1], was.gradients[:1], was.watch, was.constants, was.reads)
+    modes = was.modes[0]
     for m, training in zip(twin.modules(), modes):
         m.__dict__["training"] = training
     other = copy_of(twin)
@@ -46,7 +48,7 @@ def first_difference(flow: Flow, twin: nn.Module, x: Tensor, tolerance: float) -
     torch.manual_seed(1)
     right.run(x)
     gradients = flow.trace.gradients[0]
-    here = trace_flow(other, tuple(x.shape[1:]), check_traceable(other, "now", gradients), x.dtype)
+    here = trace_flow(other, tuple(x.shape[1:]), trace.on(other), x.dtype)
     made = Made(here, *rows_of(here, conditions_of(here), gradients), multiple=8, compiled=False)
     for gather in made.gathers:
         gather()

@@ -95,7 +95,7 @@ def in_place(x):
     return y + z
 
 
-# -- faults: (where, what is done to it, on which model, which engines show it) ------------------------------------------
+# -- faults: what is done to a rule, a model that has it, which engines show it ------------------------------------------
 
 
 def after(kind, change):
@@ -145,6 +145,10 @@ def no_constants(x, c):
     return x, None if c is None else torch.zeros_like(c)
 
 
+def a_little_more(x, c):
+    return x * 1.001 if isinstance(x, torch.Tensor) and x.requires_grad else x, c
+
+
 def other_constants(x, c):
     return x, None if c is None else 1.01 * c + 0.01
 
@@ -155,40 +159,84 @@ every = (*both, "export")
 FAULTS = {
     "constants of a layer are forgotten": (flag("follow_layer", const=False), padded("window", bias=True), both),
     "constants of a norm are forgotten": (flag("follow_norm", const=False), padded("window"), both),
-    "constants of a pool are forgotten": (flag("follow_channelwise", const=False), pooled(nn.AvgPool2d(3, 2, 1, count_include_pad=False)), both),
+    "constants of a pool are forgotten": (
+        flag("follow_channelwise", const=False),
+        pooled(nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
+        both,
+    ),
     "a sum has constants of one side": (
-        instead(follow._Follower, "follow_add", lambda rule: _sum_of_one_side(rule)), conv("joined"), both),
-    "cat in another order": (instead(follow._Follower, "follow_cat", lambda rule: _reversed(rule)), conv("joined"), every),
+        instead(follow._Follower, "follow_add", lambda rule: _sum_of_one_side(rule)),
+        conv("joined"),
+        both,
+    ),
+    "cat in another order": (
+        instead(follow._Follower, "follow_cat", lambda rule: _reversed(rule)),
+        conv("joined"),
+        every,
+    ),
     "cat without constants": (flag("follow_cat", const=False), conv("chunks"), both),
     "a pool's divisor is not looked at": (
         instead(follow._Follower, "follow_channelwise", lambda rule: _blind_to_divisors(rule)),
-        pooled(nn.AvgPool2d(2, divisor_override=1)), every),
+        pooled(nn.AvgPool2d(2, divisor_override=1)),
+        every,
+    ),
     "a pool's padding counts": (
         instead(follow._Follower, "follow_channelwise", lambda rule: _blind_to_divisors(rule)),
-        pooled(nn.AvgPool2d(3, 1, 1)), every),
-    "alpha of a sum": (instead(follow, "bind", lambda bind: _without(bind, "alpha", 1)),
-                       pooled(lambda x: torch.add(x, F.gelu(x), alpha=2)), every),
-    "dropout's flag": (instead(follow, "bind", lambda bind: _without(bind, "training", False)),
-                       pooled(lambda x: F.dropout(F.relu(x), 0.5)), every),
+        pooled(nn.AvgPool2d(3, 1, 1)),
+        every,
+    ),
+    "alpha of a sum": (
+        instead(follow, "bind", lambda bind: _without(bind, "alpha", 1)),
+        pooled(lambda x: torch.add(x, F.gelu(x), alpha=2)),
+        every,
+    ),
+    "dropout's flag": (
+        instead(follow, "bind", lambda bind: _without(bind, "training", False)),
+        pooled(lambda x: F.dropout(F.relu(x), 0.5)),
+        every,
+    ),
     "dropout's scale": (after("dropout", lambda x, c: (x * 0.5, c)), dropout, both),
     "a flattened channel is too short": (
-        instead(layout.Layout, "repeated", lambda f: lambda self, times, dim: f(self, 1, dim)), conv("vgg"), both),
-    "a sum keeps one side's channels": (instead(layout.Layout, "plus", lambda f: lambda self, other: self),
-                                        conv("basic"), both),
+        instead(layout.Layout, "repeated", lambda f: lambda self, times, dim: f(self, 1, dim)),
+        conv("vgg"),
+        both,
+    ),
+    "a sum keeps one side's channels": (
+        instead(layout.Layout, "plus", lambda f: lambda self, other: self),
+        conv("basic"),
+        both,
+    ),
     "a chunk is another chunk": (after("item", lambda x, c: (x.flip(1), c)), pooled(twice), both),
     "gradients of pruned rows are taken for 0": (
-        instead(follow._Follower, "proof", lambda f: lambda self, layer: (("", None),)), padded("identity", act=nn.GELU), both),
-    "no rows are carried": (instead(conditions.Condition, "carry", lambda f: lambda *a: None), padded("identity"), both),
-    "rows are carried for another sign of beta": (
-        instead(state, "per_filter", lambda f: f), None, ()),
-    "beta is not looked at": (instead(session.Session, "in_front", lambda f: _minus(f)), padded("identity"), ("trainer",)),
-    "beta is not looked at by the module": (instead(module._Constants, "in_front", lambda f: _minus(f)),
-                                            padded("identity"), ("module",)),
-    "groups lose their places": (lambda patch: [patch.setattr(m, "keeps_all_rows", lambda m: False) for m in (plan, state)],
-                                 grouped, every),
+        instead(follow._Follower, "proof", lambda f: lambda self, layer: (("", None),)),
+        padded("identity", act=nn.GELU),
+        both,
+    ),
+    "no rows are carried": (
+        instead(conditions.Condition, "carry", lambda f: lambda *a: None),
+        padded("identity"),
+        both,
+    ),
+    "beta is not looked at": (
+        instead(session.Session, "in_front", lambda f: _minus(f)),
+        padded("identity"),
+        ("trainer",),
+    ),
+    "beta is not looked at by the module": (
+        instead(module._Constants, "in_front", lambda f: _minus(f)),
+        padded("identity"),
+        ("module",),
+    ),
+    "groups lose their places": (
+        lambda patch: [patch.setattr(m, "keeps_all_rows", lambda m: False) for m in (plan, state)],
+        grouped,
+        every,
+    ),
     "fixed statistics are taken for those of the batch": (
         instead(trace.Trace, "of", lambda f: lambda self, m: (True, False)[: len(self.modes)]),
-        lambda: (with_estimator(convert(FrozenNorm()), "window"), (2, 5, 5)), ("trainer",)),
+        lambda: (with_estimator(convert(FrozenNorm()), "window"), (2, 5, 5)),
+        ("trainer",),
+    ),
     "relu forgets constants": (after("relu", no_constants), padded("window", bias=True), both),
     "a norm's constants": (after("norm", other_constants), padded("window"), both),
     "a norm's result": (after("norm", lambda x, c: (x * 1.0001, c)), padded("window"), both),
@@ -198,30 +246,75 @@ FAULTS = {
     "a concatenation's constants": (after("cat", other_constants), conv("joined"), both),
     "a flattened tensor": (after("flatten", lambda x, c: (x.flip(1), c)), conv("vgg"), both),
     "flattened constants": (after("flatten", other_constants), padded("window", bias=True, act=nn.GELU), both),
-    "what runs as it stands": (after("other", lambda x, c: (x * 1.001 if isinstance(x, torch.Tensor) and x.is_floating_point() and x.requires_grad else x, c)),
-                               conv("grouped"), both),
+    "what runs as it stands": (after("other", a_little_more), conv("grouped"), both),
     "a depthwise layer": (after("depthwise", lambda x, c: (x.roll(1, 1), c)), conv("mobilenet"), both),
     "attention": (after("attention", lambda x, c: (x * 1.01, c)), conv("attentions"), both),
     "activations": (after("unary", lambda x, c: (x * 1.01, c)), padded("window", act=nn.GELU), both),
-    "writes in place are not seen": (instead(follow, "give_writes_a_value", lambda f: lambda *a: set()), pooled(in_place), every),
-    "dropped rows do not decay": (instead(DroppedRows, "catch_up", lambda f: lambda self, rows: None), padded("window"), ("trainer",)),
-    "statistics of dropped channels": (instead(state.NormState, "store_statistics", lambda f: _kept_only(f)), padded("window"), ("trainer",)),
-    "the count of batches": (instead(session.Session, "store", lambda f: _uncounted(f)), padded("window"), ("trainer",)),
+    "writes in place are not seen": (
+        instead(follow, "give_writes_a_value", lambda f: lambda *a: set()),
+        pooled(in_place),
+        every,
+    ),
+    "dropped rows do not decay": (
+        instead(DroppedRows, "catch_up", lambda f: lambda self, rows: None),
+        padded("window"),
+        ("trainer",),
+    ),
+    "statistics of dropped channels": (
+        instead(state.NormState, "store_statistics", lambda f: _kept_only(f)),
+        padded("window"),
+        ("trainer",),
+    ),
+    "the count of batches": (
+        instead(session.Session, "store", lambda f: _uncounted(f)),
+        padded("window"),
+        ("trainer",),
+    ),
     "the penalty of a layer that runs as it stands": (
-        instead(session.Session, "penalty", lambda f: lambda self: None), local("twice"), ("trainer",)),
-    "the gradient of what is loose": (instead(session.Session, "advance", lambda f: _tight(f)), conv("grouped"), ("trainer",)),
-    "statistics are not put back": (instead(module, "_norm_put", lambda f: lambda *a: lambda: None), padded("window"), ("module",)),
-    "the estimator's term of the weights": (instead(module._Filters, "backward", lambda f: _wrong_gradient(f, 0)), padded("identity"), ("module",)),
-    "the gradient of thresholds": (instead(module._Filters, "backward", lambda f: _wrong_gradient(f, 1)), padded("identity"), ("module",)),
+        instead(session.Session, "penalty", lambda f: lambda self: None),
+        local("twice"),
+        ("trainer",),
+    ),
+    "the gradient of what is loose": (
+        instead(session.Session, "advance", lambda f: _tight(f)),
+        conv("grouped"),
+        ("trainer",),
+    ),
+    "statistics are not put back": (
+        instead(module, "_norm_put", lambda f: lambda *a: lambda: None),
+        padded("window"),
+        ("module",),
+    ),
+    "the estimator's term of the weights": (
+        instead(module._Filters, "backward", lambda f: _wrong_gradient(f, 0)),
+        padded("identity"),
+        ("module",),
+    ),
+    "the gradient of thresholds": (
+        instead(module._Filters, "backward", lambda f: _wrong_gradient(f, 1)),
+        padded("identity"),
+        ("module",),
+    ),
     "the window": (instead(module, "WINDOW", lambda f: 1e9), far, ("module",)),
     "the trainer's window": (instead(session, "WINDOW", lambda f: 1e9), far, ("trainer",)),
-    "a gradient that is cut": (lambda patch: None, lambda: (with_estimator(Detached("detach"), "window"), (6,)), ("trainer",)),
-    "export: a folded norm": (lambda patch: _export(patch, "norm_numbers", lambda r: (r[0] * 1.01, r[1], r[2])), padded("window"), ("export",)),
-    "export: constants of a norm": (lambda patch: _export(patch, "norm_numbers", lambda r: (*r[:2], None)), padded("window"), ("export",)),
+    "a gradient that is cut": (
+        lambda patch: None,
+        lambda: (with_estimator(Detached("detach"), "window"), (6,)),
+        ("trainer",),
+    ),
+    "export: a folded norm": (
+        lambda patch: _export(patch, "norm_numbers", lambda r: (r[0] * 1.01, r[1], r[2])),
+        padded("window"),
+        ("export",),
+    ),
+    "export: constants of a norm": (
+        lambda patch: _export(patch, "norm_numbers", lambda r: (*r[:2], None)),
+        padded("window"),
+        ("export",),
+    ),
     "export: rows in another order": (lambda patch: _export_rows(patch), padded("window"), ("export",)),
     "export: another activation": (lambda patch: _export(patch, "module", None), conv("mobilenet"), ("export",)),
-}  # fmt: skip
-del FAULTS["rows are carried for another sign of beta"]
+}
 
 
 def _sum_of_one_side(rule):
