@@ -146,7 +146,7 @@ class Trainer:
 
         Raises:
             ValueError: a buffer or density that is missing, unknown or of the wrong shape, dtype or device; a threshold
-                that is not finite.
+                that is not finite; every parameter is frozen.
             RuntimeError: the last training was not finished.
         """
         raise NotImplementedError
@@ -193,6 +193,8 @@ class Trainer:
         if self._open:
             raise RuntimeError("begin() was called before the last training was finished; call finish() first")
         self._inventory.refresh()
+        if not any(p.requires_grad for p in self._inventory.parameters.values()):
+            raise ValueError("there is nothing to train: every parameter of the model is frozen (requires_grad=False)")
         check_thresholds(dict(self._inventory.thresholds))
         layers = [name for name, _ in self._inventory.thresholds]
         if momentum:

@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -97,3 +98,55 @@ def test_penalty_and_its_gradient():
     penalty.backward()
     torch.testing.assert_close(sparse[0].threshold.grad, -torch.exp(-sparse[0].threshold.detach()))
     assert threshold_penalty(model()) == 0
+
+
+def test_computed_weights_are_left_alone():
+    from torch.nn.utils import prune, spectral_norm, weight_norm
+
+    makers = [weight_norm, spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)]
+    for make in makers:
+        for inplace in (False, True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                net = nn.Sequential(make(nn.Linear(3, 3)), nn.Linear(3, 2))
+            x = torch.randn(2, 3)
+            right = net.eval()(x)
+            sparse = convert(net, inplace=inplace)
+            assert [type(m) for m in sparse] == [nn.Linear, ThresholdLinear]
+            assert torch.equal(sparse(x), right) and torch.equal(to_dense(sparse)(x), right)
+            with pytest.raises(ValueError, match="layer '0' has a computed weight"):
+                convert(net, where=lambda name, layer: name == "0")
+
+
+def test_lazy_layers_are_refused():
+    net = nn.Sequential(nn.LazyLinear(3), nn.LazyConv2d(3, 3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="layer '0' is lazy and has no weight yet"):
+        convert(net)
+    assert len(list(threshold_layers(convert(net, where=lambda name, layer: name == "2")))) == 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_encoder_layer_calls_its_layers_in_eval_mode_too(nested):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    plain = nn.TransformerEncoder(layer, 2) if nested else layer
+    net = convert(plain).eval()
+    for _, m in threshold_layers(net):
+        nn.init.constant_(m.threshold, 1e9)
+    x = torch.randn(2, 3, 8)
+    given = {"src_key_padding_mask": torch.tensor([[False, False, True], [False, False, False]])}
+    for kwargs in ({}, given):
+        right = net(x, **kwargs)
+        with torch.no_grad():
+            torch.testing.assert_close(net(x, **kwargs), right)
+            torch.testing.assert_close(to_dense(net)(x, **kwargs)[:, :2], right[:, :2])
+    dense = to_dense(net)
+    first = dense.layers[0] if nested else dense
+    assert first.activation_relu_or_gelu == 1 and getattr(dense, "use_nested_tensor", nested) == nested
+    assert plain.training and layer.activation_relu_or_gelu == 1
+
+
+def test_frozen_weights_get_frozen_thresholds():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    net[0].requires_grad_(False)
+    assert [layer.threshold.requires_grad for _, layer in threshold_layers(convert(net))] == [False, True]

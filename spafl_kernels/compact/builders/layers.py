@@ -82,7 +82,7 @@ def layer(scope: Scope, op: Op, i: int) -> Run:
             else:
                 flat = wd.flatten(1)
                 kernel = flat.shape[1] // len(c)
-                extra = torch.mv(flat, c if kernel == 1 else c.repeat_interleave(kernel))
+                extra = torch.matmul(flat, c if kernel == 1 else c.repeat_interleave(kernel))
                 bias = extra if bias is None else bias + extra
         if conv:
             if pad_first is not None:
@@ -98,13 +98,13 @@ def layer(scope: Scope, op: Op, i: int) -> Run:
         if mask is not None:
             shape = (1, -1, 1, 1) if conv else (-1,)
             if late is not None and mask_bias:
-                y = y + late.view(shape)
-            y = y * mask.view(shape)
+                y = y + late.view(shape).to(y.dtype)
+            y = y * mask.view(shape).to(y.dtype)
             if late is not None and not mask_bias:
-                y = y + late.view(shape)
+                y = y + late.view(shape).to(y.dtype)
         env[i] = y
         if const_out:
-            env[n + i] = slot.bias_dropped
+            env[n + i] = as_type_of(slot.bias_dropped, y)
 
     return run
 
@@ -115,6 +115,11 @@ def _through(constants: Tensor, weights: Tensor) -> Tensor:
         return torch.matmul(constants, weights)
     # matmul would copy the weights, forward and backward, to have one product; elsewhere a call is what costs.
     return torch.bmm(constants.expand(len(weights), 1, -1), weights).squeeze(1)
+
+
+def as_type_of(constants: Tensor | None, y: Tensor) -> Tensor | None:
+    """Constants in the type of what they stand beside, which under autocast is not that of the parameters."""
+    return constants if constants is None or constants.dtype == y.dtype else constants.to(y.dtype)
 
 
 def _passes(
@@ -166,13 +171,13 @@ def depthwise(scope: Scope, op: Op, i: int) -> Run:
         y = F.conv2d(x, weight, bias if mask is None else None, m.stride, padding, m.dilation, weight.shape[0])
         if mask is not None:
             if bias is not None and mask_bias:
-                y = y + bias.view(1, -1, 1, 1)
-            y = y * mask.view(1, -1, 1, 1)
+                y = y + bias.view(1, -1, 1, 1).to(y.dtype)
+            y = y * mask.view(1, -1, 1, 1).to(y.dtype)
             if bias is not None and not mask_bias:
-                y = y + bias.view(1, -1, 1, 1)
+                y = y + bias.view(1, -1, 1, 1).to(y.dtype)
         env[i] = y
         if const_out:
-            env[n + i] = slot.bias_dropped
+            env[n + i] = as_type_of(slot.bias_dropped, y)
 
     return run
 

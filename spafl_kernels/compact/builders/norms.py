@@ -13,6 +13,7 @@ from ...ops.norm import pools as takes_pool
 from ..flow import Op
 from ..fusion import after_its_pool, plain_window, single_user
 from ..scope import Run, Scope
+from .layers import as_type_of
 from .moves import same
 
 
@@ -45,7 +46,7 @@ def norm(scope: Scope, op: Op, i: int) -> Run:
         assert mean is not None and var is not None
         if training:
             # A constant has batch variance 0, and its normalised value is 0.
-            env[n + i] = bias
+            env[n + i] = as_type_of(bias, env[i])
             with torch.no_grad():
                 mean.mul_(1 - momentum)
                 if c is not None:
@@ -56,7 +57,7 @@ def norm(scope: Scope, op: Op, i: int) -> Run:
             out = out * torch.rsqrt(var + eps)
             if bias is not None:
                 out = torch.addcmul(bias, out, slot.weight_dropped) if slot.weight_dropped is not None else out + bias
-            env[n + i] = out
+            env[n + i] = as_type_of(out, env[i])
 
     return run
 

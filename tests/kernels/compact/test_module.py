@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
+from graphs import GRAPHS
 from helpers import batches, prune
 from test_trainer import Branch, Padded, warm_norms, with_estimator
 from torch import nn
 from torch.nn import functional as F
 
 from spafl.models import Conv4, LeNet5, ResNet18, ViT
-from spafl_kernels import threshold_layers, threshold_penalty
+from spafl_kernels import convert, threshold_layers, threshold_penalty
 from spafl_kernels.compact import CompactModule
 from spafl_kernels.training import Unsupported
 
@@ -124,3 +125,22 @@ def test_what_cannot_be_traced():
     assert torch.equal(compact(x), compact.model(x))
     with pytest.raises(Unsupported, match="cannot be traced"):
         CompactModule(Branch(), strict=True)
+
+
+@pytest.mark.parametrize("name", ["vgg", "joined", "mobilenet", "chunks", "encoder", "attentions"])
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+def test_autocast_gives_the_type_of_the_model(name, estimator):
+    torch.manual_seed(0)
+    model = prune(warm_norms(with_estimator(convert(GRAPHS[name]()), estimator)), 0.5)
+    compact = CompactModule(copy.deepcopy(model), strict=True, verify="never")
+    x = torch.randn(4, 3, 8, 8)
+    for training in (True, False):
+        results = []
+        for m in (model, compact):
+            m.train(training)
+            with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(training):
+                torch.manual_seed(1)
+                results.append(m(x))
+        a, b = results
+        assert a.dtype == b.dtype == torch.bfloat16
+        torch.testing.assert_close(b, a, rtol=0.05, atol=0.05)
