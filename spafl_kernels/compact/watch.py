@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -56,12 +55,6 @@ def frozen(value: Any, objects: list[tuple[Any, Any]] | None = None, depth: int 
     return value
 
 
-def _mutable(value: Any) -> bool:
-    if isinstance(value, (tuple, frozenset)):
-        return any(map(_mutable, value))
-    return isinstance(value, (list, dict, set))
-
-
 def _same(now: Any, then: Any) -> bool:
     if now is then:
         return True
@@ -80,8 +73,6 @@ class _Fields:
         self.get = itemgetter(*self.names, self.names[0])  # two names at least make a tuple
         self.objects: list[tuple[Any, Any]] = []
         self.then = tuple(frozen(v, self.objects) for v in self.get(space))
-        # Whether an entry may change and stay the same object.
-        self.mutable = bool(self.objects) or any(map(_mutable, self.then))
 
     def changed(self) -> str | None:
         try:
@@ -113,33 +104,40 @@ class Watch:
     def __init__(self, model: nn.Module, reads: Mapping[str, Collection[str]], modes: Sequence[Modes]) -> None:
         self.model, self.modes = model, tuple(modes)
         self.modules = list(model.modules())
-        self._fields: list[_Fields] = []
         self._modules: list[tuple[str, dict[str, Any], Collection[str] | None]] = []
         self._tensors: list[tuple[str, Tensor, int]] = []
-        self._hooks: list[Any] = [
-            _module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
-            _module._global_backward_pre_hooks,
-        ]  # fmt: skip
+        # Only what is watched is touched, in few calls: behind a step nothing of it is in the caches.
+        self._spaces: list[Any] = []
+        self._getters: list[itemgetter[Any]] = []
         kinds: dict[type, set[str]] = {}
-        values: list[_Fields] = []
+        self._values: list[_Fields | None] = []  # of every module, then of classes and functions
         for name, m in model.named_modules():
             space, asked = m.__dict__, reads.get(name)
-            self._hooks += [space[h] for h in HOOKS if h in space]
             where = f"{type(m).__name__} {name!r}: attribute" if name else f"{type(m).__name__}: attribute"
             self._modules.append((where, space, asked))
             names = [k for k in space if k not in _PASSING and (asked is None or k in asked)]
-            if names:
-                values.append(_Fields(where, space, names))
+            self._values.append(_Fields(where, space, names) if names else None)
+            self._spaces.append(space)
+            self._getters.append(itemgetter(*names, "training", "training"))  # a tuple even of one
             if asked is not None:
                 kinds.setdefault(type(m), set()).update(asked)
             self._tensors += [(f"{where} {k!r}", v, _version(v)) for k in names if isinstance(v := space[k], Tensor)]
-        self._values = values
-        self._contents = [f for f in values if f.mutable]
-        self._elsewhere = list(_of_classes(kinds))
+        for fields in _of_classes(kinds):
+            self._values.append(fields)
+            self._spaces.append(fields.space)
+            self._getters.append(fields.get)
         self._parameters = list(model.parameters())
-        spaces = [space for m in self.modules for space in (m.__dict__, m._parameters, m._buffers, m._modules)]
-        self._spaces = [space for space in spaces if space]
-        self._empty = [*self._hooks, *(space for space in spaces if not space)]
+        inside: list[Any] = [space for m in self.modules for space in (m._parameters, m._buffers, m._modules)]
+        objects = [o for fields in self._values if fields is not None for o in fields.objects]
+        self._inside = [space for space in inside if space] + [now for now, _ in objects]
+        self._was_inside = [dict(space) for space in inside if space] + [then for _, then in objects]
+        hooks = [m.__dict__[h] for m in self.modules for h in HOOKS if h in m.__dict__]
+        everywhere = [
+            _module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
+            _module._global_backward_pre_hooks,
+        ]  # fmt: skip
+        empty: list[Any] = [*everywhere, *hooks, *(space for space in inside if not space)]
+        self._sized = [*(m.__dict__ for m in self.modules), *empty]
         self._known = [(m._parameters, m._buffers, m._modules) for m in self.modules]
         self._members = [[list(space.items()) for space in spaces] for spaces in self._known]
         self._keys = [frozenset(m.__dict__) for m in self.modules]
@@ -148,11 +146,14 @@ class Watch:
         self._kind = [*map(_KIND, self._parameters)]
 
     def _note(self) -> None:
-        """Note what objects there are, by pattern of modes."""
-        self._then: list[list[dict[str, Any]]] = []
+        """Note how things are; what is compared by value has its copy already."""
+        self._sizes = [*map(len, self._sized)]
+        values = [() if fields is None else fields.then[:-1] for fields in self._values]
+        self._then = []
         for pattern in self.modes:
-            modes = {id(m.__dict__): training for m, training in zip(self.modules, pattern)}
-            self._then.append([{**s, "training": modes[id(s)]} if id(s) in modes else dict(s) for s in self._spaces])
+            of_modules = [(*then, on, on) for then, on in zip(values, pattern)]
+            elsewhere = [fields.then for fields in self._values[len(pattern) :] if fields is not None]
+            self._then.append([*of_modules, *elsewhere])
 
     def hooked(self) -> str | None:
         """Name of a parameter that has a hook on its gradient."""
@@ -169,16 +170,12 @@ class Watch:
             kinds: dtypes and devices of parameters too.
         """
         try:
-            same = self._spaces == self._then[pattern]
+            same = [get(space) for get, space in zip(self._getters, self._spaces)] == self._then[pattern]
+            same = same and self._inside == self._was_inside and [*map(len, self._sized)] == self._sizes
         except Exception:  # tensors, for one, do not compare to a truth value
             same = False
         if not same and (what := self._look(pattern)) is not None:
             return what
-        if any(self._empty):
-            return "hooks on a module, or something was added to it"
-        for fields in chain(self._contents, self._elsewhere):
-            if (what := fields.changed()) is not None:
-                return what
         for name, tensor, version in self._tensors:
             if _version(tensor) != version:
                 return name
@@ -200,8 +197,10 @@ class Watch:
                 if not same or any(name not in now or now[name] is not value for name, value in then):
                     return "a module, parameter or buffer was added, removed or replaced"
         for fields in self._values:
-            if (what := fields.changed()) is not None:
+            if fields is not None and (what := fields.changed()) is not None:
                 return what
+        if _module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks:
+            return "hooks on all modules"
         for (where, space, asked), keys in zip(self._modules, self._keys):
             new = space.keys() - keys
             if new := (new & set(asked)) if asked is not None else (new - _PASSING):

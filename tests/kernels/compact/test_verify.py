@@ -95,7 +95,7 @@ def in_place(x):
     return y + z
 
 
-# -- faults: what is done to a rule, a model that has it, which engines show it -------------------------------------------
+# -- faults: what is done to a rule, a model that has it, which engines show it -------------------------------------
 
 
 def after(kind, change):
