@@ -198,9 +198,7 @@ def test_where_it_pays(extension):
     assert all(image_passes(lanes, 4, 4, torch.float)) and all(image_passes(lanes // 2, 4, 4, torch.double))
     assert not any(image_passes(lanes + 1, 4, 4, torch.float))  # nearly half of the lanes are empty
     assert all(image_passes(8 * lanes - 1, 4, 4, torch.float))
-    assert (
-        image_passes(lanes, 64, 5, torch.float) == OURS
-    )  # much of what oneDNN computes is padding, in blocks of 8 too
+    assert image_passes(lanes, 64, 5, torch.float) == OURS  # oneDNN computes padding, in blocks of 8 too
     assert not any(image_passes(lanes, 512, 6, torch.float))  # not measured
     assert not any(image_passes(lanes, 128, 128, torch.float)) and not any(image_passes(16, 4, 4, torch.bfloat16))
 

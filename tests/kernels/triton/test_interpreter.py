@@ -10,9 +10,10 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
 
 if not INTERPRETED:
-
-    def test_kernels_in_the_interpreter():
-        pytest_in_own_process(__file__, interpret=True)
+    # In parts, so that the longest test of all does not keep one core busy alone at the end.
+    @pytest.mark.parametrize("part", range(4))
+    def test_kernels_in_the_interpreter(part):
+        pytest_in_own_process(__file__, interpret=True, part=(part, 4))
 
 else:
     import dataclasses

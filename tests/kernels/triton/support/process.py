@@ -7,10 +7,18 @@ import sys
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def pytest_in_own_process(file: str, interpret: bool) -> None:
-    """Run the tests of ``file`` by a pytest of its own, with or without the interpreter; fail with its output."""
+# Which of the tests that were collected run: "i/n", every n-th from the i-th.
+PART = "SPAFL_TEST_PART"
+
+
+def pytest_in_own_process(file: str, interpret: bool, part: tuple[int, int] = (0, 1)) -> None:
+    """Run the tests of ``file`` by a pytest of its own, with or without the interpreter; fail with its output.
+
+    ``part``: ``(i, n)``, every n-th test from the i-th.
+    """
     folder = os.path.dirname(os.path.abspath(file))
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "PYTEST_ADDOPTS": ""}
+    environment[PART] = "{}/{}".format(*part)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", os.path.abspath(file)]
     if os.environ.get("SPAFL_SLOW_TESTS") == "1":
         command.append("--durations=10")
