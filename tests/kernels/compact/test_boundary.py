@@ -321,10 +321,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_modules(name):
-    same_calls(net(), change=SETTINGS[name])
     same_calls(net(estimator="window"), change=SETTINGS[name])
     if name not in ("no affine part", "layer inserted"):
-        together(net(estimator="window"), SETTINGS[name], kinds=("step",))
         together(net(), SETTINGS[name], kinds=("step",))
 
 

@@ -86,7 +86,7 @@ def warm_norms(model, seed=3):
 def test_200_steps(estimator, patience):
     torch.manual_seed(0)
     model = prune(with_estimator(Thin().double(), estimator), 0.6, spread=0.1)
-    trainer = CompactTrainer(model, strict=True, patience=patience)
+    trainer = CompactTrainer(model, strict=True, verify="never", patience=patience)
     data = batches((1, 12, 12), 200, 4)
     a, b, _, flips = compare(model, EVERYTHING, data, evaluate_every=20, rounds=2, trainer=trainer)
     assert flips > 40
@@ -103,7 +103,9 @@ def test_filters_that_were_pruned_may_be_computed_on_for_a_while(bias, mask_bias
     model = prune(warm_norms(with_estimator(Padded(bias, mask_bias).double(), "window")), 0.9, spread=0.05)
     options = SGDOptions(lr=0.01, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.5)
     for patience in (0, 0.3, 1e9):
-        trainer = CompactTrainer(copy.deepcopy(model), strict=True, compiled=compiled, patience=patience)
+        trainer = CompactTrainer(
+            copy.deepcopy(model), strict=True, verify="never", compiled=compiled, patience=patience
+        )
         *_, flips = compare(
             trainer.model, options, batches((2, 7, 8), 30, 4, classes=5), evaluate_every=5, trainer=trainer
         )
@@ -119,7 +121,10 @@ def test_a_row_that_is_computed_on_has_a_gradient_once_its_constant_passes(patie
     model = nn.Sequential(*net, ThresholdLinear(8 * 25, 3, bias=False)).double()
     nn.init.constant_(model[1].bias, -0.5)
     twin = copy.deepcopy(model)
-    masked, compact = MaskedTrainer(twin), CompactTrainer(model, strict=True, patience=patience, compiled=compiled)
+    masked, compact = (
+        MaskedTrainer(twin),
+        CompactTrainer(model, strict=True, verify="never", patience=patience, compiled=compiled),
+    )
     for trainer in (masked, compact):
         trainer.begin(SGDOptions(lr=0.01))
     for k, (x, y) in enumerate(batches((2, 7, 7), 4, 4, classes=3)):
@@ -142,7 +147,7 @@ def test_idle_filters_are_dropped_though_no_mask_changes_any_more(compiled):
     """In every training after as many steps, whatever the last one left: results must not depend on it."""
     model = prune(Thin().double(), 0.9)
     start = copy.deepcopy(model.state_dict())
-    trainer = CompactTrainer(model, strict=True, compiled=compiled, patience=0.3)
+    trainer = CompactTrainer(model, strict=True, verify="never", compiled=compiled, patience=0.3)
     runs = []
     for steps in (12, 3, 12):
         model.load_state_dict(start)
@@ -201,10 +206,22 @@ def test_plain_pytorch_path(estimator, masked_bias):
     data = list(batches((2, 7, 8), 40, 4, classes=5))
     options = SGDOptions(lr=0.003, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.05, collapse_floor=0.2)
     model = prune(warm_norms(with_estimator(Padded(masked_bias, masked_bias).double(), estimator)), 0.5, spread=0.3)
-    compare(model, options, data, evaluate_every=7, trainer=CompactTrainer(model, strict=True, compiled=False))
+    compare(
+        model,
+        options,
+        data,
+        evaluate_every=7,
+        trainer=CompactTrainer(model, strict=True, verify="never", compiled=False),
+    )
     model = prune(with_estimator(LeNet5().double(), estimator), 0.6, spread=0.1)
     data = batches((1, 28, 28), 15, 2)
-    compare(model, EVERYTHING, data, evaluate_every=4, trainer=CompactTrainer(model, strict=True, compiled=False))
+    compare(
+        model,
+        EVERYTHING,
+        data,
+        evaluate_every=4,
+        trainer=CompactTrainer(model, strict=True, verify="never", compiled=False),
+    )
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.LeakyReLU, nn.ReLU6, nn.Sigmoid, nn.Hardswish])
@@ -247,7 +264,7 @@ def test_first_layer_with_relu_and_pool(window, padding, bias, mask_bias, compil
         ThresholdLinear(7 if window == 3 else 28, 5),
     ).double()
     prune(model, 0.5, spread=0.05)
-    trainer = CompactTrainer(model, strict=True, compiled=compiled)
+    trainer = CompactTrainer(model, strict=True, verify="never", compiled=compiled)
     options = SGDOptions(lr=0.03, momentum=0.9, penalty=0.01, weight_decay=1e-3)
     compare(model, options, batches((2, 12, 12), 30, 3, classes=5), evaluate_every=6, trainer=trainer)
 
@@ -277,7 +294,7 @@ def test_norm_with_relu_and_pool(window, estimator, compiled, monkeypatch):
         ThresholdLinear(20, 5),
     ).double()
     prune(warm_norms(with_estimator(model, estimator)), 0.5, spread=0.05)
-    trainer = CompactTrainer(model, strict=True, compiled=compiled)
+    trainer = CompactTrainer(model, strict=True, verify="never", compiled=compiled)
     options = SGDOptions(lr=0.003, momentum=0.9, penalty=0.01, weight_decay=1e-3, max_grad_norm=1.0)
     compare(model, options, batches((2, 12, 12), 30, 4, classes=5), evaluate_every=6, trainer=trainer)
     pool = 2 if isinstance(window, nn.MaxPool2d) and window.stride == 2 else 1
@@ -402,7 +419,7 @@ def test_ties_and_zero_rows():
 def test_conv4(estimator, multiple):
     torch.manual_seed(9)
     model = prune(warm_norms(with_estimator(Conv4().double(), estimator)), 0.5)
-    trainer = CompactTrainer(model, strict=True, multiple=multiple)
+    trainer = CompactTrainer(model, strict=True, verify="never", multiple=multiple)
     a, b, _, _ = compare(model, EVERYTHING, batches((3, 32, 32), 4, 3), evaluate_every=3, trainer=trainer)
     if estimator == "window":
         assert a.macs > 3 * b.macs
@@ -454,7 +471,7 @@ def test_evaluation_alone_changes_nothing_but_what_the_guard_resets():
     before = copy.deepcopy(model.state_dict())
     x, y = next(batches((2, 7, 8), 1, 3, classes=5))
     options = SGDOptions(lr=0.1, momentum=0.9, collapse_floor=0.01)
-    trainer = CompactTrainer(model, strict=True)
+    trainer = CompactTrainer(model, strict=True, verify="never")
     results = []
     for _ in range(2):
         trainer.begin(options, densities={name: 1.0 for name, _ in threshold_layers(model)})
