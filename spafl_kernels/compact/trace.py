@@ -26,7 +26,7 @@ from ..convert import copy_of
 from ..layers import ThresholdLayer
 from ..training import Unsupported
 from .calls import target_of, writes_in_place
-from .watch import HOOKS, Modes, Watch, frozen, modes_of
+from .watch import HOOKS, Modes, Watch, frozen, modes_of, set_modes
 
 __all__ = ["Patterns", "Shapes", "Trace", "check_traceable", "copy_of", "kept_random_state", "plain", "target_of"]
 
@@ -372,8 +372,7 @@ def _traced(model: nn.Module, twin: nn.Module, modes: tuple[Modes, ...], gradien
     try:
         reader = _Reader(twin, Tracer())
         for pattern in modes:
-            for m, training in zip(twin.modules(), pattern):
-                m.__dict__["training"] = training
+            set_modes(twin, pattern)
             tracer = Tracer()
             with tracer.plain_functions():
                 graphs.append(tracer.trace(twin))

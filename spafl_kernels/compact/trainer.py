@@ -23,7 +23,7 @@ from .momentum import OwnMomentum
 from .session import Session, settings_of
 from .trace import Trace, check_traceable
 from .verify import Verify, check_verify, differs_in_training
-from .watch import Watch, modes_of
+from .watch import Watch, modes_of, set_modes
 
 __all__ = ["CompactTrainer"]
 
@@ -337,8 +337,7 @@ class CompactTrainer(Trainer):
         modes = modes_of(self.model)
         self._fallback = MaskedTrainer(self.model, self.loss, reason)
         self._fallback.begin(self._options, momentum, self._density)
-        for m, mode in zip(self.model.modules(), modes):
-            m.training = mode
+        set_modes(self.model, modes)
         self.engine, self.reason = "masked", reason
 
     def _end_masked(self) -> None:

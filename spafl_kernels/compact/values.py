@@ -11,6 +11,7 @@ from .flow import Flow
 from .follow import trace_flow
 from .fusion import after_its_pool
 from .trace import Trace, copy_of
+from .watch import set_modes
 
 __all__ = ["first_difference"]
 
@@ -38,9 +39,7 @@ def first_difference(flow: Flow, twin: nn.Module, x: Tensor, tolerance: float) -
     assert flow.trace is not None
     was = flow.trace
     trace = Trace(was.graph, was.modes[:1], was.gradients[:1], was.watch, was.constants, was.reads)
-    modes = was.modes[0]
-    for m, training in zip(twin.modules(), modes):
-        m.__dict__["training"] = training
+    set_modes(twin, was.modes[0])
     other = copy_of(twin)
     for name, value in flow.trace.constants.items():
         setattr(twin, name, value)

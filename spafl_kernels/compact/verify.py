@@ -20,7 +20,7 @@ from ..reference import WINDOW
 from ..training import MaskedTrainer, SGDOptions, Trainer
 from .flow import Flow
 from .trace import copy_of, kept_random_state
-from .watch import Modes
+from .watch import Modes, set_modes
 
 __all__ = ["Verify", "check_verify", "compared", "differs", "differs_in_training", "twins"]
 
@@ -222,8 +222,7 @@ def differs_in_training(flow: Flow, x: Tensor, multiple: int, compiled: bool, pa
         masked._macs_of[tuple(part.shape[1:])] = 0, 1  # which nobody asks for; to count them takes as long as the step
         (state, momentum), tolerance = _masked(lambda: _train(masked, modes, part, seed), losses)
         try:
-            for m, training in zip(other.modules(), modes):
-                m.__dict__["training"] = training
+            set_modes(other, modes)
             trainer = CompactTrainer(other, losses[1], True, multiple, compiled, patience, "never", trace.on(other))
             ours, velocity = _train(trainer, modes, part, seed)
         except Exception as error:
@@ -261,8 +260,7 @@ def differs(
         models = [copy.deepcopy(twin), copy.deepcopy(twin)]
         inputs = [part.clone().requires_grad_(gradients and part.is_floating_point()) for _ in models]
         for model in models:
-            for m, training in zip(model.modules(), modes):
-                m.__dict__["training"] = training
+            set_modes(model, modes)
 
         def run(i: int, forward: Callable[[Tensor], Any]) -> None:
             torch.manual_seed(seed)
@@ -315,8 +313,7 @@ def _train(trainer: Trainer, modes: Modes, x: Tensor, seed: int) -> tuple[dict[s
     """A step and an evaluation; all that the model and the momentum are afterwards."""
     model = trainer.model
     trainer.begin(OPTIONS)
-    for m, training in zip(model.modules(), modes):
-        m.training = training
+    set_modes(model, modes)
     torch.manual_seed(seed)
     trainer.step(x, x)
     torch.manual_seed(seed)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-__all__ = ["HOOKS", "Modes", "Watch", "frozen", "modes_of", "of_torch"]
+__all__ = ["HOOKS", "Modes", "Watch", "frozen", "modes_of", "of_torch", "set_modes"]
 
 Modes = tuple[bool, ...]  # the training flag of every module, in the order of ``model.modules()``
 
@@ -32,6 +32,12 @@ _OPAQUE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.
 
 def modes_of(model: nn.Module) -> Modes:
     return tuple([m.training for m in model.modules()])
+
+
+def set_modes(model: nn.Module, modes: Modes) -> None:
+    """Give every module its training flag, past whatever a class does when an attribute is set."""
+    for m, training in zip(model.modules(), modes):
+        m.__dict__["training"] = training
 
 
 def of_torch(kind: type) -> bool:
