@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reference import Estimator
+from ..triton.device import device_of
 from ..triton.geometry import Geometry, row_order
 from . import library
 from . import packed as kernels
@@ -108,7 +109,7 @@ class Call:
         packed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """``(output, plan, packed)``."""
-        with kernels.on_device_of(input):
+        with device_of(input):
             stream = kernels.launchers().current_stream(input.get_device())
             if plan is None or packed is None:
                 plan, packed, _ = self._pass.run(stream, weight, threshold)
@@ -123,7 +124,7 @@ class Call:
         made = self._backward.get(key)
         if made is None:
             made = self._backward[key] = self._prepare(grad, packed, plan, bias, need_input, need_weight)
-        with kernels.on_device_of(input):
+        with device_of(input):
             stream = kernels.launchers().current_stream(input.get_device())
             return made.run(stream, grad, input, weight, packed, bias, plan, plan)  # type: ignore[no-any-return]
 

@@ -5,10 +5,8 @@ Clients come first everywhere. Nothing is checked here but a pass that was given
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import types
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +17,6 @@ from ..triton.plan import Plan
 from . import backend
 from .arguments import check_planned
 
-_STAY = contextlib.nullcontext()
-
 
 @functools.cache
 def launchers() -> types.ModuleType:
@@ -28,12 +24,6 @@ def launchers() -> types.ModuleType:
     from ..triton import launchers
 
     return launchers
-
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of ``tensor`` the current one, for launches go to that; nothing where it is already."""
-    index = tensor.get_device()
-    return _STAY if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def forward(
@@ -48,16 +38,15 @@ def forward(
     """
     run = launchers()
     check_planned(input, weight, plan, packed)
-    with on_device_of(input):
-        if plan is None or packed is None:
-            made, packed, _ = run.plan_layer(weight, threshold, estimator, input.dtype)
-        else:
-            made = Plan(plan, weight.shape[1])
-        tf32 = input.dtype == torch.float32 and backend.tf32(conv=geometry is not None)
-        if geometry is not None:
-            return run.layer_forward(input, packed, made, bias, geometry, mask_bias, tf32), made.data, packed
-        y = run.layer_forward(input[..., None, None], packed, made, bias, Geometry(weight.shape[2]), mask_bias, tf32)
-        return y.squeeze(4).squeeze(3), made.data, packed
+    if plan is None or packed is None:
+        made, packed, _ = run.plan_layer(weight, threshold, estimator, input.dtype)
+    else:
+        made = Plan(plan, weight.shape[1])
+    tf32 = input.dtype == torch.float32 and backend.tf32(conv=geometry is not None)
+    if geometry is not None:
+        return run.layer_forward(input, packed, made, bias, geometry, mask_bias, tf32), made.data, packed
+    y = run.layer_forward(input[..., None, None], packed, made, bias, Geometry(weight.shape[2]), mask_bias, tf32)
+    return y.squeeze(4).squeeze(3), made.data, packed
 
 
 def backward(
@@ -66,14 +55,13 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """``(dinput, dweight, dthreshold, dbias)``; None where not needed."""
     run, made = launchers(), Plan(plan, weight.shape[1])
-    with on_device_of(input):
-        tf32 = input.dtype == torch.float32 and backend.tf32(conv=geometry is not None)
-        if geometry is not None:
-            return run.layer_backward(
-                grad, input, weight, packed, made, bias, geometry, mask_bias, tf32, need_input, need_weight
-            )
-        dx, dw, dtau, db = run.layer_backward(
-            grad[..., None, None], input[..., None, None], weight, packed, made, bias, Geometry(weight.shape[2]),
-            mask_bias, tf32, need_input, need_weight,
-        )  # fmt: skip
+    tf32 = input.dtype == torch.float32 and backend.tf32(conv=geometry is not None)
+    if geometry is not None:
+        return run.layer_backward(
+            grad, input, weight, packed, made, bias, geometry, mask_bias, tf32, need_input, need_weight
+        )
+    dx, dw, dtau, db = run.layer_backward(
+        grad[..., None, None], input[..., None, None], weight, packed, made, bias, Geometry(weight.shape[2]),
+        mask_bias, tf32, need_input, need_weight,
+    )  # fmt: skip
     return None if dx is None else dx.squeeze(4).squeeze(3), dw, dtau, db
