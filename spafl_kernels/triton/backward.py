@@ -56,8 +56,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 # Places of tensors in the program; those from COLLECTED on are scratch memory.
-GRAD, X, WEIGHT, PACKED, BIAS, PLAN, INPUTS, DX, DW, DTAU, DBIAS = range(11)
-COLLECTED, PARTIAL, WORDS, SUMS, EXTENDED, SLABS = range(11, 17)
+GRAD, X, WEIGHT, PACKED, BIAS, PLAN, INPUTS, DX, DW, DTAU, DBIAS, EXTENDED = range(12)
+COLLECTED, PARTIAL, WORDS, SUMS, SLABS = range(12, 17)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +67,11 @@ class Backward:
     copy: bool
     need_input: bool
     need_weight: bool
-    # Of the results; ``row``: of dtau and dbias.
+    # Of the results; ``row``: of dtau and dbias; ``extended``: whose rows are computed, for whoever counts later.
     dx: Memory
     dw: Memory
     row: Memory
+    extended: Memory
     device: torch.device
     program: Program
     # Multiply-accumulates of a filter and input channel; how many channels there are, None where a list says it.
@@ -96,31 +97,31 @@ class Backward:
         # A tensor that no launch takes has the plan in its place.
         product = plan if dx is None else dx
         if not self.need_weight:
-            self._launch(stream, grad, x, weight, packed, plan, plan, inputs, product, plan, plan, plan)
+            self._launch(stream, grad, x, weight, packed, plan, plan, inputs, product, plan, plan, plan, plan)
             return dx, None, None, None
         x = channels_last(x) if self.copy else x
         size, strides, dtype = self.dw
         dw = empty(size, strides, dtype=dtype, device=device)
         size, strides, dtype = self.row
         dtau = empty(size, strides, dtype=dtype, device=device)
+        length, step, kind = self.extended
+        extended = empty(length, step, dtype=kind, device=device)
         if bias is None:
-            self._launch(stream, grad, x, weight, packed, weight, plan, inputs, product, dw, dtau, dtau)
+            self._launch(stream, grad, x, weight, packed, weight, plan, inputs, product, dw, dtau, dtau, extended)
             return dx, dw, dtau, None
         dbias = empty(size, strides, dtype=bias.dtype, device=device)
-        self._launch(stream, grad, x, weight, packed, bias, plan, inputs, product, dw, dtau, dbias)
+        self._launch(stream, grad, x, weight, packed, bias, plan, inputs, product, dw, dtau, dbias, extended)
         return dx, dw, dtau, dbias
 
     def _launch(self, stream: int | None, *tensors: Tensor) -> None:
+        self.program(stream, *tensors)
         if not counting():
-            self.program(stream, *tensors)
             return
-        # Whoever counts reads later how many filters there were: that memory must not be used again.
-        scratch = self.program.apart(stream, *tensors)
         channels = self.channels if self.channels is not None else _counts(tensors[INPUTS])
         if self.need_input:
             note(_counts(tensors[PLAN]), self.cost, channels)
         if self.need_weight:  # the active filters, and the pruned ones whose row is needed
-            note(_counts(scratch[EXTENDED - COLLECTED]), self.cost, channels)
+            note(_counts(tensors[EXTENDED]), self.cost, channels)
 
 
 def _counts(plans: Tensor) -> Tensor:
@@ -176,6 +177,7 @@ def prepare(
         dx=Memory((clients, n, *size), channels_last_strides(*size, n), dtypes[1]),
         dw=Memory(tuple(shape), strides_like_rows(shape, strides), dtypes[2]),
         row=Memory.dense((clients, out), dtypes[2]),
+        extended=Memory.dense((clients, 1 + 2 * out), torch.int32),
         device=device,
         program=Program(stages, scratch, device),
         cost=n * high * wide * math.prod(geometry.kernel),

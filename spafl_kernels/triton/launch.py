@@ -202,8 +202,8 @@ class Program:
         if stream is not None and self._ready is None and all(launch.known for launch, _ in self.stages):
             self._ready = [(*launch.known, pick) for launch, pick in self.stages if launch.known is not None]
 
-    def apart(self, stream: int | None, *tensors: Tensor) -> list[Tensor]:
-        """The same launches with scratch memory of tensors of their own, which are returned."""
+    def apart(self, stream: int | None, *tensors: Tensor) -> None:
+        """The same launches one by one, with scratch memory of tensors of their own."""
         device = self._device
         scratch = [
             torch.empty_strided(size, strides, dtype=dtype, device=device) for size, strides, dtype in self.scratch
@@ -211,4 +211,3 @@ class Program:
         tensors = (*tensors, *scratch)
         for launch, pick in self.stages:
             launch(stream, *pick(tensors))
-        return scratch

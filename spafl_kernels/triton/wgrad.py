@@ -245,7 +245,6 @@ class Scratch(NamedTuple):
     partial: Memory
     words: Memory
     sums: Memory
-    extended: Memory
     slabs: Memory
 
 
@@ -341,7 +340,6 @@ def weight_gradients(
         statistics.partial,
         statistics.words,
         Memory.dense((clients, out), torch.float32),
-        Memory.dense((clients, listing), torch.int32),
         Memory.dense(slabs, torch.float32),
     )
     return WeightGradients(scratch, extend, extra, product, finish)
