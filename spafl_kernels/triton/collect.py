@@ -43,6 +43,15 @@ def _padded(n, CAP: tl.constexpr, WIDEST: tl.constexpr):
     return tl.minimum((n + WIDEST - 1) // WIDEST * WIDEST, CAP)
 
 
+@triton.jit
+def _places(row, total, g_n, g_h, g_w, P: tl.constexpr, Q: tl.constexpr):
+    """Which positions exist, and where they lie in dL/dy: those that do not at the first one."""
+    live = row < total
+    place = within(row, live)
+    at = (place // (P * Q)).to(tl.int64) * g_n + (place // Q % P).to(tl.int64) * g_h
+    return live, at + (place % Q).to(tl.int64) * g_w
+
+
 @triton.jit(do_not_specialize=["total", "steps"])
 def threshold_collect(
     grad, collected, partial, words, plan, extended, grad_client, collected_client, partial_client, plan_client,
@@ -80,10 +89,7 @@ def threshold_collect(
         channel = tl.load(index + tl.where(listed, c, lo), mask=listed, other=0).to(tl.int64)
         for i in range(0, steps):
             row = lo_row + i * STEP + tl.arange(0, STEP)
-            live = row < total
-            place = within(row, live)
-            at = (place // (P * Q)).to(tl.int64) * g_n + (place // Q % P).to(tl.int64) * g_h
-            at += (place % Q).to(tl.int64) * g_w
+            live, at = _places(row, total, g_n, g_h, g_w, P, Q)
             to = collected + row.to(tl.int64)[:, None] * CAP
             part = tl.load(grad + at[:, None] + channel[None, :] * g_c, mask=live[:, None] & listed[None, :], other=0.0)
             tl.store(to + c[None, :], part, mask=live[:, None] & ((c >= lo) & (c < limit))[None, :])
@@ -97,11 +103,7 @@ def threshold_collect(
         total_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
         nonzero = tl.zeros((COLUMNS,), dtype=tl.int32)
         for i in range(0, steps):
-            row = lo_row + i * STEP + tl.arange(0, STEP)
-            live = row < total
-            place = within(row, live)
-            at = (place // (P * Q)).to(tl.int64) * g_n + (place // Q % P).to(tl.int64) * g_h
-            at += (place % Q).to(tl.int64) * g_w
+            live, at = _places(lo_row + i * STEP + tl.arange(0, STEP), total, g_n, g_h, g_w, P, Q)
             part = tl.load(
                 grad + at[:, None] + channel[None, :] * g_c, mask=live[:, None] & (c < out)[None, :], other=0.0
             ).to(tl.float32)
