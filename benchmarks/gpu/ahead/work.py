@@ -11,7 +11,6 @@ import importlib.util
 import io
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
@@ -25,16 +24,15 @@ from ..report.environment import layer_calls
 from ..report.stages import STAGES
 from ..report.timing import LAYERS
 from ..shapes import layers_of
+from ..toolkit import TESTS, import_from_tests
 from .pretend import Cpu, cuda_calls
 
 Work = Callable[[Cpu], None]
-TESTS = pathlib.Path(__file__).resolve().parents[3] / "tests" / "kernels" / "triton"
 
 
 def _from_tests(name: str) -> ModuleType:
     """A module of the kernels' tests, which pytest imports from their folder."""
-    if str(TESTS) not in sys.path:
-        sys.path.insert(0, str(TESTS))
+    import_from_tests()
     spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, TESTS / name)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

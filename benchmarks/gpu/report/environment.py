@@ -16,6 +16,7 @@ import torch
 
 from spafl_kernels import env
 
+from .. import toolkit
 from ..clock import Device, tf32
 from .device import Visit, median_us
 
@@ -112,9 +113,8 @@ def _caches(visit: Visit) -> None:
     found = {"triton": triton.__version__, "key": triton_key()[-64:], "cache": bool(os.environ.get("TRITON_CACHE_DIR"))}
     if not visit.rehearsal:
         found["ptxas"] = getattr(knobs.nvidia.ptxas, "version", None)
-        toolkit = shutil.which("ptxas") or "/usr/local/cuda/bin/ptxas"
-        if os.path.exists(toolkit):
-            done = subprocess.run([toolkit, "--version"], capture_output=True, text=True)
+        if (ptxas := toolkit.program("ptxas")) is not None:
+            done = subprocess.run([ptxas, "--version"], capture_output=True, text=True)
             found["toolkit_ptxas"] = done.stdout.strip().splitlines()[-1] if done.stdout else None
     visit.add("triton", **found)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import pathlib
-import shutil
 import subprocess
 import sys
 
+from ..toolkit import TESTS, program
 from .device import Visit
-from .values import TESTS
 
 SMOKE = TESTS / "support" / "smoke.py"
 FOUND = 9  # exit code that the tool is told to give for what it finds
@@ -20,9 +18,7 @@ def run(visit: Visit, tool: str) -> None:
 
     racecheck is known to report threads that store the same value (triton issue 7264).
     """
-    path = shutil.which("compute-sanitizer") or next(
-        (p for p in ("/usr/local/cuda/bin/compute-sanitizer",) if pathlib.Path(p).exists()), None
-    )
+    path = program("compute-sanitizer")
     if visit.rehearsal:
         arguments = [sys.executable, str(SMOKE), "--device", "cpu"]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}

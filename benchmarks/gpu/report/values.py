@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from .. import toolkit
 from ..clock import tf32
 from .device import Visit
 
-TESTS = pathlib.Path(__file__).resolve().parents[3] / "tests" / "kernels" / "triton"
 # Repeats whose bits are compared; more for the pass, whose programs wait for one another.
 REPEATS, PASSES = 3, 20
 
@@ -31,8 +28,7 @@ def launches(where: str, rehearsal: bool) -> list[tuple[str, Callable[[], object
 
 def _find_tests(rehearsal: bool) -> None:
     """Cases and their definition are those of the tests."""
-    if str(TESTS) not in sys.path:
-        sys.path.insert(0, str(TESTS))
+    toolkit.import_from_tests()
     if rehearsal:
         from support import interpreter
 
@@ -72,9 +68,12 @@ def _assembler(visit: Visit) -> None:
     """With SPAFL_TOOLKIT_PTXAS=1, kernels are assembled by the toolkit's ptxas instead of Triton's."""
     if os.environ.get("SPAFL_TOOLKIT_PTXAS") != "1":
         return
-    path = shutil.which("ptxas") or "/usr/local/cuda/bin/ptxas"
-    os.environ["TRITON_PTXAS_PATH"] = path
-    visit.add("assembler", toolkit=os.path.exists(path))
+    path = toolkit.program("ptxas")
+    visit.add("assembler", toolkit=path is not None)
+    if path is None:
+        visit.wrong("the toolkit has no ptxas: nothing is repeated")
+    else:
+        os.environ["TRITON_PTXAS_PATH"] = path
 
 
 def _cases(rehearsal: bool) -> Iterator[tuple[str, str, Any, float, bool, Any, bool]]:

@@ -11,12 +11,12 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import captured, choices, clock, layers, results, roofline, schedule, shapes, steps, targets
+from benchmarks.gpu.report.device import Closed
 from spafl_kernels import tables
-from spafl_kernels.ops import closed_form, cuda_ops
+from spafl_kernels.ops import cuda_ops
 from spafl_kernels.tables import classes
 from spafl_kernels.tables.choices import SHELF
 from spafl_kernels.triton.geometry import Geometry
-from spafl_kernels.triton.plan import Plan
 
 H200 = roofline.MACHINES["H200"]
 
@@ -37,22 +37,6 @@ class Cpu:
         self.ran += 1
         us = next(self.us)
         return [us - 2, us - 1, us, us + 1, us + 2]
-
-
-class Closed:
-    """The launchers in plain PyTorch."""
-
-    def plan_layer(self, weight, threshold, estimator):
-        self.weight = weight
-        data, packed = closed_form.plan_and_packed(weight, threshold, estimator, weight.dtype)
-        return Plan(data, weight.shape[1]), packed, None
-
-    def layer_forward(self, x, packed, plan, bias, g, tf32):
-        return closed_form.forward(x, self.weight, plan, bias, False, g)
-
-    def layer_backward(self, grad, x, weight, packed, plan, bias, g, tf32, need_input, need_weight):
-        dx, dw, dtau, _ = closed_form.backward(grad, x, weight, plan, bias, False, g)
-        return dx if need_input else None, *((dw, dtau) if need_weight else (None, None)), None
 
 
 CONV = shapes.Layer("model", "conv", 8, Geometry(4, 6, 5, (3, 3), (1, 1), (1, 1)), 1, False)

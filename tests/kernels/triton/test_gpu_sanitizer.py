@@ -2,12 +2,13 @@
 
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+
+from benchmarks.gpu.toolkit import program
 
 pytest.importorskip("triton")
 SMOKE = pathlib.Path(__file__).with_name("support") / "smoke.py"
@@ -24,20 +25,12 @@ def test_the_smoke_run_in_the_interpreter():
     assert done.stdout == "every kernel ran on cpu; CUDA C++ kernels: no\n"
 
 
-def tool() -> str | None:
-    """compute-sanitizer, on the path or in the toolkit."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    return shutil.which("compute-sanitizer") or next(
-        (found for home in homes if home and (found := shutil.which("compute-sanitizer", path=f"{home}/bin"))), None
-    )
-
-
 @pytest.fixture(scope="module")
 def sanitizer():
     """Runs the smoke script under a tool of compute-sanitizer; skips, and says why, where that cannot be."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
-    path = tool()
+    path = program("compute-sanitizer")
     if path is None:
         pytest.skip("compute-sanitizer is not installed: neither on the path nor in CUDA_HOME/bin")
     # Every tensor an allocation of its own: a write behind it is then outside of everything.
