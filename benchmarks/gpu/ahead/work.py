@@ -11,18 +11,18 @@ import importlib.util
 import io
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 
-from .. import layers, schedule, steps
+from .. import layers
 from ..clock import tf32
+from ..report import timing
 from ..report.environment import layer_calls
 from ..report.stages import STAGES
-from ..report.timing import LAYERS
 from ..shapes import layers_of
 from ..toolkit import TESTS, import_from_tests
 from .pretend import Cpu, cuda_calls
@@ -97,10 +97,11 @@ def smoke(_: Cpu) -> None:
             module.model_pass("cuda")
 
 
-def step(kind: str, model: str, batch: int, device: Cpu) -> None:
-    """A training step of a model, or of a cohort of clients."""
+def timed(arguments: tuple[Any, ...], device: Cpu) -> None:
+    """What a stage of the report times, but for layers, whose modes launch kernels of their own."""
     with tf32(True):
-        steps.warm(kind, model, batch, device.where)
+        for job in timing.jobs(*arguments):
+            job.warm(device)
 
 
 def some_layers(wanted: Iterable[tuple[str, str]], dtypes: Iterable[str], batch: int, device: Cpu) -> None:
@@ -115,14 +116,6 @@ def some_layers(wanted: Iterable[tuple[str, str]], dtypes: Iterable[str], batch:
                 case.module("ours")
 
 
-def tuning(models: Sequence[str], dtypes: Iterable[str], device: Cpu) -> None:
-    """Every tile size that is measured on the layers of some models."""
-    parts = [schedule.Pass("tile", tuple(models), 128, dtype, modes=schedule.OPERATIONS) for dtype in dtypes]
-    with tf32(True):
-        for job in schedule.jobs(parts):
-            job.warm(device)
-
-
 def environment(device: Cpu) -> None:
     """The small layers whose calls are timed on the host."""
     with cuda_calls():
@@ -131,17 +124,12 @@ def environment(device: Cpu) -> None:
             forward()
 
 
-# Kind, model, batch of the steps that the report times.
-STEPS = [
-    (kind, model, batch or steps.SETTINGS[model].batch)
-    for kind, model, batch in (s.arguments for s in STAGES if s.module == "timing" and len(s.arguments) == 3)
-]
+TIMED = {s.name: functools.partial(timed, s.arguments) for s in STAGES if s.module == "timing" and s.name != "layers"}
 WORK: dict[str, Work] = {
     "environment": environment,
     "values": values,
-    **{f"{kind}-{model}-{batch}": functools.partial(step, kind, model, batch) for kind, model, batch in STEPS},
-    "layers": functools.partial(some_layers, LAYERS, ("bf16", "tf32"), 128),
+    "layers": functools.partial(some_layers, timing.LAYERS, ("bf16", "tf32"), 128),
+    **TIMED,
     "tests": tests,
     "smoke": smoke,
-    "tuning": functools.partial(tuning, ("conv4", "resnet18-full"), ("bf16", "tf32")),
 }
