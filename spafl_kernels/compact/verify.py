@@ -227,7 +227,7 @@ def differs_in_training(flow: Flow, x: Tensor, multiple: int, compiled: bool, pa
             ours, velocity = _train(trainer, modes, part, seed)
         except Exception as error:
             return f"it fails where the masked model does not: {error}"
-        if (found := _outputs(losses, tolerance)) is not None:
+        if (found := _outputs(losses[0].outputs, losses[1].outputs, tolerance)) is not None:
             return f"{found}{_where(flow, twin, part, tolerance)}"
         gradients = (_apart(f"the gradient of {n!r}", velocity.get(n), v, tolerance) for n, v in momentum.items())
         states = (_apart(f"{n!r} after a step", ours.get(n), v, tolerance) for n, v in state.items())
@@ -273,7 +273,7 @@ def differs(
             run(1, lambda t: ours(models[1], t))
         except Exception as error:
             return f"it fails where the model itself does not: {error}"
-        if (found := _outputs(losses, tolerance)) is not None:
+        if (found := _outputs(losses[0].outputs, losses[1].outputs, tolerance)) is not None:
             return f"{found}{_where(flow, twin, part, tolerance)}"
         pairs = [(f"the gradient of {n!r}", q.grad, p.grad) for (n, p), q in _pairs(models, "named_parameters")]
         pairs.append(("the gradient of the input", inputs[1].grad, inputs[0].grad))
@@ -289,8 +289,7 @@ def _pairs(models: list[nn.Module], kind: str) -> Iterator[tuple[tuple[str, Tens
         yield named, tensor
 
 
-def _outputs(losses: list[_Functional], tolerance: float) -> str | None:
-    right, ours = losses[0].outputs, losses[1].outputs
+def _outputs(right: list[Tensor], ours: list[Tensor], tolerance: float) -> str | None:
     if len(right) != len(ours):
         return "the output has other parts than the masked model's"
     found = (_apart("the output", b, a, tolerance) for a, b in zip(right, ours))
@@ -303,10 +302,7 @@ def compared(ours: Callable[[], Any], right: Callable[[], Any], tolerance: float
     for run in (ours, right):
         torch.manual_seed(0)
         values.append(_floats(run()))
-    if len(values[0]) != len(values[1]):
-        return "the output has other parts"
-    found = (_apart("the output", a, b, tolerance) for a, b in zip(*values))
-    return next((f for f in found if f is not None), None)
+    return _outputs(values[1], values[0], tolerance)
 
 
 def _train(trainer: Trainer, modes: Modes, x: Tensor, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
