@@ -74,6 +74,21 @@ def trace_flow(
     return flow
 
 
+def check_has_thresholds(model: nn.Module) -> None:
+    """Raises Unsupported for a model that has nothing to prune."""
+    if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
+        raise Unsupported("the model has no threshold layers")
+
+
+def trace_thresholds(model: nn.Module, image: tuple[int, ...], trace: Trace, dtype: torch.dtype) -> Flow:
+    """:func:`trace_flow`; raises Unsupported too where no threshold layer can be followed."""
+    flow = trace_flow(model, image, trace, dtype)
+    if not any(isinstance(op.module, ThresholdLayer) for op in flow.layers.values()):
+        reasons = "; ".join(f"{name}: {why}" for name, why in flow.apart.items())
+        raise Unsupported(f"no threshold layer can be followed ({reasons})")
+    return flow
+
+
 class _Follower:
     def __init__(self, flow: Flow, graph: fx.Graph, dtype: torch.dtype | None = None) -> None:
         self.flow, self.graph, self.model, self.dtype = flow, graph, flow.model, dtype

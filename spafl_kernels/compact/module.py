@@ -18,17 +18,17 @@ from ..reference import WINDOW, filter_scores
 from ..training import Unsupported
 from .conditions import Condition, rows_in_words
 from .flow import Flow
-from .follow import trace_flow
+from .follow import check_has_thresholds, trace_thresholds
 from .fusion import always_fused, prefers_channels_last
 from .layout import Layout
 from .plan import Channels, Plan
 from .program import Program
+from .recent import Recent, Refused
 from .scope import Scope
 from .slots import LayerSlot, NormSlot
 from .state import LayerState, all_channels, per_filter, put_rows
 from .trace import Trace, check_traceable, required_inputs
 from .verify import Verify, check_verify, differs
-from .watch import Watch
 
 __all__ = ["CompactModule"]
 
@@ -128,7 +128,6 @@ class _Captured:
 
 # Shape of a sample, dtype of the input, whether gradients are asked for, mode of the model.
 _Key = tuple[tuple[int, ...], torch.dtype, bool, bool]
-_MOST = 8  # kinds of input whose captures are kept
 
 
 class CompactModule(nn.Module):
@@ -167,8 +166,7 @@ class CompactModule(nn.Module):
         self.engine, self.reason = "compact", "all channels can be traced"
         self._reset()
         try:
-            if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
-                raise Unsupported("the model has no threshold layers")
+            check_has_thresholds(model)
             if trace is not None:
                 self._traces[trace.gradients[0], model.training] = trace
             else:
@@ -177,8 +175,8 @@ class CompactModule(nn.Module):
             self._fall_back(error)
 
     def _reset(self) -> None:
-        self._captures: dict[_Key, _Captured] = {}
-        self._refused: dict[_Key, tuple[Watch | None, str]] = {}
+        self._captures: Recent[_Key, _Captured] = Recent()
+        self._refused: Refused[_Key] = Refused()
         self._traces: dict[tuple[bool, bool], Trace] = {}
 
     def _fall_back(self, error: Unsupported) -> None:
@@ -273,26 +271,20 @@ class CompactModule(nn.Module):
             if captured.flow.trace.watch.changed() is None:
                 return captured
             del self._captures[key]
-        watch, reason = self._refused.get(key, (None, ""))
-        if watch is not None and watch.changed() is None:
+        if (reason := self._refused.reason(key)) is not None:
             raise Unsupported(reason)
         watch = None
         with torch.inference_mode(False):
             try:
                 trace = self._trace(key[2])
                 watch = trace.watch
-                flow = trace_flow(self.model, key[0], trace, key[1])
-                if not any(isinstance(op.module, ThresholdLayer) for op in flow.layers.values()):
-                    reasons = "; ".join(f"{name}: {why}" for name, why in flow.apart.items())
-                    raise Unsupported(f"no threshold layer can be followed ({reasons})")
+                flow = trace_thresholds(self.model, key[0], trace, key[1])
                 self._check(flow, x, key[2])
             except Unsupported as error:
                 if watch is not None:
                     self._refused[key] = watch, str(error)
-                    _bound(self._refused)
                 raise
             self._captures[key] = captured = _Captured(flow, conditions_of(flow))
-            _bound(self._captures)
         return captured
 
     def _check(self, flow: Flow, x: Tensor, gradients: bool) -> None:
@@ -376,11 +368,6 @@ def rows_of(
         # What is not finite is to spoil the result as it does in the model itself, where 0 * NaN is NaN.
         keep = {name: torch.ones_like(mask) for name, mask in keep.items()}
     return masks, keep, passes
-
-
-def _bound(cache: dict[Any, Any]) -> None:
-    while len(cache) > _MOST:
-        del cache[next(iter(cache))]
 
 
 def _is_window(flow: Flow, name: str) -> bool:

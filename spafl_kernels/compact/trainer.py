@@ -8,34 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import ThresholdLayer
 from ..training import Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
 from .flow import Flow
-from .follow import trace_flow
+from .follow import check_has_thresholds, trace_thresholds
 from .memory import pages
 from .momentum import OwnMomentum
+from .recent import Recent, Refused
 from .session import Session, settings_of
 from .trace import Trace, check_traceable
 from .verify import Verify, check_verify, differs_in_training
-from .watch import Watch, modes_of, set_modes
+from .watch import modes_of, set_modes
 
 __all__ = ["CompactTrainer"]
 
 Key = tuple[tuple[int, ...], torch.dtype]  # shape of a sample and dtype of the input
 
 FOLLOWED = "all channels can be traced"
-MOST = 8  # kinds of batches whose flows and sessions are kept
-
-
-def _bound(cache: dict[Any, Any]) -> None:
-    while len(cache) > MOST:
-        del cache[next(iter(cache))]
 
 
 class CompactTrainer(Trainer):
@@ -77,17 +70,16 @@ class CompactTrainer(Trainer):
         if not patience >= 0:
             raise ValueError(f"patience must not be negative; got {patience!r}")
         self.verify = check_verify(verify)
-        if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
-            raise Unsupported("the model has no threshold layers")
+        check_has_thresholds(model)
         self._trace = check_traceable(model) if trace is None else trace
         if (name := self._trace.watch.hooked()) is not None:
             raise Unsupported(f"parameter {name!r} has a gradient hook")
         self.strict, self.multiple, self.compiled, self.patience = strict, multiple, compiled, patience
         self.reason = FOLLOWED
-        self._flows: dict[Key, Flow] = {}
-        self._refused: dict[Key, tuple[Watch, str]] = {}
-        self._sessions: dict[Key, Session] = {}
-        self._verified: dict[Key, Flow] = {}
+        self._flows: Recent[Key, Flow] = Recent()
+        self._refused: Refused[Key] = Refused()
+        self._sessions: Recent[Key, Session] = Recent()
+        self._verified: Recent[Key, Flow] = Recent()
         self._scratch: dict[str, Tensor] = {}
         self._lent: OwnMomentum | None = None
         self._session: Session | None = None
@@ -215,13 +207,13 @@ class CompactTrainer(Trainer):
             self._leave()
         elif self._fallback is not None:
             # What was refused may have changed, or this batch may be of another kind.
-            if key == self._key and self._still_refused(key, training):
+            if key == self._key and self._refused.reason(key, 0 if training else 1):
                 return None
             self._end_masked()
         self._key = key
         with torch.inference_mode(False):
             try:
-                if (reason := self._still_refused(key, training)) is not None:
+                if (reason := self._refused.reason(key, 0 if training else 1)) is not None:
                     raise Unsupported(reason)
                 self._session = self._open_session(key, x, training)
             except Unsupported as error:
@@ -256,35 +248,21 @@ class CompactTrainer(Trainer):
         try:
             if (name := self._trace.watch.hooked()) is not None:
                 raise Unsupported(f"parameter {name!r} has a gradient hook")
-            flow = trace_flow(self.model, key[0], self._trace, key[1])
-            if not any(isinstance(op.module, ThresholdLayer) for op in flow.layers.values()):
-                reasons = "; ".join(f"{name}: {why}" for name, why in flow.apart.items())
-                raise Unsupported(f"no threshold layer can be followed ({reasons})")
+            flow = trace_thresholds(self.model, key[0], self._trace, key[1])
         except Unsupported as error:
-            self._refuse(key, self._trace, str(error))
+            self._refused[key] = self._trace.watch, str(error)
             raise
         self._flows[key] = flow
-        _bound(self._flows)
         return flow
-
-    def _refuse(self, key: Key, trace: Trace, reason: str) -> None:
-        self._refused[key] = trace.watch, reason
-        _bound(self._refused)
-
-    def _still_refused(self, key: Key, training: bool) -> str | None:
-        """Why batches like this run masked, if that was found for the model as it is."""
-        watch, reason = self._refused.get(key, (None, ""))
-        return reason if watch is not None and watch.changed(0 if training else 1) is None else None
 
     def _check(self, flow: Flow, key: Key, x: Tensor) -> None:
         found = differs_in_training(flow, x, self.multiple, self.compiled, self.patience)
         if found is not None:
             assert flow.trace is not None
             self._flows.pop(key, None)
-            self._refuse(key, flow.trace, found)
+            self._refused[key] = flow.trace.watch, found
             raise Unsupported(found)
         self._verified[key] = flow
-        _bound(self._verified)
 
     @torch.no_grad()
     def _load(self, flow: Flow, key: Key) -> Session:
@@ -310,7 +288,6 @@ class CompactTrainer(Trainer):
         self._rebuilds += session.rebuilds
         assert self._key is not None
         self._sessions[self._key] = session
-        _bound(self._sessions)
 
     @torch.no_grad()
     def _leave(self) -> None:
