@@ -93,10 +93,13 @@ def steps(rows: Rows, kind: str) -> Figure | None:
     if not panels:
         return None
     figure, axes = _grid(len(panels))
+    # One legend serves all panels, so a provider has one colour also where another was not measured.
+    colours = {p: f"C{i}" for i, p in enumerate(dict.fromkeys(r["provider"] for r in chosen))}
     for axis, ((model, batch, graph), found) in zip(axes, sorted(panels.items()), strict=False):
         for provider in dict.fromkeys(r["provider"] for r in found):
             points = curve(found, provider, "us")
-            axis.plot([d for d, _ in points], [us / 1e3 for _, us in points], "o-", ms=4, label=provider)
+            y = [us / 1e3 for _, us in points]
+            axis.plot([d for d, _ in points], y, "o-", ms=4, color=colours[provider], label=provider)
         _logarithmic(axis, (float(r["density"]) for r in found))
         axis.set_ylabel("ms per step")
         axis.set_title(f"{model}, batch {batch}, {'CUDA graph' if graph == '1' else 'eager'}", fontsize=9)

@@ -523,6 +523,20 @@ def test_a_picture_shows_both_bounds_and_marks_a_loss():
     assert plots.layers(rows, "bf16", "128", "0", "module") is None
 
 
+def test_a_provider_has_the_colour_of_the_legend_in_every_panel():
+    pytest.importorskip("matplotlib")
+    from benchmarks.gpu import plots
+
+    measured_in = {"0": ("dense", "masked", "compact", "compact-fixed"), "1": ("masked", "compact-fixed")}
+    rows = [{**sample(10, "all", p, 0.5, graph=g), "kind": "step"} for g, found in measured_in.items() for p in found]
+    figure = plots.steps(rows, "step")
+    (legend,) = figure.legends
+    colours = {text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines())}
+    assert len(set(colours.values())) == len(colours) == 4
+    drawn = [(line.get_label(), line.get_color()) for axis in figure.axes for line in axis.get_lines()]
+    assert len(drawn) == 6 and all(colours[label] == colour for label, colour in drawn)
+
+
 # ------------------------------------------------------------------------------------------------ the command
 @pytest.fixture
 def pretended_gpu(monkeypatch):
