@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .executed import Executed
@@ -125,6 +126,7 @@ class Trainer:
         self.model = model
         self.loss = loss
         self._inventory = Inventory(model)
+        self._parameters = self._inventory.parameters
         self._open = False
         self._result: TrainResult | None = None
 
@@ -161,6 +163,11 @@ class Trainer:
         Returns:
             The loss without the penalty, before the update: a detached scalar on the model's device. If it is not
             finite the parameters are not either; the caller decides what to do.
+
+        Raises:
+            ValueError: the loss is not a scalar tensor, or does not depend on what the model returns; every parameter
+                was frozen meanwhile.
+            RuntimeError: no training is open; parameters of the model were replaced.
         """
         raise NotImplementedError
 
@@ -173,6 +180,11 @@ class Trainer:
 
         Returns:
             ``(loss summed over the batch, number of correct predictions)``, scalars on the model's device.
+
+        Raises:
+            ValueError: the loss is not a scalar tensor.
+            TypeError: the model's output is no tensor ``(N, classes)``.
+            RuntimeError: no training is open; parameters of the model were replaced.
         """
         raise NotImplementedError
 
@@ -193,8 +205,7 @@ class Trainer:
         if self._open:
             raise RuntimeError("begin() was called before the last training was finished; call finish() first")
         self._inventory.refresh()
-        if not any(p.requires_grad for p in self._inventory.parameters.values()):
-            raise ValueError("there is nothing to train: every parameter of the model is frozen (requires_grad=False)")
+        self._trainable()
         check_thresholds(dict(self._inventory.thresholds))
         layers = [name for name, _ in self._inventory.thresholds]
         if momentum:
@@ -222,6 +233,55 @@ class Trainer:
         if not self._open:
             raise RuntimeError("no training is open; call begin() first")
 
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are not frozen; ``ValueError`` if there are none."""
+        found = {name: p for name, p in self._inventory.parameters.items() if p.requires_grad}
+        if not found:
+            raise ValueError("there is nothing to train: every parameter of the model is frozen (requires_grad=False)")
+        return found
+
+    def _check_same_parameters(self) -> None:
+        """Raise ``RuntimeError`` unless the ``nn.Parameter`` objects are those that this trainer works on."""
+        self._inventory.refresh()
+        now, then = self._inventory.parameters, self._parameters
+        if now is then:
+            return
+        other = sorted(name for name in now.keys() | then.keys() if now.get(name) is not then.get(name))
+        if other:
+            raise RuntimeError(
+                f"parameters of the model were replaced ({', '.join(other[:4])}{', ...' if len(other) > 4 else ''}); "
+                "make a new trainer (p.data may be swapped)"
+            )
+        self._parameters = now
+
+    def _loss_of(self, out: Any, y: Tensor) -> Tensor:
+        """The loss of what the model returned, fit for a backward pass."""
+        loss = scalar_loss(self.loss(out, y))
+        if not loss.requires_grad and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(out)):
+            raise ValueError(
+                "loss must be differentiable in what the model returns; its result does not depend on it "
+                "(detached, or made of whole numbers)"
+            )
+        return loss
+
+    def _loss_and_hits(self, out: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`evaluate` returns."""
+        loss = scalar_loss(self.loss(out, y)) * len(y)
+        if not isinstance(out, Tensor) or out.dim() < 2:
+            raise TypeError(f"evaluate() needs a model that returns (N, classes); this one returned {_words(out)}")
+        return loss, (out.argmax(dim=1) == y).sum()
+
+
+def _words(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def scalar_loss(value: Any) -> Tensor:
+    """``value`` as what a loss must return: a scalar tensor. ``ValueError`` says what came instead."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(f"loss must return a scalar tensor, the mean over the batch; got {_words(value)}")
+    return value.reshape(())
+
 
 class MaskedTrainer(Trainer):
     """The definition: dense operators on masked weights, autograd, ``torch.optim.SGD``."""
@@ -243,13 +303,13 @@ class MaskedTrainer(Trainer):
         densities: Mapping[str, float] | None = None,
     ) -> None:
         start = self._start(options, momentum, densities)
-        self._options = options
+        self._options, self._parameters = options, self._inventory.parameters
         self._layers: list[tuple[str, Any]] = self._inventory.thresholds
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         # One tensor, written in place: a captured step reads at each replay what the last one left.
         self._densities = torch.tensor(list(start.values()), dtype=torch.float64, device=device)
         self._shared = share([layer for _, layer in self._layers])
-        self._params = {name: p for name, p in self._inventory.parameters.items() if p.requires_grad}
+        self._params = self._trainable()
         self._optimizer = torch.optim.SGD(
             self._params.values(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )
@@ -278,6 +338,7 @@ class MaskedTrainer(Trainer):
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         self._check_open()
+        self._check_same_parameters()
         key = tuple(x.shape[1:])
         if key not in self._macs_of:
             before = self._executed.numbers
@@ -302,8 +363,10 @@ class MaskedTrainer(Trainer):
         self._optimizer.zero_grad()
         with self._guard():
             out = self.model(x)
-        loss = self.loss(out, y)
-        objective = loss
+        loss = objective = self._loss_of(out, y)
+        if not loss.requires_grad:
+            self._trainable()
+            raise ValueError("what the model returns does not depend on any parameter that is trained")
         if self._options.penalty and self._layers:
             objective = loss + self._options.penalty * threshold_penalty(self.model)
         objective.backward()
@@ -315,11 +378,12 @@ class MaskedTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_open()
+        self._check_same_parameters()
         self.model.eval()
         with self._guard():
             out = self.model(x)
         self.model.train()
-        return self.loss(out, y) * len(y), (out.argmax(dim=1) == y).sum()
+        return self._loss_and_hits(out, y)
 
     def finish(self) -> TrainResult:
         if self._result is None:

@@ -84,7 +84,6 @@ class CompactTrainer(Trainer):
         self._lent: OwnMomentum | None = None
         self._session: Session | None = None
         self._fallback: MaskedTrainer | None = None
-        self._parameters = self._inventory.parameters
 
     # -- interface -------------------------------------------------------------------------------------------------
 
@@ -119,7 +118,7 @@ class CompactTrainer(Trainer):
             return self._fallback.step(x, y)
         session.refresh()
         program, leaves = session.program, session.leaves
-        loss = self.loss(program(x, True), y)
+        loss = self._loss_of(program(x, True), y)
         objective, penalty = loss, session.penalty()
         if penalty is not None:
             objective = loss + penalty
@@ -146,7 +145,7 @@ class CompactTrainer(Trainer):
         session.refresh()
         out = session.program(x, False)
         self.model.train()
-        return self.loss(out, y) * len(y), (out.argmax(dim=1) == y).sum()
+        return self._loss_and_hits(out, y)
 
     @torch.no_grad()
     def finish(self) -> TrainResult:
@@ -185,12 +184,8 @@ class CompactTrainer(Trainer):
     # -- start -----------------------------------------------------------------------------------------------------
 
     def _check_parameters(self, versions: dict[str, tuple[int, int]] | None = None) -> None:
-        now = self._inventory.parameters
-        if now is not self._parameters:  # modules or parameters were exchanged
-            if now.keys() != self._parameters.keys() or any(now[k] is not p for k, p in self._parameters.items()):
-                raise RuntimeError("parameters of the model were replaced; make a new trainer (p.data may be swapped)")
-            self._parameters = now
-        for name, p in now.items():
+        self._check_same_parameters()
+        for name, p in self._parameters.items():
             if versions is not None and (p.data_ptr(), p._version) != versions[name]:
                 raise RuntimeError(f"{name!r} was changed by somebody else between begin() and finish()")
 
@@ -282,7 +277,6 @@ class CompactTrainer(Trainer):
     @torch.no_grad()
     def _store(self, session: Session) -> None:
         """Write the compact copy into the model."""
-        self._inventory.refresh()
         self._check_parameters(self._versions)
         session.store()
         self._rebuilds += session.rebuilds
@@ -326,7 +320,7 @@ class CompactTrainer(Trainer):
 
     def _buffers(self) -> dict[str, Tensor]:
         """Full-size buffers of the trainer's own. Nothing is in memory until somebody writes to them."""
-        wanted = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        wanted = self._trainable()
         if self._scratch.keys() != wanted.keys():
             sizes = [p.numel() for p in wanted.values()]
             parts = pages(sum(sizes), next(iter(wanted.values()))).split(sizes)

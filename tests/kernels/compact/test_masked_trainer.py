@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from spafl.models import LeNet5
-from spafl_kernels import reference, threshold_layers, threshold_penalty
+from spafl_kernels import ThresholdLinear, convert, reference, threshold_layers, threshold_penalty
 from spafl_kernels.engines import make_trainer
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
@@ -169,3 +170,101 @@ def test_bad_calls_are_refused():
         trainer.begin(options, good)
     with pytest.raises(ValueError, match="engine must be one of auto, masked, compact; got 'fast'"):
         make_trainer(model, "fast")
+
+
+# ------------------------------------------------------------------------------------------------ both engines
+LOSSES = {
+    "not reduced": (lambda o, y: F.cross_entropy(o, y, reduction="none"), r"got a tensor of shape \(4,\)"),
+    "a number": (lambda o, y: F.cross_entropy(o, y).item(), "got a float"),
+    "two": (lambda o, y: (F.cross_entropy(o, y), 0), "got a tuple"),
+    "detached": (lambda o, y: F.cross_entropy(o.detach(), y), "differentiable in what the model returns"),
+    "whole numbers": (lambda o, y: (o.argmax(1) == y).sum(), "differentiable in what the model returns"),
+}
+
+
+def small():
+    torch.manual_seed(0)
+    return convert(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5)))
+
+
+@pytest.mark.parametrize("engine", ["masked", "compact"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_unsuitable_loss(engine, name):
+    loss, text = LOSSES[name]
+    trainer = make_trainer(small(), engine, loss, strict=True)
+    trainer.begin(SGDOptions(lr=0.1, penalty=0.1))
+    with pytest.raises(ValueError, match=f"^loss must.*{text}"):
+        trainer.step(torch.randn(4, 6), torch.arange(4))
+
+
+def _replaced(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def _exchanged(model):
+    model[0] = ThresholdLinear(6, 16)
+
+
+def _removed(model):
+    model[0].bias = None
+
+
+def _frozen(model):
+    for p in model.parameters():
+        p.requires_grad_(False)
+
+
+@pytest.mark.parametrize("engine", ["masked", "compact"])
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        (_replaced, RuntimeError, r"parameters of the model were replaced \(0\.weight\); make a new trainer"),
+        (_exchanged, RuntimeError, r"were replaced \(0\.bias, 0\.threshold, 0\.weight\); make a new trainer"),
+        (_removed, RuntimeError, r"were replaced \(0\.bias\); make a new trainer"),
+        (_frozen, ValueError, "there is nothing to train: every parameter of the model is frozen"),
+    ],
+)
+def test_a_model_that_changes_under_a_running_trainer(engine, change, error, text):
+    model = small()
+    trainer = make_trainer(model, engine)
+    trainer.begin(SGDOptions(lr=0.1, momentum=0.9))
+    x, y = torch.randn(4, 6), torch.arange(4)
+    trainer.step(x, y)
+    change(model)
+    with pytest.raises(error, match=text):
+        trainer.step(x, y)
+
+
+@pytest.mark.parametrize("engine", ["masked", "compact"])
+def test_only_class_scores_can_be_evaluated(engine):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small()
+
+        def forward(self, x):
+            return {"scores": self.net(x)}
+
+    trainer = make_trainer(Named(), engine, lambda out, y: F.cross_entropy(out["scores"], y))
+    trainer.begin(SGDOptions(lr=0.1))
+    x, y = torch.randn(4, 6), torch.arange(4)
+    trainer.step(x, y)
+    with pytest.raises(TypeError, match=r"needs a model that returns \(N, classes\); this one returned a dict"):
+        trainer.evaluate(x, y)
+
+
+@pytest.mark.parametrize("engine", ["masked", "compact"])
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+def test_a_pruned_weight_that_is_not_a_number_shows_in_the_loss(engine, estimator):
+    """The score of its filter is not above the threshold, so it counts as pruned; 0 times NaN is NaN all the same."""
+    model = convert(small(), estimator=estimator)
+    for _, layer in threshold_layers(model):
+        layer.estimator = estimator
+    with torch.no_grad():
+        model[0].threshold[::2] = 9.0
+        model[0].weight[0, 0] = float("nan")
+    trainer = make_trainer(model, engine, strict=True)
+    trainer.begin(SGDOptions(lr=0.1))
+    losses = [trainer.step(torch.randn(4, 6), torch.arange(4)) for _ in range(3)]
+    assert not any(loss.isfinite() for loss in losses)
+    assert not trainer.evaluate(torch.randn(4, 6), torch.arange(4))[0].isfinite()
