@@ -69,6 +69,8 @@ class Algorithm(ABC):
     Options: ClassVar[type[BaseOptions]] = BaseOptions
     presets: ClassVar[dict[str, dict[str, dict[str, object]]]] = {}
     """``presets[variant][section][key]`` is the value of that variant; see :mod:`spafl.config`."""
+    upload_limit: ClassVar[float] = 1e15
+    """Magnitude that no entry of an upload may exceed: sums and squares over all clients stay finite in float32."""
 
     def __init__(self, options: BaseOptions) -> None:
         self.options = options
@@ -101,9 +103,22 @@ class Algorithm(ABC):
     def train(self, client: Client, message: Message, round: int) -> Training:
         """Local training of one client."""
 
+    def expected_upload(self, server: ServerState, round: int, client: int) -> Message:
+        """Tensors with the names, shapes and dtypes of what a sampled client has to send back; values do not matter.
+
+        By default those of its broadcast. Uploads that look otherwise are rejected (:mod:`spafl.merge`). With a lossy
+        ``communication.encoding`` an entry must stand for the same thing in every round, at the same place.
+        """
+        return self.broadcast(server, round, client)
+
     @abstractmethod
     def merge(self, server: ServerState, round: int, uploads: Sequence[Upload]) -> tuple[ServerState, Message]:
-        """The server's next state, and an announcement to *every* client (empty: none)."""
+        """The server's next state, and an announcement to *every* client (empty: none).
+
+        Args:
+            server: the state before the round; not to be changed.
+            uploads: at least one, each as :meth:`expected_upload` says, with finite entries; ascending by client.
+        """
 
     def receive(self, client: Client, announcement: Message, round: int) -> None:
         """What a client does with an announcement of ``round``; called once each, in order."""

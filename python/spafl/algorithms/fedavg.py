@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spafl_kernels import to_dense
 
 from ..wire import Message, payload_bytes
+from .aggregate import AggregationOptions, robust_mean
 from .base import Algorithm, ServerState, Training, Upload
 from .client import Client, Evaluation
 
@@ -33,6 +34,9 @@ def load_state(model: nn.Module, message: Message) -> None:
 class FedAvg(Algorithm):
     """Dense baseline. BatchNorm statistics are averaged like weights; momentum starts fresh in every round."""
 
+    Options = AggregationOptions
+    options: AggregationOptions
+
     def prepare_model(self, model: nn.Module) -> nn.Module:
         return to_dense(model)
 
@@ -54,12 +58,18 @@ class FedAvg(Algorithm):
         return Training(upload, loss, steps, dense_paper_macs(client), result.macs)
 
     def merge(self, server: ServerState, round: int, uploads: Sequence[Upload]) -> tuple[ServerState, Message]:
+        how = self.options.aggregation
         total = sum(upload.samples for upload in uploads)
         merged = {}
         for name, old in server.items():
-            # Sums in float64, so that the result does not hang on the order of magnitude of the sample counts.
-            mean = sum(upload.message[name].double() * (upload.samples / total) for upload in uploads)
-            assert isinstance(mean, Tensor)
+            # In float64, so that the result does not hang on the order of magnitude of the sample counts.
+            values = [upload.message[name].double() for upload in uploads]
+            if how == "mean":
+                mean = torch.zeros_like(old, dtype=torch.float64)
+                for value, upload in zip(values, uploads, strict=True):
+                    mean += value * (upload.samples / total)
+            else:
+                mean = robust_mean(torch.stack(values), how, self.options.trim)
             merged[name] = (mean if old.is_floating_point() else mean.round()).to(old.dtype)
         return merged, {}
 

@@ -25,7 +25,7 @@ from spafl_kernels.functional import importance_update_, threshold_layers
 from spafl_kernels.reference import Estimator
 
 from ..wire import Message
-from . import base
+from .aggregate import AggregationOptions, robust_mean
 from .base import Algorithm, ServerState, Training, Upload
 from .client import Client, Evaluation
 
@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class SpaFLOptions(base.BaseOptions):
+class SpaFLOptions(AggregationOptions):
     """Settings of SpaFL; ``variant`` fills in what is not given."""
 
     variant: Literal["fmnist", "cifar10", "cifar100", "paper"] = "paper"
@@ -104,6 +104,8 @@ class SpaFL(Algorithm):
     Options = SpaFLOptions
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = VARIANTS
     options: SpaFLOptions
+    upload_limit: ClassVar[float] = 1e4
+    """A threshold is compared with a mean of weights' magnitudes, which is below 1 in any model that trains."""
 
     # -- set-up
 
@@ -130,7 +132,7 @@ class SpaFL(Algorithm):
     # -- server
 
     def broadcast(self, server: ServerState, round: int, client: int) -> Message:
-        thresholds = {name: t for name, t in server.items() if name.endswith(".threshold")}
+        thresholds = self._thresholds(server)
         if self.options.importance == "before-training":
             # Most sampled clients do not hold the previous thresholds, so the change has to travel too.
             return thresholds | self._deltas(server)
@@ -138,14 +140,23 @@ class SpaFL(Algorithm):
 
     def merge(self, server: ServerState, round: int, uploads: Sequence[Upload]) -> tuple[ServerState, Message]:
         merged: ServerState = {}
-        for name in [name for name in server if name.endswith(".threshold")]:
-            mean = torch.stack([upload.message[name] for upload in uploads]).mean(dim=0)
+        how = self.options.aggregation
+        for name in self._thresholds(server):
+            values = torch.stack([upload.message[name] for upload in uploads])
+            mean = values.mean(dim=0) if how == "mean" else robust_mean(values, how, self.options.trim)
             merged[name] = mean
             if self.options.importance != "none":
                 merged[name.removesuffix("threshold") + "delta"] = mean - server[name]
         if self.options.importance == "after-merge":
             return merged, self._deltas(merged)
         return merged, {}
+
+    def expected_upload(self, server: ServerState, round: int, client: int) -> Message:
+        return self._thresholds(server)
+
+    @staticmethod
+    def _thresholds(server: Message) -> dict[str, Tensor]:
+        return {name: t for name, t in server.items() if name.endswith(".threshold")}
 
     @staticmethod
     def _deltas(message: Message) -> dict[str, Tensor]:
