@@ -22,6 +22,7 @@ No round is started more than ``--budget`` seconds after the begin; every round 
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import statistics
@@ -116,7 +117,7 @@ class Rival:
         )
         self.folder = RunFolder(folder, resume=False)
         self.simulation = Simulation(config, self.folder, quiet=True)
-        self.pool = Pool(self.simulation._worker_setup(), style.workers)
+        self.pool = Pool(self.simulation.worker_setup(), style.workers)
         if style.published:
             assert self.pool._own is not None
             resident = self.pool._own.resident
@@ -141,7 +142,7 @@ class Rival:
         """Begin the next round from another's state: rounding moves masks, and must not add up over rounds."""
         mine, theirs = self.simulation, other.simulation
         mine.server = {name: tensor.clone() for name, tensor in theirs.server.items()}
-        mine.pending = list(theirs.pending)
+        mine.log = copy.deepcopy(theirs.log)
         assert mine.store is not None and theirs.store is not None
         for client in range(mine.clients):
             if theirs.store.touched(client):
@@ -152,7 +153,7 @@ class Rival:
     def run_round(self) -> Round:
         torch.set_num_threads(self.threads)
         begin = time.perf_counter()
-        line = self.simulation._round(self.pool, self.round)
+        line = self.simulation.ledger.book(self.simulation.run_round(self.pool, self.round))
         seconds = time.perf_counter() - begin
         torch.set_num_threads(1)
         self.round += 1

@@ -22,7 +22,8 @@ from typing import Any
 from benchmarks import common
 from spafl.algorithms import spafl as spafl_algorithm
 from spafl.config import resolve_config
-from spafl.simulation import loop
+from spafl.simulation.loop import Simulation
+from spafl.simulation.pool import Pool
 from spafl.simulation.runfolder import RunFolder
 from spafl_kernels import training
 
@@ -73,11 +74,11 @@ def measure(clients: int, sampled: int, rounds: int, engine: str, store: str = "
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         run_folder = RunFolder(Path(folder) / "run", resume=False)
-        simulation = loop.Simulation(config, run_folder, quiet=True)
+        simulation = Simulation(config, run_folder, quiet=True)
         seconds = 0.0
-        with loop.Pool(simulation._worker_setup(), 1) as pool:
+        with Pool(simulation.worker_setup(), 1) as pool:
             assert pool._own is not None and pool._own.store is not None and simulation.store is not None
-            simulation._round(pool, 0)  # warm-up: kernels are chosen, rows of the store are new
+            simulation.run_round(pool, 0)  # warm-up: kernels are chosen, rows of the store are new
             start = time.perf_counter()
             for k in range(clients):
                 pool._own.store.take(k)
@@ -86,10 +87,10 @@ def measure(clients: int, sampled: int, rounds: int, engine: str, store: str = "
             clock = StepClock(pool._own.resident.trainer)
             for number in range(1, rounds):
                 start = time.perf_counter()
-                simulation._round(pool, number)
+                simulation.run_round(pool, number)
                 seconds += time.perf_counter() - start
             turns = (rounds - 1) * sampled
-            simulation._visit_all(pool, rounds, True, False)
+            simulation.visit_all(pool, rounds, True, False)
         row, in_memory = simulation.store.row_bytes, simulation.store.file.in_memory
         run_folder.close()
     inside = clock.seconds

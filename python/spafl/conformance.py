@@ -175,7 +175,7 @@ class Replay:
             with self._lend(k) as client:
                 training = self.algorithm.train(client, self.algorithm.broadcast(self.server, number, k), number)
                 uploads.append(Upload(k, training.message, len(client.train)))
-                self.flops[k] += training.paper_macs
+                self.flops[k] += training.cost.paper_macs
         self.server, announcement = self.algorithm.merge(self.server, number, uploads)
         evaluations = []
         for k in range(self.recording.clients):

@@ -60,7 +60,7 @@ def client_model(run: Path, client: int) -> tuple[nn.Module, tuple[int, ...]]:
     # Where clients keep nothing (FedAvg), the global model is every client's.
     state = own if names <= own.keys() else checkpoint.server
     if not names <= state.keys():
-        raise UserError(f"client {client} has not trained or been tested up to round {checkpoint.progress.round}")
+        raise UserError(f"client {client} has not trained or been tested up to round {checkpoint.state.round}")
     model.load_state_dict({name: state[name] for name in names})
     return model.eval(), image
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from spafl.algorithms import Algorithm, BaseOptions, Evaluation, Training, Upload
+from spafl.cost import Cost
 
 
 class ToyOptions(BaseOptions):
@@ -51,7 +52,12 @@ class ToyHeteroFL(Algorithm):
                     tensor -= client.local.lr * gradient
             losses.append(loss.item())
         upload = {name: tensor.detach() for name, tensor in weights.items()}
-        return Training(upload, sum(losses) / len(losses), len(losses), figures={"width": float(len(upload["hidden"]))})
+        return Training(
+            upload,
+            sum(losses) / len(losses),
+            Cost(steps=len(losses), executed_macs=None),
+            {"width": float(len(upload["hidden"]))},
+        )
 
     def merge(self, server, round, uploads: Sequence[Upload]):
         merged = {name: tensor.clone() for name, tensor in server.items()}

@@ -20,6 +20,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ..cost import Cost
 from ..wire import Message
 from .client import Client, Evaluation
 
@@ -49,11 +50,8 @@ class Training:
     message: Message
     loss: float
     """Mean over batches of the data loss."""
-    steps: int
-    paper_macs: float = 0.0
-    """Multiply-accumulates by the paper's formula."""
-    executed_macs: int | None = None
-    """Multiply-accumulates that were really carried out, or None if the algorithm does not count them."""
+    cost: Cost
+    """Of this client's turn: steps and multiply-accumulates; bytes and seconds are the simulator's to count."""
     figures: dict[str, float] = field(default_factory=dict)
     """Anything else worth a line in the metrics."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spafl_kernels import to_dense
 
+from ..cost import Cost
 from ..wire import Message, payload_bytes
 from .aggregate import AggregationOptions, robust_mean
 from .base import Algorithm, ServerState, Training, Upload
@@ -55,7 +56,7 @@ class FedAvg(Algorithm):
         loss, steps = client.run_sgd(round)
         result = client.trainer.finish()
         upload = {name: tensor.detach().cpu().clone() for name, tensor in client.model.state_dict().items()}
-        return Training(upload, loss, steps, dense_paper_macs(client), result.macs)
+        return Training(upload, loss, Cost(steps=steps, paper_macs=dense_paper_macs(client), executed_macs=result.macs))
 
     def merge(self, server: ServerState, round: int, uploads: Sequence[Upload]) -> tuple[ServerState, Message]:
         how = self.options.aggregation

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spafl_kernels import to_dense
 
+from ..cost import Cost
 from ..wire import Message
 from .base import Algorithm, ServerState, Training, Upload
 from .client import Client, Evaluation
@@ -36,7 +37,7 @@ class Local(Algorithm):
         client.trainer.begin(client.sgd_options(round))
         loss, steps = client.run_sgd(round)
         result = client.trainer.finish()
-        return Training({}, loss, steps, dense_paper_macs(client), result.macs)
+        return Training({}, loss, Cost(steps=steps, paper_macs=dense_paper_macs(client), executed_macs=result.macs))
 
     def merge(self, server: ServerState, round: int, uploads: Sequence[Upload]) -> tuple[ServerState, Message]:
         return server, {}

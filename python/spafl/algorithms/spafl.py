@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from spafl_kernels.functional import importance_update_, threshold_layers
 from spafl_kernels.reference import Estimator
 
+from ..cost import Cost
 from ..wire import Message
 from .aggregate import AggregationOptions, robust_mean
 from .base import Algorithm, ServerState, Training, Upload
@@ -182,7 +183,8 @@ class SpaFL(Algorithm):
         self._remember(client, result.densities)
         upload = {f"{name}.threshold": layer.threshold.detach().cpu().clone() for name, layer in layers.items()}
         figures = {"density": sum(result.densities.values()) / len(result.densities)}
-        return Training(upload, loss, steps, self._paper_macs(client, result.densities), result.macs, figures)
+        macs = self._paper_macs(client, result.densities)
+        return Training(upload, loss, Cost(steps=steps, paper_macs=macs, executed_macs=result.macs), figures)
 
     def receive(self, client: Client, announcement: Message, round: int) -> None:
         for name, delta in announcement.items():

@@ -18,32 +18,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ClientGaps", "Cost", "FilterMasks", "Point", "ReportError", "Run", "labels", "load_run"]
+from ..cost import RECORDED, Cost
+
+__all__ = ["ClientGaps", "FilterMasks", "Point", "ReportError", "Run", "labels", "load_run"]
 
 _ROUNDING = 1e-6  # a mean over float32 values may exceed 1 by this much
 
 
 class ReportError(ValueError):
     """A run folder cannot be reported; the message is one line saying which file and why."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cumulative costs of a run, of three kinds that are never added to one another."""
-
-    paper_bits: float
-    paper_macs: float
-    up_bytes: float
-    down_bytes: float
-    executed_macs: float | None
-    total_seconds: float
-    train_seconds: float
-    evaluate_seconds: float
-
-    @property
-    def payload_bytes(self) -> float:
-        """Bytes sent in both directions."""
-        return self.up_bytes + self.down_bytes
 
 
 @dataclass(frozen=True)
@@ -289,17 +272,11 @@ def _metrics(path: Path, clients: int) -> tuple[list[Point], dict[str, Any], lis
 def _line(line: _Value, clients: int) -> tuple[Point, dict[str, Any]]:
     """One metrics line as its point on the curves and those of its per-client values that are there."""
     number, cost = line["round"].integer(), line["cost"]
-    paper, payload, seconds, executed = cost["paper"], cost["payload"], cost["seconds"], cost["executed"]["macs"]
-    costs = Cost(
-        paper_bits=paper["communication_bits"].number(),
-        paper_macs=paper["macs"].number(),
-        up_bytes=payload["up_bytes"].number(),
-        down_bytes=payload["down_bytes"].number(),
-        executed_macs=executed.number() if executed else None,
-        total_seconds=seconds["total"].number(),
-        train_seconds=seconds["train"].number(),
-        evaluate_seconds=seconds["evaluate"].number(),
-    )
+    amounts: dict[str, Any] = {}
+    for name, (group, key) in RECORDED.items():
+        value = cost[group][key]
+        amounts[name] = value.number() if value or name != "executed_macs" else None
+    costs = Cost(**amounts)
     fields: dict[str, Any] = {}
     of_clients: dict[str, Any] = {}
     density, client_density = line["density"], None

@@ -11,42 +11,44 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..cost import Cost
 from ..errors import UserError
+from .announcements import Announcement, AnnouncementLog
 from .store import ClientStore
 
 _NAME = re.compile(r"round-(\d{6})$")
-FORMAT = 1
+FORMAT = 2
 
 
-@dataclass
-class Announcement:
-    """An announcement that some clients have yet to receive."""
+@dataclass(frozen=True)
+class State:
+    """What a run carries from round to round, apart from tensors."""
 
     round: int
-    frame: bytes
-
-
-@dataclass
-class Progress:
-    """What the round loop carries from round to round, apart from tensors."""
-
-    round: int = -1
     """Last finished round."""
-    cost: dict[str, float] = field(default_factory=dict)
-    """Cumulative costs."""
-    announced_until: int = 0
-    """Number of announcements made so far."""
-    received: list[int] = field(default_factory=list)
-    """How many of them each client has received."""
-    best: dict[str, float] = field(default_factory=dict)
+    cost: Cost
+    """Of all rounds so far."""
+    best: dict[str, float]
+    log: AnnouncementLog
+
+
+def _as_json(state: State) -> dict[str, Any]:
+    log = asdict(state.log)
+    log["pending"] = [{"round": a.round, "frame": a.frame.hex()} for a in state.log.pending]
+    return {"format": FORMAT, "round": state.round, "cost": asdict(state.cost), "best": state.best, "log": log}
+
+
+def _from_json(value: dict[str, Any]) -> State:
+    log = dict(value["log"])
+    pending = [Announcement(item["round"], bytes.fromhex(item["frame"])) for item in log.pop("pending")]
+    return State(value["round"], Cost(**value["cost"]), value["best"], AnnouncementLog(**log, pending=pending))
 
 
 def _path(folder: Path, round: int) -> Path:
@@ -63,36 +65,29 @@ def saved_rounds(folder: Path) -> list[int]:
 
 def save(
     folder: Path,
-    progress: Progress,
+    state: State,
     server: dict[str, Tensor],
-    pending: Iterable[Announcement],
     store: ClientStore | None,
     dirty: set[int],
     keep: int,
 ) -> None:
-    """Write the checkpoint of ``progress.round``.
+    """Write the checkpoint of ``state.round``.
 
     Args:
         folder: ``checkpoints/`` of the run.
-        pending: announcements that not all clients have received, oldest first.
         dirty: clients whose rows changed since the checkpoint before.
         keep: older checkpoints beyond this many are removed.
     """
     folder.mkdir(exist_ok=True)
     before = saved_rounds(folder)
-    target = _path(folder, progress.round)
+    target = _path(folder, state.round)
     work = folder / f".{target.name}.tmp"
     shutil.rmtree(work, ignore_errors=True)
     (work / "clients").mkdir(parents=True)
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in server.items()}, work / "server.safetensors"
     )
-    state = {
-        "format": FORMAT,
-        "progress": asdict(progress),
-        "pending": [{"round": a.round, "frame": a.frame.hex()} for a in pending],
-    }
-    (work / "state.json").write_text(json.dumps(state))
+    (work / "state.json").write_text(json.dumps(_as_json(state)))
     previous = _path(folder, before[-1]) / "clients" if before else None
     written = [work / "server.safetensors", work / "state.json"]
     for client in range(store.clients if store else 0):
@@ -135,9 +130,8 @@ class Checkpoint:
     """A checkpoint read back; client files are read by :meth:`restore`."""
 
     path: Path
-    progress: Progress
+    state: State
     server: dict[str, Tensor]
-    pending: list[Announcement]
 
     def restore(self, store: ClientStore) -> None:
         """Fill the rows of all clients the checkpoint holds."""
@@ -172,13 +166,12 @@ def load_latest(folder: Path) -> Checkpoint | None:
         return None
     path = _path(folder, rounds[-1])
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        if state["format"] != FORMAT:
-            raise UserError(f"checkpoint {path} has format {state['format']}; this program reads {FORMAT}")
-        progress = Progress(**state["progress"])
-        pending = [Announcement(item["round"], bytes.fromhex(item["frame"])) for item in state["pending"]]
+        value: dict[str, Any] = json.loads((path / "state.json").read_text())
+        if value["format"] != FORMAT:
+            raise UserError(f"checkpoint {path} has format {value['format']}; this program reads {FORMAT}")
+        state = _from_json(value)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"checkpoint {path} is corrupt: {error}") from None
-    return Checkpoint(path, progress, _load(path / "server.safetensors"), pending)
+    return Checkpoint(path, state, _load(path / "server.safetensors"))

@@ -9,16 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import Algorithm, Client, Evaluation, Samples, Training
+from ..algorithms import Algorithm, Client, Evaluation, Training
 from ..wire import decode, encode
+from .announcements import Announcement
 from .resident import ClientSetting, Resident
+from .spool import map_samples
 from .store import ClientStore, StoreFile
-
-DATA_PARTS = ("train_x", "train_y", "test_x", "test_y")
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,9 @@ class WorkerSetup:
     setting: ClientSetting
     clients: int
     scratch: Path
-    """Folder with the data arrays (``.npy``) and the parts (``.npz``)."""
+    """Folder of :mod:`.spool`."""
     store: StoreFile | None
     """The rows of the clients, if they keep anything."""
-
-
-@dataclass(frozen=True)
-class Announced:
-    """Announcements a client has not received yet: ``(round, frame)``, oldest first."""
-
-    items: tuple[tuple[int, bytes], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,8 @@ class TrainTask:
     round: int
     client: int
     frame: bytes
-    announced: Announced
+    announced: tuple[Announcement, ...]
+    """What the client has not heard yet, oldest first."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,7 @@ class EvaluateTask:
 
     round: int
     clients: tuple[int, ...]
-    announced: tuple[Announced, ...]
+    announced: tuple[tuple[Announcement, ...], ...]
     frame: bytes
     evaluate: bool
     train_data: bool
@@ -94,22 +87,13 @@ class Worker:
         initial = self.algorithm.client_state(model)
         self.store = ClientStore(setup.store, initial, setup.clients) if setup.store else None
         self.resident = Resident(self.algorithm, model, setup.engine, setup.setting, initial)
-        # Copy-on-write maps: shared between processes, and torch may call them writable.
-        data = {part: torch.from_numpy(np.load(setup.scratch / f"{part}.npy", mmap_mode="c")) for part in DATA_PARTS}
-        parts = np.load(setup.scratch / "partition.npz")
-        self._samples = {
-            split: [
-                Samples(data[f"{split}_x"], data[f"{split}_y"], torch.from_numpy(index))
-                for index in np.split(parts[f"{split}_index"], parts[f"{split}_cut"])
-            ]
-            for split in ("train", "test")
-        }
+        self._samples = map_samples(setup.scratch)
 
-    def _lend(self, k: int, tensors: Mapping[str, Tensor], announced: Announced) -> Client:
+    def _lend(self, k: int, tensors: Mapping[str, Tensor], announced: tuple[Announcement, ...]) -> Client:
         """Client ``k``'s turn on its tensors: it has heard everything."""
         client = self.resident.lend(k, tensors, self._samples["train"][k], self._samples["test"][k])
-        for round, frame in announced.items:
-            self.algorithm.receive(client, decode(frame), round)
+        for announcement in announced:
+            self.algorithm.receive(client, decode(announcement.frame), announcement.round)
         return client
 
     def run(self, task: TrainTask | EvaluateTask) -> TrainOutcome | EvaluateOutcome:
@@ -142,7 +126,7 @@ class Worker:
                     "training.lr or a training.max_grad_norm may help"
                 )
             evaluations.append(evaluation)
-            changed.append(bool(announced.items) or (evaluation is not None and evaluation.changed))
+            changed.append(bool(announced) or (evaluation is not None and evaluation.changed))
             if changed[-1] and self.store:
                 self.resident.take_back()
                 self.store.save(k)

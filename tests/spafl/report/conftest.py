@@ -82,8 +82,9 @@ def craft(
             "cost": {
                 "paper": {"communication_bits": 16 * sent * (r + 1), "macs": 2.6e10 * (r + 1) * (0.6 if sparse else 1)},
                 "payload": {"up_bytes": sent * (r + 1), "down_bytes": 2 * sent * (r + 1)},
-                "executed": {"macs": 2600000000 * (r + 1) if sparse else None},
-                "seconds": {"total": 1.5 * (r + 1), "train": 1.1 * (r + 1), "evaluate": 0.3 * (r + 1)},
+                "framed": {"up_bytes": (sent + 90) * (r + 1), "down_bytes": 2 * (sent + 90) * (r + 1)},
+                "executed": {"macs": 2600000000 * (r + 1) if sparse else None, "steps": 40 * (r + 1)},
+                "seconds": {"total": 1.5 * (r + 1), "train": 1.125 * (r + 1), "evaluate": 0.375 * (r + 1)},
             },
         }
         final = line if evaluated else final

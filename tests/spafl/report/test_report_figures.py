@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+from spafl.cost import Cost
 from spafl.report import ReportError, figures
 from spafl.report.run_data import load_run
 
@@ -70,10 +71,7 @@ def test_a_run_that_sends_nothing_alone(three):
 @pytest.mark.parametrize(("factor", "unit", "size"), [(1, "seconds", 1), (100, "minutes", 60), (4000, "hours", 3600)])
 def test_accuracy_over_seconds_in_a_unit_that_suits(three, factor, unit, size):
     run = three[0]
-    points = tuple(
-        dataclasses.replace(p, cost=dataclasses.replace(p.cost, total_seconds=factor * p.cost.total_seconds))
-        for p in run.points
-    )
+    points = tuple(dataclasses.replace(p, cost=Cost(train_seconds=factor * p.cost.total_seconds)) for p in run.points)
     (axes,) = drawn(figures.accuracy_over_seconds([dataclasses.replace(run, points=points)])).axes
     assert axes.get_xlabel() == f"measured time ({unit})"
     assert axes.lines[0].get_xdata().tolist() == [p.cost.total_seconds / size for p in points]

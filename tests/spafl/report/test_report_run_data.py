@@ -133,7 +133,7 @@ def test_a_corrupt_file_is_named(make_run, name, text, message):
         (("round",), 3, r"line 6: round 3 must come after round 4 of the line before"),
         (("cost", "payload", "up_bytes"), 1, r"line 6: cost up_bytes must be cumulative; it falls from 116000 to 1"),
         (("cost", "executed", "macs"), True, r"line 6: cost\.executed\.macs must be a number >= 0; got true"),
-        (("cost", "seconds", "total"), float("nan"), r"cost\.seconds\.total must be a number >= 0; got NaN"),
+        (("cost", "seconds", "train"), float("nan"), r"cost\.seconds\.train must be a number >= 0; got NaN"),
         (("evaluation", "accuracy", "mean"), 93.1, r"evaluation\.accuracy\.mean must be a number in 0\.\.1; got 93\.1"),
         (("evaluation", "accuracy", "clients"), [0.5], r"evaluation\.accuracy\.clients must be a list of 20 entries"),
         (("density", "layers"), [1], r"density\.layers must be a table of named values; got \[1\]"),

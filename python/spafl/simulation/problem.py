@@ -1,0 +1,114 @@
+"""What a run works on: data, parts, model and algorithm, loaded and checked to fit before any work starts."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spafl_kernels.cost import layer_macs
+from spafl_kernels.functional import threshold_layers
+
+from .. import rng
+from ..algorithms import Algorithm
+from ..config import RunConfig
+from ..data import Dataset, Partition, load_dataset, partition
+from ..errors import UserError
+from ..models import MODELS, build_model
+
+
+@dataclass
+class Problem:
+    """Data, parts, model and algorithm of a run.
+
+    Attributes:
+        model: the initial model, prepared by the algorithm.
+        macs: dense multiply-accumulates per sample of each threshold layer (published counting).
+    """
+
+    dataset: Dataset
+    parts: Partition
+    model: nn.Module
+    algorithm: Algorithm
+    macs: dict[str, int]
+
+    @cached_property
+    def layer_weights(self) -> dict[str, int]:
+        """Number of weights of each threshold layer, in registration order."""
+        return {n: layer.weight.numel() for n, layer in threshold_layers(self.model)}  # type: ignore[operator, misc]
+
+    def class_counts(self) -> dict[str, Any]:
+        """How many samples of each class every client has, as ``partition.json`` records it."""
+        data, parts = self.dataset, self.parts
+        return {
+            "classes": data.classes,
+            "image": list(data.train_x.shape[1:]),
+            "train": [np.bincount(data.train_y[i], minlength=data.classes).tolist() for i in parts.train],
+            "test": [np.bincount(data.test_y[i], minlength=data.classes).tolist() for i in parts.test],
+        }
+
+
+def build_problem(config: RunConfig) -> Problem:
+    """Load the data, cut it into clients and build the model.
+
+    Raises:
+        UserError: data missing or corrupt, an impossible partition, or a model that does not take these images.
+    """
+    options = config.data.model_dump(exclude={"name", "root"}, exclude_none=True)
+    root = Path(config.data.root).expanduser() if config.data.root else None
+    try:
+        dataset = load_dataset(config.data.name, root, **options)
+    except ValueError as error:
+        raise UserError(f"data: {error}") from None
+    info = MODELS[config.model.name]
+    channels, *image = dataset.train_x.shape[1:]
+    if list(image) != [info.image, info.image]:
+        raise UserError(
+            f"model {config.model.name} takes {info.image}x{info.image} images; data {config.data.name} has "
+            f"{image[0]}x{image[1]}"
+        )
+    p = config.partition
+    try:
+        parts = partition(
+            dataset.train_y, dataset.test_y, p.scheme, p.clients, rng.numpy_stream(config.seed, "partition"),
+            alpha=p.alpha, classes_per_client=p.classes_per_client, min_train=p.min_train, min_test=p.min_test,
+            max_draws=p.max_draws,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"partition: {error}") from None
+    algorithm = config.build_algorithm()
+    model = build_model(config.model.name, dataset.classes, channels, rng.stream_seed(config.seed, "initial model"))
+    sample = torch.zeros(1, channels, *image)
+    layers = dict(threshold_layers(model))
+    macs = {name: count for name, count in layer_macs(model, sample, per_token=False).items() if name in layers}
+    try:
+        model = algorithm.prepare_model(model)
+    except ValueError as error:
+        raise UserError(f"algorithm {config.algorithm['name']}: {error}") from None
+    _check_single_samples(config, model, sample, parts)
+    return Problem(dataset, parts, model, algorithm, macs)
+
+
+def _check_single_samples(config: RunConfig, model: nn.Module, sample: Tensor, parts: Partition) -> None:
+    """Refuse parts that leave a training batch of one sample to a model that cannot normalise over one."""
+    size, drop = config.training.batch_size, config.training.drop_last
+    lone = [
+        k for k, part in enumerate(parts.train) if len(part) == 1 or (len(part) % size == 1 and not drop) or size == 1
+    ]
+    if not lone:
+        return
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(sample)
+    except ValueError:
+        raise UserError(
+            f"training: client {lone[0]} has {len(parts.train[lone[0]])} samples, so with batch_size = {size} a batch "
+            f"of one sample is left, which {config.model.name} cannot normalise; set training.drop_last = true, "
+            "another training.batch_size or a larger partition.min_train"
+        ) from None

@@ -1,0 +1,16 @@
+"""Which clients train in a round."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import rng
+from ..config import RunConfig
+
+
+def sample_clients(config: RunConfig, round: int) -> list[int]:
+    """Clients of a round, without replacement, in the order they are drawn."""
+    clients, count = config.partition.clients, config.sampling.clients_per_round
+    if config.sampling.stream == "published-cifar100":
+        return np.random.RandomState(round).choice(clients, count, replace=False).tolist()
+    return rng.numpy_stream(config.seed, "sampling", round).choice(clients, count, replace=False).tolist()
