@@ -25,12 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from .executed import Executed
 from .functional import check_thresholds, threshold_penalty
 from .inventory import Inventory
-from .ops.flops import of_other_operators
+from .ops.flops import counter, of_other_operators
 from .shared_pass import share
 
 __all__ = ["MaskedTrainer", "SGDOptions", "TrainResult", "Trainer", "Unsupported"]
@@ -89,10 +88,10 @@ class TrainResult:
     Args:
         densities: share of active filters in the last forward (train or eval), by threshold layer; what was given to
             ``begin`` if there was no forward.
-        macs: multiply-accumulates executed by ``step`` calls in convolutions and matrix products: forward, gradient of
-            the input and gradient of the weight. Evaluation is not counted. Layers that run the packed kernels count
-            the filters that these compute: the active ones, and in the gradient of the weight also pruned ones whose
-            estimator lets a gradient through that is not zero.
+        macs: multiply-accumulates executed by ``step`` calls in convolutions (groups and all), matrix products,
+            attention and recurrent layers: forward, gradient of the input and gradient of the weight, as far as they
+            are needed. Evaluation is not counted. What skips pruned filters counts those that it computes: the
+            active ones, those that fill a block up, and pruned ones whose gradient is not zero.
         steps: SGD steps done.
         rebuilds: times the compact plan was made anew because a mask changed (0 for the masked engine).
         momentum: full-size momentum buffers by parameter name: the tensors given to ``begin``, or the trainer's own,
@@ -287,12 +286,15 @@ class MaskedTrainer(Trainer):
     """The definition: dense operators on masked weights, autograd, ``torch.optim.SGD``."""
 
     engine = "masked"
+    # Without it ``TrainResult.macs`` has only what counts itself.
+    counts_macs = True
 
     def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy, reason: str = "asked for") -> None:
         super().__init__(model, loss)
         self.reason = reason
-        # MACs of one step that do not depend on masks, by input shape without the batch: (MACs, batch of the count).
-        self._macs_of: dict[tuple[int, ...], tuple[int, int]] = {}
+        # MACs of one step that do not depend on masks, as (MACs, batch of the count), by the shape of a sample and by
+        # which parameters are frozen.
+        self._macs_of: dict[Any, tuple[int, int]] = {}
         # Those that do. Kept over trainings: a captured step adds to the same tensors at each replay.
         self._executed = Executed()
 
@@ -339,14 +341,17 @@ class MaskedTrainer(Trainer):
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         self._check_open()
         self._check_same_parameters()
-        key = tuple(x.shape[1:])
+        key = tuple(x.shape[1:]), tuple(p.requires_grad for p in self._parameters.values())
+        if not self.counts_macs:
+            self._steps += 1
+            return self._step(x, y)
         if key not in self._macs_of:
             before = self._executed.numbers
-            with FlopCounterMode(display=False) as counter, self._executed.counting():
+            with counter() as counted, self._executed.counting():
                 loss = self._step(x, y)
             # PyTorch's own operators that compute active filters alone are in both counts.
             twice = self._executed.numbers - before
-            macs, batch = of_other_operators(counter) // 2 - twice, len(x)
+            macs, batch = of_other_operators(counted) // 2 - twice, len(x)
             if not batch:  # nothing was counted of an empty batch
                 self._steps += 1
                 return loss

@@ -34,7 +34,7 @@ class Op:
         sources: names of the tensor inputs that are followed.
         layout: of the result; None at full width.
         const: dropped channels of the result may be constants other than 0.
-        grad: the result depends on a parameter.
+        grad: the result depends on a parameter that is not frozen.
         apply: the function of a ``relu``, ``unary``, ``pool`` or ``same`` op.
         shape: of the result at batch 2; None if it is not a tensor.
         macs: of an ``other`` op, per sample, forward only.

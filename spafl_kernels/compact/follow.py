@@ -191,7 +191,8 @@ class _Follower:
         if node.op == "output":
             return Op(node, "output")
         if node.op == "get_attr":
-            return Op(node, "other", grad=isinstance(self.attribute(str(node.target)), nn.Parameter))
+            value = self.attribute(str(node.target))
+            return Op(node, "other", grad=isinstance(value, nn.Parameter) and value.requires_grad)
         writes = node.name in self.writers
         if node.op == "call_module":
             op = self.classify_module(node, self.model.get_submodule(str(node.target)))
@@ -205,7 +206,7 @@ class _Follower:
 
     def classify_module(self, node: fx.Node, m: nn.Module) -> Op:
         name, kind = self.names[id(m)], type(m)
-        grad = any(True for _ in m.parameters())
+        grad = any(p.requires_grad for p in m.parameters())
         whole = Op(node, "other", module=m, grad=grad)
         one = len(node.args) + len(node.kwargs) == 1 and len(node.all_input_nodes) == 1 and "otherwise" not in node.meta
         one = one and isinstance((*node.args, *node.kwargs.values())[0], fx.Node)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..convert import copy_of
 from ..layers import ThresholdLayer
+from ..ops.flops import counter
 from ..training import Unsupported
 from .calls import target_of, writes_in_place
 from .watch import HOOKS, Modes, Watch, frozen, modes_of, set_modes
@@ -160,10 +160,10 @@ class Shapes(fx.Interpreter):
         self._held: list[Any] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False) as counter:
+        with counter() as counted:
             result = super().run_node(n)
         self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
-        self.macs[n.name] = counter.get_total_flops() // 4  # two FLOPs each, two samples
+        self.macs[n.name] = counted.get_total_flops() // 4  # two FLOPs each, two samples
         tensors = (
             [result]
             if isinstance(result, Tensor)

@@ -1,8 +1,12 @@
-"""What ``torch.utils.flop_counter`` counts for the threshold operators: the same layer with all its filters active.
+"""Multiply-accumulates of PyTorch's own operators, and what its counter is to say of the threshold operators.
 
-That is also what it counts for the masked reference. How many filters are active is known on the device only; what is
-executed is counted by :mod:`spafl_kernels.executed`. Importing this module registers the formulas, as
-:mod:`spafl_kernels.training` does; ``import spafl_kernels`` does not, for the counter imports triton.
+``torch.utils.flop_counter`` counts the weight gradient of a convolution in groups as that of one without, and neither
+attention on a CPU nor the LSTM that runs in one operator; :func:`counter` has formulas of its own for these.
+
+For the threshold operators it counts the same layer with all its filters active, as for the masked reference. How many
+filters are active is known on the device only; what is executed is counted by :mod:`spafl_kernels.executed`. Importing
+this module registers those formulas, as :mod:`spafl_kernels.training` does; ``import spafl_kernels`` does not, for the
+counter imports triton.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from ..triton.geometry import Geometry
 from . import library  # noqa: F401  (defines the operators)
 
+_ATEN = torch.ops.aten
 _SPAFL = torch.ops.spafl
 OPERATORS = (
     _SPAFL.threshold_linear, _SPAFL.threshold_linear_backward, _SPAFL.threshold_conv2d,
@@ -64,6 +69,52 @@ def _(
     padding: Shape, dilation: Shape, mask_bias: bool, need_input: bool, need_weight: bool, **_: Any,
 ) -> int:  # fmt: skip
     return (need_input + need_weight) * _conv2d(input, weight, stride, padding, dilation)
+
+
+# ------------------------------------------------------------------------------------------ PyTorch's own operators
+def _convolution_backward(
+    grad: Shape, x: Shape, weight: Shape, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+    output_padding: Any, groups: int, output_mask: Sequence[bool], *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Each of both gradients costs what the forward pass does, in groups too."""
+    positions = math.prod((x if transposed else grad)[2:])
+    return 2 * (output_mask[0] + output_mask[1]) * grad[0] * math.prod(weight) * positions
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Scores and weighted sum."""
+    return 2 * math.prod(query[:-2]) * query[-2] * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Two products for each of the two; scores that are computed once more do not count."""
+    return 2 * _attention(query, key, value)
+
+
+def _recurrent(x: Shape, weight: Shape, hidden: Shape, *_: Any, **__: Any) -> int:
+    """One layer in one direction over ``(time, batch, features)``."""
+    return 2 * x[0] * x[1] * (math.prod(weight) + math.prod(hidden))
+
+
+def _recurrent_backward(x: Shape, weight: Shape, hidden: Shape, *_: Any, **__: Any) -> int:
+    return 2 * _recurrent(x, weight, hidden)
+
+
+_FORMULAS: dict[Any, Any] = {
+    _ATEN.convolution_backward: _convolution_backward,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _ATEN._scaled_dot_product_flash_attention_backward: _attention_backward,
+    _ATEN._scaled_dot_product_efficient_attention_backward: _attention_backward,
+    _ATEN._scaled_dot_product_cudnn_attention_backward: _attention_backward,
+    _ATEN.mkldnn_rnn_layer: _recurrent,
+    _ATEN.mkldnn_rnn_layer_backward: _recurrent_backward,
+}
+
+
+def counter() -> FlopCounterMode:
+    """A context that counts the FLOPs of convolutions, matrix products, attention and recurrent layers, two a MAC."""
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
 
 
 def of_other_operators(counter: FlopCounterMode) -> int:

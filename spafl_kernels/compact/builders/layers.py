@@ -33,7 +33,6 @@ def layer(scope: Scope, op: Op, i: int) -> Run:
     read = scope.full(source.name) if columns is None else None
     j = scope.index[source.name]
     const_in = columns is not None and source.const and len(columns.dropped) > 0
-    _count_macs(scope, op, source, slot, const_in)
     conv = isinstance(m, nn.Conv2d)
     pad_first: list[int] | None = None
     padded = False
@@ -52,6 +51,7 @@ def layer(scope: Scope, op: Op, i: int) -> Run:
             inside = F.conv2d(ones, eye, None, stride, padding, dilation)
             size, taps = inside.shape[2:], inside.view(kernel, -1)
 
+    _count_macs(scope, op, source, slot, const_in, taps is not None)
     # Few enough input channels are a matter of the plan: a later layer comes within reach once inputs are pruned.
     within_reach = conv and not const_in and slot.weight.shape[1] <= MAX_IN_CHANNELS
     fused = scope.fused_pools.get(name) if within_reach else None
@@ -142,7 +142,7 @@ def depthwise(scope: Scope, op: Op, i: int) -> Run:
     m, n = op.module, scope.count
     name = scope.names[id(m)]
     slot, source = scope.layers[name], scope.op(op.sources[0])
-    _count_macs(scope, op, source, slot, False)
+    _count_macs(scope, op, source, slot, False, False)
     rows = scope.plan.rows.get(name)
     before = None if op.data is None else scope.plan.channels(op.data)
     read, j = scope.full(source.name), scope.index[source.name]
@@ -182,11 +182,13 @@ def depthwise(scope: Scope, op: Op, i: int) -> Run:
     return run
 
 
-def _count_macs(scope: Scope, op: Op, source: Op, slot: LayerSlot, const_in: bool) -> None:
+def _count_macs(scope: Scope, op: Op, source: Op, slot: LayerSlot, const_in: bool, as_map: bool) -> None:
     passes = 3 if source.grad else 2
     scope.macs += passes * slot.weight.numel() * op.positions
-    if const_in and slot.weight_dropped is not None:
-        scope.macs_fixed += 3 * slot.weight_dropped.numel()
+    if const_in and (dropped := slot.weight_dropped) is not None:
+        scope.macs_fixed += 3 * dropped.numel()
+        if as_map:  # forward, and the gradient of what the constants make of each tap
+            scope.macs_fixed += 2 * dropped[:, 0].numel() * op.positions
 
 
 class _AddMap(torch.autograd.Function):

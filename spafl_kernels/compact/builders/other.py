@@ -25,10 +25,17 @@ def shape(scope: Scope, op: Op, i: int) -> Run:
     return run
 
 
+def _products(scope: Scope, op: Op) -> int:
+    """How many products a step makes of one in the forward pass: one more for every factor with a gradient."""
+    factors = [s for s in map(scope.op, op.sources) if len(s.shape or ()) > 1]  # a vector is a bias
+    own = op.module is not None and any(p.requires_grad and p.dim() > 1 for p in op.module.parameters())
+    return 1 + min(2, own + sum(s.grad for s in factors))
+
+
 def other(scope: Scope, op: Op, i: int) -> Run:
     """Any other node, as the trace has it, on full-width inputs."""
     node, model = op.node, scope.flow.model
-    scope.macs += op.macs * 3
+    scope.macs += op.macs * _products(scope, op)
     if node.op == "get_attr":
         trace = scope.flow.trace
         if trace is not None and node.target in trace.constants:
