@@ -40,6 +40,8 @@ class DataConfig(_Section):
     seed: int | None = Field(default=None, ge=0)
     augment: Literal["none", "crop-flip"] | None = None
     """Training augmentation; by default what is usual for the data set."""
+    pixels: Literal["standard", "unit", "raw"] | None = None
+    """What the model sees: standardised values (the default), 0..1, or stored bytes as they are."""
     verify_checksums: bool | None = None
 
 

@@ -1,6 +1,7 @@
 """The algorithm interface: a stranger's method, and the published importance update."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from toy_algorithm import ToyHeteroFL
 from spafl.algorithms import ALGORITHMS, find_algorithm, register_algorithm
 from spafl.algorithms.spafl import VARIANTS, SpaFL, SpaFLOptions, penalty_at
 from spafl.config import resolve_config
+from spafl.models import MODELS, build_model, register_model
 from spafl.simulation import run
-from spafl_kernels import importance_update_
+from spafl_kernels import ThresholdLinear, importance_update_
+from spafl_kernels.functional import threshold_layers
 
 
 @pytest.fixture
@@ -79,3 +82,92 @@ def test_penalty_warm_up():
     assert penalty_at(options, 0) == pytest.approx(0.002 * 0.0066929, rel=1e-4)
     assert penalty_at(options, 1) == pytest.approx(0.002 * 0.9933071, rel=1e-4)
     assert penalty_at(SpaFLOptions(**VARIANTS["cifar10"]["algorithm"]), 0) == 0.00015
+
+
+# -- the classifier
+
+
+class WithPlainHead(torch.nn.Module):
+    """Two linear layers, the classifier plain, as in the published ResNet-18."""
+
+    def __init__(self, classes, in_channels):
+        super().__init__()
+        self.hidden = ThresholdLinear(in_channels * 784, 16, bias=False)
+        self.head = torch.nn.Linear(16, classes)
+
+    def forward(self, x):
+        return self.head(self.hidden(x.flatten(1)).relu())
+
+
+def prepared(model, **options):
+    return SpaFL(SpaFLOptions(**VARIANTS["paper"]["algorithm"], **options)).prepare_model(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "as_built"),
+    [("lenet5", "fc4", True), ("conv4", "dense3", True), ("resnet18", "linear", False), ("vit", "mlp_head.1", False)],
+)
+def test_a_classifier_is_pruned_as_published_or_as_asked(name, head, as_built):
+    def masked(**options):
+        return {n for n, _ in threshold_layers(prepared(build_model(name, 10, 1, seed=0), **options))}
+
+    published = masked()
+    assert (head in published) == as_built
+    assert masked(prune_head="as-built") == published
+    assert masked(prune_head=True) == published | {head}
+    assert masked(prune_head=False) == published - {head}
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+def test_the_classifier_keeps_its_weights_and_place(pruned):
+    model = WithPlainHead(10, 1)
+    if not pruned:
+        model.head = ThresholdLinear(16, 10)
+    weight, x = model.head.weight.detach().clone(), torch.randn(3, 1, 28, 28)
+    before = model(x)
+    model = prepared(model, prune_head=pruned)
+    assert isinstance(model.head, ThresholdLinear) == pruned and torch.equal(model.head.weight, weight)
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_models_without_such_a_classifier_are_refused():
+    for model in (torch.nn.Conv2d(1, 2, 3), torch.nn.Linear(3, 2)):
+        with pytest.raises(ValueError, match="prune_head needs a model that contains a linear layer"):
+            prepared(model, prune_head=True)
+    with pytest.raises(ValueError, match="computed weight"):
+        prepared(torch.nn.Sequential(torch.nn.utils.weight_norm(torch.nn.Linear(3, 2))), prune_head=True)
+
+
+@pytest.mark.parametrize("prune_head", [True, False, "as-built"])
+def test_a_run_prunes_the_classifier_as_asked(small, tmp_path, prune_head):
+    register_model("plain-head", WithPlainHead, 28)
+    try:
+        small["model"]["name"] = "plain-head"
+        small["algorithm"]["prune_head"] = prune_head
+        small["rounds"] = 1
+        final = run(resolve_config(small), tmp_path / "run")["final"]
+    finally:
+        del MODELS["plain-head"]
+    assert list(final["density"]["layers"]) == ["hidden", "head"][: 1 + (prune_head is True)]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_the_published_counter_has_both_terms_of_thresholds_or_neither(counted):
+    """Three images in batches of two, two epochs: 3 E D sum(density * MACs), thresholds per batch, weights once."""
+    model = WithPlainHead(10, 1)
+    algorithm = SpaFL(SpaFLOptions(**{**VARIANTS["cifar100"]["algorithm"], "count_threshold_macs": counted}))
+    client = SimpleNamespace(
+        local=SimpleNamespace(epochs=2),
+        train=[0] * 3,
+        macs={"hidden": 784 * 16},
+        layers=dict(threshold_layers(model)),
+        batches_per_epoch=lambda: 2,
+    )
+    macs = 3 * 2 * 3 * 0.25 * 784 * 16
+    assert algorithm._paper_macs(client, {"hidden": 0.25}) == macs + counted * (16 * 2 + 784 * 16)
+
+
+def test_the_cifar100_counter_adds_nothing_for_thresholds():
+    counted = {name: preset["algorithm"]["count_threshold_macs"] for name, preset in VARIANTS.items()}
+    assert counted == {"fmnist": True, "cifar10": True, "cifar100": False, "paper": True}

@@ -41,7 +41,7 @@ def test_run_then_report(config_file, tmp_path, capsys):
     assert (tmp_path / "both" / "report.html").exists()
 
 
-def test_mistakes(config_file, tmp_path, capsys):
+def test_mistakes(config_file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     assert "does not exist" in fails(capsys, "run", tmp_path / "no.toml", "--out", out)
     assert "did you mean training.lr?" in fails(capsys, "run", config_file, "--out", out, "--set", "training.l=1")
@@ -51,8 +51,11 @@ def test_mistakes(config_file, tmp_path, capsys):
     impossible = fails(capsys, "run", config_file, "--out", out, "--set", "partition.min_train=100")
     assert "partition: " in impossible and "500" in impossible
     published = resources.files("spafl").joinpath("configs/fmnist.toml")
+    monkeypatch.setattr("spafl.data.files.SYSTEM", ())
+    monkeypatch.delenv("SPAFL_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
     missing = fails(capsys, "run", published, "--out", out, "--data-root", tmp_path)
-    assert "train-images-idx3-ubyte" in missing
+    assert "train-images-idx3-ubyte" in missing and "get it with: " in missing
     assert not out.exists()
     (tmp_path / "file").write_text("")
     assert "is a file" in fails(capsys, "run", config_file, "--out", tmp_path / "file")

@@ -27,6 +27,26 @@ def test_published_variants_carry_their_training(small):
     assert config.sampling.stream == "published-cifar100"
 
 
+@pytest.mark.parametrize(
+    ("variant", "pixels", "augment"),
+    [
+        ("fmnist", "raw", "none"),
+        ("cifar10", "raw", "none"),
+        ("cifar100", "standard", None),
+        ("paper", "standard", None),
+    ],
+)
+def test_the_input_pipeline_is_part_of_a_variant(small, variant, pixels, augment):
+    del small["data"]["pixels"]
+    small["algorithm"] = {"name": "spafl", "variant": variant}
+    data = resolve_config(small).data
+    assert (data.pixels, data.augment) == (pixels, augment)
+    small["data"]["pixels"] = "unit"
+    assert resolve_config(small).data.pixels == "unit"
+    small["data"]["pixels"] = "bytes"
+    assert "data.pixels: one of standard, unit, raw; got 'bytes'" in refusal(small)
+
+
 def test_the_resolved_configuration_reads_back_equal(small, tmp_path):
     small["algorithm"]["collapse_floor"] = "off"
     config = resolve_config(small)

@@ -48,7 +48,12 @@ def enlarge(images: np.ndarray, size: int, white: int) -> np.ndarray:
     weights[np.arange(size), left] = 2 * size - fraction
     weights[np.arange(size), np.minimum(left + 1, small - 1)] += fraction
     total = white * (2 * size) ** 2
-    return ((weights @ images @ weights.T * (2 * 255) + total) // (2 * total)).astype(np.uint8)
+    out = np.empty((len(images), size, size), dtype=np.uint8)
+    for start in range(0, len(images), 1000):  # in pieces: the arithmetic takes eight bytes a pixel
+        # Whole numbers far below 2**53, so floating-point products, which are fast, are exact.
+        piece = weights.astype(float) @ images[start : start + 1000].astype(float) @ weights.T.astype(float)
+        out[start : start + 1000] = (piece.astype(np.int64) * (2 * 255) + total) // (2 * total)
+    return out
 
 
 def load_synthetic(

@@ -1,29 +1,32 @@
 """CIFAR-10 and CIFAR-100: the Python pickles or the binary version, unpacked or straight from the .tar.gz.
 
-Layouts: https://www.cs.toronto.edu/~kriz/cifar.html. A pickle can run code when it is loaded, so these are read by an
-unpickler that knows five names and gives them inert stand-ins: no function named by a file is ever called.
+Layouts: https://www.cs.toronto.edu/~kriz/cifar.html. A pickle can run code when it is loaded, so these are read as data
+(:mod:`spafl.data.inert`): no function named by a file is ever called.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
+import hashlib
+import math
 import tarfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from . import inert
 from .dataset import DataError, Dataset
-from .files import Source, check_root, missing, one_line, read
+from .files import Content, Source, check_published, missing, one_line, places, read_whole
+from .inert import Call, InertPickleError, Name
 from .transform import Transform
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar.html"
 PIXELS = 3 * 32 * 32
 MAX_MEMBER = 1 << 28  # bytes; the largest published file has 155 million
+MAX_MEMBERS = 1000  # of an archive; the published ones have at most nine
 
 
 @dataclass(frozen=True)
@@ -37,57 +40,55 @@ class Form:
     md5: dict[str, str]
     parse: Callable[[str, bytes], tuple[np.ndarray, np.ndarray]]
 
+    @property
+    def url(self) -> str:
+        return URL.rpartition("/")[0] + "/" + self.archive
 
-class _Array:
-    """Stands in for numpy's array: keeps the state a pickle gives it."""
-
-    def __init__(self, *args: object) -> None:
-        self.state: tuple = ()
-
-    def __setstate__(self, state: tuple) -> None:
-        self.state = state
-
-    def array(self) -> np.ndarray:
-        """Rebuild from the state (version, shape, dtype, fortran order, bytes)."""
-        _, shape, dtype, fortran, raw = self.state
-        if not isinstance(dtype, _Dtype) or dtype.code != "u1" or fortran:
-            raise ValueError("'data' is not a C-ordered uint8 array")
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
-        return np.frombuffer(raw, dtype=np.uint8).reshape(shape)
+    @property
+    def source(self) -> Source:
+        return Source(self.train + self.test, (self.folder, "."), (self.url,))
 
 
-class _Dtype:
-    def __init__(self, code: object = None, *args: object) -> None:
-        self.code = code.decode("latin1") if isinstance(code, bytes) else code
-
-    def __setstate__(self, state: tuple) -> None:
-        pass
+_MULTIARRAY = [Name(module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")]
+_FROM_BUFFER = [Name(module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")]
+_NDARRAY, _DTYPE, _ENCODE = Name("numpy", "ndarray"), Name("numpy", "dtype"), Name("_codecs", "encode")
+_ALLOWED = (*_MULTIARRAY, *_FROM_BUFFER, _NDARRAY, _DTYPE, _ENCODE)
 
 
-def _encode(text: object, encoding: object = None) -> bytes:
-    """What Python 3 writes for bytes in protocol 2: ``_codecs.encode(text, "latin1")``, and nothing else."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError(f"refused encoding {encoding!r}")
-    return text.encode("latin1")
+def _bytes(value: Any) -> bytes:
+    """Bytes in any of the forms pickles have for them."""
+    if isinstance(value, Call) and value.name == _ENCODE:  # what Python 3 writes in protocol 2
+        text, encoding = value.arguments if len(value.arguments) == 2 else (None, None)
+        if not isinstance(text, str) or encoding != "latin1":
+            raise ValueError(f"refused encoding {str(encoding)[:40]!r}")
+        return text.encode("latin1")
+    if isinstance(value, str):  # of Python 2
+        return value.encode("latin1")
+    if isinstance(value, bytes | bytearray):
+        return bytes(value)
+    raise ValueError("'data' holds no bytes")
 
 
-_ALLOWED: dict[tuple[str, str], object] = {
-    ("numpy.core.multiarray", "_reconstruct"): lambda *args: _Array(),
-    ("numpy._core.multiarray", "_reconstruct"): lambda *args: _Array(),
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
-}
-
-
-class _Unpickler(pickle._Unpickler):
-    """The Python implementation: its memo is a dict, so that no index in a file can make it allocate gigabytes."""
-
-    def find_class(self, module: str, name: str) -> object:
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR file needs") from None
+def _array(value: Any) -> np.ndarray:
+    """The uint8 array that a pickle describes: numpy's own form, and that of protocol 5."""
+    if not isinstance(value, Call):
+        raise ValueError("'data' is no array")
+    if value.name in _MULTIARRAY and isinstance(value.state, tuple) and len(value.state) == 5:
+        _, shape, dtype, fortran, content = value.state
+    elif value.name in _FROM_BUFFER and len(value.arguments) == 4:
+        content, dtype, shape, order = value.arguments
+        fortran = order != "C"
+    else:
+        raise ValueError("'data' is no array")
+    code = dtype.arguments[0] if isinstance(dtype, Call) and dtype.name == _DTYPE and dtype.arguments else None
+    if code not in ("u1", b"u1") or fortran:
+        raise ValueError("'data' is not a C-ordered uint8 array")
+    raw = _bytes(content)
+    if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n <= len(raw) for n in shape):
+        raise ValueError("'data' has a shape that its bytes do not fill")
+    if math.prod(shape[:32]) != len(raw) or len(shape) > 32:
+        raise ValueError("'data' has a shape that its bytes do not fill")
+    return np.frombuffer(raw, dtype=np.uint8).reshape(shape)
 
 
 def parse_pickle(path: str, raw: bytes, *, key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,16 +98,19 @@ def parse_pickle(path: str, raw: bytes, *, key: str, classes: int) -> tuple[np.n
         DataError: not a pickle, a pickle that names anything unexpected, or not CIFAR's shape or label range.
     """
     try:
-        # latin1 maps every byte to itself: how Python 2's strings survive
-        content = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
+        content = inert.load(raw, _ALLOWED)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no dict")
         content = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in content.items()}
-        x = content["data"].array()
-        labels = content[key]
+        for entry in ("data", key):
+            if entry not in content:
+                raise DataError(f"{path}: no entry {entry!r} in the pickle; expected 'data' and '{key}'")
+        x, labels = _array(content["data"]), content[key]
         if not isinstance(labels, list) or not all(type(v) is int for v in labels):
             raise ValueError(f"'{key}' is not a list of whole numbers")
-    except KeyError as error:
-        raise DataError(f"{path}: no entry {error} in the pickle; expected 'data' and '{key}'") from error
-    except Exception as error:  # a damaged pickle can raise anything
+    except DataError:
+        raise
+    except (InertPickleError, ValueError) as error:
         raise DataError(f"{path}: not a readable CIFAR pickle ({one_line(error)}); see {URL}") from error
     if x.ndim != 2 or x.shape[1] != PIXELS:
         raise DataError(f"{path}: 'data' has shape {x.shape}, expected (n, {PIXELS})")
@@ -133,8 +137,8 @@ def _checked(path: str, x: np.ndarray, y: np.ndarray, classes: int) -> tuple[np.
     return x.reshape(-1, 3, 32, 32), y.astype(np.int64)
 
 
-# Archive MD5s: published by the authors at URL. Those of the pickles: torchvision/datasets/cifar.py. For single .bin
-# files none is published: they are checked for size and labels.
+# MD5 of the unpacked files, so an archive that was packed again is as good. Those of the pickles are in
+# torchvision/datasets/cifar.py, those of the binary files in rai-project/dldataset (vision/cifar10.go, cifar100.go).
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 FORMS = {
     "cifar10": (
@@ -144,7 +148,6 @@ FORMS = {
             _BATCHES,
             ("test_batch",),
             {
-                "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
                 "data_batch_1": "c99cafc152244af753f735de768cd75f",
                 "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
                 "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
@@ -159,7 +162,14 @@ FORMS = {
             "cifar-10-batches-bin",
             tuple(f"{batch}.bin" for batch in _BATCHES),
             ("test_batch.bin",),
-            {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
+            {
+                "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+                "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+                "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+                "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+                "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+                "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
+            },
             partial(parse_bin, label_bytes=1, classes=10),
         ),
     ),
@@ -170,7 +180,6 @@ FORMS = {
             ("train",),
             ("test",),
             {
-                "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
                 "train": "16019d7e3df5f24257cddd939b257f8d",
                 "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
             },
@@ -181,7 +190,7 @@ FORMS = {
             "cifar-100-binary",
             ("train.bin",),
             ("test.bin",),
-            {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
+            {"train.bin": "6172c7755cfe09b2fe270c85cebc1b15", "test.bin": "4499cfba6c016c1be1438163640a0898"},
             partial(parse_bin, label_bytes=2, classes=100),
         ),
     ),
@@ -198,65 +207,91 @@ TRANSFORMS = {
 def load_cifar(name: str, root: Path | None = None, *, verify_checksums: bool = True) -> Dataset:
     """Read ``name`` ("cifar10" or "cifar100", fine labels) from ``root``: 3x32x32 images, channels red, green, blue.
 
-    Looked for in this order, in ``root`` and in the folder its archive makes: the Python pickles, the Python archive,
-    the binary files, the binary archive. ``verify_checksums`` compares what has a published MD5 with it, and the
-    number of images with the published 50,000 and 10,000; shapes, lengths and labels are checked always.
+    Looked for in the :func:`~spafl.data.files.places`, ``root`` first; in each, directly and in the folder its archive
+    makes: the Python pickles, the Python archive, the binary files, the binary archive. ``verify_checksums`` compares
+    every file, unpacked or in its archive, with its published MD5; shapes, lengths and labels are checked always.
 
     Raises:
-        DataError: one line naming the file, what is wrong, what is expected, where it is published.
+        DataError: one line naming the file, what is wrong, what is expected, how to get it.
     """
-    hint = f"put {FORMS[name][0].archive} (packed or unpacked) from {URL} into {root or 'ROOT'}"
-    root = check_root(name, root, hint)
-    for form in FORMS[name]:
-        files = Source(form.train + form.test, (form.folder, "."), URL)
-        folder = files.folder(root)
-        if folder is not None:
-            members = _from_folder(name, form, folder, verify_checksums, hint)
-        elif (root / form.archive).is_file():
-            members = _from_archive(form, root / form.archive, verify_checksums)
-        else:
-            continue
-        train_x, train_y = _joined(form, form.train, members)
-        test_x, test_y = _joined(form, form.test, members)
-        if verify_checksums and (len(train_y), len(test_y)) != (50_000, 10_000):
-            raise DataError(
-                f"{name} in {root}: {len(train_y)} train and {len(test_y)} test images, "
-                f"published 50000 and 10000; {hint}"
-            )
-        return Dataset(name, train_x, train_y, test_x, test_y, CLASSES[name], TRANSFORMS[name])
-    raise missing(name, root / FORMS[name][0].archive, hint)
+    for place in places(root):
+        for form in FORMS[name]:
+            folder = form.source.folder(place)
+            if folder is not None:
+                members = _from_folder(name, form, folder, root)
+            elif (place / form.archive).is_file():
+                members = _from_archive(form, place / form.archive)
+            else:
+                continue
+            if verify_checksums:
+                for file, (path, raw) in members.items():
+                    found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
+                    check_published(path, found, len(raw), form.md5[file], form.url)
+            train_x, train_y = _joined(form, form.train, members)
+            test_x, test_y = _joined(form, form.test, members)
+            return Dataset(name, train_x, train_y, test_x, test_y, CLASSES[name], TRANSFORMS[name])
+    raise missing(name, FORMS[name][0].source, root)
 
 
-def _from_folder(name: str, form: Form, folder: Path, verify: bool, hint: str) -> dict[str, tuple[str, bytes]]:
+Members = dict[str, tuple[str, bytes]]
+"""By file name: what to call the file in messages, and its bytes."""
+
+
+def _from_folder(name: str, form: Form, folder: Path, root: Path | None) -> Members:
     members = {}
     for file in form.train + form.test:
         path = folder / file
         if not path.is_file():
-            raise missing(name, path, hint)
-        members[file] = (str(path), read(path, form.md5.get(file) if verify else None, URL))
+            raise missing(name, form.source, root, path)
+        members[file] = (str(path), read_whole(path, MAX_MEMBER))
     return members
 
 
-def _from_archive(form: Form, archive: Path, verify: bool) -> dict[str, tuple[str, bytes]]:
-    """Read the members by exact name; nothing is written to disk, links and other members are not followed."""
-    content = read(archive, form.md5[form.archive] if verify else None, URL)
-    members = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
-            for member in tar:
-                folder, _, file = member.name.removeprefix("./").rpartition("/")
-                if folder == form.folder and file in form.train + form.test and member.isreg():
-                    if member.size > MAX_MEMBER:
-                        raise DataError(f"{archive}: {member.name} has {member.size} bytes; at most {MAX_MEMBER}")
-                    members[file] = (f"{archive}:{member.name}", tar.extractfile(member).read())  # type: ignore[union-attr]
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{archive}: not a complete .tar.gz: {one_line(error)}; fetch it again from {URL}") from error
-    for file in form.train + form.test:
+def _from_archive(form: Form, archive: Path) -> Members:
+    """Read the members by exact name; nothing is written to disk.
+
+    Headers are read one block at a time: what extended headers say (long names, links, sizes) is passed over like the
+    content of any other member, so that none of them can ask for memory.
+    """
+    wanted = form.train + form.test
+    members: Members = {}
+    block = tarfile.BLOCKSIZE
+    with Content(archive) as content:
+        for _ in range(MAX_MEMBERS):
+            header = content.take(block)
+            if len(header) == block and not header.strip(b"\0"):
+                break  # the end mark
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except tarfile.HeaderError as error:
+                raise _incomplete(archive, form, one_line(error)) from error
+            folder, _, file = info.name.removeprefix("./").rpartition("/")
+            size = info.size
+            if size < 0:
+                raise _incomplete(archive, form, f"a member of {size} bytes")
+            if folder == form.folder and file in wanted and info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                if size > MAX_MEMBER:
+                    raise DataError(f"{archive}: {file} has {size} bytes; at most {MAX_MEMBER}")
+                raw = content.take(size)
+                members[file] = (f"{archive}:{form.folder}/{file}", raw)
+                size -= len(raw)
+                if size:
+                    raise _incomplete(archive, form, "it ends in the middle of a file")
+            padding = -info.size % block
+            if content.skip(size + padding) < size + padding:
+                raise _incomplete(archive, form, "it ends in the middle of a file")
+        else:
+            raise DataError(f"{archive}: has more than {MAX_MEMBERS} members")
+    for file in wanted:
         if file not in members:
-            raise DataError(f"{archive}: has no {form.folder}/{file}; fetch it again from {URL}")
+            raise DataError(f"{archive}: has no {form.folder}/{file}; fetch it again from {form.url}")
     return members
 
 
-def _joined(form: Form, files: tuple[str, ...], members: dict[str, tuple[str, bytes]]) -> tuple[np.ndarray, np.ndarray]:
+def _incomplete(archive: Path, form: Form, why: str) -> DataError:
+    return DataError(f"{archive}: not a complete .tar.gz: {why}; fetch it again from {form.url}")
+
+
+def _joined(form: Form, files: tuple[str, ...], members: Members) -> tuple[np.ndarray, np.ndarray]:
     parts = [form.parse(*members[file]) for file in files]
     return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])

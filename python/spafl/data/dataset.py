@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .transform import AUGMENTATIONS, Transform
+from .transform import AUGMENTATIONS, PIXELS, Transform
 
 
 class DataError(ValueError):
@@ -92,8 +92,9 @@ def dataset_options(name: str) -> dict[str, object]:
 
 
 def load_dataset(
-    name: str, root: Path | str | None = None, *, augment: str | None = None, **options: object
-) -> Dataset:
+    name: str, root: Path | str | None = None, *, augment: str | None = None, pixels: str | None = None,
+    **options: object,
+) -> Dataset:  # fmt: skip
     """Load a registered data set.
 
     Args:
@@ -102,6 +103,8 @@ def load_dataset(
         root: folder with the published files, loose or in the folders torchvision makes. Nothing is downloaded.
         augment: None keeps the data set's usual training augmentation, ``"none"`` switches it off,
             ``"crop-flip"`` switches it on.
+        pixels: what the model sees: ``"standard"`` (the default) subtracts the training mean and divides by the
+            deviation, ``"unit"`` only divides stored bytes by 255, ``"raw"`` leaves values as stored (0..255).
         options: see ``dataset_options(name)``.
 
     Raises:
@@ -117,10 +120,17 @@ def load_dataset(
             raise DataError(f"{option} of data set {name!r} must be {wanted.__name__}; got {options[option]!r}")
     if augment not in (None, "none", *AUGMENTATIONS):
         raise DataError(f"augment must be 'none' or 'crop-flip'; got {augment!r}")
+    if pixels is not None and pixels not in PIXELS:
+        raise DataError(f"pixels must be one of {', '.join(PIXELS)}; got {pixels!r}")
     dataset = DATASETS[name](None if root is None else Path(root), **options)
-    if augment is None:
+    if augment is not None:
+        dataset = dataset.with_transform(augment=None if augment == "none" else augment)
+    if pixels in (None, "standard"):
         return dataset
-    return dataset.with_transform(augment=None if augment == "none" else augment)
+    channels = dataset.shape[0]
+    # Without mean and deviation nothing is divided by 255 either.
+    mean, std = ((0.0,) * channels, (1.0,) * channels) if pixels == "unit" else ((), ())
+    return dataset.with_transform(mean=mean, std=std)
 
 
 def _nearest(given: str, known: dict) -> str:

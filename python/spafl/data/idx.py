@@ -6,41 +6,52 @@ dimension as a big-endian 32-bit integer, then the values.
 
 from __future__ import annotations
 
-import gzip
-import io
+import math
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from .dataset import DataError, Dataset
-from .files import Source, check_root, missing, one_line, read
+from .builtin import enlarge
+from .dataset import DataError, Dataset, channel_statistics
+from .files import MAX_BYTES, Content, Source, check_published, missing, places
 from .transform import Transform
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-PUBLISHED_COUNTS = (60_000, 60_000, 10_000, 10_000)
+IMAGE = 28
+MAX_IMAGE = 64
 
-# MD5 of the .gz files in the order of NAMES, as in torchvision/datasets/mnist.py; none is published for unpacked files.
+# MD5 of the unpacked files in the order of NAMES: packed again, as Debian does, the same content has another .gz.
+# Fashion-MNIST's are those of the published .gz files (8d4fb7e6... in torchvision/datasets/mnist.py), unpacked; MNIST's
+# are in general circulation (e.g. secml/data/loader/c_dataloader_mnist.py).
 MD5 = {
     "mnist": (
-        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "d53e105ee54ea40749a09fcbcd1e9432",
-        "9fb629c4189551a2d022fa330f9573f3",
-        "ec29112dd5afa0611ce80d1b7f02629c",
+        "6bbc9ace898e44ae57da46a324031adb",
+        "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea",
+        "27ae3e4e09519cfbb04c329615203637",
     ),
     "fashion-mnist": (
-        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "25c81989df183df01b3e8a0aad5dffbe",
-        "bef4ecab320f06d8554ea6380940ec79",
-        "bb300cfdad3c16e7a12a480ee83cd310",
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "9018921c3c673c538a1fc5bad174d6f9",
+        "8181f5470baa50b63fa0f6fddb340f0a",
+        "15d484375f8d13e6eb1aabb0c3f46965",
     ),
 }
 FILES = tuple(file for name in NAMES for file in (f"{name}.gz", name))
+
+
+def _source(folder: str, name: str, url: str, package: str | None) -> Source:
+    return Source(FILES, (folder, name, "."), tuple(f"{url}{file}.gz" for file in NAMES), package)
+
+
 SOURCES = {
-    "mnist": Source(FILES, ("MNIST/raw", "."), "https://ossci-datasets.s3.amazonaws.com/mnist/"),
-    "fashion-mnist": Source(
-        FILES, ("FashionMNIST/raw", "."), "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+    "mnist": _source("MNIST/raw", "mnist", "https://ossci-datasets.s3.amazonaws.com/mnist/", None),
+    "fashion-mnist": _source(
+        "FashionMNIST/raw",
+        "fashion-mnist",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "dataset-fashion-mnist",
     ),
 }
 # Training-set statistics in common use; MNIST's as in pytorch/examples mnist/main.py. Fashion-MNIST's .2860 and .3530
@@ -48,73 +59,81 @@ SOURCES = {
 TRANSFORMS = {"mnist": Transform((0.1307,), (0.3081,)), "fashion-mnist": Transform((0.2860,), (0.3530,))}
 
 
-def load_idx(name: str, root: Path | None = None, *, verify_checksums: bool = True) -> Dataset:
-    """Read ``name`` ("mnist" or "fashion-mnist") from ``root`` or torchvision's folder in it: 1x28x28, 10 classes.
+def load_idx(
+    name: str, root: Path | None = None, *, image: int = IMAGE, channels: int = 1, verify_checksums: bool = True
+) -> Dataset:
+    """Read ``name`` ("mnist" or "fashion-mnist") from the first of :func:`~spafl.data.files.places` that has it.
 
-    A ``.gz`` file is preferred to an unpacked one beside it because it can be verified. ``verify_checksums`` compares
-    the .gz files with their published MD5 and every file with the published number of images; magic number,
-    dimensions, exact length and label range are checked always.
+    Args:
+        name: the set; 28x28 grey images of 10 classes.
+        root: searched first, and torchvision's folder in it.
+        image: 28, or larger up to 64: images are enlarged bilinearly, and standardised by their own statistics.
+        channels: 1, or 3 equal ones.
+        verify_checksums: compare the content of every file, packed or not, with its published MD5. Magic number,
+            dimensions, exact length and label range are checked always.
 
     Raises:
-        DataError: one line naming the file, what is wrong, what is expected, where it is published.
+        DataError: one line naming the file, what is wrong, what is expected, how to get it.
     """
+    if not IMAGE <= image <= MAX_IMAGE:
+        raise DataError(f"image must be {IMAGE} to {MAX_IMAGE} for {name}; got {image!r}")
+    if channels not in (1, 3):
+        raise DataError(f"channels must be 1 or 3 for {name}; got {channels!r}")
     source = SOURCES[name]
-    hint = f"put {', '.join(f'{n}.gz' for n in NAMES)} from {source.url} into {root or 'ROOT'}/{source.folders[0]}"
-    root = check_root(name, root, hint)
-    folder = source.folder(root)
+    folder = next((found for place in places(root) if (found := source.folder(place))), None)
     if folder is None:
-        raise missing(name, root / source.folders[0] / f"{NAMES[0]}.gz", hint)
+        raise missing(name, source, root)
     arrays: list[np.ndarray] = []
-    for stem, count, md5 in zip(NAMES, PUBLISHED_COUNTS, MD5[name]):
-        path = folder / f"{stem}.gz"
-        if path.is_file():
-            raw = _unpack(path, read(path, md5 if verify_checksums else None, source.url))
-        elif (path := folder / stem).is_file():
-            raw = read(path, None, source.url)
-        else:
-            raise missing(name, folder / f"{stem}.gz", hint)
-        array = parse_idx(path, raw, image=(28, 28) if "images" in stem else ())
-        if verify_checksums and len(array) != count:
-            raise DataError(f"{path}: {len(array)} entries, published {count}; fetch it again from {source.url}")
+    for stem, md5, url in zip(NAMES, MD5[name], source.urls):
+        path = next((folder / file for file in (f"{stem}.gz", stem) if (folder / file).is_file()), None)
+        if path is None:
+            raise missing(name, source, root, folder / f"{stem}.gz")
+        with Content(path) as content:
+            array = read_idx(content, image=(IMAGE, IMAGE) if "images" in stem else ())
+            if verify_checksums:
+                check_published(str(path), content.md5.hexdigest(), content.position, md5, url)
         if "labels" in stem:
             _check_labels(path, array, images=len(arrays[-1]))
         arrays.append(array)
     train_x, train_y, test_x, test_y = arrays
-    return Dataset(
-        name, train_x[:, None], train_y.astype(np.int64), test_x[:, None], test_y.astype(np.int64), 10, TRANSFORMS[name]
-    )
+    transform = TRANSFORMS[name]
+    if image != IMAGE:
+        train_x, test_x = enlarge(train_x, image, white=255), enlarge(test_x, image, white=255)
+        transform = Transform(*channel_statistics(train_x[:, None]))
+    train_x, test_x = (np.repeat(x[:, None], channels, axis=1) for x in (train_x, test_x))
+    transform = Transform(transform.mean * channels, transform.std * channels)
+    return Dataset(name, train_x, train_y.astype(np.int64), test_x, test_y.astype(np.int64), 10, transform)
 
 
-def parse_idx(path: Path, raw: bytes, image: tuple[int, ...]) -> np.ndarray:
-    """The uint8 array (n, *image) in the IDX bytes ``raw``; ``path`` is for messages.
+def read_idx(content: Content, image: tuple[int, ...]) -> np.ndarray:
+    """The uint8 array (n, *image) in an IDX file.
 
     Raises:
-        DataError: wrong magic number or dimensions, or more or fewer bytes than the header announces.
+        DataError: wrong magic number or dimensions, more than :data:`MAX_BYTES` announced, or more or fewer bytes than
+            announced.
     """
-    ndim = 1 + len(image)
+    path, ndim = content.path, 1 + len(image)
     magic = 0x0800 + ndim
     start = 4 + 4 * ndim
-    found = int.from_bytes(raw[:4], "big")
-    if len(raw) >= 4 and found != magic:
+    header = content.take(start)
+    found = int.from_bytes(header[:4], "big")
+    if len(header) >= 4 and found != magic:
         raise DataError(f"{path}: magic number {found}, expected {magic} (unsigned bytes, {ndim} dimensions)")
-    if len(raw) < start:
-        raise DataError(f"{path}: {len(raw)} bytes, too short for an IDX header of {start}; the file is truncated")
-    n, *dims = struct.unpack(f">{ndim}I", raw[4:start])
+    if len(header) < start:
+        raise DataError(f"{path}: {len(header)} bytes, too short for an IDX header of {start}; the file is truncated")
+    n, *dims = struct.unpack(f">{ndim}I", header[4:])
     if tuple(dims) != image:
         raise DataError(f"{path}: images of {'x'.join(map(str, dims))}, expected {'x'.join(map(str, image))}")
-    expected = start + n * int(np.prod(image, dtype=np.int64))
-    if len(raw) != expected:
-        problem = "truncated" if len(raw) < expected else "followed by something else"
-        raise DataError(f"{path}: {len(raw)} bytes, expected {expected} for {n} entries; the data are {problem}")
-    return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(n, *image).copy()  # a writable one
-
-
-def _unpack(path: Path, packed: bytes) -> bytes:
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
-            return file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a complete gzip file: {one_line(error)}") from error
+    expected = n * math.prod(image)
+    if start + expected > MAX_BYTES:
+        raise DataError(f"{path}: announces {n} entries, {expected} bytes; at most {MAX_BYTES} are read of one file")
+    values = content.take_array(expected)
+    if len(values) < expected:
+        problem = f"{start + len(values)} bytes, expected {start + expected} for {n} entries; the data are truncated"
+        raise DataError(f"{path}: {problem}")
+    if content.skip(1):
+        raise DataError(f"{path}: the {start + expected} bytes of {n} entries are followed by something else")
+    return np.frombuffer(values, dtype=np.uint8).reshape(n, *image)
 
 
 def _check_labels(path: Path, labels: np.ndarray, images: int) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AUGMENTATIONS = (None, "crop-flip")
+PIXELS = ("standard", "unit", "raw")
 
 
 @dataclass(frozen=True)

@@ -85,12 +85,14 @@ def build_problem(config: RunConfig) -> Problem:
     algorithm = config.build_algorithm()
     model = build_model(config.model.name, dataset.classes, channels, rng.stream_seed(config.seed, "initial model"))
     sample = torch.zeros(1, channels, *image)
+    counts = layer_macs(model, sample, per_token=False)
     layers = dict(threshold_layers(model))
-    macs = {name: count for name, count in layer_macs(model, sample, per_token=False).items() if name in layers}
     try:
         model = algorithm.prepare_model(model)
     except ValueError as error:
         raise UserError(f"algorithm {config.algorithm['name']}: {error}") from None
+    layers |= dict(threshold_layers(model))  # an algorithm may put thresholds on more layers
+    macs = {name: count for name, count in counts.items() if name in layers}
     _check_single_samples(config, model, sample, parts)
     return Problem(dataset, parts, model, algorithm, macs)
 

@@ -84,12 +84,26 @@ def test_a_data_set_can_be_registered_and_its_options_are_checked():
         del DATASETS["toy"]
 
 
+def test_pixels_are_standardised_scaled_or_left():
+    def seen(pixels, **options):
+        digits = load_dataset("digits", channels=3, pixels=pixels, **options)
+        raw = torch.from_numpy(digits.train_x)
+        return raw.double(), digits.transform(raw, torch.float64)
+
+    raw, standard = seen("standard")
+    assert abs(standard.mean()) < 1e-10 and torch.equal(standard, seen(None)[1])
+    assert torch.equal(seen("unit")[1], raw / 255)
+    assert torch.equal(seen("raw")[1], raw)
+    assert load_dataset("digits", pixels="raw", augment="crop-flip").transform.augment == "crop-flip"
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("mnits", {}, r"unknown data set 'mnits' \(did you mean 'mnist'\?\); known: digits"),
         ("digits", {"image": 30}, "image must be 28 or 32; got 30"),
         ("digits", {"channels": 2}, "channels must be 1 or 3; got 2"),
+        ("digits", {"pixels": "bytes"}, "pixels must be one of standard, unit, raw; got 'bytes'"),
         ("digits", {"augment": "cutout"}, "augment must be 'none' or 'crop-flip'; got 'cutout'"),
         ("synthetic", {"classes": 0}, "classes must be 1 or more; got 0"),
         ("synthetic", {"seed": -1}, "seed must be 0 or more; got -1"),
