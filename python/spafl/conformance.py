@@ -133,7 +133,7 @@ class Replay:
     def __init__(self, recording: Recording, engine: str) -> None:
         self.recording = recording
         options, self.local = recording.options()
-        self.algorithm = SpaFL(options)
+        self.algorithm = SpaFL(options, guard_evaluations=True)
         initial = recording.initial()
         head = "linear.weight" if "linear.weight" in initial else "mlp_head.1.weight"
         last = initial[head] if head in initial else list(initial.values())[-2]

@@ -132,7 +132,7 @@ class Algorithm(ABC):
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
         """Test one client on its own data, and on its training data too if ``train_data``.
 
-        Changes to the client's tensors are kept only if the result says ``changed``.
+        The tensors are a copy: whatever happens to them here is forgotten, so that no evaluation changes a run.
         """
 
     # -- cost by the paper's formulas ---------------------------------------------------------------------------

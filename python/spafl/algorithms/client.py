@@ -82,8 +82,6 @@ class Evaluation:
     """Active share per threshold layer, or None for a model without."""
     first_layer: str | None = None
     """The first threshold layer's mask, one character 0 or 1 per filter."""
-    changed: bool = False
-    """Whether the evaluation changed the client's own tensors; otherwise they are not written back."""
 
 
 class Client:
@@ -209,8 +207,8 @@ class Client:
     ) -> tuple[Evaluation, TrainResult]:
         """Test ``model`` as it stands, on the test data and, if ``train_data``, on the training data.
 
-        ``collapse_floor`` and ``densities`` are the guard's, which in the published code also acts here; the result
-        holds the densities of the last forward pass.
+        ``collapse_floor`` and ``densities`` are the guard's, which in the published code acts here too and is only
+        wanted where that code is replayed; the result holds the densities of the last forward pass.
         """
         self.trainer.begin(self.sgd_options(0, collapse_floor=collapse_floor), densities=densities)
         loss, accuracy = self._test_on(self.test)

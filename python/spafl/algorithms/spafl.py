@@ -99,7 +99,7 @@ class SpaFLOptions(AggregationOptions):
     momentum_lifetime: Literal["run", "round"]
     """``run``: a client's momentum survives from one of its rounds to its next."""
     collapse_floor: float | None = Field(ge=0, le=1)
-    """A layer at or below this density gets all thresholds set to 0 at its next forward pass; None: never."""
+    """A layer at or below this density gets all thresholds set to 0 at its next training step; None: never."""
     count_threshold_macs: bool
     """Whether the published counter of this folder counts what thresholds cost: one operation per threshold and batch,
     and one per weight and local training."""
@@ -146,6 +146,15 @@ class SpaFL(Algorithm):
     options: SpaFLOptions
     upload_limit: ClassVar[float] = 1e4
     """A threshold is compared with a mean of weights' magnitudes, which is below 1 in any model that trains."""
+
+    def __init__(self, options: SpaFLOptions, guard_evaluations: bool = False) -> None:
+        """``guard_evaluations``: the collapse guard acts in evaluations too and changes the client there.
+
+        So does the published code. Only its recordings are replayed that way (:mod:`spafl.conformance`): in a
+        simulation a run would depend on when it is tested.
+        """
+        super().__init__(options)
+        self.guard_evaluations = guard_evaluations
 
     # -- set-up
 
@@ -233,11 +242,9 @@ class SpaFL(Algorithm):
             importance_update_(weight, delta.to(weight.device), self.options.importance_normaliser)  # type: ignore[arg-type]
 
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
-        floor = self.options.collapse_floor
-        before = self._densities(client)
-        evaluation, result = client.evaluate_model(train_data, floor, before)
-        # Where the guard resets thresholds, the density it looked at changes too.
-        evaluation.changed = before is not None and result.densities != before
+        if not self.guard_evaluations:
+            return client.evaluate_model(train_data)[0]
+        evaluation, result = client.evaluate_model(train_data, self.options.collapse_floor, self._densities(client))
         self._remember(client, result.densities)
         return evaluation
 

@@ -196,13 +196,13 @@ class Simulation:
         for first in range(0, self.clients, _CLIENTS_PER_TASK):
             chunk = tuple(range(first, min(first + _CLIENTS_PER_TASK, self.clients)))
             announced = tuple(self.log.take(k) for k in chunk)
+            self.dirty |= {k for k, heard in zip(chunk, announced, strict=True) if heard}
             tasks.append(EvaluateTask(round, chunk, announced, frame, evaluate, train_data))
             weights.append(float(sum(len(self.problem.parts.test[k]) for k in chunk)))
         outcomes: list[EvaluateOutcome] = pool.run(tasks, weights)
         self.log.forget_received()
         evaluations = []
         for outcome in outcomes:
-            self.dirty |= {k for k, moved in zip(outcome.clients, outcome.changed, strict=True) if moved}
             evaluations += [e for e in outcome.evaluations if e is not None]
         return evaluations
 

@@ -71,8 +71,6 @@ class EvaluateTask:
 class EvaluateOutcome:
     clients: tuple[int, ...]
     evaluations: tuple[Evaluation | None, ...]
-    changed: tuple[bool, ...]
-    """Whether the client's own tensors may have changed."""
     seconds: float
 
 
@@ -115,10 +113,12 @@ class Worker:
         start = time.perf_counter()
         message = decode(task.frame)
         evaluations: list[Evaluation | None] = []
-        changed: list[bool] = []
         for k, announced in zip(task.clients, task.announced, strict=True):
-            # On a copy: an evaluation may change tensors that are not to be kept.
+            # On a copy: what an evaluation does to it is not kept, what the client heard before is.
             client = self._lend(k, self.store.load(k) if self.store else {}, announced)
+            if announced and self.store:
+                self.resident.take_back()
+                self.store.save(k)
             evaluation = self.algorithm.evaluate(client, message, task.train_data) if task.evaluate else None
             if evaluation is not None and not math.isfinite(evaluation.loss):
                 raise FloatingPointError(
@@ -126,8 +126,4 @@ class Worker:
                     "training.lr or a training.max_grad_norm may help"
                 )
             evaluations.append(evaluation)
-            changed.append(bool(announced) or (evaluation is not None and evaluation.changed))
-            if changed[-1] and self.store:
-                self.resident.take_back()
-                self.store.save(k)
-        return EvaluateOutcome(task.clients, tuple(evaluations), tuple(changed), time.perf_counter() - start)
+        return EvaluateOutcome(task.clients, tuple(evaluations), time.perf_counter() - start)
