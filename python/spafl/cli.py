@@ -88,12 +88,13 @@ COMMANDS = {"run": _run, "report": _report, "export": _export}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of the console command; exit status 0 done, 1 broken machine, 2 a mistake the user can mend."""
     args = _parser().parse_args(arguments)
+    from .merge import TooFewUploads
     from .report import ReportError
     from .simulation.pool import WorkerDied
 
     try:
         return COMMANDS[args.command](args)
-    except (UserError, ReportError, FloatingPointError) as error:
+    except (UserError, ReportError, FloatingPointError, TooFewUploads) as error:
         print(f"spafl: error: {error}", file=sys.stderr)
         return 2
     except WorkerDied as error:

@@ -22,6 +22,7 @@ from .algorithms import Algorithm, LocalTraining, find_algorithm
 from .data import DATASETS, SCHEMES
 from .errors import UserError
 from .models import MODELS
+from .wire import Encoding
 
 
 class _Section(BaseModel):
@@ -78,6 +79,13 @@ class SamplingConfig(_Section):
     clients_per_round: int = Field(default=10, ge=1)
     stream: Literal["seeded", "published-cifar100"] = "seeded"
     """``published-cifar100``: NumPy's legacy generator reseeded with the round, whatever the run's seed."""
+    min_uploads: int = Field(default=1, ge=1)
+    """A round with fewer good uploads stops the run; bad ones are left out (:mod:`spafl.merge`)."""
+
+
+class CommunicationConfig(_Section):
+    encoding: Encoding = "fp32"
+    """Of uploads; see :mod:`spafl.wire.encoding`. The way down is exact."""
 
 
 class EvaluationConfig(_Section):
@@ -111,6 +119,7 @@ class RunConfig(_Section):
     algorithm: dict[str, Any]
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
+    communication: CommunicationConfig = CommunicationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     simulation: SimulationConfig = SimulationConfig()
 
@@ -225,6 +234,11 @@ def _check_names(config: RunConfig) -> None:
         raise UserError(
             f"sampling.clients_per_round: {config.sampling.clients_per_round} clients cannot be sampled from "
             f"partition.clients = {config.partition.clients}"
+        )
+    if config.sampling.min_uploads > config.sampling.clients_per_round:
+        raise UserError(
+            f"sampling.min_uploads: {config.sampling.min_uploads} uploads cannot come from "
+            f"sampling.clients_per_round = {config.sampling.clients_per_round}"
         )
 
 

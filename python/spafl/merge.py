@@ -53,8 +53,10 @@ class Merged:
     """Clients whose uploads were merged, ascending."""
     rejected: tuple[Rejection, ...]
     """In the order in which the replies came."""
-    payload: int
+    up_bytes: int
     """Bytes of the tensors of all replies that could be read, accepted or not, as they travelled."""
+    up_frame_bytes: int
+    """Bytes of all replies; one without tensors is not sent by a method that has nothing to send."""
 
 
 def upload_fault(message: Message, expected: Message, limit: float) -> str | None:
@@ -122,8 +124,9 @@ def merge_replies(
     """
     uploads: dict[int, Upload] = {}
     rejected: list[Rejection] = []
-    payload = 0
+    payload = framed = 0
     for reply in replies:
+        framed += len(reply.frame)
         fault = _sender_fault(reply.client, reply.samples, sent, uploads)
         if fault is None:
             try:
@@ -132,6 +135,7 @@ def merge_replies(
                 fault = str(error)
             else:
                 payload += frame.payload
+                framed -= 0 if frame.message else len(reply.frame)
                 expected = algorithm.expected_upload(server, round, reply.client)
                 fault = upload_fault(frame.message, expected, algorithm.upload_limit)
         if fault is None:
@@ -148,4 +152,4 @@ def merge_replies(
     accepted = sorted(uploads)
     # Sums of floating-point numbers depend on their order, and replies come in any.
     state, announcement = algorithm.merge(server, round, [uploads[client] for client in accepted])
-    return Merged(state, announcement, tuple(accepted), tuple(rejected), payload)
+    return Merged(state, announcement, tuple(accepted), tuple(rejected), payload, framed)

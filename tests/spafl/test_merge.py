@@ -205,7 +205,7 @@ def test_lossy_uploads_lose_nothing_in_the_long_run(encoding):
     arrived = {name: torch.zeros(size, dtype=torch.float64) for name, size in SHAPES.items()}
     for round in range(200):
         upload = {n: t + torch.from_numpy(rng.normal(0.3, 1, t.shape).astype(np.float32)) for n, t in server.items()}
-        packed = uplink.pack(upload, server, round, memory, rng)
+        packed = uplink.pack(upload, encode(server), round, memory, rng)
         got = uplink.unpack(packed, server, round)
         assert got.payload == sum(4 + size * (2 if encoding == "fp16" else 1) for size in SHAPES.values())
         for name in SHAPES:
@@ -222,10 +222,10 @@ def test_parts_of_different_sizes_share_a_layout():
     small, large = {"w": torch.ones(2, 3), "m": torch.ones(2).bool()}, {"w": torch.ones(4, 3)}
     memory = uplink.client_state([small, large])
     assert {name: t.shape for name, t in memory.items()} == {"feedback.w": (12,)}
-    uplink.pack({"w": torch.rand(2, 3)}, small, 0, memory, np.random.default_rng(0))
+    uplink.pack({"w": torch.rand(2, 3)}, encode(small), 0, memory, np.random.default_rng(0))
     assert memory["feedback.w"][:6].any() and not memory["feedback.w"][6:].any()
     with pytest.raises(ValueError, match="no room for tensor 'other'"):
-        uplink.pack({"other": torch.rand(2)}, {}, 0, memory, np.random.default_rng(0))
+        uplink.pack({"other": torch.rand(2)}, encode({}), 0, memory, np.random.default_rng(0))
 
 
 def test_the_reference_is_only_what_fits():
@@ -234,7 +234,7 @@ def test_the_reference_is_only_what_fits():
     memory = {"feedback.w": torch.zeros(4)}
     upload = {"w": torch.rand(4)}
     for sent in ({}, {"w": torch.ones(2, 2)}, {"w": torch.ones(4).double()}):
-        frame = uplink.pack(upload, sent, 0, {"feedback.w": torch.zeros(4)}, np.random.default_rng(0))
+        frame = uplink.pack(upload, encode(sent), 0, {"feedback.w": torch.zeros(4)}, np.random.default_rng(0))
         assert torch.allclose(uplink.unpack(frame, sent, 0).message["w"], upload["w"], atol=1e-3)
-    bad = uplink.pack({"w": torch.full((4,), math.nan)}, {}, 0, memory, np.random.default_rng(0))
+    bad = uplink.pack({"w": torch.full((4,), math.nan)}, encode({}), 0, memory, np.random.default_rng(0))
     assert uplink.unpack(bad, {}, 0).message["w"].isnan().all() and not memory["feedback.w"].any()

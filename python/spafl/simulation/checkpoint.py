@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..cost import Cost
 from ..errors import UserError
+from ..wire import decode
 from .announcements import Announcement, AnnouncementLog
 from .store import ClientStore
 
@@ -48,6 +49,8 @@ def _as_json(state: State) -> dict[str, Any]:
 def _from_json(value: dict[str, Any]) -> State:
     log = dict(value["log"])
     pending = [Announcement(item["round"], bytes.fromhex(item["frame"])) for item in log.pop("pending")]
+    for announcement in pending:
+        decode(announcement.frame, announcement.round)  # now, and not in the middle of a round
     return State(value["round"], Cost(**value["cost"]), value["best"], AnnouncementLog(**log, pending=pending))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from ..algorithms import Evaluation, Training
 from ..cost import Cost
+from ..merge import Rejection
 from .metrics import density_summary, evaluation_summary, first_layer_masks
 
 
@@ -19,7 +20,8 @@ class FinishedRound:
 
     Attributes:
         sampled: the clients that trained, in the order they were drawn.
-        trainings: their local work, in that order; messages are empty.
+        trainings: the local work of those whose uploads were merged, in that order; messages are empty.
+        rejected: uploads that were left out.
         cost: of this round alone.
         evaluations: of all clients, or None if the round was not evaluated.
     """
@@ -27,6 +29,7 @@ class FinishedRound:
     round: int
     sampled: Sequence[int]
     trainings: Sequence[Training]
+    rejected: Sequence[Rejection]
     cost: Cost
     evaluations: Sequence[Evaluation] | None
 
@@ -56,6 +59,7 @@ class Ledger:
         line: dict[str, Any] = {
             "round": done.round,
             "sampled": list(done.sampled),
+            "rejected": [asdict(rejection) for rejection in done.rejected],
             "train_loss": float(np.mean([t.loss for t in done.trainings])),
             "evaluation": None,
             "density": None,
@@ -86,6 +90,7 @@ class Ledger:
             "name": name,
             "algorithm": algorithm,
             "rounds": len(lines),
+            "rejected_uploads": sum(len(line.get("rejected", ())) for line in lines),
             "completed": True,
             "final": [line for line in lines if line["evaluation"] is not None][-1],
             "best": self.best,

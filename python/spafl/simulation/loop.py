@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithms import Evaluation, Upload
+from ..algorithms import Evaluation
 from ..config import RunConfig, load_config
 from ..cost import Cost
 from ..errors import UserError
-from ..wire import Message, decode, encode, payload_bytes
+from ..merge import Reply, merge_replies
+from ..wire import Message, encode, payload_bytes
 from . import checkpoint
 from .announcements import AnnouncementLog
 from .ledger import FinishedRound, Ledger
@@ -70,7 +71,7 @@ class Simulation:
 
         scratch = folder.fresh_scratch()
         write_data(scratch, self.problem.dataset, self.problem.parts)
-        initial = self.algorithm.client_state(self.problem.model)
+        initial = self.problem.client_state
         kind = config.simulation.store
         self.store = ClientStore.create(scratch / "clients.bin", initial, self.clients, kind) if initial else None
         self.dirty: set[int] = set()
@@ -107,6 +108,8 @@ class Simulation:
             self.problem.model,
             self.config.simulation.engine,
             setting,
+            self.problem.uplink,
+            self.problem.client_state,
             self.clients,
             self.folder.scratch,
             self.store.file if self.store is not None else None,
@@ -117,6 +120,7 @@ class Simulation:
 
         Raises:
             FloatingPointError: a client's loss became NaN or infinite; names client and round.
+            TooFewUploads: fewer good uploads than ``sampling.min_uploads`` came back in a round.
         """
         config = self.config
         threads = torch.get_num_threads()
@@ -127,6 +131,10 @@ class Simulation:
                 for round in range(self.round + 1, config.rounds):
                     line = self.ledger.book(self.run_round(pool, round))
                     self.folder.append_metrics(line)
+                    for rejected in line["rejected"]:
+                        progress.say(
+                            f"round {round}: upload of client {rejected['client']} left out: {rejected['reason']}"
+                        )
                     progress.update(line)
                     if (round + 1) % config.simulation.checkpoint_every == 0 or round + 1 == config.rounds:
                         self._save()
@@ -142,20 +150,22 @@ class Simulation:
         config, algorithm = self.config, self.algorithm
         start = time.perf_counter()
         sampled = sample_clients(config, round)
-        tasks, sent = self._broadcast(round, sampled)
+        tasks, messages, sent = self._broadcast(round, sampled)
         sizes = [len(self.problem.parts.train[k]) for k in sampled]
         outcomes: list[TrainOutcome] = pool.run(tasks, sizes)
         self.dirty |= set(sampled)
 
-        uploads = [Upload(o.client, decode(o.frame), o.samples) for o in outcomes]
+        replies = [Reply(o.client, o.samples, o.frame) for o in outcomes]
+        needed = config.sampling.min_uploads
+        merged = merge_replies(algorithm, self.server, round, messages, replies, self.problem.uplink, needed)
         sent += Cost(
             paper_bits=algorithm.paper_bits(self.server, len(sampled)),
-            up_bytes=sum(payload_bytes(u.message) for u in uploads),
-            up_frame_bytes=sum(len(o.frame) for o, u in zip(outcomes, uploads, strict=True) if u.message),
+            up_bytes=merged.up_bytes,
+            up_frame_bytes=merged.up_frame_bytes,
         )
-        self.server, announcement = algorithm.merge(self.server, round, uploads)
+        self.server, announcement = merged.server, merged.announcement
         if announcement:
-            frame = encode(announcement)
+            frame = self._encode(announcement, round)
             self.log.announce(round, frame)
             sent += Cost(
                 down_bytes=payload_bytes(announcement) * self.clients, down_frame_bytes=len(frame) * self.clients
@@ -171,27 +181,30 @@ class Simulation:
             self.visit_all(pool, round, False, False)
         seconds = Cost(train_seconds=trained - start, evaluate_seconds=time.perf_counter() - trained)
         self.round = round
-        trainings = [o.training for o in outcomes]
-        cost = Cost.sum(t.cost for t in trainings) + sent + seconds
-        return FinishedRound(round, sampled, trainings, cost, evaluations)
+        cost = Cost.sum(o.training.cost for o in outcomes) + sent + seconds
+        trainings = [o.training for o in outcomes if o.client in merged.accepted]
+        return FinishedRound(round, sampled, trainings, merged.rejected, cost, evaluations)
 
-    def _broadcast(self, round: int, sampled: list[int]) -> tuple[list[TrainTask], Cost]:
-        """The tasks of the sampled clients, and what their messages cost."""
-        shared: tuple[Message, bytes] = ({}, encode({}))  # one encoding for all clients that get the same tensors
-        tasks, sent = [], Cost()
+    def _encode(self, message: Message, round: int) -> bytes:
+        return encode(message, round, self.problem.uplink.model)
+
+    def _broadcast(self, round: int, sampled: list[int]) -> tuple[list[TrainTask], dict[int, Message], Cost]:
+        """The tasks of the sampled clients, their messages by client, and what these cost."""
+        shared: tuple[Message, bytes] = ({}, self._encode({}, round))  # one for all clients that get the same tensors
+        tasks, messages, sent = [], {}, Cost()
         for k in sampled:
-            message = self.algorithm.broadcast(self.server, round, k)
+            message = messages[k] = self.algorithm.broadcast(self.server, round, k)
             if not _same_tensors(message, shared[0]):
-                shared = (message, encode(message))
+                shared = (message, self._encode(message, round))
             frame = shared[1]
             if message:
                 sent += Cost(down_bytes=payload_bytes(message), down_frame_bytes=len(frame))
             tasks.append(TrainTask(round, k, frame, self.log.take(k)))
-        return tasks, sent
+        return tasks, messages, sent
 
     def visit_all(self, pool: Pool, round: int, evaluate: bool, train_data: bool) -> list[Evaluation]:
         """Deliver what is pending to every client, and test it if asked to."""
-        frame = encode(self.algorithm.evaluation_message(self.server, round) if evaluate else {})
+        frame = self._encode(self.algorithm.evaluation_message(self.server, round) if evaluate else {}, round)
         tasks, weights = [], []
         for first in range(0, self.clients, _CLIENTS_PER_TASK):
             chunk = tuple(range(first, min(first + _CLIENTS_PER_TASK, self.clients)))

@@ -21,6 +21,7 @@ from ..config import RunConfig
 from ..data import Dataset, Partition, load_dataset, partition
 from ..errors import UserError
 from ..models import MODELS, build_model
+from ..wire import Uplink, fingerprint
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Problem:
 
     Attributes:
         model: the initial model, prepared by the algorithm.
+        uplink: how uploads travel.
+        client_state: initial tensors of a client's row: the algorithm's, and the uplink's.
         macs: dense multiply-accumulates per sample of each threshold layer (published counting).
     """
 
@@ -36,6 +39,8 @@ class Problem:
     parts: Partition
     model: nn.Module
     algorithm: Algorithm
+    uplink: Uplink
+    client_state: dict[str, Tensor]
     macs: dict[str, int]
 
     @cached_property
@@ -94,7 +99,27 @@ def build_problem(config: RunConfig) -> Problem:
     layers |= dict(threshold_layers(model))  # an algorithm may put thresholds on more layers
     macs = {name: count for name, count in counts.items() if name in layers}
     _check_single_samples(config, model, sample, parts)
-    return Problem(dataset, parts, model, algorithm, macs)
+    uplink = Uplink(config.communication.encoding, fingerprint(model.state_dict()))
+    state = algorithm.client_state(model) | _feedback(config, uplink, algorithm, model)
+    return Problem(dataset, parts, model, algorithm, uplink, state, macs)
+
+
+def _feedback(config: RunConfig, uplink: Uplink, algorithm: Algorithm, model: nn.Module) -> dict[str, Tensor]:
+    """What clients keep for a lossy encoding; refuses methods whose uploads mean something else in every round."""
+    if uplink.encoding == "fp32":
+        return {}
+    server = algorithm.server_state(model)
+
+    def form(round: int) -> dict[str, tuple[Any, ...]]:
+        expected = algorithm.expected_upload(server, round, 0)
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
+
+    if any(form(0) != form(round) for round in range(1, min(config.rounds, 4))):
+        raise UserError(
+            f"communication.encoding: {uplink.encoding} keeps what an upload lost for the next one, but uploads of "
+            f"algorithm {config.algorithm['name']} change their form from round to round; fp32 takes any"
+        )
+    return uplink.client_state(algorithm.expected_upload(server, 0, k) for k in range(config.partition.clients))
 
 
 def _check_single_samples(config: RunConfig, model: nn.Module, sample: Tensor, parts: Partition) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tqdm import tqdm
@@ -20,6 +21,7 @@ class ProgressLine:
     """One line: round, time left, accuracy, density and payload so far."""
 
     def __init__(self, name: str, rounds: int, done: int, quiet: bool = False) -> None:
+        self._quiet = quiet
         # disable=None: tqdm itself looks whether the output is a terminal.
         self._bar = tqdm(total=rounds, initial=done, desc=name, unit="round", disable=True if quiet else None)
 
@@ -34,6 +36,11 @@ class ProgressLine:
         shown["sent"] = human_bytes(payload["up_bytes"] + payload["down_bytes"])
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line of its own on standard error, above the progress line; nothing when quiet."""
+        if not self._quiet:
+            tqdm.write(f"spafl: {text}", file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms import Algorithm, Client, Evaluation, Training
-from ..wire import decode, encode
+from ..wire import Uplink, decode
 from .announcements import Announcement
 from .resident import ClientSetting, Resident
 from .spool import map_samples
@@ -29,6 +29,9 @@ class WorkerSetup:
     """The initial model, prepared by the algorithm."""
     engine: str
     setting: ClientSetting
+    uplink: Uplink
+    client_state: dict[str, Tensor]
+    """Initial tensors of a row."""
     clients: int
     scratch: Path
     """Folder of :mod:`.spool`."""
@@ -82,7 +85,7 @@ class Worker:
         self.setup = setup
         self.algorithm = setup.algorithm
         model = copy.deepcopy(setup.model)
-        initial = self.algorithm.client_state(model)
+        initial = setup.client_state
         self.store = ClientStore(setup.store, initial, setup.clients) if setup.store else None
         self.resident = Resident(self.algorithm, model, setup.engine, setup.setting, initial)
         self._samples = map_samples(setup.scratch)
@@ -91,8 +94,11 @@ class Worker:
         """Client ``k``'s turn on its tensors: it has heard everything."""
         client = self.resident.lend(k, tensors, self._samples["train"][k], self._samples["test"][k])
         for announcement in announced:
-            self.algorithm.receive(client, decode(announcement.frame), announcement.round)
+            self.algorithm.receive(client, self._read(announcement.frame, announcement.round), announcement.round)
         return client
+
+    def _read(self, frame: bytes, round: int) -> dict[str, Tensor]:
+        return decode(frame, round, self.setup.uplink.model)
 
     def run(self, task: TrainTask | EvaluateTask) -> TrainOutcome | EvaluateOutcome:
         """Carry out a task; with one worker this is called directly."""
@@ -101,17 +107,18 @@ class Worker:
     def _train(self, task: TrainTask) -> TrainOutcome:
         start = time.perf_counter()
         client = self._lend(task.client, self.store.take(task.client) if self.store else {}, task.announced)
-        training = self.algorithm.train(client, decode(task.frame), task.round)
+        training = self.algorithm.train(client, self._read(task.frame, task.round), task.round)
+        rounding = client.stream("rounding", task.round)
+        frame = self.setup.uplink.pack(training.message, task.frame, task.round, client.memory, rounding)
         self.resident.take_back()
         if self.store:
             self.store.keep(task.client)
-        frame = encode(training.message)
         seconds = time.perf_counter() - start
         return TrainOutcome(task.client, len(client.train), frame, replace(training, message={}), seconds)
 
     def _evaluate(self, task: EvaluateTask) -> EvaluateOutcome:
         start = time.perf_counter()
-        message = decode(task.frame)
+        message = self._read(task.frame, task.round)
         evaluations: list[Evaluation | None] = []
         for k, announced in zip(task.clients, task.announced, strict=True):
             # On a copy: what an evaluation does to it is not kept, what the client heard before is.

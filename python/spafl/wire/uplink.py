@@ -56,7 +56,7 @@ class Uplink:
     def pack(
         self,
         upload: Message,
-        received: Message,
+        received: bytes,
         round: int,
         memory: MutableMapping[str, Tensor],
         stream: np.random.Generator,
@@ -65,7 +65,8 @@ class Uplink:
 
         Args:
             upload: what the algorithm sends.
-            received: what this client was sent in this round.
+            received: the frame this client was sent in this round. Its bytes, because training may have changed the
+                tensors that were read from it.
             memory: holds the tensors of :meth:`client_state`; they are changed in place.
             stream: random numbers for the rounding, of this client and round.
 
@@ -74,13 +75,14 @@ class Uplink:
         """
         if self.encoding == "fp32":
             return encode(upload, round, self.model)
+        known = read_frame(received).message
         wanted: dict[str, Tensor] = {}
         for name, tensor in upload.items():
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 wanted[name] = tensor
                 continue
             value = tensor.detach().cpu()
-            base = _counterpart(name, value, received)
+            base = _counterpart(name, value, known)
             wanted[name] = (value if base is None else value - base) + self._lost(memory, name, value).cpu()
         frame = encode(wanted, round, self.model, self.encoding, stream)
         for name, carried in read_frame(frame).message.items():
