@@ -177,20 +177,25 @@ def parse_assignment(text: str) -> dict[str, Any]:
     return parsed
 
 
-def load_config(path: Path, assignments: Iterable[str] = ()) -> RunConfig:
-    """Read, complete and check a configuration file.
-
-    Raises:
-        UserError: file missing or not TOML, unknown key (the nearest valid one is named), wrong type or range.
-    """
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a configuration file as they are written; errors as :func:`load_config`."""
     try:
-        raw = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"configuration file {path} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"configuration file {path} is a folder") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def load_config(path: Path, assignments: Iterable[str] = ()) -> RunConfig:
+    """Read, complete and check a configuration file.
+
+    Raises:
+        UserError: file missing or not TOML, unknown key (the nearest valid one is named), wrong type or range.
+    """
+    raw = read_toml(path)
     for assignment in assignments:
         raw = deep_merge(raw, parse_assignment(assignment))
     return resolve_config(raw)
