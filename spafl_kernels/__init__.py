@@ -8,17 +8,21 @@ from .functional import (
     filter_scores,
     importance_update_,
     observe,
+    threshold_conv1d,
     threshold_conv2d,
+    threshold_conv_transpose2d,
     threshold_layers,
     threshold_linear,
     threshold_penalty,
 )
-from .layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
+from .layers import ThresholdConv1d, ThresholdConv2d, ThresholdConvTranspose2d, ThresholdLayer, ThresholdLinear
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ThresholdConv1d",
     "ThresholdConv2d",
+    "ThresholdConvTranspose2d",
     "ThresholdLayer",
     "ThresholdLinear",
     "active_filters",
@@ -28,7 +32,9 @@ __all__ = [
     "filter_scores",
     "importance_update_",
     "observe",
+    "threshold_conv1d",
     "threshold_conv2d",
+    "threshold_conv_transpose2d",
     "threshold_layers",
     "threshold_linear",
     "threshold_penalty",

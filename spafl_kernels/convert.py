@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import reference
-from .layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
+from .layers import ThresholdConv1d, ThresholdConv2d, ThresholdConvTranspose2d, ThresholdLayer, ThresholdLinear
 from .reference import Estimator
 
-_THRESHOLD_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: ThresholdConv2d, nn.Linear: ThresholdLinear}
+_THRESHOLD_CLASS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: ThresholdConv1d,
+    nn.Conv2d: ThresholdConv2d,
+    nn.ConvTranspose2d: ThresholdConvTranspose2d,
+    nn.Linear: ThresholdLinear,
+}
+_NAMES = "nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d and nn.Linear"
 _PLAIN_CLASS = {threshold: plain for plain, threshold in _THRESHOLD_CLASS.items()}
 
 
@@ -49,8 +56,14 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 def _is_computed(module: nn.Module) -> bool:
-    """Whether the weight is made by hooks before every call, from other parameters."""
-    return module._parameters.get("weight") is None
+    """Whether weight or bias is made by hooks before every call, from other parameters."""
+    return any(name not in module._parameters and hasattr(module, name) for name in ("weight", "bias"))
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """Whether a layer of a class that is converted has no weight yet."""
+    known = isinstance(module, LazyModuleMixin) and isinstance(module, tuple(_THRESHOLD_CLASS))
+    return known and module.has_uninitialized_params()  # type: ignore[misc, operator]
 
 
 def _call_the_layers_of(model: nn.Module) -> None:
@@ -82,13 +95,14 @@ def convert(
     mask_bias: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
-    """Replace the ``nn.Conv2d`` and ``nn.Linear`` layers of a model by threshold layers with the same weights.
+    """Replace convolutions and linear layers of a model by threshold layers with the same weights.
 
     Args:
         model: any module; left alone unless ``inplace``.
-        where: ``where(name, layer)`` says whether to convert this layer. By default all plain ``nn.Conv2d`` and
-            ``nn.Linear`` are; their subclasses (parametrised layers, ``nn.MultiheadAttention.out_proj``) and layers
-            whose weight is computed by hooks (weight norm, spectral norm, pruning) stay as they are.
+        where: ``where(name, layer)`` says whether to convert this layer. By default all plain ``nn.Conv1d``,
+            ``nn.Conv2d``, ``nn.ConvTranspose2d`` and ``nn.Linear`` are; their subclasses (parametrised layers,
+            ``nn.MultiheadAttention.out_proj``) and layers whose weight or bias is computed by hooks (weight norm,
+            spectral norm, pruning) stay as they are.
         estimator, mask_bias: passed to the new layers.
         inplace: change ``model`` itself (its Parameters stay the same objects).
 
@@ -107,15 +121,15 @@ def convert(
 
     def change(name: str, module: nn.Module) -> nn.Module:
         cls = _THRESHOLD_CLASS.get(type(module))
-        if isinstance(module, (nn.LazyConv2d, nn.LazyLinear)) and (where is None or where(name, module)):
+        if _is_lazy(module) and (where is None or where(name, module)):
             raise ValueError(f"layer {name!r} is lazy and has no weight yet; run the model once before it is converted")
         if cls is None:
             # A subclass of a convertible class is skipped by default, and refused when asked for by name.
             kin = isinstance(module, tuple(_THRESHOLD_CLASS)) and not isinstance(module, ThresholdLayer)
             if kin and where and where(name, module):
                 raise ValueError(
-                    f"layer {name!r} is a {type(module).__name__}, which cannot be converted: only plain nn.Conv2d "
-                    "and nn.Linear can (parametrised layers and layers that are not called cannot be masked)"
+                    f"layer {name!r} is a {type(module).__name__}, which cannot be converted: only plain "
+                    f"{_NAMES} can (parametrised layers and layers that are not called cannot be masked)"
                 )
             return module
         if where and not where(name, module):
@@ -123,7 +137,9 @@ def convert(
         if _is_computed(module):
             if where is None:
                 return module
-            raise ValueError(f"layer {name!r} has a computed weight (weight norm or pruning); remove that first")
+            raise ValueError(
+                f"layer {name!r} has a computed weight or bias (weight norm or pruning); remove that first"
+            )
         new = _with_class(module, cls)
         new._init_threshold(estimator, mask_bias)  # type: ignore[operator]
         new.threshold.requires_grad_(bool(module.weight.requires_grad))  # type: ignore[operator, union-attr]
@@ -155,7 +171,12 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         assert isinstance(module, ThresholdLayer)
         with torch.no_grad():
             weight, bias = reference.mask_weight_and_bias(
-                module.weight, module.threshold, module.bias, module.estimator, module.mask_bias
+                module.weight,
+                module.threshold,
+                module.bias,
+                module.estimator,
+                module.mask_bias,
+                module.transposed_groups,
             )
         new = _with_class(module, cls)
         del new._parameters["threshold"], new.__dict__["estimator"], new.__dict__["mask_bias"]

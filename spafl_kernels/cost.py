@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 
 def layer_macs(model: nn.Module, sample: Tensor, per_token: bool = True) -> dict[str, int]:
@@ -19,7 +20,8 @@ def layer_macs(model: nn.Module, sample: Tensor, per_token: bool = True) -> dict
             once per sample.
 
     Returns:
-        By layer name: ``weights per output position * output positions``. A layer that is called twice counts twice.
+        By layer name: ``weights * output positions``, of a transposed convolution ``weights * input positions``. A
+        layer that is called twice counts twice.
     """
     counts: dict[str, int] = {}
     handles = []
@@ -28,7 +30,11 @@ def layer_macs(model: nn.Module, sample: Tensor, per_token: bool = True) -> dict
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             weight: Any = module.weight
             per_position = math.prod(weight.shape)
-            positions = output.numel() // weight.shape[0] // sample.shape[0]
+            if isinstance(module, nn.Linear):
+                positions = output.numel() // weight.shape[0] // sample.shape[0]
+            else:  # every place of the input of a transposed convolution meets the kernel, else of the output
+                place = args[0] if isinstance(module, _ConvTransposeNd) else output
+                positions = math.prod(place.shape[2:]) * place.shape[0] // sample.shape[0]
             if isinstance(module, nn.Linear) and not per_token:
                 positions = 1
             counts[name] = counts.get(name, 0) + per_position * positions
@@ -36,7 +42,7 @@ def layer_macs(model: nn.Module, sample: Tensor, per_token: bool = True) -> dict
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, _ConvNd | nn.Linear):
             handles.append(module.register_forward_hook(watch(name)))
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _single
 
 from . import ops, reference
 from .ops.arguments import check_layer
@@ -22,7 +23,9 @@ __all__ = [
     "filter_scores",
     "importance_update_",
     "observe",
+    "threshold_conv1d",
     "threshold_conv2d",
+    "threshold_conv_transpose2d",
     "threshold_layers",
     "threshold_linear",
     "threshold_penalty",
@@ -85,6 +88,87 @@ def threshold_conv2d(
     )
 
 
+def threshold_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int] = 1,
+    padding: int | tuple[int] | str = 0,
+    dilation: int | tuple[int] = 1,
+    groups: int = 1,
+    estimator: Estimator = "identity",
+    mask_bias: bool = False,
+    known_density: float = 1.0,
+) -> Tensor:
+    """1-d convolution whose filters are pruned, whole, while ``mean|w| <= threshold`` (SpaFL, arXiv 2406.00431).
+
+    On a GPU it is a 2-d convolution of images one high.
+
+    Args:
+        input: ``(N, in, L)`` or ``(in, L)``.
+        weight: ``(out, in / groups, k)``, same dtype as ``input`` (or under autocast).
+        threshold, bias, estimator, mask_bias, known_density: as for :func:`threshold_conv2d`.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv1d`.
+
+    Returns:
+        ``(N, out, L')`` or ``(out, L')``.
+
+    Raises:
+        ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
+    """
+    check_layer(weight, threshold, estimator)
+    if not ops.backend.on_gpu(weight):
+        return reference.threshold_conv1d(
+            input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
+        )
+    (step,), (gap,) = _single(stride), _single(dilation)
+    pad = padding if isinstance(padding, str) else (0, *_single(padding))
+    return ops.conv2d(
+        input.unsqueeze(-2), weight.unsqueeze(-2), threshold, bias, (1, step), pad, (1, gap), groups, estimator,
+        mask_bias, known_density,
+    ).squeeze(-2)  # fmt: skip
+
+
+def threshold_conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
+    estimator: Estimator = "identity",
+    mask_bias: bool = False,
+) -> Tensor:
+    """Transposed 2-d convolution whose filters are pruned, whole, while ``mean|w| <= threshold``.
+
+    A filter is what makes one output channel, see :func:`spafl_kernels.reference.filters`. On a GPU there is no kernel
+    that skips, and a warning (``SPAFL_STRICT``: an error) says so.
+
+    Args:
+        input: ``(N, in, H, W)`` or ``(in, H, W)``.
+        weight: ``(in, out / groups, kH, kW)``, same dtype as ``input`` (or under autocast).
+        threshold, bias: ``(out,)``.
+        stride, padding, output_padding, groups, dilation: as in :func:`torch.nn.functional.conv_transpose2d`.
+        estimator, mask_bias: as for :func:`threshold_conv2d`.
+
+    Returns:
+        ``(N, out, H', W')`` or ``(out, H', W')``.
+
+    Raises:
+        ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
+    """
+    check_layer(weight, threshold, estimator, groups)
+    if ops.backend.on_gpu(weight):
+        ops.backend.fall_back(ops.backend.NO_TRANSPOSED)
+    return reference.threshold_conv_transpose2d(
+        input, weight, threshold, bias, stride, padding, output_padding, groups, dilation, estimator, mask_bias
+    )
+
+
 def threshold_linear(
     input: Tensor,
     weight: Tensor,
@@ -126,9 +210,12 @@ def threshold_layers(model: nn.Module) -> Iterator[tuple[str, ThresholdLayer]]:
 
 
 @torch.no_grad()
-def active_filters(weight: Tensor, threshold: Tensor) -> Tensor:
-    """Indices of the active filters, ascending: int64, shape ``(active,)``, on the device of ``weight``."""
-    return (filter_scores(weight) > threshold).nonzero().flatten()
+def active_filters(weight: Tensor, threshold: Tensor, transposed_groups: int | None = None) -> Tensor:
+    """Indices of the active filters, ascending: int64, shape ``(active,)``, on the device of ``weight``.
+
+    ``transposed_groups``: see :func:`spafl_kernels.reference.filters`.
+    """
+    return (filter_scores(weight, transposed_groups) > threshold).nonzero().flatten()
 
 
 def threshold_penalty(model: nn.Module) -> Tensor:
@@ -193,22 +280,24 @@ def observe(model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def importance_update_(weight: Tensor, delta: Tensor, normaliser: Literal["kernel", "row"]) -> None:
+def importance_update_(
+    weight: Tensor, delta: Tensor, normaliser: Literal["kernel", "row"], transposed_groups: int | None = None
+) -> None:
     """Shift every filter along the sign of its sum by the change of its global threshold, in place.
 
     ``w_ij -= delta_i / d * sign(sum_j w_ij)``, ``sign(0) = 0``; pruned filters too (SpaFL, arXiv 2406.00431).
 
     Args:
-        weight: ``(out, ...)``; changed in place.
+        weight: ``(out, ...)``, or that of a transposed convolution; changed in place.
         delta: ``(out,)``, new minus old global threshold.
-        normaliser: ``"kernel"``: ``d = kH * kW`` for a convolution and the row length for a linear layer (the published
-            code); ``"row"``: ``d`` is the row length ``n_in`` for both.
+        normaliser: ``"kernel"``: ``d`` is the size of the kernel (``kH * kW``) for a convolution and the row length for
+            a linear layer (the published code); ``"row"``: ``d`` is the row length ``n_in`` for both.
+        transposed_groups: see :func:`spafl_kernels.reference.filters`.
     """
     if normaliser not in ("kernel", "row"):
         raise ValueError(f"normaliser must be kernel or row; got {normaliser!r}")
-    rows = weight.flatten(1)
+    rows = reference.filters(weight, transposed_groups).flatten(1)
     divisor = rows.shape[1]
-    if normaliser == "kernel" and weight.dim() == 4:
-        divisor = weight.shape[2] * weight.shape[3]
-    shift = delta / divisor * rows.sum(dim=1).sign()
-    weight -= shift.view(-1, *(1,) * (weight.dim() - 1))
+    if normaliser == "kernel" and weight.dim() > 2:
+        divisor = weight.shape[2:].numel()
+    weight -= reference.per_filter(delta / divisor * rows.sum(dim=1).sign(), weight, transposed_groups)

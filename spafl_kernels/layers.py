@@ -1,4 +1,4 @@
-"""Drop-in layers: ``nn.Conv2d`` and ``nn.Linear`` with one trainable threshold per filter."""
+"""Drop-in layers: those of ``torch.nn`` with one trainable threshold per filter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import functional
 from .reference import Estimator
 from .threshold_layer import ThresholdLayer
 
-__all__ = ["ThresholdConv2d", "ThresholdLayer", "ThresholdLinear"]
+__all__ = ["ThresholdConv1d", "ThresholdConv2d", "ThresholdConvTranspose2d", "ThresholdLayer", "ThresholdLinear"]
 
 
 class ThresholdConv2d(ThresholdLayer, nn.Conv2d):
@@ -40,6 +40,65 @@ class ThresholdConv2d(ThresholdLayer, nn.Conv2d):
         return functional.threshold_conv2d(
             input, self.weight, self.threshold, self.bias, stride, padding, dilation, self.groups,
             self.estimator, self.mask_bias, self.known_density, self.planned,
+        )  # fmt: skip
+
+
+class ThresholdConv1d(ThresholdLayer, nn.Conv1d):
+    """``nn.Conv1d`` whose filters are pruned, whole, while ``mean|w| <= threshold``.
+
+    Args:
+        estimator, mask_bias: as for :class:`ThresholdConv2d`.
+
+    All other arguments, shapes and the state dict are those of :class:`torch.nn.Conv1d`; the state dict also holds
+    ``threshold``, shape ``(out_channels,)``, initially 0.
+    """
+
+    def __init__(self, *args: Any, estimator: Estimator = "identity", mask_bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_threshold(estimator, mask_bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding: Any = self.padding
+        stride: Any = self.stride
+        dilation: Any = self.dilation
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return functional.threshold_conv1d(
+            input, self.weight, self.threshold, self.bias, stride, padding, dilation, self.groups,
+            self.estimator, self.mask_bias, self.known_density,
+        )  # fmt: skip
+
+
+class ThresholdConvTranspose2d(ThresholdLayer, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` whose filters are pruned, whole, while ``mean|w| <= threshold``.
+
+    The filter of an output channel is ``weight[:, o]`` within its group, see :func:`spafl_kernels.reference.filters`.
+
+    Args:
+        estimator, mask_bias: as for :class:`ThresholdConv2d`.
+
+    All other arguments, shapes and the state dict are those of :class:`torch.nn.ConvTranspose2d`; the state dict also
+    holds ``threshold``, shape ``(out_channels,)``, initially 0.
+    """
+
+    def __init__(self, *args: Any, estimator: Estimator = "identity", mask_bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_threshold(estimator, mask_bias)
+
+    @property
+    def transposed_groups(self) -> int:
+        return self.groups
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        stride: Any = self.stride
+        padding: Any = self.padding
+        dilation: Any = self.dilation
+        kernel: Any = self.kernel_size
+        extra: Any = self._output_padding(input, output_size, stride, padding, kernel, 2, dilation)
+        return functional.threshold_conv_transpose2d(
+            input, self.weight, self.threshold, self.bias, stride, padding, extra, self.groups, dilation,
+            self.estimator, self.mask_bias,
         )  # fmt: skip
 
 

@@ -1,7 +1,12 @@
 """The definition of threshold layers, in plain PyTorch. Every other implementation is tested against this file.
 
-A weight of shape ``(out, ...)`` is read as ``out`` filters of ``n_in`` numbers each. Filter ``i`` has the score
-``s_i = mean_j |w_ij|``; it is *active* while ``s_i > tau_i`` (strictly) and *pruned*, whole, otherwise:
+A filter is what makes one output channel. A weight of shape ``(out, ...)`` is read as ``out`` filters of ``n_in``
+numbers each: its leading index is the filter's. The weight of a transposed convolution is ``(in, out / groups, ...)``,
+and filter ``o`` is ``weight[:, o]`` within its group: with ``g, j = divmod(o, out / groups)`` it is
+``weight[g * in / groups : (g + 1) * in / groups, j]`` (:func:`filters`).
+
+Filter ``i`` has the score ``s_i = mean_j |w_ij|``; it is *active* while ``s_i > tau_i`` (strictly) and *pruned*, whole,
+otherwise:
 
     W~ = m * W,    m_i = step(s_i - tau_i)
 
@@ -40,16 +45,51 @@ def check_estimator(estimator: str) -> None:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}")
 
 
-def filter_scores(weight: Tensor) -> Tensor:
+def filters(weight: Tensor, transposed_groups: int | None = None) -> Tensor:
+    """A weight with one filter per leading index.
+
+    Args:
+        weight: ``(out, ...)``, or ``(in, out / groups, ...)`` of a transposed convolution.
+        transposed_groups: the groups of the transposed convolution that the weight belongs to; None for all others.
+
+    Returns:
+        ``(out, ...)``: the weight itself, or, of a transposed convolution, ``(out, in / groups, ...)``: a view with one
+        group, else a copy.
+    """
+    if transposed_groups is None:
+        return weight
+    return weight.unflatten(0, (transposed_groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def per_filter(values: Tensor, weight: Tensor, transposed_groups: int | None = None) -> Tensor:
+    """A number for every filter, in the shape in which it multiplies that filter's weights.
+
+    Args:
+        values: ``(out,)``.
+        weight, transposed_groups: as for :func:`filters`.
+
+    Returns:
+        ``(out, 1, ...)``, or ``(in, out / groups, 1, ...)`` of a transposed convolution.
+    """
+    kernel = (1,) * (weight.dim() - 2)
+    if transposed_groups is None:
+        return values.view(-1, 1, *kernel)
+    inputs, outputs = weight.shape[:2]
+    rows = values.view(transposed_groups, 1, outputs).expand(-1, inputs // transposed_groups, -1)
+    return rows.reshape(inputs, outputs, *kernel)
+
+
+def filter_scores(weight: Tensor, transposed_groups: int | None = None) -> Tensor:
     """Score of every filter: the mean absolute value of its weights.
 
     Args:
-        weight: ``(out, ...)``, floating point.
+        weight: ``(out, ...)``, floating point, or that of a transposed convolution.
+        transposed_groups: as for :func:`filters`.
 
     Returns:
         ``(out,)``, dtype of ``weight``.
     """
-    return weight.flatten(1).abs().mean(dim=1)
+    return filters(weight, transposed_groups).flatten(1).abs().mean(dim=1)
 
 
 class _Step(torch.autograd.Function):
@@ -76,27 +116,35 @@ class _Step(torch.autograd.Function):
         return grad, None
 
 
-def filter_mask(weight: Tensor, threshold: Tensor, estimator: Estimator = "identity") -> Tensor:
+def filter_mask(
+    weight: Tensor, threshold: Tensor, estimator: Estimator = "identity", transposed_groups: int | None = None
+) -> Tensor:
     """The mask of every filter, differentiable through the estimator.
 
     Args:
-        weight: ``(out, ...)``, floating point.
+        weight: ``(out, ...)``, floating point, or that of a transposed convolution.
         threshold: ``(out,)``.
         estimator: ``"identity"`` or ``"window"``.
+        transposed_groups: as for :func:`filters`.
 
     Returns:
         ``(out,)`` of zeros and ones, in the dtype of ``weight``.
     """
     check_estimator(estimator)
-    return _Step.apply(filter_scores(weight) - threshold, estimator)
+    return _Step.apply(filter_scores(weight, transposed_groups) - threshold, estimator)
 
 
 def mask_weight_and_bias(
-    weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: Estimator, mask_bias: bool
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    estimator: Estimator,
+    mask_bias: bool,
+    transposed_groups: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``(W~, b~)``: the masked weight, and the bias, masked too if ``mask_bias``."""
-    mask = filter_mask(weight, threshold, estimator)
-    masked = weight * mask.view(-1, *(1,) * (weight.dim() - 1))
+    mask = filter_mask(weight, threshold, estimator, transposed_groups)
+    masked = weight * per_filter(mask, weight, transposed_groups)
     if bias is not None and mask_bias:
         bias = bias * mask
     return masked, bias
@@ -119,6 +167,41 @@ def threshold_conv2d(
     return F.conv2d(input, masked, bias, stride, padding, dilation, groups)
 
 
+def threshold_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int] = 1,
+    padding: int | tuple[int] | str = 0,
+    dilation: int | tuple[int] = 1,
+    groups: int = 1,
+    estimator: Estimator = "identity",
+    mask_bias: bool = False,
+) -> Tensor:
+    """Masked dense convolution; arguments and shapes as in :func:`torch.nn.functional.conv1d`."""
+    masked, bias = mask_weight_and_bias(weight, threshold, bias, estimator, mask_bias)
+    return F.conv1d(input, masked, bias, stride, padding, dilation, groups)
+
+
+def threshold_conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
+    estimator: Estimator = "identity",
+    mask_bias: bool = False,
+) -> Tensor:
+    """Masked dense transposed convolution; arguments and shapes as in :func:`torch.nn.functional.conv_transpose2d`."""
+    masked, bias = mask_weight_and_bias(weight, threshold, bias, estimator, mask_bias, groups)
+    return F.conv_transpose2d(input, masked, bias, stride, padding, output_padding, groups, dilation)
+
+
 def threshold_linear(
     input: Tensor,
     weight: Tensor,
@@ -133,24 +216,30 @@ def threshold_linear(
 
 
 def mask_gradients(
-    weight: Tensor, threshold: Tensor, grad_masked: Tensor, estimator: Estimator = "identity"
+    weight: Tensor,
+    threshold: Tensor,
+    grad_masked: Tensor,
+    estimator: Estimator = "identity",
+    transposed_groups: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The closed form of the gradients, for kernels that do not go through autograd.
 
     Args:
-        weight: ``(out, ...)``.
+        weight: ``(out, ...)``, or that of a transposed convolution.
         threshold: ``(out,)``.
         grad_masked: ``G = dL/dW~``, shape of ``weight``.
         estimator: ``"identity"`` or ``"window"``.
+        transposed_groups: as for :func:`filters`.
 
     Returns:
         ``(dL/dW, dL/dtau)``, shapes of ``weight`` and ``threshold``.
     """
     check_estimator(estimator)
-    margin = filter_scores(weight) - threshold
-    rows, grads = weight.flatten(1), grad_masked.flatten(1)
-    dot = (grads * rows).sum(dim=1)
+    margin = filter_scores(weight, transposed_groups) - threshold
+    rows = filters(weight, transposed_groups).flatten(1)
+    dot = (filters(grad_masked, transposed_groups).flatten(1) * rows).sum(dim=1)
     if estimator == "window":
         dot = dot * (margin.abs() > WINDOW)
-    grad_weight = (margin > 0).unsqueeze(1) * grads + dot.unsqueeze(1) * rows.sign() / rows.shape[1]
-    return grad_weight.view_as(weight), -dot
+    active = per_filter((margin > 0).to(weight.dtype), weight, transposed_groups)
+    moved = per_filter(dot / rows.shape[1], weight, transposed_groups)
+    return active * grad_masked + moved * weight.sign(), -dot

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .ops import backend
 from .threshold_layer import Planned, ThresholdLayer
@@ -21,6 +21,8 @@ __all__ = ["SharedPass", "can_share", "share"]
 
 def can_share(layers: Sequence[ThresholdLayer]) -> bool:
     """Whether these layers run the packed kernels on one GPU, in one dtype and estimator, rows dense in memory."""
+    if not all(isinstance(layer, nn.Conv2d | nn.Linear) for layer in layers):  # others have no kernels of their own
+        return False
     if not layers or backend.REQUESTED not in ("auto", "triton"):
         return False
     weights = [layer.weight for layer in layers]

@@ -1,4 +1,4 @@
-"""What both threshold layers share, without what they compute: whoever looks at a model's filters needs no more."""
+"""What the threshold layers share, without what they compute: whoever looks at a model's filters needs no more."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ class ThresholdLayer:
         self.estimator = estimator
         self.mask_bias = mask_bias
         weight = self.weight
-        self.threshold = nn.Parameter(torch.zeros(weight.shape[0], device=weight.device, dtype=weight.dtype))
+        count = reference.filters(weight.detach(), self.transposed_groups).shape[0]
+        self.threshold = nn.Parameter(torch.zeros(count, device=weight.device, dtype=weight.dtype))
+
+    @property
+    def transposed_groups(self) -> int | None:
+        """Where the filters lie in the weight, see :func:`spafl_kernels.reference.filters`."""
+        return None
 
     def reset_parameters(self) -> None:
         """Initialise as the plain layer does, and set every threshold to 0 (nothing pruned)."""
@@ -58,7 +64,7 @@ class ThresholdLayer:
     @torch.no_grad()
     def scores(self) -> Tensor:
         """``mean|w|`` of every filter: ``(out,)``, no gradient."""
-        return reference.filter_scores(self.weight)
+        return reference.filter_scores(self.weight, self.transposed_groups)
 
     @torch.no_grad()
     def mask(self) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
+from ..layers import ThresholdConv1d, ThresholdConv2d, ThresholdConvTranspose2d, ThresholdLayer, ThresholdLinear
 from ..training import Unsupported
 from .aliases import give_writes_a_value
 from .attention import find_attention
@@ -40,6 +40,8 @@ _POOL_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max_pool2d": F.max_pool2d, "avg_pool2d": F.avg_pool2d, "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
     "adaptive_max_pool2d": F.adaptive_max_pool2d,
 }  # fmt: skip
+_FOLLOWED_LAYERS = (nn.Conv2d, ThresholdConv2d, nn.Linear, ThresholdLinear)
+_WHOLE_LAYERS = (ThresholdConv1d, ThresholdConvTranspose2d)
 # Their results depend on how a tensor lies in memory, which is not the engine's to keep.
 _OF_MEMORY = {
     "as_strided",
@@ -161,6 +163,8 @@ class _Follower:
                 if p is None:
                     continue
                 owners.setdefault(id(p), []).append(name)
+                if type(m) in _WHOLE_LAYERS:
+                    apart.setdefault(name, f"channels are not followed through a {type(m).__name__}")
                 if not p.requires_grad and self.trace.trains:
                     apart.setdefault(name, f"its {key} is frozen")
         read = {id(self.attribute(str(n.target))) for n in self.graph.nodes if n.op == "get_attr"}
@@ -210,12 +214,12 @@ class _Follower:
         whole = Op(node, "other", module=m, grad=grad)
         one = len(node.args) + len(node.kwargs) == 1 and len(node.all_input_nodes) == 1 and "otherwise" not in node.meta
         one = one and isinstance((*node.args, *node.kwargs.values())[0], fx.Node)
-        if isinstance(m, ThresholdLayer) and kind not in (ThresholdConv2d, ThresholdLinear):
+        if isinstance(m, ThresholdLayer) and kind not in (*_FOLLOWED_LAYERS, *_WHOLE_LAYERS):
             raise Unsupported(f"layer {name!r} is a {kind.__name__}; only the plain threshold layers are known")
         if name in self.apart or not one:
             whole.data = self.apart.get(name)
             return whole
-        if kind in (nn.Conv2d, ThresholdConv2d, nn.Linear, ThresholdLinear):
+        if kind in _FOLLOWED_LAYERS:
             op = Op(node, "layer", module=m, grad=True)
             if isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups == m.in_channels == m.out_channels:
                 op.kind = "depthwise"

@@ -14,16 +14,17 @@ from ..triton.plan import capacity, plan_size, row_stride
 _LOW = (torch.float16, torch.bfloat16)
 
 
-def check_layer(weight: Tensor, threshold: Tensor, estimator: str) -> None:
-    """The threshold of one layer, without clients.
+def check_layer(weight: Tensor, threshold: Tensor, estimator: str, transposed_groups: int | None = None) -> None:
+    """The threshold of one layer, without clients; ``transposed_groups``: see :func:`spafl_kernels.reference.filters`.
 
     Raises:
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
     reference.check_estimator(estimator)
-    if threshold.shape != weight.shape[:1]:
+    filters = weight.shape[0] if transposed_groups is None else weight.shape[1] * transposed_groups
+    if threshold.shape != (filters,):
         raise ValueError(
-            f"threshold must have one value per filter: expected shape ({weight.shape[0]},) for a weight of shape "
+            f"threshold must have one value per filter: expected shape ({filters},) for a weight of shape "
             f"{tuple(weight.shape)}; got {tuple(threshold.shape)}"
         )
     if threshold.device != weight.device:

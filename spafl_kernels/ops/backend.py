@@ -31,6 +31,7 @@ Backend = Literal["reference", "triton", "narrow"]
 # Present does not mean imported: importing triton is left to the first kernel launch.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 LOWEST_CAPABILITY = (8, 0)
+NO_TRANSPOSED = "transposed convolutions have no packed kernels"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -14,6 +14,7 @@ from spafl_kernels import (
     threshold_penalty,
     to_dense,
 )
+from spafl_kernels.cost import layer_macs
 
 
 def model():
@@ -116,6 +117,45 @@ def test_computed_weights_are_left_alone():
             assert torch.equal(sparse(x), right) and torch.equal(to_dense(sparse)(x), right)
             with pytest.raises(ValueError, match="layer '0' has a computed weight"):
                 convert(net, where=lambda name, layer: name == "0")
+
+
+KINDS = {
+    nn.Conv1d: (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 8)),
+    nn.Conv2d: (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 8, 8)),
+    nn.ConvTranspose2d: (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), (2, 4, 8, 8)),
+    nn.Linear: (lambda: nn.Linear(8, 6), (2, 4, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_there_and_back(kind):
+    make, shape = KINDS[kind]
+    torch.manual_seed(0)
+    plain, x = make().requires_grad_(False), torch.randn(shape)
+    layer = convert(plain, mask_bias=True)
+    assert isinstance(layer, kind) and type(layer) is not kind and not layer.threshold.requires_grad
+    assert torch.equal(layer(x), plain(x)) and layer.threshold.shape == (6,)
+    with torch.no_grad():
+        layer.threshold[::2] = 9
+    back = to_dense(layer)
+    assert type(back) is kind and list(back.state_dict()) == list(plain.state_dict())
+    assert torch.equal(back(x), layer(x)) and (back.bias[::2] == 0).all()
+    assert layer_macs(layer, x[:1]) == layer_macs(plain, x[:1])
+
+
+def test_a_computed_bias_is_left_alone_too():
+    from torch.nn.utils import prune
+
+    net = nn.Sequential(prune.l1_unstructured(nn.Linear(3, 3), "bias", 0.5))
+    assert type(convert(net)[0]) is nn.Linear
+    with pytest.raises(ValueError, match="layer '0' has a computed weight or bias"):
+        convert(net, where=lambda name, layer: True)
+
+
+@pytest.mark.parametrize("kind", [nn.LazyConv1d, nn.LazyConv2d, nn.LazyConvTranspose2d])
+def test_every_kind_of_lazy_layer_is_refused(kind):
+    with pytest.raises(ValueError, match="is lazy and has no weight yet"):
+        convert(nn.Sequential(kind(3, 3)))
 
 
 def test_lazy_layers_are_refused():

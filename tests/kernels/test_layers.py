@@ -8,9 +8,22 @@ import torch
 from torch import nn
 from torch.testing._internal.common_modules import module_db
 
-from spafl_kernels import ThresholdConv2d, ThresholdLayer, ThresholdLinear, reference
+from spafl_kernels import (
+    ThresholdConv1d,
+    ThresholdConv2d,
+    ThresholdConvTranspose2d,
+    ThresholdLayer,
+    ThresholdLinear,
+    importance_update_,
+    reference,
+)
 
-CLASSES = {nn.Conv2d: ThresholdConv2d, nn.Linear: ThresholdLinear}
+CLASSES = {
+    nn.Conv1d: ThresholdConv1d,
+    nn.Conv2d: ThresholdConv2d,
+    nn.ConvTranspose2d: ThresholdConvTranspose2d,
+    nn.Linear: ThresholdLinear,
+}
 INFOS = {info.module_cls: info for info in module_db if info.module_cls in CLASSES}
 
 
@@ -33,7 +46,16 @@ SAMPLES = [pytest.param(cls, *sample[:3], id=f"{cls.__name__}-{i}-{sample[3]}")
            for cls in CLASSES for i, sample in enumerate(samples(cls))]  # fmt: skip
 
 
-def test_pytorch_has_samples_of_both():
+def filter_slices(layer):
+    """What makes each output channel, as index of the weight, by the definition."""
+    if not isinstance(layer, nn.ConvTranspose2d):
+        return [(o,) for o in range(layer.weight.shape[0])]
+    inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    places = (divmod(o, outputs) for o in range(layer.out_channels))
+    return [(slice(g * inputs, (g + 1) * inputs), j) for g, j in places]
+
+
+def test_pytorch_has_samples_of_all():
     assert {param.values[0] for param in SAMPLES} == set(CLASSES) and len(SAMPLES) > 5
 
 
@@ -51,7 +73,8 @@ def test_module_samples(cls, args, kwargs, inputs, half):
         with torch.no_grad():
             # The smaller half of the scores is pruned, the larger kept.
             layer.threshold.copy_(scores.median().expand_as(scores))
-            plain.weight.mul_(layer.mask().view(-1, *(1,) * (plain.weight.dim() - 1)))
+            for index, active in zip(filter_slices(layer), layer.mask().tolist()):
+                plain.weight[index] *= active
         assert 0 < layer.mask().sum() < len(scores) or len(scores) == 1
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     copies = [x.detach().clone().requires_grad_() for x in inputs]
@@ -64,10 +87,70 @@ def test_module_samples(cls, args, kwargs, inputs, half):
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
     # plain.weight.grad is G = dL/dW~: the closed form gives what the layer must have.
     grad_weight, grad_threshold = reference.mask_gradients(
-        layer.weight.detach(), layer.threshold.detach(), plain.weight.grad, layer.estimator
+        layer.weight.detach(), layer.threshold.detach(), plain.weight.grad, layer.estimator, layer.transposed_groups
     )
     torch.testing.assert_close(layer.weight.grad, grad_weight, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(layer.threshold.grad, grad_threshold, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+@pytest.mark.parametrize("mask_bias", [False, True])
+def test_the_filter_of_a_transposed_convolution_is_what_makes_an_output_channel(groups, estimator, mask_bias):
+    torch.manual_seed(0)
+    layer = ThresholdConvTranspose2d(6, 12, 3, 2, 1, 1, groups, estimator=estimator, mask_bias=mask_bias).double()
+    slices = filter_slices(layer)
+    scores = torch.stack([layer.weight[i].abs().mean() for i in slices]).detach()
+    torch.testing.assert_close(layer.scores(), scores)
+    with torch.no_grad():
+        layer.threshold.copy_(scores + torch.tensor([-0.1, 0.1, -2.0, 2.0] * 3))
+    active = torch.tensor([True, False] * 6)
+    assert torch.equal(layer.mask(), active)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    out = layer(x)
+    # Another weight in a pruned filter changes nothing; in an active one, its own channel alone.
+    for o, index in enumerate(slices):
+        other = copy.deepcopy(layer)
+        with torch.no_grad():
+            other.weight[index] *= -1
+        changed = (other(x) != out).any(0).flatten(1).any(1)
+        assert torch.equal(changed, torch.arange(12).eq(o) & active)
+    # The closed form, filter by filter, from the gradient of the masked weight.
+    masked = torch.zeros_like(layer.weight)
+    for o, index in enumerate(slices):
+        masked[index] = layer.weight[index].detach() * active[o]
+    masked.requires_grad_()
+    bias = layer.bias.detach() * (active if mask_bias else 1)
+    right = nn.functional.conv_transpose2d(x, masked, bias, 2, 1, 1, groups)
+    torch.testing.assert_close(out, right)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    (g,) = torch.autograd.grad(right, masked, grad)
+    for o, index in enumerate(slices):
+        w = layer.weight[index].detach()
+        far = estimator == "identity" or abs(float(scores[o] - layer.threshold.detach()[o])) > 1
+        r = (g[index] * w).sum() + (grad[:, o].sum() * layer.bias[o] if mask_bias else 0)
+        r = r * far
+        expected = active[o] * g[index] + r * w.sign() / w.numel()
+        torch.testing.assert_close(layer.weight.grad[index], expected)
+        torch.testing.assert_close(layer.threshold.grad[o], -r)
+    # The importance update shifts each filter along the sign of its sum.
+    delta, weight = torch.randn(12, dtype=torch.float64), layer.weight.detach().clone()
+    for normaliser, d in (("kernel", 9), ("row", 9 * 6 // groups)):
+        moved = weight.clone()
+        importance_update_(moved, delta, normaliser, groups)
+        for o, index in enumerate(slices):
+            torch.testing.assert_close(moved[index], weight[index] - delta[o] / d * weight[index].sum().sign())
+
+
+@pytest.mark.parametrize("size", [(8, 9), (7, 8)])
+def test_a_transposed_convolution_takes_an_output_size(size):
+    torch.manual_seed(0)
+    layer = ThresholdConvTranspose2d(4, 6, 3, 2, 1)
+    plain = nn.ConvTranspose2d(4, 6, 3, 2, 1)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.randn(1, 4, 4, 4) if size == (7, 8) else torch.randn(1, 4, 4, 5)
+    torch.testing.assert_close(layer(x, size), plain(x, size))
 
 
 def conv(**kwargs):

@@ -238,8 +238,9 @@ class SpaFL(Algorithm):
 
     def receive(self, client: Client, announcement: Message, round: int) -> None:
         for name, delta in announcement.items():
-            weight = client.layers[name.removesuffix(".delta")].weight
-            importance_update_(weight, delta.to(weight.device), self.options.importance_normaliser)  # type: ignore[arg-type]
+            layer = client.layers[name.removesuffix(".delta")]
+            normaliser: Any = self.options.importance_normaliser
+            importance_update_(layer.weight, delta.to(layer.weight.device), normaliser, layer.transposed_groups)
 
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
         if not self.guard_evaluations:

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from spafl_kernels import reference, threshold_layers
+from spafl_kernels import threshold_layers
 from spafl_kernels.compact import CompactTrainer
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
@@ -17,7 +17,7 @@ def prune(model: nn.Module, density: float, seed: int = 0, spread: float = 0.0) 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, layer in threshold_layers(model):
-            scores = reference.filter_scores(layer.weight)
+            scores = layer.scores()
             rows = len(scores)
             active = torch.zeros(rows, dtype=torch.bool)
             active[torch.randperm(rows, generator=generator)[: round(density * rows)]] = True

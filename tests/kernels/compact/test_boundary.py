@@ -799,3 +799,47 @@ def test_subclasses_of_layers():
     module = CompactModule(model)
     assert torch.equal(module(x), model(x)) and "Doubled" in module.reason
     assert len(list(threshold_layers(dense))) == 1
+
+
+class AutoEncoder(nn.Module):
+    """Layers whose channels are not followed between those that are."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.norm = nn.Conv2d(2, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.up, self.line = nn.ConvTranspose2d(8, 6, 3, 2, 1, 1, groups=2), nn.Conv1d(6, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.up(torch.relu(self.norm(self.down(x))))
+        return self.head(torch.relu(self.line(torch.relu(h).flatten(2))).mean(2))
+
+
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+def test_convolutions_of_one_dimension_and_transposed_ones_run_at_full_width(estimator):
+    torch.manual_seed(0)
+    model = convert(AutoEncoder(), estimator=estimator).double()
+    assert len(list(threshold_layers(model))) == 4
+    prune(model, 0.4)
+    x = torch.randn(4, 2, 8, 8, dtype=torch.float64)
+    same_calls(copy.deepcopy(model), x, strict=True, multiple=1)
+    twin = copy.deepcopy(model).eval()
+    small = export(twin, (2, 8, 8))
+    torch.testing.assert_close(small(x), twin(x), rtol=1e-9, atol=1e-11)
+    assert not list(threshold_layers(small))
+    options, results = SGDOptions(lr=0.05, momentum=0.9, weight_decay=1e-3, penalty=0.1, collapse_floor=0.1), []
+    for engine in ("masked", "compact"):
+        twin = copy.deepcopy(model)
+        trainer = make_trainer(twin, engine, strict=True)
+        trainer.begin(options)
+        for seed in range(5):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(4, 2, 8, 8, generator=generator, dtype=torch.float64)
+            trainer.step(x, torch.arange(4))
+        trainer.evaluate(x, torch.arange(4))
+        results.append((trainer.finish(), twin.state_dict()))
+    assert "channels are not followed through a ThresholdConvTranspose2d" in trainer.explain()
+    (a, right), (b, ours) = results
+    assert a.densities == b.densities and a.macs >= b.macs
+    for name, value in right.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11, msg=name)
