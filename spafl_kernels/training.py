@@ -7,7 +7,8 @@ One step, in this order (the order of the published code):
 
 1. collapse guard: a threshold layer whose density in its previous forward was ``<= collapse_floor`` gets ``tau = 0``;
 2. masks from the current weights and thresholds; forward in train mode; ``loss(model(x), y)``;
-3. gradients of ``loss + penalty * sum exp(-tau)`` for weights, thresholds and all other parameters;
+3. gradients of ``loss + penalty * sum exp(-tau)`` for weights, thresholds and all other parameters; then ``extra``, if
+   ``begin`` was given one, adds its own terms or takes some away;
 4. the gradient is scaled down if its global norm exceeds ``max_grad_norm`` (``torch.nn.utils.clip_grad_norm_``);
 5. ``torch.optim.SGD``: ``g += weight_decay * p; v = momentum * v + g; p -= lr * v``.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,9 +33,12 @@ from .inventory import Inventory
 from .ops.flops import counter, of_other_operators
 from .shared_pass import share
 
-__all__ = ["MaskedTrainer", "SGDOptions", "TrainResult", "Trainer", "Unsupported"]
+__all__ = ["Extra", "MaskedTrainer", "SGDOptions", "TrainResult", "Trainer", "Unsupported"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Extra = Callable[[Mapping[str, nn.Parameter]], None]
+"""``extra(parameters)`` gets the trained parameters by name, their ``grad`` complete, and changes these gradients in
+place: a proximal term, a correction, a mask. A parameter that the loss does not depend on has the gradient None."""
 
 
 class Unsupported(ValueError):
@@ -120,6 +124,9 @@ class Trainer:
 
     engine: str
     reason: str
+    form: Hashable = None
+    """Set it to something else where the model computes something else from one step to the next (another width, say):
+    multiply-accumulates are counted once for each form and shape of input."""
 
     def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy) -> None:
         self.model = model
@@ -134,6 +141,7 @@ class Trainer:
         options: SGDOptions,
         momentum: Mapping[str, Tensor] | None = None,
         densities: Mapping[str, float] | None = None,
+        extra: Extra | None = None,
     ) -> None:
         """Start a local training from the model's current parameters and buffers.
 
@@ -144,6 +152,8 @@ class Trainer:
                 without state, which is the same as zero buffers: without dampening the first step of
                 ``torch.optim.SGD`` sets ``v = g``, and ``momentum * 0 + g`` is ``g``.
             densities: density of every threshold layer in its last forward, the collapse guard's state; 1.0 by default.
+            extra: changes the gradient of every step of this training before it is clipped; see :data:`Extra`. It sees
+                full-size parameters, so the masked engine runs the whole training.
 
         Raises:
             ValueError: a buffer or density that is missing, unknown or of the wrong shape, dtype or device; a threshold
@@ -292,8 +302,8 @@ class MaskedTrainer(Trainer):
     def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy, reason: str = "asked for") -> None:
         super().__init__(model, loss)
         self.reason = reason
-        # MACs of one step that do not depend on masks, as (MACs, batch of the count), by the shape of a sample and by
-        # which parameters are frozen.
+        # MACs of one step that do not depend on masks, as (MACs, batch of the count), by the shape of a sample, the
+        # model's form and by which parameters are frozen.
         self._macs_of: dict[Any, tuple[int, int]] = {}
         # Those that do. Kept over trainings: a captured step adds to the same tensors at each replay.
         self._executed = Executed()
@@ -303,9 +313,10 @@ class MaskedTrainer(Trainer):
         options: SGDOptions,
         momentum: Mapping[str, Tensor] | None = None,
         densities: Mapping[str, float] | None = None,
+        extra: Extra | None = None,
     ) -> None:
         start = self._start(options, momentum, densities)
-        self._options, self._parameters = options, self._inventory.parameters
+        self._options, self._parameters, self._extra = options, self._inventory.parameters, extra
         self._layers: list[tuple[str, Any]] = self._inventory.thresholds
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         # One tensor, written in place: a captured step reads at each replay what the last one left.
@@ -341,7 +352,7 @@ class MaskedTrainer(Trainer):
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         self._check_open()
         self._check_same_parameters()
-        key = tuple(x.shape[1:]), tuple(p.requires_grad for p in self._parameters.values())
+        key = tuple(x.shape[1:]), self.form, tuple(p.requires_grad for p in self._parameters.values())
         if not self.counts_macs:
             self._steps += 1
             return self._step(x, y)
@@ -375,6 +386,9 @@ class MaskedTrainer(Trainer):
         if self._options.penalty and self._layers:
             objective = loss + self._options.penalty * threshold_penalty(self.model)
         objective.backward()
+        if self._extra is not None:
+            with torch.no_grad():
+                self._extra(self._params)
         if self._options.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._params.values(), self._options.max_grad_norm)
         self._optimizer.step()

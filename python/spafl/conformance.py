@@ -143,7 +143,7 @@ class Replay:
             model.load_state_dict(initial)
         except RuntimeError as error:
             raise UserError(f"recorded initial state does not fit {recording.model_name}: {error}") from None
-        model = self.algorithm.prepare_model(model)
+        model = self.algorithm.prepare_model(model, first[:1])
         layers = dict(threshold_layers(model))
         macs = layer_macs(model, first[:1], per_token=False)
         setting = ClientSetting(
@@ -176,7 +176,7 @@ class Replay:
                 training = self.algorithm.train(client, self.algorithm.broadcast(self.server, number, k), number)
                 uploads.append(Upload(k, training.message, len(client.train)))
                 self.flops[k] += training.cost.paper_macs
-        self.server, announcement = self.algorithm.merge(self.server, number, uploads)
+        self.server, announcement = self.algorithm.merge(self.server, number, uploads, self.recording.clients)
         evaluations = []
         for k in range(self.recording.clients):
             with self._lend(k) as client:

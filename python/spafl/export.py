@@ -14,6 +14,7 @@ from spafl_kernels.compact import export as export_compact
 from spafl_kernels.cost import layer_macs
 from spafl_kernels.functional import threshold_layers
 
+from . import rng
 from .config import load_config
 from .errors import UserError
 from .models import build_model
@@ -52,13 +53,13 @@ def client_model(run: Path, client: int) -> tuple[nn.Module, tuple[int, ...]]:
         raise UserError(f"--client must be 0 to {config.partition.clients - 1} in this run; got {client}")
     described = json.loads((run / "partition.json").read_text())
     image = tuple(described["image"])
-    model = config.build_algorithm().prepare_model(
-        build_model(config.model.name, described["classes"], image[0], seed=0)
-    )
+    algorithm = config.build_algorithm()
+    # With the weights of the first model: an algorithm may keep some of them as they are, in no message and no row.
+    seed = rng.stream_seed(config.seed, "initial model")
+    model = build_model(config.model.name, described["classes"], image[0], seed)
+    model = algorithm.prepare_model(model, torch.zeros(1, *image))
     names = model.state_dict().keys()
-    own = checkpoint.client(client) or {}
-    # Where clients keep nothing (FedAvg), the global model is every client's.
-    state = own if names <= own.keys() else checkpoint.server
+    state = algorithm.client_model(checkpoint.server, checkpoint.client(client) or {}, client)
     if not names <= state.keys():
         raise UserError(f"client {client} has not trained or been tested up to round {checkpoint.state.round}")
     model.load_state_dict({name: state[name] for name in names})

@@ -108,6 +108,7 @@ def merge_replies(
     sent: Mapping[int, Message],
     replies: Iterable[Reply],
     uplink: Uplink,
+    clients: int,
     min_uploads: int = 1,
 ) -> Merged:
     """Check what came back in a round and merge what is good.
@@ -117,6 +118,7 @@ def merge_replies(
         sent: what each sampled client was sent, by client: an upload may be a difference from it.
         replies: in any order. Of several in one client's name the first good one counts.
         uplink: how uploads are encoded.
+        clients: how many there are, sampled or not.
         min_uploads: so many have to be good.
 
     Raises:
@@ -151,5 +153,5 @@ def merge_replies(
         )
     accepted = sorted(uploads)
     # Sums of floating-point numbers depend on their order, and replies come in any.
-    state, announcement = algorithm.merge(server, round, [uploads[client] for client in accepted])
+    state, announcement = algorithm.merge(server, round, [uploads[client] for client in accepted], clients)
     return Merged(state, announcement, tuple(accepted), tuple(rejected), payload, framed)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..training import Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
+from ..training import Extra, Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
 from .flow import Flow
 from .follow import check_has_thresholds, trace_thresholds
 from .memory import pages
@@ -29,6 +29,7 @@ __all__ = ["CompactTrainer"]
 Key = tuple[tuple[int, ...], torch.dtype]  # shape of a sample and dtype of the input
 
 FOLLOWED = "all channels can be traced"
+HAS_EXTRA = "the training has an extra gradient term, which is written for full-size parameters"
 
 
 class CompactTrainer(Trainer):
@@ -92,6 +93,7 @@ class CompactTrainer(Trainer):
         options: SGDOptions,
         momentum: Mapping[str, Tensor] | None = None,
         densities: Mapping[str, float] | None = None,
+        extra: Extra | None = None,
     ) -> None:
         start = self._start(options, momentum, densities)
         try:
@@ -101,6 +103,7 @@ class CompactTrainer(Trainer):
             raise
         # Buffers may be those that the last training has lent: read before they expire.
         self._options, self._given, self._density = options, dict(momentum or {}), start
+        self._extra = extra
         if self._lent is not None:
             self._lent.expire()
         self._session, self._fallback = None, None
@@ -202,13 +205,13 @@ class CompactTrainer(Trainer):
             self._leave()
         elif self._fallback is not None:
             # What was refused may have changed, or this batch may be of another kind.
-            if key == self._key and self._refused.reason(key, 0 if training else 1):
+            if key == self._key and self._refusal(key, training):
                 return None
             self._end_masked()
         self._key = key
         with torch.inference_mode(False):
             try:
-                if (reason := self._refused.reason(key, 0 if training else 1)) is not None:
+                if (reason := self._refusal(key, training)) is not None:
                     raise Unsupported(reason)
                 self._session = self._open_session(key, x, training)
             except Unsupported as error:
@@ -218,6 +221,10 @@ class CompactTrainer(Trainer):
                 return None
         self.engine, self.reason = "compact", FOLLOWED
         return self._session
+
+    def _refusal(self, key: Key, training: bool) -> str | None:
+        """Why batches of this kind are known not to run compact."""
+        return HAS_EXTRA if self._extra is not None else self._refused.reason(key, 0 if training else 1)
 
     def _changed(self, trace: Trace | None, training: bool) -> str | None:
         """Why what was read of the model does not hold good any more."""
@@ -307,7 +314,7 @@ class CompactTrainer(Trainer):
         self._fresh = False
         modes = modes_of(self.model)
         self._fallback = MaskedTrainer(self.model, self.loss, reason)
-        self._fallback.begin(self._options, momentum, self._density)
+        self._fallback.begin(self._options, momentum, self._density, self._extra)
         set_modes(self.model, modes)
         self.engine, self.reason = "masked", reason
 

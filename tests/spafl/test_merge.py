@@ -43,7 +43,7 @@ def merge(algorithm, replies, min_uploads=1, sampled=(0, 1, 2, 3)):
     before = {name: t.clone() for name, t in server.items()}
     sent = {k: algorithm.broadcast(server, ROUND, k) for k in sampled}
     try:
-        return merge_replies(algorithm, server, ROUND, sent, replies, Uplink("fp32", MODEL), min_uploads)
+        return merge_replies(algorithm, server, ROUND, sent, replies, Uplink("fp32", MODEL), 4, min_uploads)
     finally:
         assert all(torch.equal(server[name], t) for name, t in before.items()) and server.keys() == before.keys()
 
@@ -185,7 +185,7 @@ def test_extreme_thresholds_of_a_minority_move_nothing(algorithm, aggregation, h
 def test_without_attack_the_robust_means_agree_with_the_mean_of_symmetric_uploads():
     uploads = [Upload(k, {"t.threshold": torch.tensor([0.1 * (k - 2)])}, 10) for k in range(5)]
     for aggregation in ("mean", "median", "trimmed-mean"):
-        merged, _ = spafl(aggregation=aggregation).merge({"t.threshold": torch.ones(1)}, 0, uploads)
+        merged, _ = spafl(aggregation=aggregation).merge({"t.threshold": torch.ones(1)}, 0, uploads, 9)
         assert merged["t.threshold"].item() == pytest.approx(0.0, abs=1e-7)
         assert merged["t.delta"].item() == pytest.approx(-1.0)
 

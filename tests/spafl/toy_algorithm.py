@@ -59,7 +59,7 @@ class ToyHeteroFL(Algorithm):
             {"width": float(len(upload["hidden"]))},
         )
 
-    def merge(self, server, round, uploads: Sequence[Upload]):
+    def merge(self, server, round, uploads: Sequence[Upload], clients):
         merged = {name: tensor.clone() for name, tensor in server.items()}
         for unit in range(self.hidden):
             holders = [u.message for u in uploads if len(u.message["hidden"]) > unit]

@@ -13,7 +13,7 @@ Server and client code exchange nothing but messages (:mod:`spafl.wire`), so eve
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -75,8 +75,16 @@ class Algorithm(ABC):
 
     # -- set-up -------------------------------------------------------------------------------------------------
 
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        """The model this algorithm trains, from the configured threshold model (dense methods drop the thresholds)."""
+    def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
+        """The model this algorithm trains, from the configured threshold model (dense methods drop the thresholds).
+
+        Args:
+            model: as configured; may be changed.
+            sample: one input ``(1, channels, height, width)``, to see what the model does with it.
+
+        Raises:
+            ValueError: the algorithm cannot work with this model; one sentence.
+        """
         return model
 
     @abstractmethod
@@ -110,12 +118,15 @@ class Algorithm(ABC):
         return self.broadcast(server, round, client)
 
     @abstractmethod
-    def merge(self, server: ServerState, round: int, uploads: Sequence[Upload]) -> tuple[ServerState, Message]:
+    def merge(
+        self, server: ServerState, round: int, uploads: Sequence[Upload], clients: int
+    ) -> tuple[ServerState, Message]:
         """The server's next state, and an announcement to *every* client (empty: none).
 
         Args:
             server: the state before the round; not to be changed.
             uploads: at least one, each as :meth:`expected_upload` says, with finite entries; ascending by client.
+            clients: how many there are, sampled or not.
         """
 
     def receive(self, client: Client, announcement: Message, round: int) -> None:
@@ -134,6 +145,16 @@ class Algorithm(ABC):
 
         The tensors are a copy: whatever happens to them here is forgotten, so that no evaluation changes a run.
         """
+
+    def client_model(self, server: ServerState, own: Mapping[str, Tensor], client: int) -> dict[str, Tensor]:
+        """The state dict that the client is tested with, in the names of the prepared model, to be exported.
+
+        By default what the client keeps, completed by what the server holds.
+
+        Args:
+            own: what the client keeps; empty if it has not had a turn yet.
+        """
+        return dict(server) | dict(own)
 
     # -- cost by the paper's formulas ---------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ class FedAvg(Algorithm):
     Options = AggregationOptions
     options: AggregationOptions
 
-    def prepare_model(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
         return to_dense(model)
 
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -58,7 +58,9 @@ class FedAvg(Algorithm):
         upload = {name: tensor.detach().cpu().clone() for name, tensor in client.model.state_dict().items()}
         return Training(upload, loss, Cost(steps=steps, paper_macs=dense_paper_macs(client), executed_macs=result.macs))
 
-    def merge(self, server: ServerState, round: int, uploads: Sequence[Upload]) -> tuple[ServerState, Message]:
+    def merge(
+        self, server: ServerState, round: int, uploads: Sequence[Upload], clients: int
+    ) -> tuple[ServerState, Message]:
         how = self.options.aggregation
         total = sum(upload.samples for upload in uploads)
         merged = {}

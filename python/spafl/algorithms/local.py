@@ -21,7 +21,7 @@ from .fedavg import dense_paper_macs
 class Local(Algorithm):
     """Dense baseline without communication; momentum starts fresh in every round."""
 
-    def prepare_model(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
         return to_dense(model)
 
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -39,7 +39,9 @@ class Local(Algorithm):
         result = client.trainer.finish()
         return Training({}, loss, Cost(steps=steps, paper_macs=dense_paper_macs(client), executed_macs=result.macs))
 
-    def merge(self, server: ServerState, round: int, uploads: Sequence[Upload]) -> tuple[ServerState, Message]:
+    def merge(
+        self, server: ServerState, round: int, uploads: Sequence[Upload], clients: int
+    ) -> tuple[ServerState, Message]:
         return server, {}
 
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:

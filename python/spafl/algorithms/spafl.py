@@ -158,7 +158,7 @@ class SpaFL(Algorithm):
 
     # -- set-up
 
-    def prepare_model(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
         if self.options.prune_head != "as-built":
             model = with_pruned_head(model, self.options.prune_head)
         layers = list(threshold_layers(model))
@@ -189,7 +189,9 @@ class SpaFL(Algorithm):
             return thresholds | self._deltas(server)
         return thresholds
 
-    def merge(self, server: ServerState, round: int, uploads: Sequence[Upload]) -> tuple[ServerState, Message]:
+    def merge(
+        self, server: ServerState, round: int, uploads: Sequence[Upload], clients: int
+    ) -> tuple[ServerState, Message]:
         merged: ServerState = {}
         how = self.options.aggregation
         for name in self._thresholds(server):

@@ -157,7 +157,9 @@ class Simulation:
 
         replies = [Reply(o.client, o.samples, o.frame) for o in outcomes]
         needed = config.sampling.min_uploads
-        merged = merge_replies(algorithm, self.server, round, messages, replies, self.problem.uplink, needed)
+        merged = merge_replies(
+            algorithm, self.server, round, messages, replies, self.problem.uplink, self.clients, needed
+        )
         sent += Cost(
             paper_bits=algorithm.paper_bits(self.server, len(sampled)),
             up_bytes=merged.up_bytes,

@@ -93,7 +93,7 @@ def build_problem(config: RunConfig) -> Problem:
     counts = layer_macs(model, sample, per_token=False)
     layers = dict(threshold_layers(model))
     try:
-        model = algorithm.prepare_model(model)
+        model = algorithm.prepare_model(model, sample)
     except ValueError as error:
         raise UserError(f"algorithm {config.algorithm['name']}: {error}") from None
     layers |= dict(threshold_layers(model))  # an algorithm may put thresholds on more layers
