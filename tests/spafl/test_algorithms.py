@@ -100,7 +100,7 @@ class WithPlainHead(torch.nn.Module):
 
 
 def prepared(model, **options):
-    return SpaFL(SpaFLOptions(**VARIANTS["paper"]["algorithm"], **options)).prepare_model(model)
+    return SpaFL(SpaFLOptions(**VARIANTS["paper"]["algorithm"], **options)).prepare_model(model, torch.zeros(1))
 
 
 @pytest.mark.parametrize(
