@@ -81,8 +81,10 @@ def measure(clients: int, sampled: int, rounds: int, engine: str, store: str = "
             simulation.run_round(pool, 0)  # warm-up: kernels are chosen, rows of the store are new
             start = time.perf_counter()
             for k in range(clients):
-                pool._own.store.take(k)
-                pool._own.store.keep(k)
+                turn = simulation.store.turn(k)
+                pool._own.store.take(turn.source, turn.written)
+                pool._own.store.keep(turn.written)
+            simulation.store.abandon()
             first_write = (time.perf_counter() - start) / clients
             clock = StepClock(pool._own.resident.trainer)
             for number in range(1, rounds):

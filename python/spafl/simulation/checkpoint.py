@@ -22,7 +22,7 @@ from ..cost import Cost
 from ..errors import UserError
 from ..wire import decode
 from .announcements import Announcement, AnnouncementLog
-from .store import ClientStore
+from .rows import ClientRows
 
 _NAME = re.compile(r"round-(\d{6})$")
 FORMAT = 2
@@ -70,7 +70,7 @@ def save(
     folder: Path,
     state: State,
     server: dict[str, Tensor],
-    store: ClientStore | None,
+    store: ClientRows | None,
     dirty: set[int],
     keep: int,
 ) -> None:
@@ -136,7 +136,7 @@ class Checkpoint:
     state: State
     server: dict[str, Tensor]
 
-    def restore(self, store: ClientStore) -> None:
+    def restore(self, store: ClientRows) -> None:
         """Fill the rows of all clients the checkpoint holds."""
         for file in sorted((self.path / "clients").iterdir()):
             client = int(file.stem)

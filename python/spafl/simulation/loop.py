@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -26,11 +27,11 @@ from .pool import Pool
 from .problem import build_problem
 from .progress import ProgressLine
 from .resident import ClientSetting
+from .rows import ClientRows, Turn
 from .runfolder import RunFolder, write_atomic
 from .same_run import first_difference
 from .sampling import sample_clients
 from .spool import write_data
-from .store import ClientStore
 from .tasks import EvaluateOutcome, EvaluateTask, TrainOutcome, TrainTask, WorkerSetup
 
 # Clients per evaluation task: enough to make the cost of a task small, few enough to balance.
@@ -72,8 +73,8 @@ class Simulation:
         scratch = folder.fresh_scratch()
         write_data(scratch, self.problem.dataset, self.problem.parts)
         initial = self.problem.client_state
-        kind = config.simulation.store
-        self.store = ClientStore.create(scratch / "clients.bin", initial, self.clients, kind) if initial else None
+        kind, busy = config.simulation.store, config.sampling.clients_per_round
+        self.store = ClientRows(scratch / "clients.bin", initial, self.clients, kind, busy) if initial else None
         self.dirty: set[int] = set()
         if saved is None:
             self.round = -1
@@ -110,9 +111,9 @@ class Simulation:
             setting,
             self.problem.uplink,
             self.problem.client_state,
-            self.clients,
             self.folder.scratch,
             self.store.file if self.store is not None else None,
+            self.store.rows if self.store is not None else 0,
         )
 
     def run(self) -> dict[str, Any]:
@@ -146,14 +147,32 @@ class Simulation:
         return self._summarise()
 
     def run_round(self, pool: Pool, round: int) -> FinishedRound:
-        """Train the sampled clients of a round, merge what they send, and evaluate if it is time to."""
+        """Train the sampled clients of a round, merge what they send, and evaluate if it is time to.
+
+        If it is cut short by an exception, the run is as it was at the end of the round before.
+        """
+        before = self.server, copy.deepcopy(self.log), set(self.dirty)
+        try:
+            done = self._run_round(pool, round)
+        except BaseException:
+            self.server, self.log, self.dirty = before
+            if self.store is not None:
+                self.store.abandon()
+            raise
+        if self.store is not None:
+            self.store.commit()
+        self.round = round
+        return done
+
+    def _run_round(self, pool: Pool, round: int) -> FinishedRound:
         config, algorithm = self.config, self.algorithm
         start = time.perf_counter()
         sampled = sample_clients(config, round)
         tasks, messages, sent = self._broadcast(round, sampled)
         sizes = [len(self.problem.parts.train[k]) for k in sampled]
         outcomes: list[TrainOutcome] = pool.run(tasks, sizes)
-        self.dirty |= set(sampled)
+        for task in tasks:
+            self._stage(task.client, task.turn)
 
         replies = [Reply(o.client, o.samples, o.frame) for o in outcomes]
         needed = config.sampling.min_uploads
@@ -182,10 +201,17 @@ class Simulation:
         elif self.log.full:
             self.visit_all(pool, round, False, False)
         seconds = Cost(train_seconds=trained - start, evaluate_seconds=time.perf_counter() - trained)
-        self.round = round
         cost = Cost.sum(o.training.cost for o in outcomes) + sent + seconds
         trainings = [o.training for o in outcomes if o.client in merged.accepted]
         return FinishedRound(round, sampled, trainings, merged.rejected, cost, evaluations)
+
+    def _turn(self, client: int, changes: bool = True) -> Turn | None:
+        return self.store.turn(client, changes) if self.store is not None else None
+
+    def _stage(self, client: int, turn: Turn | None) -> None:
+        self.dirty.add(client)
+        if self.store is not None and turn is not None:
+            self.store.stage(client, turn)
 
     def _encode(self, message: Message, round: int) -> bytes:
         return encode(message, round, self.problem.uplink.model)
@@ -201,7 +227,7 @@ class Simulation:
             frame = shared[1]
             if message:
                 sent += Cost(down_bytes=payload_bytes(message), down_frame_bytes=len(frame))
-            tasks.append(TrainTask(round, k, frame, self.log.take(k)))
+            tasks.append(TrainTask(round, k, frame, self.log.take(k), self._turn(k)))
         return tasks, messages, sent
 
     def visit_all(self, pool: Pool, round: int, evaluate: bool, train_data: bool) -> list[Evaluation]:
@@ -211,13 +237,16 @@ class Simulation:
         for first in range(0, self.clients, _CLIENTS_PER_TASK):
             chunk = tuple(range(first, min(first + _CLIENTS_PER_TASK, self.clients)))
             announced = tuple(self.log.take(k) for k in chunk)
-            self.dirty |= {k for k, heard in zip(chunk, announced, strict=True) if heard}
-            tasks.append(EvaluateTask(round, chunk, announced, frame, evaluate, train_data))
+            turns = tuple(self._turn(k, bool(heard)) for k, heard in zip(chunk, announced, strict=True))
+            tasks.append(EvaluateTask(round, chunk, announced, turns, frame, evaluate, train_data))
             weights.append(float(sum(len(self.problem.parts.test[k]) for k in chunk)))
         outcomes: list[EvaluateOutcome] = pool.run(tasks, weights)
         self.log.forget_received()
         evaluations = []
-        for outcome in outcomes:
+        for task, outcome in zip(tasks, outcomes, strict=True):
+            for k, heard, turn in zip(task.clients, task.announced, task.turns, strict=True):
+                if heard:
+                    self._stage(k, turn)
             evaluations += [e for e in outcome.evaluations if e is not None]
         return evaluations
 

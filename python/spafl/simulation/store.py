@@ -1,9 +1,11 @@
-"""Where clients' tensors live between their turns: a row per client, shared by all workers, in memory or in a file.
+"""Where clients' tensors live between their turns: rows of one length, shared by all workers, in memory or in a file.
 
-* In memory, a turn works on the client's row itself: nothing is copied. 431,080 weights and their momentum are 3.4 MB.
-* In a file, the row of the client whose turn it is is read into a buffer and written back afterwards, so memory does
-  not grow with the number of clients. Plain reads and writes, because mapping a file is slower: on ext4 the page faults
-  of a row of 3.4 MB took 1.4 ms on one machine and 16 ms on another, reading and writing it 0.3 ms and 1 ms.
+Which client is in which row is not known here (:mod:`.rows`): a turn reads one row and writes another.
+
+* In memory, a turn works in the row it writes: one copy. 431,080 weights and their momentum are 3.4 MB.
+* In a file, the row is read into a buffer and written back afterwards, so memory does not grow with the number of
+  clients. Plain reads and writes, because mapping a file is slower: on ext4 the page faults of a row of 3.4 MB took
+  1.4 ms on one machine and 16 ms on another, reading and writing it 0.3 ms and 1 ms.
 
 Both are an open file that worker processes inherit; the one in memory has no name and is gone with the last of them.
 """
@@ -18,7 +20,6 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,23 +105,21 @@ class ClientStore:
     Args:
         file: made by :meth:`create`.
         initial: the tensors of a client that has not been touched yet; their names, shapes and dtypes are the layout.
-        clients: number of rows.
+        rows: how many there are.
 
     Attributes:
-        buffer: views of the buffer by name; always the same objects, holding the client of the last :meth:`load`.
+        buffer: views of the buffer by name; always the same objects, holding the row of the last :meth:`load`.
     """
 
-    def __init__(self, file: StoreFile, initial: Mapping[str, Tensor], clients: int) -> None:
+    def __init__(self, file: StoreFile, initial: Mapping[str, Tensor], rows: int) -> None:
         self._fields, self.row_bytes = _layout(initial)
-        self.clients, self.file = clients, file
-        # One byte per client behind the rows: whether its row holds anything.
-        size = self.row_bytes * clients + clients
-        self._map = mmap.mmap(file.descriptor, size)
-        self._flags = np.frombuffer(self._map, np.uint8, clients, offset=self.row_bytes * clients)
+        self.rows, self.file = rows, file
+        self._all: Tensor | None = None
         self._typed: dict[torch.dtype, Tensor] = {}
-        if file.in_memory:
-            rows = torch.frombuffer(self._map, dtype=torch.uint8)[: self.row_bytes * clients]
-            self._typed = self._as_each_dtype(rows)
+        if file.in_memory and self.row_bytes:
+            mapped = mmap.mmap(file.descriptor, self.row_bytes * rows)
+            self._all = torch.frombuffer(mapped, dtype=torch.uint8)
+            self._typed = self._as_each_dtype(self._all)
         self._buffer = torch.zeros(self.row_bytes, dtype=torch.uint8)
         self._bytes = self._buffer.numpy().data
         typed = self._as_each_dtype(self._buffer)
@@ -133,59 +132,59 @@ class ClientStore:
         return {dtype: rows.view(dtype) for dtype in {field.dtype for field in self._fields.values()}}
 
     @classmethod
-    def create(cls, path: Path, initial: Mapping[str, Tensor], clients: int, kind: StoreKind = "auto") -> ClientStore:
+    def create(
+        cls, path: Path, initial: Mapping[str, Tensor], rows: int, kind: StoreKind = "auto", used: int | None = None
+    ) -> ClientStore:
         """Make an empty store; a row takes memory or disk space once it is written.
 
         Args:
             path: where the file is made, if it is one.
-            initial, clients: see the class.
-            kind: ``"auto"`` takes memory if all rows need at most a quarter of what is free, and can be had.
+            initial, rows: see the class.
+            kind: ``"auto"`` takes memory if the rows need at most a quarter of what is free, and can be had.
+            used: how many of the rows will be written; by default all.
         """
-        size = _layout(initial)[1] * clients + clients
+        row = _layout(initial)[1]
         in_memory = kind == "memory" or (
-            kind == "auto" and hasattr(os, "memfd_create") and size <= _SHARE * free_memory()
+            kind == "auto"
+            and hasattr(os, "memfd_create")
+            and row * (rows if used is None else used) <= _SHARE * free_memory()
         )
         descriptor = os.memfd_create("clients") if in_memory else os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        os.ftruncate(descriptor, size)
-        return cls(StoreFile(descriptor, in_memory), initial, clients)
+        os.ftruncate(descriptor, row * rows)
+        return cls(StoreFile(descriptor, in_memory), initial, rows)
 
-    def touched(self, client: int) -> bool:
-        """Whether this client was ever saved."""
-        return bool(self._flags[client])
-
-    def load(self, client: int) -> dict[str, Tensor]:
-        """Copy a client into the buffer and return the views of it; its row changes only by :meth:`save`.
+    def load(self, row: int | None) -> dict[str, Tensor]:
+        """Copy a row (None: the initial tensors) into the buffer and return the views of it.
 
         It is read, not mapped: what a process only looks at does not count as its memory.
         """
-        if not self._flags[client]:
+        if row is None:
             self._buffer.copy_(self._initial)
-        elif os.preadv(self.file.descriptor, [self._bytes], client * self.row_bytes) != self.row_bytes:
+        elif os.preadv(self.file.descriptor, [self._bytes], row * self.row_bytes) != self.row_bytes:
             raise OSError("the client store is truncated")
         return self.buffer
 
-    def save(self, client: int) -> None:
-        """Copy the buffer to a client's row."""
-        if os.pwritev(self.file.descriptor, [self._bytes], client * self.row_bytes) != self.row_bytes:
+    def save(self, row: int) -> None:
+        """Copy the buffer to a row."""
+        if os.pwritev(self.file.descriptor, [self._bytes], row * self.row_bytes) != self.row_bytes:
             raise OSError("the client store could not be written (disk full?)")
-        self._flags[client] = 1
 
-    def take(self, client: int) -> dict[str, Tensor]:
-        """A client's tensors, to be changed until :meth:`keep`: views of its row in memory, or the buffer."""
-        if not self._typed:
-            return self.load(client)
-        start = client * self.row_bytes
-        row = {name: field.of(self._typed, start) for name, field in self._fields.items()}
-        if not self._flags[client]:
-            for name, tensor in self.load(client).items():
-                row[name].copy_(tensor)
-        return row
+    def take(self, source: int | None, target: int) -> dict[str, Tensor]:
+        """The tensors of row ``source`` (None: the initial ones), to be changed until :meth:`keep`.
 
-    def keep(self, client: int) -> None:
-        """The tensors of :meth:`take` are the client's from now on."""
-        if not self._typed:
-            self.save(client)
-        self._flags[client] = 1
+        In memory they are views of row ``target``, else of the buffer; ``source`` is another row and stays as it is.
+        """
+        if self._all is None:
+            return self.load(source)
+        begin, length = target * self.row_bytes, self.row_bytes
+        old = self._initial if source is None else self._all[source * length : (source + 1) * length]
+        self._all[begin : begin + length].copy_(old)
+        return {name: field.of(self._typed, begin) for name, field in self._fields.items()}
+
+    def keep(self, target: int) -> None:
+        """The tensors of :meth:`take` are in row ``target`` from now on."""
+        if self._all is None:
+            self.save(target)
 
     def close(self) -> None:
         """Close the file; rows in memory are gone when every process has closed it."""

@@ -16,6 +16,7 @@ from ..algorithms import Algorithm, Client, Evaluation, Training
 from ..wire import Uplink, decode
 from .announcements import Announcement
 from .resident import ClientSetting, Resident
+from .rows import Turn
 from .spool import map_samples
 from .store import ClientStore, StoreFile
 
@@ -32,11 +33,11 @@ class WorkerSetup:
     uplink: Uplink
     client_state: dict[str, Tensor]
     """Initial tensors of a row."""
-    clients: int
     scratch: Path
     """Folder of :mod:`.spool`."""
     store: StoreFile | None
     """The rows of the clients, if they keep anything."""
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class TrainTask:
     frame: bytes
     announced: tuple[Announcement, ...]
     """What the client has not heard yet, oldest first."""
+    turn: Turn | None
+    """Where its row is and goes, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class EvaluateTask:
     round: int
     clients: tuple[int, ...]
     announced: tuple[tuple[Announcement, ...], ...]
+    turns: tuple[Turn | None, ...]
+    """With a target for those to whom something was announced."""
     frame: bytes
     evaluate: bool
     train_data: bool
@@ -86,7 +91,7 @@ class Worker:
         self.algorithm = setup.algorithm
         model = copy.deepcopy(setup.model)
         initial = setup.client_state
-        self.store = ClientStore(setup.store, initial, setup.clients) if setup.store else None
+        self.store = ClientStore(setup.store, initial, setup.rows) if setup.store else None
         self.resident = Resident(self.algorithm, model, setup.engine, setup.setting, initial)
         self._samples = map_samples(setup.scratch)
 
@@ -106,13 +111,15 @@ class Worker:
 
     def _train(self, task: TrainTask) -> TrainOutcome:
         start = time.perf_counter()
-        client = self._lend(task.client, self.store.take(task.client) if self.store else {}, task.announced)
+        store, turn = self.store, task.turn
+        tensors = store.take(turn.source, turn.written) if store and turn else {}
+        client = self._lend(task.client, tensors, task.announced)
         training = self.algorithm.train(client, self._read(task.frame, task.round), task.round)
         rounding = client.stream("rounding", task.round)
         frame = self.setup.uplink.pack(training.message, task.frame, task.round, client.memory, rounding)
         self.resident.take_back()
-        if self.store:
-            self.store.keep(task.client)
+        if store and turn:
+            store.keep(turn.written)
         seconds = time.perf_counter() - start
         return TrainOutcome(task.client, len(client.train), frame, replace(training, message={}), seconds)
 
@@ -120,12 +127,12 @@ class Worker:
         start = time.perf_counter()
         message = self._read(task.frame, task.round)
         evaluations: list[Evaluation | None] = []
-        for k, announced in zip(task.clients, task.announced, strict=True):
+        for k, announced, turn in zip(task.clients, task.announced, task.turns, strict=True):
             # On a copy: what an evaluation does to it is not kept, what the client heard before is.
-            client = self._lend(k, self.store.load(k) if self.store else {}, announced)
-            if announced and self.store:
+            client = self._lend(k, self.store.load(turn.source) if self.store and turn else {}, announced)
+            if self.store and turn and turn.target is not None:
                 self.resident.take_back()
-                self.store.save(k)
+                self.store.save(turn.target)
             evaluation = self.algorithm.evaluate(client, message, task.train_data) if task.evaluate else None
             if evaluation is not None and not math.isfinite(evaluation.loss):
                 raise FloatingPointError(
