@@ -1,7 +1,7 @@
 # make demo   set up and run the main job on embedded real data
-# make test   set up and run the tests
+# make test   set up and run the fast tests: under eight minutes on two idle cores
 # make bench  measure everything that needs no GPU, on an idle machine; rewrites the tables and pictures
-# make test-all  the tests and the slow ones: minutes to an hour; says which took how long
+# make test-all  every test: an hour; says how long it took, and which tests took longest
 # make gpu-report OUT=folder   a short visit to a GPU: everything that decides, in nine minutes; make gpu-pack before it
 # make test-gpu, make bench-gpu, make tune-gpu   on a machine with a GPU, with the PyTorch it has; nothing is downloaded
 PYTHON ?= python3

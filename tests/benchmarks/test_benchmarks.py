@@ -83,9 +83,11 @@ def test_every_cpu_benchmark_is_known_here():
     assert files >= {*registry.CPU, *registry.GPU}
 
 
-# These start processes, which import PyTorch.
+QUICK = ("training_step", "inference", "federated", "simulator", "native_cpu")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("memory", "workers"))) for name in FIGURE]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in FIGURE]
 )
 def test_a_quick_run_measures_and_fills_a_table(name, tmp_path):
     if name == "native_cpu" and not ops.ready():
@@ -112,6 +114,7 @@ def test_a_quick_run_leaves_the_results_alone(monkeypatch, tmp_path):
 # -- the gates ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["training_step", "rebuild", "estimators", "federated"])
 @pytest.mark.parametrize("trainer", [Faster, Rough])
 def test_a_wrong_trainer_is_not_timed(name, trainer, monkeypatch, tmp_path, capsys):

@@ -17,8 +17,6 @@ from benchmarks.gpu.report import runner, stages, summary, timing
 from benchmarks.gpu.report.folder import FILES, Folder, Rows
 from benchmarks.gpu.report.stages import Stage
 
-SLOW = os.environ.get("SPAFL_SLOW_TESTS") == "1"
-
 
 def stage(name, seconds=20.0, **rest):
     return Stage(name, seconds, f"about {name}", "none", **rest)
@@ -236,7 +234,7 @@ def test_a_rehearsal_of_some_stages(tmp_path):
     assert "environment" in text and "lenet5 b2" in text
 
 
-@pytest.mark.skipif(not SLOW, reason="minutes; SPAFL_SLOW_TESTS=1 runs it")
+@pytest.mark.slow
 def test_a_rehearsal_of_everything(tmp_path):
     code, rows = rehearse(tmp_path / "report", seconds=1500)
     states = {r["stage"]: r["state"] for r in rows if r["kind"] == "stage"}

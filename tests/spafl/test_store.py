@@ -98,7 +98,7 @@ def test_free_memory_minds_the_control_group(monkeypatch):
     assert free_memory() == 0
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_runs_do_not_depend_on_where_rows_live(small_config, tmp_path, workers):
     results = []
     for kind in ("memory", "file"):

@@ -54,6 +54,7 @@ def state(model):
     return {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize("kind, estimator, options", CASES, ids=lambda v: getattr(v, "__name__", ""))
 def test_while_no_mask_changes_it_is_the_trainer(kind, estimator, options, density):
@@ -163,6 +164,7 @@ def test_what_a_step_asks_is_seen():
 
 
 # ------------------------------------------------------------------------------------------------ the flag
+@pytest.mark.sweep
 @pytest.mark.parametrize("estimator", ["identity", "window"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_flag_is_up_once_the_trainer_has_other_masks(estimator, seed):

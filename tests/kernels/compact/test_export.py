@@ -24,6 +24,7 @@ def pruned(name, density, dtype=torch.float64):
     return prune(warm_norms(build().to(dtype)), density).eval(), shape
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("density", [0.0, 0.3, 0.7, 1.0])
 def test_equal_in_eval(name, density):

@@ -34,6 +34,7 @@ def twins(name, estimator, density=0.5, dtype=torch.float64):
     return model, CompactModule(copy.deepcopy(model), strict=True), shape
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("estimator", ["identity", "window"])
 def test_outputs_gradients_and_buffers(name, estimator):
@@ -127,6 +128,7 @@ def test_what_cannot_be_traced():
         CompactModule(Branch(), strict=True)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["vgg", "joined", "mobilenet", "chunks", "encoder", "attentions"])
 @pytest.mark.parametrize("estimator", ["identity", "window"])
 def test_autocast_gives_the_type_of_the_model(name, estimator):

@@ -3,6 +3,7 @@
 from functools import partial
 from unittest import mock
 
+import pytest
 import torch
 from helpers import batches, compare
 from hypothesis import HealthCheck, given, settings
@@ -103,23 +104,27 @@ def graphs(draw):
     return model
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    model=graphs(),
-    multiple=st.sampled_from([1, 8]),
-    kind=st.sampled_from(["compiled", "plain", "gpu"]),
-    patience=st.sampled_from([0, 0.1, 1e9]),
-)
-def test_random_graphs(model, multiple, kind, patience):
-    options = SGDOptions(lr=1e-3, momentum=0.9, weight_decay=0.01, max_grad_norm=5.0, penalty=0.1, collapse_floor=0.05)
-    trainer = CompactTrainer(
-        model, strict=True, multiple=multiple, compiled=kind == "compiled", patience=patience, verify="never"
+@pytest.mark.parametrize("examples", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_graphs(examples):
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(
+        model=graphs(),
+        multiple=st.sampled_from([1, 8]),
+        kind=st.sampled_from(["compiled", "plain", "gpu"]),
+        patience=st.sampled_from([0, 0.1, 1e9]),
     )
-    data = batches((2, 7, 7), 4, 3, classes=3)
-    # Plans and memory order as a GPU wants them.
-    with mock.patch("spafl_kernels.compact.trainer.Session", partial(Session, gpu=kind == "gpu")):
-        compare(model, options, data, evaluate_every=2, start_momentum=0.01, tolerance=1e-7, trainer=trainer)
-    model.eval()
-    x = torch.randn(2, 2, 7, 7, dtype=torch.float64)
-    with torch.no_grad():
-        torch.testing.assert_close(_exported(model, (2, 7, 7))(x), model(x), rtol=1e-8, atol=1e-9)
+    def property_holds(model, multiple, kind, patience):
+        options = SGDOptions(1e-3, 0.9, weight_decay=0.01, max_grad_norm=5.0, penalty=0.1, collapse_floor=0.05)
+        trainer = CompactTrainer(
+            model, strict=True, multiple=multiple, compiled=kind == "compiled", patience=patience, verify="never"
+        )
+        data = batches((2, 7, 7), 4, 3, classes=3)
+        # Plans and memory order as a GPU wants them.
+        with mock.patch("spafl_kernels.compact.trainer.Session", partial(Session, gpu=kind == "gpu")):
+            compare(model, options, data, evaluate_every=2, start_momentum=0.01, tolerance=1e-7, trainer=trainer)
+        model.eval()
+        x = torch.randn(2, 2, 7, 7, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(_exported(model, (2, 7, 7))(x), model(x), rtol=1e-8, atol=1e-9)
+
+    property_holds()

@@ -81,6 +81,7 @@ def warm_norms(model, seed=3):
     return model
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("patience", [0, 0.5, 1e9])
 @pytest.mark.parametrize("estimator", ["identity", "window"])
 def test_200_steps(estimator, patience):
@@ -269,6 +270,7 @@ def test_first_layer_with_relu_and_pool(window, padding, bias, mask_bias, compil
     compare(model, options, batches((2, 12, 12), 30, 3, classes=5), evaluate_every=6, trainer=trainer)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("estimator", ["identity", "window"])
 @pytest.mark.parametrize("window", [nn.MaxPool2d(2), nn.MaxPool2d(3), nn.MaxPool2d(2, 1), nn.AvgPool2d(2)], ids=str)

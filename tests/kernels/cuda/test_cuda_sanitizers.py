@@ -12,7 +12,6 @@ import cuda_build
 import pytest
 
 HERE = Path(__file__).parent
-KERNEL_TESTS = [HERE / f"test_cuda_{name}.py" for name in ("threshold_pass", "fused_step", "compact_copies")]
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++: the CUDA kernels cannot be run on the CPU")
 
@@ -25,17 +24,20 @@ def run_tests(library, *arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=full, cwd=cuda_build.REPOSITORY)
 
 
-@pytest.mark.slow
-def test_kernels_under_the_sanitizers():
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("threshold_pass", "fused_step")] + ["compact_copies"],
+)
+def test_kernels_under_the_sanitizers(name):
     library = cuda_build.on_cpu(sanitize=True)
-    done = run_tests(library, *KERNEL_TESTS, **cuda_build.sanitizer_environment())
+    done = run_tests(library, HERE / f"test_cuda_{name}.py", **cuda_build.sanitizer_environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_the_sanitizers_catch_a_read_past_the_end():
     edit = ("threshold_pass.cu", "if (filter >= layer.filters) return;", "if (filter > layer.filters) return;")
     library = cuda_build.on_cpu(sanitize=True, edits=[edit])
-    tests = f"{KERNEL_TESTS[0]}::test_layers_longer_than_many_blocks"
+    tests = f"{HERE / 'test_cuda_threshold_pass.py'}::test_layers_longer_than_many_blocks"
     done = run_tests(library, tests, **cuda_build.sanitizer_environment())
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr + done.stdout

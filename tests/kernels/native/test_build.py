@@ -63,6 +63,7 @@ def test_without_a_compiler_the_python_package_is_built_and_knows_why(copy):
     assert out == "1.0", error
 
 
+@pytest.mark.slow
 def test_a_compiler_that_does_not_work_is_named_with_its_message(copy):
     fake = copy / "fake-c++"
     fake.write_text("#!/bin/sh\necho 'fatal error: no assembler' >&2\nexit 1\n")
@@ -87,6 +88,7 @@ def test_wrong_settings_are_errors(copy, variables, message):
     assert record is None
 
 
+@pytest.mark.slow
 def test_asking_for_cuda_without_a_toolkit_is_an_error(copy):
     # A PATH with the compiler but no nvcc, and a toolkit folder that is none.
     text = (copy / "setup.py").read_text().replace('"/usr/local/cuda"', '"/no/toolkit"')
@@ -171,7 +173,7 @@ def test_without_a_compiler_a_library_that_fits_stays(library):
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (of_another_version, "it has operator interface 9 and this package needs"),
+        pytest.param(of_another_version, "it has operator interface 9 and this package", marks=pytest.mark.slow),
         (of_another_torch, "this torch cannot load it"),
     ],
 )
@@ -183,6 +185,7 @@ def test_without_a_compiler_a_library_that_does_not_fit_is_named_as_such(library
     assert library.exists()
 
 
+@pytest.mark.slow
 def test_without_nvcc_a_library_with_cuda_kernels_stays(library):
     if not native.build_info()["cuda"]:
         pytest.skip("the extension was built without CUDA")
@@ -203,6 +206,7 @@ def test_only_a_wish_removes_a_library(library):
     assert not library.exists() and record["cpp"] is False and record["cpp_reason"] == "SPAFL_BUILD_CPP=0"
 
 
+@pytest.mark.slow
 def test_a_build_that_fails_leaves_library_and_record_as_they_were(library):
     folder, before = library.parent.parent, library.read_bytes()
     broken = folder / "broken-c++"

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[3]
 FLAGS = ["-std=c++17", "-O0", "-g1", "-ffp-contract=off", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
 
 
-def compile_all(sources, folder, flags):
+def compile_all(sources, folder, flags, include=ROOT / "csrc"):
     """Objects of the sources, two at a time; compiler errors are raised with their text."""
 
     def one(source):
         target = folder / f"{source.stem}.o"
-        command = [compiler(), *flags, "-Wall", "-Wno-maybe-uninitialized", f"-I{ROOT / 'csrc'}", "-c", str(source)]
+        command = [compiler(), *flags, "-Wall", "-Wno-maybe-uninitialized", f"-I{include}", "-c", str(source)]
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return str(target)
@@ -41,9 +41,18 @@ def link_and_run(objects, folder, flags):
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    return compile_all(sorted(ROOT.glob("csrc/cpu/*.cpp")), tmp_path_factory.mktemp("kernels"), FLAGS)
+# Compiling the vector code takes three times as long as compiling the rest.
+@pytest.fixture(scope="module", params=["scalar", pytest.param("every", marks=pytest.mark.slow)])
+def kernels(request, tmp_path_factory):
+    """The kernels' objects: of scalar code alone, or of every instruction set."""
+    folder = tmp_path_factory.mktemp("kernels")
+    shutil.copytree(ROOT / "csrc" / "cpu", folder / "cpu")
+    if request.param == "scalar":
+        header = folder / "cpu" / "kernels.h"
+        text = header.read_text()
+        assert text.count("#define SPAFL_X86_VECTORS\n") == 1
+        header.write_text(text.replace("#define SPAFL_X86_VECTORS\n", ""))
+    return compile_all(sorted(folder.glob("cpu/*.cpp")), folder, FLAGS, folder)
 
 
 def test_kernels_under_sanitizers(kernels, tmp_path):

@@ -1,11 +1,10 @@
-import os
+"""A test file that needs a process of its own may run in parts (:mod:`support.process`)."""
+
+import pytest
+from support.process import PART
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "real_size: works on memory that is reserved and never filled")
-
-
+@pytest.hookimpl(trylast=True)  # after what the tier leaves out
 def pytest_collection_modifyitems(items):
-    number, parts = map(int, os.environ.get("SPAFL_TEST_PART", "0/1").split("/"))
-    if parts > 1:
-        items[:] = items[number::parts]
+    number, parts = PART
+    items[:] = items[number::parts]

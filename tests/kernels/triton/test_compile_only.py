@@ -1,9 +1,8 @@
 """Every launch of the layers at real sizes, compiled for GPUs that are not here: it fits, no spills, no waiting.
 
 Fake CUDA tensors go through the real launchers, so a hidden synchronisation raises. ``sass_sm90.json`` keeps what the
-machine code of chosen layers looks like; ``SPAFL_UPDATE_SASS=1`` rewrites it. Every tile of the rule is compiled for
-every architecture, those that may be measured for sm_90; with ``SPAFL_SLOW_TESTS=1`` for every architecture, and every
-layer of the published models is, too.
+machine code of chosen layers looks like; ``SPAFL_UPDATE_SASS=1`` rewrites it. In the slow tier every tile of the rule,
+every one that may be measured and every layer of the published models is compiled for every architecture.
 """
 
 import collections
@@ -19,7 +18,6 @@ from support.process import INTERPRETED, pytest_in_own_process
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.compile_only
-SLOW = os.environ.get("SPAFL_SLOW_TESTS") == "1"
 
 if INTERPRETED:
 
@@ -104,13 +102,15 @@ else:
     @pytest.mark.parametrize(
         ("target", "layer"),
         [("sm_80", "conv4-conv2-bf16"), ("sm_100", "resnet-stage3-fp16")]
-        + ([(t, name) for t in TARGETS for name in LAYERS] if SLOW else []),
+        + [pytest.param(t, name, marks=pytest.mark.slow) for t in TARGETS for name in LAYERS],
     )
     def test_layers_fit_other_architectures(target, layer):
         out, geometry, n, clients, dtype, tf32 = LAYERS[layer]
         check(launches(TARGETS[target], out, geometry, n, clients, dtype, tf32), target, dtype, tf32)
 
-    @pytest.mark.parametrize("layer", list(LAYERS) if SLOW else list(LAYERS)[:4])
+    @pytest.mark.parametrize(
+        "layer", [pytest.param(name, marks=[pytest.mark.slow] * (at > 3)) for at, name in enumerate(LAYERS)]
+    )
     def test_machine_code_on_sm90_does_not_get_worse(layer):
         out, geometry, n, clients, dtype, tf32 = LAYERS[layer]
         rows = check(launches(TARGETS["sm_90"], out, geometry, n, clients, dtype, tf32), "sm_90", dtype, tf32)
@@ -136,7 +136,7 @@ else:
             if row["loop"]:
                 assert got["loop"] <= 1.1 * row["loop"], name
 
-    @pytest.mark.skipif(not SLOW, reason="a minute; SPAFL_SLOW_TESTS=1 runs it")
+    @pytest.mark.slow
     @pytest.mark.parametrize("layer", [name for name, layer in LAYERS.items() if layer[1].channels >= 64])
     def test_input_channel_lists_fit(layer):
         out, geometry, n, clients, dtype, tf32 = LAYERS[layer]
@@ -220,25 +220,25 @@ else:
             int(plan.count)
 
     # ------------------------------------------------------------------------------------------- sweeps
-    @pytest.mark.slow
-    @pytest.mark.parametrize("target", TARGETS)
+    # A compilation costs one to two seconds.
+    STRIDED, LINEAR, FIRST = Geometry(128, 16, 16, (3, 3), (2, 2), (1, 1)), Geometry(800), Geometry(3, 32, 32, (5, 5))
+
+    @pytest.mark.parametrize(
+        ("target", "geometries"),
+        [("sm_90", [STRIDED]), pytest.param("sm_90", [LINEAR, FIRST], marks=pytest.mark.slow)]
+        + [pytest.param(t, [STRIDED, LINEAR, FIRST], marks=pytest.mark.slow) for t in ("sm_80", "sm_100")],
+    )
     @pytest.mark.parametrize("operation", TILES)
-    def test_every_tile_of_the_tables(target, operation):
-        """On sm_90 for three kinds of layers; a compilation costs one to two seconds."""
-        geometries = [Geometry(128, 16, 16, (3, 3), (2, 2), (1, 1))]
-        if SLOW or target == "sm_90":
-            geometries += [Geometry(800), Geometry(3, 32, 32, (5, 5))]
+    def test_every_tile_of_the_tables(target, operation, geometries):
         for kind, rows in TILES[operation].items():
             fits(target, operation, kind, {tile for _, tile in rows}, geometries)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("target", TARGETS if SLOW else ["sm_90"])
+    @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize("operation", CANDIDATES)
     def test_every_candidate(target, operation):
-        geometries = [Geometry(128, 16, 16, (3, 3), (2, 2), (1, 1))]
-        if SLOW:
-            geometries += [Geometry(256, 56, 56, (1, 1), (2, 2)), Geometry(64, 32, 32, (3, 3), (1, 1), (1, 1))]
-            geometries += [Geometry(800), Geometry(3, 32, 32, (5, 5))]
+        geometries = [STRIDED, LINEAR, FIRST, Geometry(256, 56, 56, (1, 1), (2, 2))]
+        geometries += [Geometry(64, 32, 32, (3, 3), (1, 1), (1, 1))]
         for kind, tiles in CANDIDATES[operation].items():
             fits(target, operation, kind, tiles, geometries)
 
@@ -258,7 +258,6 @@ else:
             assert stack <= STACK[target], (tile, kind, geometry, stack)
 
     @pytest.mark.slow
-    @pytest.mark.skipif(not SLOW, reason="minutes; SPAFL_SLOW_TESTS=1 runs it")
     @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize("name", ["lenet5", "conv4", "resnet18-full", "vit", "resnet50"])
     def test_every_layer_of_the_benchmark(target, name):

@@ -1,18 +1,14 @@
 """What the compiler made of every kernel computes the right numbers: PTX for sm_90 and sm_80, executed without a GPU.
 
 Cases run on the same code in two ways: all warps side by side, and warp by warp in random order between barriers.
-Tolerances are those of ``test_interpreter.py``, and wider for tf32. ``SPAFL_SLOW_TESTS=1``: every tile of the tables on
-both architectures, and random shapes.
+Tolerances are those of ``test_interpreter.py``, and wider for tf32.
 """
-
-import os
 
 import pytest
 from support.process import INTERPRETED, pytest_in_own_process
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.compile_only
-SLOW = os.environ.get("SPAFL_SLOW_TESTS") == "1"
 
 if INTERPRETED:
 
@@ -76,24 +72,32 @@ else:
 
     # ------------------------------------------------------------------------------------------- layers
     # Counts of active filters take every width of the last tile: 16, 32 and 64.
+    QUICK = [
+        ("sm_90", "wide", "bf16", (0, 17)),
+        ("sm_90", "wide", "tf32", (70,)),
+        ("sm_90", "linear", "bf16", (80,)),
+        ("sm_90", "strided", "fp16", (12,)),
+        ("sm_90", "uneven", "bf16", (1, 9)),
+        ("sm_90", "uneven", "tf32", (17,)),
+        ("sm_90", "uneven", "fp32", (9,)),
+        ("sm_90", "small", "fp32", (0, 5, 10)),
+        ("sm_80", "wide", "bf16", (66,)),
+        ("sm_80", "uneven", "tf32", (9,)),
+    ]
+    LONG = [
+        ("sm_90", "wide", "bf16", (1, 33, 70)),
+        ("sm_90", "wide", "fp16", (24, 64)),
+        ("sm_90", "wide", "tf32", (9, 30)),
+        ("sm_90", "wide", "fp32", (20,)),
+        ("sm_90", "linear", "bf16", (0, 1, 200)),
+        ("sm_90", "linear", "tf32", (150,)),
+        ("sm_90", "strided", "fp16", (0, 60)),
+        ("sm_80", "wide", "bf16", (1, 17)),
+        ("sm_80", "linear", "fp16", (150,)),
+    ]
+
     @pytest.mark.parametrize(
-        ("target", "shape", "arithmetic", "counts"),
-        [
-            ("sm_90", "wide", "bf16", (0, 1, 17, 33, 70)),
-            ("sm_90", "wide", "fp16", (24, 64)),
-            ("sm_90", "wide", "tf32", (9, 30, 70)),
-            ("sm_90", "wide", "fp32", (20,)),
-            ("sm_90", "linear", "bf16", (0, 1, 80, 200)),
-            ("sm_90", "linear", "tf32", (150,)),
-            ("sm_90", "strided", "fp16", (0, 12, 60)),
-            ("sm_90", "uneven", "bf16", (1, 9)),
-            ("sm_90", "uneven", "tf32", (17,)),
-            ("sm_90", "uneven", "fp32", (9,)),
-            ("sm_90", "small", "fp32", (0, 5, 10)),
-            ("sm_80", "wide", "bf16", (1, 17, 66)),
-            ("sm_80", "linear", "fp16", (150,)),
-            ("sm_80", "uneven", "tf32", (9,)),
-        ],
+        ("target", "shape", "arithmetic", "counts"), QUICK + [pytest.param(*p, marks=pytest.mark.slow) for p in LONG]
     )
     def test_layers(target, shape, arithmetic, counts):
         for seed, count in enumerate(counts):
@@ -122,7 +126,7 @@ else:
             for got, expected in zip((y, *gradients), (output, *want), strict=True):
                 assert cases.error(got, expected) < ARITHMETIC["fp16"][2]
 
-    @pytest.mark.parametrize("listed", [0, 40])
+    @pytest.mark.parametrize("listed", [pytest.param(0, marks=pytest.mark.slow), 40])
     def test_an_input_channel_list_is_the_layer_on_those_channels(listed):
         """Values of other channels (here NaN) are not even read."""
         case = make("strided", "fp16", 20, seed=6)
@@ -146,7 +150,7 @@ else:
             assert not gradients[0][~keep.expand_as(gradients[0])].any()
 
     # ------------------------------------------------------------------------------------------- threshold pass
-    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
     def test_model_pass_equals_the_pass_of_every_layer(target):
         """For a cohort, and in launches that follow each other: the words of their counts take turns."""
         layers = [
@@ -180,17 +184,14 @@ else:
 
     # ------------------------------------------------------------------------------------------- tiles and shapes
     EVERY_TILE = [
-        (target, operation, kind, tile)
+        ((target, operation), kind, tile)
         for target in TARGETS for operation, kinds in TILES.items() for kind in kinds for tile in every(operation, kind)
     ]  # fmt: skip
-    # The large tiles of real sizes, which small layers do not choose, and those of 8 warps.
-    LARGE = [
-        entry for entry in EVERY_TILE
-        if entry[0] == "sm_90" and (entry[3].rows == 128 or entry[3].warps == 8) and entry[2] == "half"
-    ]  # fmt: skip
 
-    @pytest.mark.parametrize(("target", "operation", "kind", "tile"), EVERY_TILE if SLOW else LARGE)
-    def test_tiles_of_the_tables(target, operation, kind, tile):
+    @pytest.mark.sweep
+    @pytest.mark.parametrize(("product", "kind", "tile"), EVERY_TILE)
+    def test_tiles_of_the_tables(product, kind, tile):
+        target, operation = product
         arithmetic = {"half": "bf16", "tf32": "tf32", "ieee": "fp32"}[kind]
         dtype, tf32, tolerance = ARITHMETIC[arithmetic]
         geometry, n = Geometry(128, 6, 5, (2, 2)), 9
@@ -214,7 +215,6 @@ else:
                 assert a is None or cases.error(a, b) < tolerance
 
     @pytest.mark.slow
-    @pytest.mark.skipif(not SLOW, reason="minutes; SPAFL_SLOW_TESTS=1 runs it")
     @pytest.mark.parametrize("seed", range(40))
     def test_random_shapes(seed):
         g = torch.Generator().manual_seed(seed)

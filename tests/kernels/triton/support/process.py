@@ -6,9 +6,9 @@ import sys
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-
-# Which of the tests that were collected run: "i/n", every n-th from the i-th.
-PART = "SPAFL_TEST_PART"
+# Which of the tests that were collected run in this process: (i, n), every n-th from the i-th.
+_VARIABLE = "SPAFL_TEST_PART"
+PART = tuple(map(int, os.environ.get(_VARIABLE, "0/1").split("/")))
 
 
 def pytest_in_own_process(file: str, interpret: bool, part: tuple[int, int] = (0, 1)) -> None:
@@ -18,10 +18,8 @@ def pytest_in_own_process(file: str, interpret: bool, part: tuple[int, int] = (0
     """
     folder = os.path.dirname(os.path.abspath(file))
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "PYTEST_ADDOPTS": ""}
-    environment[PART] = "{}/{}".format(*part)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", os.path.abspath(file)]
-    if os.environ.get("SPAFL_SLOW_TESTS") == "1":
-        command.append("--durations=10")
+    environment[_VARIABLE] = "{}/{}".format(*part)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--durations=10", os.path.abspath(file)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
