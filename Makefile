@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all bench gpu-pack gpu-report test-gpu bench-gpu tune-gpu lint clean
+.PHONY: setup demo test test-all bench gpu-pack gpu-report test-gpu bench-gpu tune-gpu lint docs clean
 
 setup: $(STAMP)
 
@@ -74,6 +74,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, in build/docs: no network once the packages are there. Warnings are errors.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -16,12 +16,12 @@ The step has no useful derivative, so the backward pass replaces it by an *estim
     dL/dtau_i  = -h_i r_i
     dL/dw_ij   = m_i G_ij + h_i r_i sign(w_ij) / n_in        (sign(0) = 0)
 
-==========  =========================  ==============================================================
-estimator   h_i                        source
-==========  =========================  ==============================================================
-identity    1                          SpaFL (arXiv 2406.00431), and the published Fashion-MNIST code
-window      1 if |s_i - tau_i| > 1     the published CIFAR-10 and CIFAR-100 code
-==========  =========================  ==============================================================
+==========  ===========================  ==============================================================
+estimator   h_i                          source
+==========  ===========================  ==============================================================
+identity    1                            SpaFL (arXiv 2406.00431), and the published Fashion-MNIST code
+window      1 if ``|s_i - tau_i| > 1``   the published CIFAR-10 and CIFAR-100 code
+==========  ===========================  ==============================================================
 """
 
 from __future__ import annotations
