@@ -42,6 +42,7 @@ FIGURE = {
     "workers": "speedup",
     "simulator": "overhead_ms",
     "native_cpu": "ratio",
+    "encodings": "accuracy",
 }
 
 
