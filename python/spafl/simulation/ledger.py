@@ -68,13 +68,17 @@ class Ledger:
             "figures": mean_figures([t.figures for t in done.trainings]),
         }
         if done.evaluations is not None:
-            line["evaluation"] = evaluation_summary(done.evaluations)
-            line["density"] = density_summary(done.evaluations, self._layer_weights)
-            line["first_layer"] = first_layer_masks(done.evaluations, next(iter(self._layer_weights), None))
-            accuracy = line["evaluation"]["accuracy"]["mean"]
-            if accuracy > self.best.get("accuracy", -1.0):
-                self.best = {"round": done.round, "accuracy": accuracy}
+            self.evaluated(line, done.evaluations)
         return line
+
+    def evaluated(self, line: dict[str, Any], evaluations: Sequence[Evaluation]) -> None:
+        """Enter the evaluation of all clients after the round that ``line`` belongs to."""
+        line["evaluation"] = evaluation_summary(evaluations)
+        line["density"] = density_summary(evaluations, self._layer_weights)
+        line["first_layer"] = first_layer_masks(evaluations, next(iter(self._layer_weights), None))
+        accuracy = line["evaluation"]["accuracy"]["mean"]
+        if accuracy > self.best.get("accuracy", -1.0):
+            self.best = {"round": line["round"], "accuracy": accuracy}
 
     def summary(
         self, name: str, algorithm: str, lines: Sequence[dict[str, Any]], where: dict[str, Any]

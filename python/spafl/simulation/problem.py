@@ -25,8 +25,8 @@ from ..wire import Uplink, fingerprint
 
 
 @dataclass
-class Problem:
-    """Data, parts, model and algorithm of a run.
+class Method:
+    """Model and algorithm of a run: all of it that does not take data to build.
 
     Attributes:
         model: the initial model, prepared by the algorithm.
@@ -35,8 +35,6 @@ class Problem:
         macs: dense multiply-accumulates per sample of each threshold layer (published counting).
     """
 
-    dataset: Dataset
-    parts: Partition
     model: nn.Module
     algorithm: Algorithm
     uplink: Uplink
@@ -48,6 +46,14 @@ class Problem:
         """Number of weights of each threshold layer, in registration order."""
         return {n: layer.weight.numel() for n, layer in threshold_layers(self.model)}  # type: ignore[operator, misc]
 
+
+@dataclass
+class Problem(Method):
+    """A method, its data, and the parts of it that are the clients'."""
+
+    dataset: Dataset
+    parts: Partition
+
     def class_counts(self) -> dict[str, Any]:
         """How many samples of each class every client has, as ``partition.json`` records it."""
         data, parts = self.dataset, self.parts
@@ -57,6 +63,35 @@ class Problem:
             "train": [np.bincount(data.train_y[i], minlength=data.classes).tolist() for i in parts.train],
             "test": [np.bincount(data.test_y[i], minlength=data.classes).tolist() for i in parts.test],
         }
+
+
+def build_method(config: RunConfig, classes: int, image: tuple[int, ...]) -> Method:
+    """Model and algorithm for data of ``classes`` classes and images ``(channels, height, width)``.
+
+    Raises:
+        UserError: a model that does not take these images, or an algorithm that does not take this model.
+    """
+    info = MODELS[config.model.name]
+    channels, *size = image
+    if size != [info.image, info.image]:
+        raise UserError(
+            f"model {config.model.name} takes {info.image}x{info.image} images; data {config.data.name} has "
+            f"{size[0]}x{size[1]}"
+        )
+    algorithm = config.build_algorithm()
+    model = build_model(config.model.name, classes, channels, rng.stream_seed(config.seed, "initial model"))
+    sample = torch.zeros(1, *image)
+    counts = layer_macs(model, sample, per_token=False)
+    layers = dict(threshold_layers(model))
+    try:
+        model = algorithm.prepare_model(model, sample)
+    except ValueError as error:
+        raise UserError(f"algorithm {config.algorithm['name']}: {error}") from None
+    layers |= dict(threshold_layers(model))  # an algorithm may put thresholds on more layers
+    macs = {name: count for name, count in counts.items() if name in layers}
+    uplink = Uplink(config.communication.encoding, fingerprint(model.state_dict()))
+    state = algorithm.client_state(model) | _feedback(config, uplink, algorithm, model)
+    return Method(model, algorithm, uplink, state, macs)
 
 
 def build_problem(config: RunConfig) -> Problem:
@@ -71,13 +106,6 @@ def build_problem(config: RunConfig) -> Problem:
         dataset = load_dataset(config.data.name, root, **options)
     except ValueError as error:
         raise UserError(f"data: {error}") from None
-    info = MODELS[config.model.name]
-    channels, *image = dataset.train_x.shape[1:]
-    if list(image) != [info.image, info.image]:
-        raise UserError(
-            f"model {config.model.name} takes {info.image}x{info.image} images; data {config.data.name} has "
-            f"{image[0]}x{image[1]}"
-        )
     p = config.partition
     try:
         parts = partition(
@@ -87,21 +115,9 @@ def build_problem(config: RunConfig) -> Problem:
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"partition: {error}") from None
-    algorithm = config.build_algorithm()
-    model = build_model(config.model.name, dataset.classes, channels, rng.stream_seed(config.seed, "initial model"))
-    sample = torch.zeros(1, channels, *image)
-    counts = layer_macs(model, sample, per_token=False)
-    layers = dict(threshold_layers(model))
-    try:
-        model = algorithm.prepare_model(model, sample)
-    except ValueError as error:
-        raise UserError(f"algorithm {config.algorithm['name']}: {error}") from None
-    layers |= dict(threshold_layers(model))  # an algorithm may put thresholds on more layers
-    macs = {name: count for name, count in counts.items() if name in layers}
-    _check_single_samples(config, model, sample, parts)
-    uplink = Uplink(config.communication.encoding, fingerprint(model.state_dict()))
-    state = algorithm.client_state(model) | _feedback(config, uplink, algorithm, model)
-    return Problem(dataset, parts, model, algorithm, uplink, state, macs)
+    method = build_method(config, dataset.classes, dataset.shape)
+    _check_single_samples(config, method.model, torch.zeros(1, *dataset.shape), parts)
+    return Problem(**vars(method), dataset=dataset, parts=parts)
 
 
 def _feedback(config: RunConfig, uplink: Uplink, algorithm: Algorithm, model: nn.Module) -> dict[str, Tensor]:
