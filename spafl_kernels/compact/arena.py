@@ -182,13 +182,13 @@ def shares_of(
         assert rows is not None and columns is not None
         kernel = tuple(layer.module.weight.shape[2:])
         kept = Piece((rows.stored, columns.stored, *kernel), Region.WEIGHTS if layer.is_threshold else Region.VECTORS)
-        kept.last = last and len(kernel) == 2 and op.kind == "layer"
+        kept.last = last and len(kernel) == 2 and op.dense
         dropped = None
         whole = rows.full and columns.full and layer.weight.is_contiguous()
         if borrow and whole and layer.is_threshold and not layer.mask_bias:
             kept.borrowed = layer.weight.view(kept.shape)
         if len(columns.dropped):
-            where = _COLUMNS[layer.is_threshold, flow.ops[op.sources[0]].const]
+            where = _COLUMNS[layer.is_threshold, bool(flow.source(op).const)]
             dropped = Piece((rows.stored, len(columns.dropped), *kernel), where)
         shares[layer.name, "w"] = WeightShare(kept, dropped, rows, columns)
         if layer.bias is not None:

@@ -108,7 +108,7 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
     keep = {}
     for name, op in flow.layers.items():
         if isinstance(op.module, ThresholdLayer):
-            grouped = op.kind == "layer" and getattr(op.module, "groups", 1) > 1
+            grouped = op.dense and getattr(op.module, "groups", 1) > 1
             keep[name] = torch.ones_like(op.module.mask()) if grouped else op.module.mask()
     exact, padded = Plan(flow, keep, multiple=1), Plan(flow, keep)
     found = []
@@ -120,8 +120,8 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
         columns = width = m.weight.shape[1]
         if name in keep:
             rows, stored = len(exact.rows[name].kept), padded.rows[name].stored
-        if op.data is not None and op.kind == "layer":
-            columns, width = len(exact.channels(op.data).kept), padded.channels(op.data).stored
+        if op.columns is not None:
+            columns, width = len(exact.channels(op.columns).kept), padded.channels(op.columns).stored
         kernel = m.weight[0, 0].numel()
         positions = 1
         for size in (shape_out[0], *(shape_out[2:] if isinstance(m, nn.Conv2d) else shape_out[1:-1])):
@@ -132,7 +132,7 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
         dense = _timer(m, shape_in, m.weight.shape, source.grad, small, mask=True)
         dim = 1 if isinstance(m, nn.Conv2d) else -1
         narrow = list(shape_in)
-        narrow[dim] = width if op.kind == "layer" else stored
+        narrow[dim] = width if op.dense else stored
         weight_shape = (stored, width, *m.weight.shape[2:])
         compact = _timer(m, tuple(narrow), weight_shape, source.grad, small, mask=False)
         times: tuple[list[float], list[float]] = ([], [])

@@ -1,21 +1,20 @@
 """Calls of functions and methods with all their arguments by name, or not recognised at all.
 
-An operation that the engine computes in its own way is listed here with every argument it has. A call with another
-argument, one given twice, or a tensor where a number belongs is *not* recognised: it runs as it stands, at full width.
+A kind of operation lists every argument it has. A call with another argument, one given twice, or a tensor where a
+number belongs is *not* recognised: it runs as it stands, at full width.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
-from torch.nn import functional as F
 
-__all__ = ["Bound", "bind", "bound", "is_literal", "target_of", "writes_in_place"]
+__all__ = ["Bound", "Call", "Signature", "is_literal", "target_of", "writes_in_place"]
 
 _REQUIRED = object()
 
@@ -24,96 +23,75 @@ def target_of(node: fx.Node) -> Any:
     return node.target if node.op in ("call_function", "call_method") else None
 
 
-def _arguments(text: str, **defaults: Any) -> dict[str, Any]:
-    return {name: defaults.get(name, _REQUIRED) for name in text.split()}
+class Signature:
+    """Names of all arguments a call may have, in their places.
 
-
-_POOL = _arguments(
-    "input kernel_size stride padding dilation ceil_mode return_indices",
-    stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
-)  # fmt: skip
-_AVERAGE = _arguments(
-    "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
-    stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None,
-)  # fmt: skip
-_SIGNATURES: dict[str, dict[str, Any]] = {
-    "relu": _arguments("input inplace", inplace=False),
-    "relu6": _arguments("input inplace", inplace=False),
-    "silu": _arguments("input inplace", inplace=False),
-    "hardswish": _arguments("input inplace", inplace=False),
-    "mish": _arguments("input inplace", inplace=False),
-    "tanh": _arguments("input"),
-    "softsign": _arguments("input"),
-    "gelu": _arguments("input approximate", approximate="none"),
-    "leaky_relu": _arguments("input negative_slope inplace", negative_slope=0.01, inplace=False),
-    "elu": _arguments("input alpha inplace", alpha=1.0, inplace=False),
-    "max_pool2d": _POOL,
-    "avg_pool2d": _AVERAGE,
-    "adaptive_avg_pool2d": _arguments("input output_size"),
-    "adaptive_max_pool2d": _arguments("input output_size return_indices", return_indices=False),
-    "mean": _arguments("input dim keepdim dtype out", dim=None, keepdim=False, dtype=None, out=None),
-    "flatten": _arguments("input start_dim end_dim", start_dim=0, end_dim=-1),
-    "contiguous": _arguments("input memory_format", memory_format=None),
-    "clone": _arguments("input memory_format", memory_format=None),
-    "dropout": _arguments("input p training inplace", p=0.5, training=True, inplace=False),
-    "add": _arguments("input other alpha out", alpha=1, out=None),
-    "cat": _arguments("tensors dim out", dim=0, out=None),
-    "chunk": _arguments("input chunks dim", dim=0),
-    "size": _arguments("input dim", dim=None),
-}
-
-_WORDS: dict[Any, str] = {
-    F.relu: "relu", torch.relu: "relu", F.relu_: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
-    F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish", F.mish: "mish", F.tanh: "tanh", torch.tanh: "tanh",
-    "tanh": "tanh", F.softsign: "softsign", F.gelu: "gelu", F.leaky_relu: "leaky_relu", F.elu: "elu",
-    F.max_pool2d: "max_pool2d", torch.max_pool2d: "max_pool2d", F.avg_pool2d: "avg_pool2d",
-    F.adaptive_avg_pool2d: "adaptive_avg_pool2d", F.adaptive_max_pool2d: "adaptive_max_pool2d",
-    "mean": "mean", torch.mean: "mean", "flatten": "flatten", torch.flatten: "flatten", "contiguous": "contiguous",
-    "clone": "clone", torch.clone: "clone", F.dropout: "dropout", operator.add: "add", operator.iadd: "add",
-    torch.add: "add", "add": "add", "add_": "add", torch.cat: "cat", torch.concat: "cat", torch.concatenate: "cat",
-    "chunk": "chunk", torch.chunk: "chunk", "size": "size",
-}  # fmt: skip
-# In positions, what some functions do not take although others of their word do.
-_WITHOUT: dict[Any, set[str]] = {torch.max_pool2d: {"return_indices"}, torch.relu: {"inplace"}}
-
-
-def bind(node: fx.Node, otherwise: bool = False) -> tuple[str, dict[str, Any]] | None:
-    """The word of a call, and every argument it has or takes by default; None if the call is not recognised.
-
-    ``otherwise``: in the second pattern of the trace.
+    Args:
+        text: the names, with spaces between them; the first is the tensor.
+        defaults: of those that need not be given.
     """
-    target = target_of(node)
-    word = _WORDS.get(target) if isinstance(target, (str, Callable)) else None  # type: ignore[arg-type]
-    if word is None:
-        return None
-    args, kwargs = node.meta["otherwise"] if otherwise and "otherwise" in node.meta else (node.args, node.kwargs)
-    signature = _SIGNATURES[word]
-    names = [n for n in signature if n not in _WITHOUT.get(target, ())]
-    if len(args) > len(names):
-        return None
-    given = dict(zip(names, args))
-    if kwargs.keys() & given.keys() or not kwargs.keys() <= set(names):
-        return None
-    given |= kwargs
-    values = {n: given.get(n, signature[n]) for n in signature}
-    if any(v is _REQUIRED for v in values.values()) or values.get("out") is not None:
-        return None
-    return word, values
+
+    def __init__(self, text: str, **defaults: Any) -> None:
+        self.arguments = {name: defaults.get(name, _REQUIRED) for name in text.split()}
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Every argument that was given or has a default; None if they do not fit."""
+        names = list(self.arguments)
+        if len(args) > len(names):
+            return None
+        given = dict(zip(names, args))
+        if kwargs.keys() & given.keys() or not kwargs.keys() <= set(names):
+            return None
+        values = {**self.arguments, **given, **kwargs}
+        if any(v is _REQUIRED for v in values.values()) or values.get("out") is not None:
+            return None
+        return values
 
 
-def bound(word: str, values: dict[str, Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with all arguments of a call but its first and whether it works in place."""
-    rest = {k: v for k, v in values.items() if k not in ("input", "inplace", "return_indices", "out")}
-    if not rest:
-        return function
-    return Bound(word, function, rest)
+@dataclass
+class Call:
+    """A call whose arguments are known by name.
+
+    Args:
+        node: the node.
+        target: the function, or the name of the method.
+        values: the arguments; empty where the kind has no signature for ``target``.
+        elsewhere: those in the second pattern of the trace, if they are others.
+    """
+
+    node: fx.Node
+    target: Any
+    values: dict[str, Any]
+    elsewhere: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, node: fx.Node, signature: Signature | None) -> Call | None:
+        """None if the arguments do not fit."""
+        if signature is None:
+            return cls(node, target_of(node), {}, {} if "otherwise" in node.meta else None)
+        values = signature.bind(node.args, node.kwargs)
+        elsewhere = None
+        if values is not None and "otherwise" in node.meta:
+            elsewhere = signature.bind(*node.meta["otherwise"])
+            values = None if elsewhere is None else values
+        return None if values is None else cls(node, target_of(node), values, elsewhere)
+
+    def literals(self, *tensors: str) -> dict[str, Any] | None:
+        """All arguments but ``tensors`` (and whether to work in place); None if another node is among them."""
+        rest = {k: v for k, v in self.values.items() if k not in (*tensors, "inplace", "out")}
+        return rest if is_literal(list(rest.values())) else None
+
+
+def bound(function: Callable[..., Any], rest: dict[str, Any]) -> Callable[..., Any]:
+    """``function`` with all arguments of a call but its first."""
+    return Bound(function, rest) if rest else function
 
 
 class Bound:
     """A function with all its arguments but the first."""
 
-    def __init__(self, word: str, function: Callable[..., Any], rest: dict[str, Any]) -> None:
-        self.word, self.function, self.rest = word, function, rest
+    def __init__(self, function: Callable[..., Any], rest: dict[str, Any]) -> None:
+        self.function, self.rest = function, rest
 
     def __call__(self, x: Any) -> Any:
         return self.function(x, **self.rest)

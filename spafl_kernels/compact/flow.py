@@ -12,58 +12,20 @@ bias, or what BatchNorm makes of a constant). Only operations that keep them so 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .layout import Layout
 from .trace import Trace
 
+if TYPE_CHECKING:
+    from .kinds.base import Op
+    from .kinds.layers import Layer
+    from .kinds.norms import BatchNorm
 
-@dataclass
-class Op:
-    """One node of the trace.
-
-    Args:
-        kind: ``input``, ``layer``, ``depthwise``, ``norm``, ``relu`` (any activation with f(x) = f'(x) = 0 for
-            x <= 0), ``unary``, ``pool``, ``same``, ``flatten``, ``dropout``, ``add``, ``cat``, ``split``, ``item``,
-            ``shape``, ``attention``, ``inner`` (part of one), ``output`` or ``other`` (runs at full width).
-        sources: names of the tensor inputs that are followed.
-        layout: of the result; None at full width.
-        const: dropped channels of the result may be constants other than 0.
-        grad: the result depends on a parameter that is not frozen.
-        apply: the function of a ``relu``, ``unary``, ``pool`` or ``same`` op.
-        shape: of the result at batch 2; None if it is not a tensor.
-        macs: of an ``other`` op, per sample, forward only.
-        data: what the kind needs; of an ``other`` op that could be followed, why it is not.
-        writes: an ``other`` op that writes to its first argument, which must be a copy.
-    """
-
-    node: Any  # fx.Node, whose arguments are typed too widely to be of help
-    kind: str
-    sources: tuple[str, ...] = ()
-    layout: Layout | None = None
-    const: bool = False
-    grad: bool = False
-    apply: Callable[..., Any] | None = None
-    module: Any = None
-    shape: tuple[int, ...] | None = None
-    macs: int = 0
-    data: Any = None
-    writes: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.node.name
-
-    @property
-    def positions(self) -> int:
-        """Of a layer: the places in one sample's result where a filter is applied."""
-        shape = self.shape or ()
-        return prod(shape[2:] if isinstance(self.module, nn.Conv2d) else shape[1:-1])
+__all__ = ["Flow"]
 
 
 @dataclass
@@ -80,6 +42,8 @@ class Flow:
         loose: names of parameters that are used at full width (not in ``layers`` or ``norms``) and have a gradient.
         unused: names of thresholds that nothing in the result depends on; only a penalty moves them.
         apart: threshold layers that are not in ``layers``, and why: they run as they are.
+        whole: modules that run as they are though their kind is known, and why.
+        writers: names of nodes that write to their first argument, which must be a copy.
         output, outputs: the first node that is returned, and all of them as ``forward`` returns them.
         trace: what was read, and what it holds good for.
     """
@@ -87,16 +51,22 @@ class Flow:
     model: nn.Module
     image: tuple[int, ...]
     ops: dict[str, Op] = field(default_factory=dict)
-    layers: dict[str, Op] = field(default_factory=dict)
-    norms: dict[str, Op] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    norms: dict[str, BatchNorm] = field(default_factory=dict)
     proofs: dict[str, tuple[tuple[str, Layout | None], ...] | None] = field(default_factory=dict)
     stops: list[tuple[str, str]] = field(default_factory=list)
     loose: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     apart: dict[str, str] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+    writers: set[str] = field(default_factory=set)
     output: str = ""
     outputs: Any = None
     trace: Trace | None = None
+
+    def __post_init__(self) -> None:
+        # A module registered under two names is one module: name it as named_modules does.
+        self.names = {id(m): name for name, m in self.model.named_modules()}
 
     def explain(self) -> str:
         lines = []
@@ -112,5 +82,36 @@ class Flow:
 
     def layout_in(self, name: str) -> Layout | None:
         """Layout of what a layer or norm reads, None at full width."""
-        op = self.layers[name] if name in self.layers else self.norms[name]
-        return op.data
+        return self.layers[name].reads if name in self.layers else self.norms[name].reads
+
+    def source(self, op: Op) -> Op:
+        """The first operation that ``op`` reads."""
+        return self.ops[op.sources[0]]
+
+    def users(self, op: Op) -> list[Op]:
+        """The operations that read ``op``, questions for its shape included."""
+        return [self.ops[user.name] for user in op.node.users]
+
+    def single_reader(self, op: Op) -> bool:
+        """Whether one operation alone reads the numbers of ``op``."""
+        from .kinds.ends import Shape
+
+        return len([user for user in self.users(op) if not isinstance(user, Shape)]) == 1
+
+    def read_compact(self, op: Op) -> bool:
+        """Whether a layer or norm can read the channels of ``op`` that are kept, through whatever follows channels."""
+        return any(u.reads_channels or (u.passes_channels and self.read_compact(u)) for u in self.users(op))
+
+    def stop(self, op: Op, reason: str) -> None:
+        """Note that ``op`` reads at full width, and why."""
+        for source in op.sources:
+            layout = self.ops[source].layout
+            if layout is not None:
+                self.stops.append((f"{', '.join(filter(None, layout.sources))} -> {op.name}", reason))
+
+    def attribute(self, path: str) -> Any:
+        """What a ``get_attr`` node reads."""
+        if self.trace is not None and path in self.trace.constants:
+            return self.trace.constants[path]
+        parent, _, name = path.rpartition(".")
+        return getattr(self.model.get_submodule(parent), name)

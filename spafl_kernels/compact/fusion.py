@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from ..layers import ThresholdLayer
-from ..ops.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, POOLS
-from .flow import Flow, Op
+from ..ops.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, DirectReluPool
+from .flow import Flow
+from .kinds.base import Op
+from .kinds.channelwise import Relu
+from .kinds.layers import Depthwise, Layer
+from .kinds.norms import BatchNorm
+from .kinds.pools import Pool
+
+__all__ = ["Tail", "always_fused", "deferred", "prefers_channels_last", "tails"]
 
 
 def prefers_channels_last(flow: Flow, gpu: bool = False) -> bool:
@@ -23,7 +32,7 @@ def prefers_channels_last(flow: Flow, gpu: bool = False) -> bool:
     return len(flow.image) == 3 and worth and not biased
 
 
-def _reads_kept_bias(flow: Flow, norm: Op) -> bool:
+def _reads_kept_bias(flow: Flow, norm: BatchNorm) -> bool:
     """Whether a pruned filter can reach ``norm`` as the constant of its bias."""
     nodes, seen = list(norm.node.all_input_nodes), set()
     while nodes:
@@ -33,88 +42,104 @@ def _reads_kept_bias(flow: Flow, norm: Op) -> bool:
         seen.add(op.name)
         if isinstance(op.module, ThresholdLayer) and op.module.bias is not None and not op.module.mask_bias:
             return True
-        if op.kind != "layer":
+        if not isinstance(op, Layer) or isinstance(op, Depthwise):
             nodes += op.node.all_input_nodes
     return False
 
 
-def single_user(flow: Flow, op: Op) -> bool:
-    return len([u for u in op.node.users if flow.ops[u.name].kind != "shape"]) == 1
+@dataclass(frozen=True)
+class Tail:
+    """A ReLU, and perhaps a max-pool, that is a part of the call of the layer or norm in front of it.
 
-
-def fused_pools(flow: Flow) -> dict[str, tuple[str, int]]:
-    """Layers whose convolution, ReLU and max-pool can be one compiled call: ``{layer: (pool op, window)}``.
-
-    The call is made while a plan leaves the layer at most ``MAX_IN_CHANNELS`` input channels; above that a general
-    convolution is as fast.
+    Args:
+        relu, pool: the operations.
+        window: of the pool, as compiled kernels know it; 1 without one.
     """
+
+    relu: Relu
+    pool: Pool | None = None
+    window: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.relu.name,) if self.pool is None else (self.relu.name, self.pool.name)
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """Both, where they cannot be a part of another call; ``y`` may be overwritten."""
+        if self.pool is None:
+            return torch.relu_(y)
+        if y.is_contiguous():
+            return DirectReluPool.apply(y, self.window)
+        return torch.relu_(self.pool.apply(y))
+
+    def pooled(self, y: Tensor) -> Tensor:
+        """The pool alone, behind a ReLU."""
+        assert self.pool is not None
+        return self.pool.apply(y)
+
+
+def tails(flow: Flow) -> dict[str, Tail]:
+    """By layer or norm: what can be a part of its call. Plan and batch decide whether it is."""
+    return _conv_tails(flow) | _norm_tails(flow)
+
+
+def _conv_tails(flow: Flow) -> dict[str, Tail]:
+    """Convolutions with ReLU and max-pool; with more input channels a general convolution is as fast."""
     found = {}
-    for name, op in flow.layers.items():
+    for op in flow.layers.values():
         m = op.module
-        if not isinstance(m, nn.Conv2d) or op.kind != "layer":
+        if not isinstance(m, nn.Conv2d) or isinstance(op, Depthwise):
             continue
         if m.stride != (1, 1) or m.dilation != (1, 1) or m.groups != 1 or m.padding_mode != "zeros":
             continue
         if isinstance(m.padding, str) or max(m.kernel_size) > MAX_KERNEL:
             continue
         relu = _only_user(flow, op)
-        if relu is None or relu.kind != "relu" or relu.apply is not F.relu:
-            continue
-        pool = _only_user(flow, relu)
-        if pool is not None and pool.kind == "pool" and (window := plain_window(pool)) is not None:
-            found[name] = (pool.name, window)
+        pool = _only_user(flow, relu) if isinstance(relu, Relu) and relu.plain else None
+        if isinstance(relu, Relu) and isinstance(pool, Pool) and pool.window is not None:
+            found[op.name] = Tail(relu, pool, pool.window)
     return found
 
 
-def fused_norms(flow: Flow) -> dict[str, tuple[str, str, int]]:
-    """Norms whose only user is a ReLU, so that both can be one compiled call: ``{norm: (relu op, pool op, window)}``.
+def _norm_tails(flow: Flow) -> dict[str, Tail]:
+    """Norms whose only user is a ReLU, and the pool that is the ReLU's, if a kernel knows it.
 
-    The pool is the ReLU's only user, if a kernel knows it; else it is ``""`` and the window 1. Not where a norm reads a
-    kept bias, for the reason in :func:`prefers_channels_last`.
+    Not where a norm reads a kept bias, for the reason in :func:`prefers_channels_last`.
     """
     found = {}
     for op in flow.norms.values():
         relu = _only_user(flow, op)
-        if relu is None or relu.kind != "relu" or relu.apply is not F.relu or _reads_kept_bias(flow, op):
+        if not isinstance(relu, Relu) or not relu.plain or _reads_kept_bias(flow, op):
             continue
         pool = _only_user(flow, relu)
-        window = plain_window(pool) if pool is not None and pool.kind == "pool" else None
-        found[op.name] = (relu.name, "", 1) if pool is None or window is None else (relu.name, pool.name, window)
+        known = isinstance(pool, Pool) and pool.window is not None
+        found[op.name] = Tail(relu, pool, pool.window) if known else Tail(relu)  # type: ignore[union-attr, arg-type]
     return found
 
 
 def _only_user(flow: Flow, op: Op) -> Op | None:
     """The only op that reads a value or its shape, which a fused call may not have."""
-    users = [flow.ops[u.name] for u in op.node.users]
+    users = flow.users(op)
     return users[0] if len(users) == 1 else None
 
 
 def always_fused(flow: Flow) -> set[str]:
-    """Layers of :func:`fused_pools` that are within reach under every plan; their rows need no rounding to blocks."""
-    return {name for name in fused_pools(flow) if flow.layers[name].module.in_channels <= MAX_IN_CHANNELS}
+    """Layers that have a tail under every plan; their rows need no rounding to blocks."""
+    found = _conv_tails(flow)
+    return {name for name, op in flow.layers.items() if op.name in found and op.module.in_channels <= MAX_IN_CHANNELS}
 
 
-def plain_window(op: Op) -> int | None:
-    """Window of a max-pool without overlap, padding or dilation that a compiled kernel knows."""
-    m = op.module
-    if not isinstance(m, nn.MaxPool2d) or m.ceil_mode:
-        return None
-    window = m.kernel_size if isinstance(m.kernel_size, int) else m.kernel_size[0]
-    square = m.kernel_size in (window, (window, window)) and m.stride in (window, (window, window))
-    return window if square and window in POOLS and m.padding in (0, (0, 0)) and m.dilation in (1, (1, 1)) else None
-
-
-def after_its_pool(flow: Flow, op: Op) -> bool:
-    """Whether a ReLU waits for the max-pool that is its only user.
+def deferred(flow: Flow, tails: Mapping[str, Tail]) -> dict[str, Relu]:
+    """The ReLUs, by name, that wait for the max-pool that is their only user.
 
     It is the same function with the same gradient there, on a quarter of the elements. What falls anywhere, as GELU
     does, would be another function.
     """
-    pool = _only_user(flow, op)
-    return op.kind == "relu" and pool is not None and pool.kind == "pool" and _is_max(pool)
-
-
-def _is_max(op: Op) -> bool:
-    if isinstance(op.module, nn.MaxPool2d):
-        return True
-    return op.node.op == "call_function" and op.node.target in (F.max_pool2d, torch.max_pool2d)
+    inside = {name for tail in tails.values() for name in tail.names}
+    found = {}
+    for op in flow.ops.values():
+        if isinstance(op, Relu) and op.name not in inside:
+            pool = _only_user(flow, op)
+            if isinstance(pool, Pool) and pool.is_max:
+                found[op.name] = op
+    return found

@@ -417,21 +417,20 @@ class Made:
         self.norms: dict[str, NormSlot] = {}
         for name, op in flow.layers.items():
             m = op.module
-            layout = flow.layout_in(name) if op.kind == "layer" else None
+            layout = op.columns
             device, inputs = m.weight.device, m.weight.shape[1]
             rows = plan.rows.get(name) or all_channels(m.weight.shape[0], device)
             columns = all_channels(inputs, device) if layout is None else plan.channels(layout)
             active = (
                 masks[name][rows.kept] if name in masks else torch.ones(rows.width, dtype=torch.bool, device=device)
             )
-            spec = _Spec(rows, columns, inputs, active, flow.ops[op.sources[0]].const)
+            spec = _Spec(rows, columns, inputs, active, bool(flow.source(op).const))
             if (p := passes.get(name)) is not None:
                 spec.passes = p[rows.kept]
             self.layers[name] = slot = LayerSlot(m.weight)
             self.gathers.append(_layer_gather(m, slot, spec))
-        for name, op in flow.norms.items():
-            m = op.module
-            layout = flow.layout_in(name)
+        for name, batch_norm in flow.norms.items():
+            m, layout = batch_norm.module, batch_norm.reads
             channels = all_channels(m.num_features, m.running_mean.device) if layout is None else plan.channels(layout)
             self.norms[name] = norm = NormSlot(m.weight, m.bias, m.running_mean, m.running_var)
             self.gathers.append(_norm_gather(m, norm, channels))

@@ -103,7 +103,7 @@ class Plan:
         self._linear = linear
         self._images = {name for name in keep if len(flow.layers[name].shape or ()) == 4}
         for name, mask in keep.items():
-            rounded = (name in self._images or linear) and flow.layers[name].kind == "layer" and name not in exact
+            rounded = (name in self._images or linear) and flow.layers[name].dense and name not in exact
             self.rows[name] = _channels(mask, multiple if rounded else 1, self._device)
 
     def channels(self, layout: Layout) -> Channels:

@@ -2,7 +2,7 @@
 
 Every value has two parts: the tensor of kept channels, and the constants of its dropped channels (None when they are
 all 0). The tensors of layers and norms are read from slots at every run, so that whoever owns them may replace them.
-The calls themselves are made in :mod:`~spafl_kernels.compact.builders`.
+The calls themselves are made by the kinds of operation (:mod:`~spafl_kernels.compact.kinds`).
 """
 
 from __future__ import annotations
@@ -13,32 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .builders import BUILDERS
-from .scope import Run, Scope
+from .kinds.ends import Input, Output
+from .scope import Run, Scope, Values
+
+__all__ = ["Program", "Values"]
 
 
 class Program:
     """Runs a flow under a plan. ``macs`` are executed per sample by one training step, ``macs_fixed`` per step."""
 
     def __init__(self, scope: Scope) -> None:
-        flow, index, n = scope.flow, scope.index, scope.count
-        self._channels_last, self._places = scope.channels_last, 4 * n
+        flow, index = scope.flow, scope.index
+        ops = [op for op in flow.ops.values() if scope.runs(op)]
+        outputs = [s for op in flow.ops.values() if isinstance(op, Output) for s in op.sources]
+        self._channels_last, self._places, self._scope = scope.channels_last, len(index), scope
+        self._input = next(index[op.name] for op in flow.ops.values() if isinstance(op, Input))
+        self._names = [op.name for op in ops]
+        last = {index[s]: op.name for op in ops for s in op.sources} | {index[s]: "" for s in outputs}
         self._calls: list[tuple[Run, tuple[int, ...]]] = []
-        self._scope, self._names = scope, []  # type: tuple[Scope, list[str]]
-        last = {name: op.name for op in flow.ops.values() for name in op.sources}
-        last |= {s: "" for op in flow.ops.values() if op.kind == "output" for s in op.sources}
-        for op in flow.ops.values():
-            if op.kind == "input":
-                self._input = index[op.name]
-                continue
-            if op.kind in ("output", "inner"):
-                continue
-            run = BUILDERS[op.kind](scope, op, index[op.name])
-            frees = [index[s] for s in dict.fromkeys(op.sources) if last[s] == op.name]
-            self._names.append(op.name)
-            self._calls.append((run, tuple(i + part * n for i in frees for part in range(4))))
+        for op in ops:
+            frees = (i for i in dict.fromkeys(index[s] for s in op.sources) if last[i] == op.name)
+            self._calls.append((op.build(scope, index[op.name]), tuple(frees)))
         self._outputs = flow.outputs
-        self._reads = {s: scope.full(s) for op in flow.ops.values() if op.kind == "output" for s in op.sources}
+        self._reads = {s: scope.full(s) for s in outputs}
         self.macs, self.macs_fixed = scope.macs, scope.macs_fixed
 
     def __call__(self, x: Tensor, training: bool) -> Any:
@@ -46,20 +43,21 @@ class Program:
 
         ``training``: the first of the trace's patterns rather than the second; modules read their own flag.
         """
-        env: list[Any] = [None] * self._places
+        env = Values(self._places)
+        kept, constants, wide = env.kept, env.constants, env.wide
         if self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        env[self._input] = x
+        kept[self._input] = x
         for run, frees in self._calls:
             run(env, training)
             for i in frees:
-                env[i] = None
+                kept[i] = constants[i] = wide[i] = None
         return _filled(self._outputs, lambda node: self._reads[node.name](env))
 
     def values(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor on the way, at full width, by the name of its node; for a program without fused calls."""
-        env: list[Any] = [None] * self._places
-        env[self._input] = x
+        """Every tensor on the way, at full width, by the name of its node; those inside a fused call are left out."""
+        env = Values(self._places)
+        env.kept[self._input] = x
         for name, (run, _) in zip(self._names, self._calls):
             run(env, True)
             value = self._scope.full(name)(env)

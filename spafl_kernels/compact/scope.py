@@ -1,31 +1,56 @@
-"""What the builders of a program know: the model's flow, its plan, and where every value will be."""
+"""What the calls of a program are made from: the model's flow, its plan, and where every value will be."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import native
-from .flow import Flow, Op
-from .fusion import fused_norms, fused_pools
+from .flow import Flow
+from .fusion import deferred, tails
 from .plan import Channels, Plan
 from .slots import LayerSlot, NormSlot
 from .spread import Spread
 
-# A call of a program: it reads and writes the values of one pass. The flag is for functional calls; modules read their
-# own.
-Run = Callable[[list[Any], bool], None]
+if TYPE_CHECKING:
+    from .kinds.base import Op
+    from .kinds.layers import Layer
+    from .kinds.norms import BatchNorm
+
+__all__ = ["Run", "Scope", "Values"]
+
+
+class Values:
+    """The values of one pass, each with a place in three lists.
+
+    Attributes:
+        kept: the kept channels; all, where a value has no layout.
+        constants: the dropped channels (:mod:`.constants`).
+        wide: the value at full width, once somebody has asked for it.
+    """
+
+    __slots__ = ("constants", "kept", "wide")
+
+    def __init__(self, count: int) -> None:
+        self.kept: list[Any] = [None] * count
+        self.constants: list[Any] = [None] * count
+        self.wide: list[Any] = [None] * count
+
+
+# A call of a program. The flag is for functional calls; modules read their own.
+Run = Callable[[Values, bool], None]
 
 
 class Scope:
-    """Flow, plan and slots; ``macs`` and ``macs_fixed`` are added up by the builders.
+    """Flow, plan and slots; ``macs`` and ``macs_fixed`` are added up by the calls.
 
-    A value has four places in the list that calls read and write, ``count`` apart: at ``index`` its kept channels, then
-    the constants of its dropped channels (None when they are all 0), its copy at full width once somebody asked for
-    one, and whether a fused call has made it.
+    Attributes:
+        index: where the value of every operation is; those that are one call have one place.
+        tails: by layer or norm, what is a part of its call.
+        deferred: the ReLUs that wait for the max-pool behind them.
     """
 
     def __init__(
@@ -43,12 +68,24 @@ class Scope:
         self.device = weight.device
         floats = (torch.float32, torch.float64)
         self.native = compiled and weight.device.type == "cpu" and weight.dtype in floats and native.available()
-        self.fused_pools = fused_pools(flow) if self.native else {}
-        self.fused_norms = fused_norms(flow) if self.native else {}
         self.macs = self.macs_fixed = 0
+        self.tails = {}
+        if self.native:
+            heads: list[Layer | BatchNorm] = [*flow.layers.values(), *flow.norms.values()]
+            found = tails(flow)
+            self.tails = {op.name: found[op.name] for op in heads if op.name in found and op.takes_tail(self)}
+        self.deferred = deferred(flow, self.tails)
         self.index = {name: i for i, name in enumerate(flow.ops)}
-        self.count = len(self.index)
-        self.names = {id(op.module): name for ops in (flow.layers, flow.norms) for name, op in ops.items()}
+        for head, tail in self.tails.items():
+            self.index.update(dict.fromkeys(tail.names, self.index[head]))
+        for name, relu in self.deferred.items():
+            self.index[name] = self.index[relu.sources[0]]
+
+    def runs(self, op: Op) -> bool:
+        """Whether an operation has a call of its own."""
+        return (
+            not op.silent and op.name not in self.deferred and not any(op.name in t.names for t in self.tails.values())
+        )
 
     def channels(self, op: Op) -> Channels | None:
         """Which channels of an op's result are kept; None at full width."""
@@ -57,18 +94,18 @@ class Scope:
     def op(self, name: str) -> Op:
         return self.flow.ops[name]
 
-    def full(self, name: str) -> Callable[[list[Any]], Any]:
+    def full(self, name: str) -> Callable[[Values], Any]:
         """Reads a value at full width."""
-        op, j, n = self.op(name), self.index[name], self.count
+        op, j = self.op(name), self.index[name]
         channels = self.channels(op)
         if channels is None or channels.full:
-            return lambda env: env[j]
+            return lambda env: env.kept[j]
         assert op.layout is not None
         spread = Spread(channels.host.kept, channels.width, op.layout.dim, self.native, self.device)
 
-        def full(env: list[Any]) -> Tensor:
-            if env[2 * n + j] is None:
-                env[2 * n + j] = spread(env[j], env[n + j], None)
-            return env[2 * n + j]
+        def full(env: Values) -> Tensor:
+            if env.wide[j] is None:
+                env.wide[j] = spread(env.kept[j], env.constants[j], None)
+            return env.wide[j]
 
         return full

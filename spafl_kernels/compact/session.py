@@ -451,7 +451,7 @@ class Session:
         """Layers whose kept rows or columns are others under ``plan`` than in ``old``, with these."""
         changed = {}
         for name, layer in self._layers.items():
-            layout = self.flow.layout_in(name) if self.flow.layers[name].kind == "layer" else None
+            layout = self.flow.layers[name].columns
             rows = plan.rows.get(name) or self._whole(layer.rows)
             columns = self._whole(layer.inputs) if layout is None else plan.channels(layout)
             if old is None or not (

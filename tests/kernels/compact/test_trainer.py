@@ -11,8 +11,8 @@ from torch import nn
 from spafl.models import Conv4, LeNet5, ResNet18, ViT
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, native, threshold_layers
 from spafl_kernels.compact import CompactTrainer, fusion
-from spafl_kernels.compact.builders import norms
 from spafl_kernels.compact.follow import trace_flow
+from spafl_kernels.compact.kinds import norms
 from spafl_kernels.engines import make_trainer
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Unsupported
 
@@ -332,9 +332,9 @@ def test_a_shape_in_front_of_a_pool_is_that_of_the_map(normed, reads):
 def test_norms_behind_a_kept_bias_are_left_to_torch():
     """There ReLU asks for the sign of a rounding error, which must be the masked model's."""
     image = (2, 7, 8)
-    assert fusion.fused_norms(trace_flow(Padded(False, False).double(), image))
-    assert fusion.fused_norms(trace_flow(Padded(True, True).double(), image))
-    assert not fusion.fused_norms(trace_flow(Padded(True, False).double(), image))
+    assert fusion.tails(trace_flow(Padded(False, False).double(), image))
+    assert fusion.tails(trace_flow(Padded(True, True).double(), image))
+    assert not fusion.tails(trace_flow(Padded(True, False).double(), image))
 
 
 def test_norm_without_affine_part():

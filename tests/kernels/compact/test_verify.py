@@ -29,9 +29,21 @@ from spafl_kernels.compact import (
     trace,
     verify,
 )
-from spafl_kernels.compact.builders import BUILDERS
+from spafl_kernels.compact.calls import Call
 from spafl_kernels.compact.dropped import DroppedRows
 from spafl_kernels.compact.flow import Flow
+from spafl_kernels.compact.kinds import dropout as dropouts
+from spafl_kernels.compact.kinds import pools
+from spafl_kernels.compact.kinds.attention import Attention
+from spafl_kernels.compact.kinds.base import Const
+from spafl_kernels.compact.kinds.channelwise import Activation, Relu
+from spafl_kernels.compact.kinds.layers import Depthwise, Layer
+from spafl_kernels.compact.kinds.moves import Concatenation, Flatten, Item
+from spafl_kernels.compact.kinds.norms import BatchNorm
+from spafl_kernels.compact.kinds.pools import Pool
+from spafl_kernels.compact.kinds.sums import Sum
+from spafl_kernels.compact.kinds.whole import Whole
+from spafl_kernels.compact.small import Small
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Unsupported
 
 
@@ -98,21 +110,21 @@ def in_place(x):
 
 
 def after(kind, change):
-    """What a builder's call has made is changed: ``change(kept channels, constants)``."""
+    """What a call has made is changed: ``change(kept channels, constants)``."""
 
     def put(patch):
-        build = BUILDERS[kind]
+        build = kind.build
 
-        def wrong(scope, op, i):
-            run, n = build(scope, op, i), scope.count
+        def wrong(self, scope, i):
+            run = build(self, scope, i)
 
             def call(env, training):
                 run(env, training)
-                env[i], env[n + i] = change(env[i], env[n + i])
+                env.kept[i], env.constants[i] = change(env.kept[i], env.constants[i])
 
             return call
 
-        patch.setitem(BUILDERS, kind, wrong)
+        patch.setattr(kind, "build", wrong)
 
     return put
 
@@ -123,19 +135,19 @@ def instead(owner, name, make):
     )
 
 
-def flag(method, **values):
-    """After a ``follow_...`` rule its result is changed."""
+def flag(kind, **values):
+    """After a rule for channels its result is changed."""
 
     def put(patch):
-        rule = getattr(follow._Follower, method)
+        rule = kind.follow
 
-        def wrong(self, op):
-            rule(self, op)
-            if op.layout is not None:
+        def wrong(self, flow):
+            rule(self, flow)
+            if self.layout is not None:
                 for key, value in values.items():
-                    setattr(op, key, value)
+                    setattr(self, key, value)
 
-        patch.setattr(follow._Follower, method, wrong)
+        patch.setattr(kind, "follow", wrong)
 
     return put
 
@@ -156,45 +168,45 @@ both = ("trainer", "module")
 every = (*both, "export")
 
 FAULTS = {
-    "constants of a layer are forgotten": (flag("follow_layer", const=False), padded("window", bias=True), both),
-    "constants of a norm are forgotten": (flag("follow_norm", const=False), padded("window"), both),
+    "constants of a layer are forgotten": (flag(Layer, const=Const.ZERO), padded("window", bias=True), both),
+    "constants of a norm are forgotten": (flag(BatchNorm, const=Const.ZERO), padded("window"), both),
     "constants of a pool are forgotten": (
-        flag("follow_channelwise", const=False),
+        flag(Pool, const=Const.ZERO),
         pooled(nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
         both,
     ),
     "a sum has constants of one side": (
-        instead(follow._Follower, "follow_add", lambda rule: _sum_of_one_side(rule)),
+        flag(Sum, const=Const.ZERO),
         conv("joined"),
         both,
     ),
     "cat in another order": (
-        instead(follow._Follower, "follow_cat", lambda rule: _reversed(rule)),
+        instead(Concatenation, "follow", lambda rule: _reversed(rule)),
         conv("joined"),
         every,
     ),
-    "cat without constants": (flag("follow_cat", const=False), conv("chunks"), both),
+    "cat without constants": (flag(Concatenation, const=Const.ZERO), conv("chunks"), both),
     "a pool's divisor is not looked at": (
-        instead(follow._Follower, "follow_channelwise", lambda rule: _blind_to_divisors(rule)),
+        instead(pools, "_keeps_constants", lambda rule: lambda *a: True),
         pooled(nn.AvgPool2d(2, divisor_override=1)),
         every,
     ),
     "a pool's padding counts": (
-        instead(follow._Follower, "follow_channelwise", lambda rule: _blind_to_divisors(rule)),
+        instead(pools, "_keeps_constants", lambda rule: lambda *a: True),
         pooled(nn.AvgPool2d(3, 1, 1)),
         every,
     ),
     "alpha of a sum": (
-        instead(follow, "bind", lambda bind: _without(bind, "alpha", 1)),
+        instead(Call, "of", lambda of: _without(of, "alpha", 1)),
         pooled(lambda x: torch.add(x, F.gelu(x), alpha=2)),
         every,
     ),
     "dropout's flag": (
-        instead(follow, "bind", lambda bind: _without(bind, "training", False)),
+        instead(Call, "of", lambda of: _without(of, "training", False)),
         pooled(lambda x: F.dropout(F.relu(x), 0.5)),
         every,
     ),
-    "dropout's scale": (after("dropout", lambda x, c: (x * 0.5, c)), dropout, both),
+    "dropout's scale": (after(dropouts.Dropout, lambda x, c: (x * 0.5, c)), dropout, both),
     "a flattened channel is too short": (
         instead(layout.Layout, "repeated", lambda f: lambda self, times, dim: f(self, 1, dim)),
         conv("vgg"),
@@ -205,7 +217,7 @@ FAULTS = {
         conv("basic"),
         both,
     ),
-    "a chunk is another chunk": (after("item", lambda x, c: (x.flip(1), c)), pooled(twice), both),
+    "a chunk is another chunk": (after(Item, lambda x, c: (x.flip(1), c)), pooled(twice), both),
     "gradients of pruned rows are taken for 0": (
         instead(follow._Follower, "proof", lambda f: lambda self, layer: (("", None),)),
         padded("identity", act=nn.GELU),
@@ -236,19 +248,19 @@ FAULTS = {
         lambda: (with_estimator(convert(FrozenNorm()), "window"), (2, 5, 5)),
         ("trainer",),
     ),
-    "relu forgets constants": (after("relu", no_constants), padded("window", bias=True), both),
-    "a norm's constants": (after("norm", other_constants), padded("window"), both),
-    "a norm's result": (after("norm", lambda x, c: (x * 1.0001, c)), padded("window"), both),
-    "a pool's result": (after("pool", lambda x, c: (x + 1e-6, c)), padded("window"), both),
-    "a sum's result": (after("add", lambda x, c: (x * 1.001, c)), conv("basic"), both),
-    "a sum's constants": (after("add", other_constants), conv("joined"), both),
-    "a concatenation's constants": (after("cat", other_constants), conv("joined"), both),
-    "a flattened tensor": (after("flatten", lambda x, c: (x.flip(1), c)), conv("vgg"), both),
-    "flattened constants": (after("flatten", other_constants), padded("window", bias=True, act=nn.GELU), both),
-    "what runs as it stands": (after("other", a_little_more), conv("grouped"), both),
-    "a depthwise layer": (after("depthwise", lambda x, c: (x.roll(1, 1), c)), conv("mobilenet"), both),
-    "attention": (after("attention", lambda x, c: (x * 1.01, c)), conv("attentions"), both),
-    "activations": (after("unary", lambda x, c: (x * 1.01, c)), padded("window", act=nn.GELU), both),
+    "relu forgets constants": (after(Relu, no_constants), padded("window", bias=True), both),
+    "a norm's constants": (after(BatchNorm, other_constants), padded("window"), both),
+    "a norm's result": (after(BatchNorm, lambda x, c: (x * 1.0001, c)), padded("window"), both),
+    "a pool's result": (after(Pool, lambda x, c: (x + 1e-6, c)), padded("window"), both),
+    "a sum's result": (after(Sum, lambda x, c: (x * 1.001, c)), conv("basic"), both),
+    "a sum's constants": (after(Sum, other_constants), conv("joined"), both),
+    "a concatenation's constants": (after(Concatenation, other_constants), conv("joined"), both),
+    "a flattened tensor": (after(Flatten, lambda x, c: (x.flip(1), c)), conv("vgg"), both),
+    "flattened constants": (after(Flatten, other_constants), padded("window", bias=True, act=nn.GELU), both),
+    "what runs as it stands": (after(Whole, a_little_more), conv("grouped"), both),
+    "a depthwise layer": (after(Depthwise, lambda x, c: (x.roll(1, 1), c)), conv("mobilenet"), both),
+    "attention": (after(Attention, lambda x, c: (x * 1.01, c)), conv("attentions"), both),
+    "activations": (after(Activation, lambda x, c: (x * 1.01, c)), padded("window", act=nn.GELU), both),
     "writes in place are not seen": (
         instead(follow, "give_writes_a_value", lambda f: lambda *a: set()),
         pooled(in_place),
@@ -302,54 +314,38 @@ FAULTS = {
         ("trainer",),
     ),
     "export: a folded norm": (
-        lambda patch: _export(patch, "norm_numbers", lambda r: (r[0] * 1.01, r[1], r[2])),
+        lambda patch: _export(patch, BatchNorm, "numbers", lambda r: (r[0] * 1.01, r[1], r[2])),
         padded("window"),
         ("export",),
     ),
     "export: constants of a norm": (
-        lambda patch: _export(patch, "norm_numbers", lambda r: (*r[:2], None)),
+        lambda patch: _export(patch, BatchNorm, "numbers", lambda r: (*r[:2], None)),
         padded("window"),
         ("export",),
     ),
     "export: rows in another order": (lambda patch: _export_rows(patch), padded("window"), ("export",)),
-    "export: another activation": (lambda patch: _export(patch, "module", None), conv("mobilenet"), ("export",)),
+    "export: another activation": (lambda patch: _export(patch, Small, "module", None), conv("mobilenet"), ("export",)),
 }
 
 
-def _sum_of_one_side(rule):
-    def wrong(self, op):
-        rule(self, op)
-        if op.layout is not None:
-            op.const = False
-
-    return wrong
-
-
 def _reversed(rule):
-    def wrong(self, op):
-        rule(self, op)
-        if op.layout is not None:
-            op.layout = layout.Layout(op.layout.dim, op.layout.segments[::-1])
+    def wrong(self, flow):
+        rule(self, flow)
+        if self.layout is not None:
+            self.layout = layout.Layout(self.layout.dim, self.layout.segments[::-1])
 
     return wrong
 
 
-def _blind_to_divisors(rule):
-    def wrong(self, op):
-        op.data = None if op.data == "linear" else op.data
-        rule(self, op)
-
-    return wrong
-
-
-def _without(bind, name, value):
-    def wrong(*args, **kwargs):
-        call = bind(*args, **kwargs)
-        if call is not None and name in call[1]:
-            call[1][name] = value
+def _without(of, name, value):
+    def wrong(node, signature):
+        call = of.__func__(Call, node, signature)
+        for values in (call.values, call.elsewhere) if call is not None else ():
+            if values and name in values:
+                values[name] = value
         return call
 
-    return wrong
+    return staticmethod(wrong)
 
 
 def _minus(f):
@@ -394,27 +390,24 @@ def _wrong_gradient(f, place):
     return staticmethod(backward)
 
 
-def _export(patch, name, change):
-    from spafl_kernels.compact.export import _Exporter
-
-    rule = getattr(_Exporter, name)
+def _export(patch, owner, name, change):
+    rule = getattr(owner, name)
     if change is None:
 
         def wrong(self, target, m, *args):
             return rule(self, target, nn.ReLU() if isinstance(m, nn.ReLU6) else m, *args)
 
-        patch.setattr(_Exporter, name, wrong)
+        patch.setattr(owner, name, wrong)
         patch.setattr(nn.ReLU, "forward", lambda self, x: x * 0.99)
     else:
-        patch.setattr(_Exporter, name, lambda self, *args: change(rule(self, *args)))
+        patch.setattr(owner, name, lambda self, *args: change(rule(self, *args)))
 
 
 def _export_rows(patch):
-    import importlib
+    from spafl_kernels.compact.kinds import layers
 
-    exporter = importlib.import_module("spafl_kernels.compact.export")
-    rows = exporter._rows
-    patch.setattr(exporter, "_rows", lambda full, channels: rows(full, channels).flip(0))
+    rows = layers.take_rows_of
+    patch.setattr(layers, "take_rows_of", lambda full, channels: rows(full, channels).flip(0))
 
 
 def built(make):
@@ -509,7 +502,7 @@ def test_there_are_enough_faults():
 
 
 def test_the_reason_names_the_operation(monkeypatch):
-    after("pool", lambda x, c: (x + 1e-3, c))(monkeypatch)
+    after(Pool, lambda x, c: (x + 1e-3, c))(monkeypatch)
     model, x = built(padded("window"))
     compact = CompactModule(model)
     assert torch.equal(compact(x), model(x).detach()) or compact.engine == "masked"

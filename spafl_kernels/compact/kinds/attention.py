@@ -6,15 +6,28 @@ Written with matmul and softmax or with ``scaled_dot_product_attention``; what i
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-__all__ = ["Attention", "find_attention"]
+from ..heads import Heads, attend
+from ..plan import Channels
+from ..small import Value
+from ..spread import Pick, Spread
+from .base import Op
+from .whole import as_it_stands
+
+if TYPE_CHECKING:
+    from ..flow import Flow
+    from ..program import Values
+    from ..scope import Run, Scope
+    from ..small import Small
+
+__all__ = ["Attention"]
 
 _WORDS: dict[Any, str] = {
     torch.reshape: "reshape", torch.flatten: "flatten", torch.transpose: "transpose", torch.permute: "permute",
@@ -30,7 +43,7 @@ _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "enable_gq
 
 
 @dataclass(frozen=True)
-class Attention:
+class _Found:
     """``q``, ``k``, ``v``: nodes of shape (N, tokens, channels); ``inner``: nodes between these and the result."""
 
     q: str
@@ -41,11 +54,81 @@ class Attention:
     inner: tuple[str, ...]
 
 
-def find_attention(
-    graph: fx.Graph, shapes: Mapping[str, tuple[int, ...] | None], model: nn.Module
-) -> dict[str, Attention]:
-    """By the node of the result, (N, tokens, channels): attention without dropout or mask, heads along channels."""
-    return {node.name: found for node in graph.nodes if (found := _Finder(shapes, model).match(node)) is not None}
+@dataclass(eq=False)
+class Attention(Op):
+    """The last node of it. ``sources``: q, k and v, of shape (N, tokens, channels)."""
+
+    kind = "attention"
+
+    heads: int = 1
+    scale: float = 1.0
+
+    @classmethod
+    def in_graph(cls, flow: Flow) -> Iterator[tuple[Op, tuple[str, ...]]]:
+        """Attention without dropout or mask, heads along channels."""
+        shapes = {name: op.shape for name, op in flow.ops.items()}
+        for name, op in flow.ops.items():
+            found = _Finder(shapes, flow.model).match(op.node)
+            if found is None or any("otherwise" in flow.ops[n].node.meta for n in (name, *found.inner)):
+                continue
+            sources = found.q, found.k, found.v
+            yield cls(op.node, sources=sources, heads=found.heads, scale=found.scale), found.inner
+
+    def follow(self, flow: Flow) -> None:
+        """q and k are read where both keep a channel; the result has the channels of v."""
+        sources = [flow.ops[name] for name in self.sources]
+        known = [s.layout.sources for s in sources if s.layout is not None and s.const]
+        if known:
+            edge = f"{', '.join(dict.fromkeys(filter(None, sum(known, ()))))} -> {self.name}"
+            flow.stops.append((edge, "attention over pruned channels that are not zero"))
+        v = sources[2]
+        if v.layout is not None and not v.const:
+            self.layout = v.layout
+
+    def build(self, scope: Scope, i: int) -> Run:
+        shape, heads, scale = self.shape or (), self.heads, self.scale
+        ops = [scope.op(name) for name in self.sources]
+        # A channel that is dropped and not 0 must be there.
+        known = [None if source.const else scope.channels(source) for source in ops]
+        widths = (ops[0].shape or ())[2], (ops[2].shape or ())[2]
+        places = Heads([c and c.host for c in known], widths, heads, scope.plan.multiple > 1)
+        after, width = scope.channels(self), places.width * heads
+        reads: list[Callable[[Values], Tensor]] = [
+            _pack(scope, source, channels, pick, place, width)
+            for source, channels, pick, place in zip(ops, known, places.picks, places.places)
+        ]
+        unpack, stored = None, shape[2] if after is None else after.stored
+        if not len(places.places[2]) == width == stored:
+            unpack = Pick(places.places[2], stored, 2, scope.native, scope.device)
+        tokens = (ops[1].shape or ())[1]
+        scope.macs += 6 * shape[1] * tokens * width
+        fused = scope.native
+
+        def run(env: Values, training: bool) -> None:
+            q, k, v = (read(env) for read in reads)
+            out = attend(q, k, v, heads, scale, fused)
+            env.kept[i] = out if unpack is None else unpack(out)
+
+        return run
+
+    def export(self, small: Small) -> Value:
+        """As it stands, at full width; then the channels that are kept."""
+        return small.narrowed(self, as_it_stands(self, small))
+
+
+def _pack(
+    scope: Scope, source: Op, channels: Channels | None, pick: Tensor, place: Tensor, width: int
+) -> Callable[[Values], Tensor]:
+    """Reads the channels ``pick`` of a value, in their places among ``width``; both on the CPU."""
+    j, stored = scope.index[source.name], (source.shape or ())[2] if channels is None else channels.stored
+    read = scope.full(source.name) if channels is None else lambda env: env.kept[j]
+    if len(pick) == width == stored:
+        return read
+    spread = Spread(place, width, 2, scope.native, scope.device)
+    if len(pick) == (stored if channels is None else len(channels.kept)):
+        return lambda env: spread(read(env), None, None)
+    take = Pick(pick, max(len(pick), 1), 2, scope.native, scope.device)
+    return lambda env: spread(take(read(env)), None, None)
 
 
 class _Mismatch(Exception):
@@ -59,13 +142,13 @@ class _Finder:
         self.shapes, self.model = shapes, model
         self.inner: list[str] = []
 
-    def match(self, node: fx.Node) -> Attention | None:
+    def match(self, node: fx.Node) -> _Found | None:
         try:
             return self._match(node)
         except _Mismatch:
             return None
 
-    def _match(self, node: fx.Node) -> Attention:
+    def _match(self, node: fx.Node) -> _Found:
         shape = self._shape(node)
         joined = self._step(node, _RESHAPES)
         heads_last = self._shape(joined)
@@ -88,7 +171,7 @@ class _Finder:
             self._fail()
         (source_q, heads), (source_k, of_k), (source_v, of_v) = (self._split(x) for x in (q, k, v))
         self._require(heads == of_k == of_v and self._shape(q)[-1] == self._shape(k)[-1])
-        return Attention(source_q, source_k, source_v, heads, float(scale), tuple(self.inner))
+        return _Found(source_q, source_k, source_v, heads, float(scale), tuple(self.inner))
 
     # -- pieces ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,96 @@
+"""Dropout, which draws the same random numbers as at full width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from ..calls import Call, Signature
+from ..small import Value
+from .base import Op, Stop
+from .channelwise import Same
+
+if TYPE_CHECKING:
+    from ..flow import Flow
+    from ..program import Values
+    from ..scope import Run, Scope
+    from ..small import Small
+
+__all__ = ["Dropout"]
+
+
+@dataclass(eq=False)
+class Dropout(Op):
+    """``p``: the share that is dropped; ``drops``: by pattern of the trace, whether it does."""
+
+    kind = "dropout"
+    modules = (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+    calls: ClassVar[Mapping[Any, Any]] = {
+        F.dropout: Signature("input p training inplace", p=0.5, training=True, inplace=False)
+    }
+    by_mode = True
+
+    p: float = 0.5
+    drops: tuple[bool, ...] = ()
+
+    @classmethod
+    def of_module(cls, node: Any, m: Any, flow: Flow) -> Op | None:
+        if m.p == 0:
+            return Same(node)
+        assert flow.trace is not None
+        return cls(node, p=m.p, drops=flow.trace.of(m)) if type(m) is nn.Dropout else None
+
+    @classmethod
+    def of_call(cls, call: Call, flow: Flow) -> Op | None:
+        assert flow.trace is not None
+        patterns = [call.values]
+        if len(flow.trace.modes) == 2:
+            patterns.append(call.values if call.elsewhere is None else call.elsewhere)
+        p = call.values["p"]
+        if not isinstance(call.values["input"], fx.Node) or not isinstance(p, (int, float)):
+            return None
+        if any(c["p"] != p or not isinstance(c["training"], bool) for c in patterns):
+            return None
+        drops = tuple(c["training"] for c in patterns)
+        return cls(call.node, p=p, drops=drops) if p and any(drops) else Same(call.node)
+
+    def follow(self, flow: Flow) -> None:
+        before = flow.source(self)
+        if before.layout is None:
+            raise Stop
+        if before.const:
+            raise Stop("dropout of pruned channels that are not zero")
+        self.layout = before.layout
+
+    def build(self, scope: Scope, i: int) -> Run:
+        p, drops, j = self.p, self.drops, scope.index[self.sources[0]]
+        channels = scope.channels(self)
+        assert channels is not None and self.layout is not None
+        dim = self.layout.dim
+
+        def run(env: Values, training: bool) -> None:
+            x = env.kept[j]
+            if drops[0 if training else -1] if self.module is None else self.module.training:
+                shape = list(x.shape)
+                shape[dim] = channels.width
+                noise = F.dropout(x.new_ones(shape), p, True).index_select(dim, channels.kept)
+                if channels.pads:
+                    shape[dim] = channels.pads
+                    noise = torch.cat([noise, noise.new_zeros(shape)], dim)
+                x = x * noise
+            env.kept[i] = x
+
+        return run
+
+    def export(self, small: Small) -> Value:
+        """Nothing, unless it is on in eval mode; then the same numbers are drawn as at full width."""
+        source = small.source(self)
+        (on,) = self.drops
+        if not on:
+            return Value(source.node, small.channels(self), source.constants)
+        return small.narrowed(self, small.call(F.dropout, small.full(self.sources[0]), self.p, True))

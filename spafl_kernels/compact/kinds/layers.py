@@ -1,0 +1,455 @@
+"""Convolutions and linear layers: what decides which channels are kept, and what needs only those."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ...layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
+from ...ops.channels import is_channels_last
+from ...ops.conv_pool import MAX_IN_CHANNELS, DirectConvReluPool
+from ...ops.image_conv import DirectImageConv, Passes, image_passes
+from ...training import Unsupported
+from ..constants import typed
+from ..layout import Layout, Segment
+from ..plan import Channels
+from ..small import Value, take_rows_of
+from ..spread import pixels
+from .base import Const, Op
+
+if TYPE_CHECKING:
+    from ..flow import Flow
+    from ..program import Values
+    from ..scope import Run, Scope
+    from ..slots import LayerSlot
+    from ..small import Small
+
+__all__ = ["Depthwise", "Layer"]
+
+
+@dataclass(eq=False)
+class Layer(Op):
+    """A convolution or a linear layer. ``reads``: layout of what it reads, None at full width."""
+
+    kind = "layer"
+    modules: ClassVar[tuple[type, ...]] = (nn.Conv2d, ThresholdConv2d, nn.Linear, ThresholdLinear)
+    reads_channels = True
+    fresh = True
+    stands = True
+
+    reads: Layout | None = None
+
+    @classmethod
+    def of_module(cls, node: Any, m: Any, flow: Flow) -> Op | None:
+        depthwise = isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups == m.in_channels == m.out_channels
+        op = Depthwise(node, grad=True) if depthwise else Layer(node, grad=True)
+        flow.layers[flow.names[id(m)]] = op
+        return op
+
+    @property
+    def columns(self) -> Layout | None:
+        """The channels that the weights have columns for; None if they have all."""
+        return self.reads
+
+    @property
+    def dense(self) -> bool:
+        """Whether every filter reads channels of its own choice, not its place's."""
+        return True
+
+    @property
+    def is_conv(self) -> bool:
+        return isinstance(self.module, nn.Conv2d)
+
+    @property
+    def positions(self) -> int:
+        """The places in one sample's result where a filter is applied."""
+        shape = self.shape or ()
+        return prod(shape[2:] if self.is_conv else shape[1:-1])
+
+    # -- channels --------------------------------------------------------------------------------------------------
+
+    def follow(self, flow: Flow) -> None:
+        m, before, ndim = self.module, flow.source(self), len(self.shape or ())
+        dim = 1 if self.is_conv else ndim - 1
+        if before.layout is not None:
+            if before.layout.dim != dim:
+                flow.stop(self, "channels are not where the layer reads them")
+            elif (reason := self.unread()) is not None:
+                flow.stop(self, reason)
+            else:
+                self.reads = before.layout
+        if self.is_conv and ndim != 4:
+            raise Unsupported(f"layer {self.node.target!r} gets an input without a batch dimension")
+        if isinstance(m, ThresholdLayer):
+            self.layout = Layout(dim, (Segment(((flow.names[id(m)], 0),), m.weight.shape[0]),))
+            self.const = Const.SAME if m.bias is not None and not m.mask_bias else Const.ZERO
+
+    def unread(self) -> str | None:
+        """Why kept channels alone cannot be read."""
+        return "grouped convolution" if self.is_conv and self.module.groups > 1 else None
+
+    # -- the call --------------------------------------------------------------------------------------------------
+
+    def reads_constants(self, scope: Scope) -> bool:
+        columns = None if self.columns is None else scope.plan.channels(self.columns)
+        return columns is not None and bool(scope.op(self.sources[0]).const) and len(columns.dropped) > 0
+
+    def takes_tail(self, scope: Scope) -> bool:
+        """Whether ReLU and max-pool can be a part of the call.
+
+        Few enough input channels are a matter of the plan: a later layer comes within reach once inputs are pruned.
+        """
+        slot = scope.layers[scope.flow.names[id(self.module)]]
+        return not self.reads_constants(scope) and slot.weight.shape[1] <= MAX_IN_CHANNELS
+
+    def build(self, scope: Scope, i: int) -> Run:
+        m = self.module
+        name = scope.flow.names[id(m)]
+        slot = scope.layers[name]
+        source = scope.op(self.sources[0])
+        mask_bias = isinstance(m, ThresholdLayer) and m.mask_bias
+        drops = scope.channels(self) is not None and len(scope.plan.rows[name].dropped) > 0
+        const_out = bool(self.const) and drops
+        columns = None if self.columns is None else scope.plan.channels(self.columns)
+        read = scope.full(source.name) if columns is None else None
+        j = scope.index[source.name]
+        const_in = self.reads_constants(scope)
+        conv, tail = self.is_conv, scope.tails.get(self.name)
+        if conv:
+            stride, dilation, groups = m.stride, m.dilation, m.groups
+            pad_first, padding = self.outer_padding()
+            shift = _ConvConstants(self, source.shape or ()) if const_in else None
+        self.count_macs(scope, source, slot, const_in, conv and shift is not None and shift.taps is not None)
+        used, passes = self.passes(scope, columns) if conv else ((0, 0), None)
+
+        def run(env: Values, training: bool) -> None:
+            x = env.kept[j] if read is None else read(env)
+            weight, bias, wd = slot.masked(mask_bias)
+            mask = slot.mask
+            if tail is not None and mask is None:
+                env.kept[i] = DirectConvReluPool.apply(x.contiguous(), weight, bias, *m.padding, tail.window)
+                if const_out:
+                    assert slot.bias_dropped is not None
+                    env.constants[i] = torch.relu(slot.bias_dropped)
+                return
+            late = bias if mask is not None else None
+            if mask is not None:
+                bias = None
+            extra: Tensor | None = None
+            if const_in and (c := env.constants[j]) is not None:
+                assert wd is not None
+                if conv:
+                    assert shift is not None
+                    bias, extra = shift(c, wd, bias)
+                elif c.dim() == 1:
+                    bias, extra = _plus_product(wd.flatten(1), c, bias), None
+                else:
+                    extra = F.linear(c, wd)
+            if conv:
+                if pad_first is not None:
+                    x = F.pad(x, pad_first, mode=m.padding_mode)
+                if passes is not None and is_channels_last(x) and weight.is_contiguous() and any(own := passes(len(x))):
+                    y = DirectImageConv.apply(x, weight, bias, stride, padding, used, own)
+                else:
+                    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+                if extra is not None:
+                    y = _AddMap.apply(y, extra) if extra.dim() == 2 and is_channels_last(y) else _added(y, extra)
+            else:
+                y = F.linear(x, weight, bias)
+                if extra is not None:
+                    y = y + extra
+            if mask is not None:
+                shape = (1, -1, 1, 1) if conv else (-1,)
+                if late is not None and mask_bias:
+                    y = y + late.view(shape).to(y.dtype)
+                y = y * mask.view(shape).to(y.dtype)
+                if late is not None and not mask_bias:
+                    y = y + late.view(shape).to(y.dtype)
+            c = typed(slot.bias_dropped, y) if const_out else None
+            if tail is not None:
+                y, c = tail(y), None if c is None else torch.relu(c)
+            env.kept[i], env.constants[i] = y, c
+
+        return run
+
+    def outer_padding(self) -> tuple[list[int] | None, Any]:
+        """How the image is padded before the convolution, if not with zeros, and the convolution's own padding."""
+        m = self.module
+        return (None, m.padding) if m.padding_mode == "zeros" else (list(m._reversed_padding_repeated_twice), 0)
+
+    def passes(self, scope: Scope, columns: Channels | None) -> tuple[tuple[int, int], Callable[[int], Passes] | None]:
+        """The channels of a convolution that are not padding, and by batch size the passes for :func:`image_conv`."""
+        m = self.module
+        rows = scope.plan.rows.get(scope.flow.names[id(m)])
+        inputs = m.in_channels if columns is None else len(columns.kept)
+        outputs = m.out_channels if rows is None else len(rows.kept)
+        used = max(inputs, 1), max(outputs, 1)
+        plain = m.padding_mode == "zeros" and not isinstance(m.padding, str) and m.dilation == (1, 1) and m.groups == 1
+        if not (scope.native and scope.channels_last and plain):
+            return used, None
+        dtype = m.weight.dtype
+        return used, functools.cache(lambda batch: image_passes(batch, *used, dtype))
+
+    def count_macs(self, scope: Scope, source: Op, slot: LayerSlot, const_in: bool, as_map: bool) -> None:
+        scope.macs += (3 if source.grad else 2) * slot.weight.numel() * self.positions
+        if const_in and (dropped := slot.weight_dropped) is not None:
+            scope.macs_fixed += 3 * dropped.numel()
+            if as_map:  # forward, and the gradient of what the constants make of each tap
+                scope.macs_fixed += 2 * dropped[:, 0].numel() * self.positions
+
+    # -- export ----------------------------------------------------------------------------------------------------
+
+    def export(self, small: Small) -> Value:
+        m, source = self.module, small.source(self)
+        name, conv = small.flow.names[id(m)], self.is_conv
+        rows, columns = small.plan.rows.get(name), None if self.columns is None else small.plan.channels(self.columns)
+        weight, bias = m.weight.detach(), None if m.bias is None else m.bias.detach()
+        if isinstance(m, ThresholdLayer):
+            mask = m.mask().to(weight.dtype)
+            weight = weight * mask.view(-1, *(1,) * (weight.dim() - 1))
+            if bias is not None and m.mask_bias:
+                bias = bias * mask
+        dropped_bias = None
+        if rows is not None:
+            if bias is not None and not m.mask_bias and len(rows.dropped):
+                dropped_bias = bias[rows.dropped]
+            weight = take_rows_of(weight, rows)
+            bias = None if bias is None else take_rows_of(bias, rows)
+        node = self.exported_input(small, rows)
+        border: Tensor | None = None
+        if columns is not None:
+            if source.constants is not None:
+                lost = weight.index_select(1, columns.dropped)
+                bias, border = self.exported_constants(small, lost, bias)
+            weight = weight.index_select(1, columns.kept)
+            if columns.pads:
+                weight = F.pad(weight, [0, 0] * (weight.dim() - 2) + [0, columns.pads])
+        result: Op = self
+        out_constants = dropped_bias
+        if (norm := small.folded.get(self.name)) is not None:
+            result = norm
+            scale, shift, out_constants = norm.numbers(rows, dropped_bias)
+            weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+            bias = shift if bias is None else bias * scale + shift
+            border = None if border is None else border * scale.view(1, -1, 1, 1)
+        made: Any
+        if conv:
+            groups, padding = self.exported_groups(weight), m.padding
+            if isinstance(padding, str):
+                # In numbers: ONNX Runtime refuses "same" with dilation.
+                total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(m.dilation, m.kernel_size)]
+                padding = tuple(t // 2 for t in total)
+                if any(t % 2 for t in total):
+                    (top, left), padding = padding, 0
+                    sides = [left, total[1] - left, top, total[0] - top]
+                    mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+                    node = small.call(F.pad, node, sides, mode)
+            made = nn.Conv2d(
+                weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.dilation, groups,
+                bias is not None, m.padding_mode, weight.device, weight.dtype,
+            )  # fmt: skip
+        else:
+            made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
+        made.weight.copy_(weight)
+        if bias is not None:
+            made.bias.copy_(bias)
+        out = small.module(name, made, node)
+        if border is not None:
+            out = small.call(torch.add, out, small.buffer(f"{name}_border", border))
+        value = Value(out, small.channels(result), out_constants)
+        small.values[result.name] = value
+        return value
+
+    def exported_input(self, small: Small, rows: Channels | None) -> fx.Node:
+        return small.full(self.sources[0]) if self.columns is None else small.source(self).node
+
+    def exported_groups(self, weight: Tensor) -> int:
+        return self.module.groups if self.is_conv else 1
+
+    def exported_constants(
+        self, small: Small, lost: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The bias with what constants add to it, and what they add otherwise."""
+        maps, c = small.constant_maps(self), small.source(self).constants
+        assert maps is not None and c is not None
+        if not self.is_conv:
+            return (_plus_product(lost, c, bias), None) if c.dim() == 1 else (bias, F.linear(maps, lost))
+        m = self.module
+        pad_first, padding = self.outer_padding()
+        if c.dim() == 1 and (pad_first is not None or padding in ("valid", 0, (0, 0))):
+            return _plus_product(lost.flatten(2).sum(2), c, bias), None
+        if pad_first is not None:
+            maps = F.pad(maps, pad_first, mode=m.padding_mode)
+        return bias, F.conv2d(maps, lost, None, m.stride, padding, m.dilation)
+
+
+class _ConvConstants:
+    """What the constants of dropped input channels add to a convolution's result.
+
+    ``(constants, weights of dropped inputs, bias) -> (bias, what else is to be added)``; the latter is
+    ``(rows, positions)`` or broadcasts to the result.
+    """
+
+    def __init__(self, op: Layer, shape: tuple[int, ...]) -> None:
+        m = op.module
+        self.settings = m.stride, m.padding, m.dilation
+        self.pad_first, padding = op.outer_padding()
+        self.mode = m.padding_mode
+        self.kernel = prod(m.kernel_size)
+        self.taps: Tensor | None = None
+        if self.pad_first is None and padding != "valid" and padding not in (0, (0, 0)):
+            # A constant map under zero padding: which taps of the kernel fall inside the image, at every position.
+            like = {"dtype": m.weight.dtype, "device": m.weight.device}
+            eye = torch.eye(self.kernel, **like).view(self.kernel, 1, *m.kernel_size)
+            inside = F.conv2d(torch.ones(1, 1, *shape[2:], **like), eye, None, *self.settings)
+            self.size, self.taps = inside.shape[2:], inside.view(self.kernel, -1)
+
+    def __call__(self, c: Tensor, weights: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if c.dim() == 1:
+            if self.taps is None:
+                return _plus_product(weights.flatten(1), c, bias), None
+            return bias, _through(c, weights.flatten(2)) @ self.taps  # (rows, kernel) by (kernel, positions)
+        if c.shape[2:].numel() > 1:
+            if self.pad_first is not None:
+                c = F.pad(c, self.pad_first, mode=self.mode)
+                return bias, F.conv2d(c, weights, None, self.settings[0], 0, self.settings[2])
+            return bias, F.conv2d(c, weights, None, *self.settings)
+        # A constant of every sample: (samples, dropped).
+        c = c.flatten(1)
+        if self.taps is None:
+            return bias, F.linear(c, weights.flatten(2).sum(2)).unflatten(1, (-1, 1, 1))
+        by_tap = torch.einsum("nd,rdk->nrk", c, weights.flatten(2))
+        return bias, (by_tap @ self.taps).unflatten(2, self.size)
+
+
+def _added(y: Tensor, extra: Tensor) -> Tensor:
+    return y.add_(extra.view(1, len(extra), *y.shape[2:]) if extra.dim() == 2 else extra)
+
+
+def _plus_product(weights: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+    """``bias`` plus ``weights @ c``, every constant as often as the kernel has taps."""
+    taps = weights.shape[1] // len(c)
+    extra = torch.matmul(weights, c if taps == 1 else c.repeat_interleave(taps))
+    return extra if bias is None else bias + extra
+
+
+def _through(constants: Tensor, weights: Tensor) -> Tensor:
+    """``(C,)`` by ``(rows, C, kernel)``: ``(rows, kernel)``."""
+    if weights.device.type == "cpu":
+        return torch.matmul(constants, weights)
+    # matmul would copy the weights, forward and backward, to have one product; elsewhere a call is what costs.
+    return torch.bmm(constants.expand(len(weights), 1, -1), weights).squeeze(1)
+
+
+@dataclass(eq=False)
+class Depthwise(Layer):
+    """Channel by channel: only the kept filters' input channels are read, constants included."""
+
+    kind = "depthwise"
+    modules: ClassVar[tuple[type, ...]] = ()
+
+    @property
+    def columns(self) -> Layout | None:
+        return None
+
+    @property
+    def dense(self) -> bool:
+        return False
+
+    def unread(self) -> str | None:
+        return None
+
+    def takes_tail(self, scope: Scope) -> bool:
+        return False
+
+    def build(self, scope: Scope, i: int) -> Run:
+        m = self.module
+        name = scope.flow.names[id(m)]
+        slot, source = scope.layers[name], scope.op(self.sources[0])
+        self.count_macs(scope, source, slot, False, False)
+        rows = scope.plan.rows.get(name)
+        before = None if self.reads is None else scope.plan.channels(self.reads)
+        read, j = scope.full(source.name), scope.index[source.name]
+        mask_bias = isinstance(m, ThresholdLayer) and m.mask_bias
+        const_out = bool(self.const) and rows is not None and len(rows.dropped) > 0
+        # Without constants a dropped input channel is 0; then only channels kept on both sides are moved.
+        select = None if rows is None or rows.full else rows.kept
+        direct = before is not None and rows is not None and torch.equal(before.host.kept, rows.host.kept)
+
+        def run(env: Values, training: bool) -> None:
+            if direct:
+                assert rows is not None and before is not None
+                x = env.kept[j].narrow(1, 0, len(before.kept)) if before.pads else env.kept[j]
+            else:
+                x = read(env)
+                if select is not None:
+                    x = x.index_select(1, select)
+            weight, bias, _ = slot.masked(mask_bias)
+            mask = slot.mask
+            if rows is not None and rows.pads:
+                x = F.pad(x, (0, 0, 0, 0, 0, rows.pads))
+            padding: Any = m.padding
+            if m.padding_mode != "zeros":
+                x = F.pad(x, list(m._reversed_padding_repeated_twice), mode=m.padding_mode)
+                padding = 0
+            y = F.conv2d(x, weight, bias if mask is None else None, m.stride, padding, m.dilation, weight.shape[0])
+            if mask is not None:
+                if bias is not None and mask_bias:
+                    y = y + bias.view(1, -1, 1, 1).to(y.dtype)
+                y = y * mask.view(1, -1, 1, 1).to(y.dtype)
+                if bias is not None and not mask_bias:
+                    y = y + bias.view(1, -1, 1, 1).to(y.dtype)
+            env.kept[i] = y
+            if const_out:
+                env.constants[i] = typed(slot.bias_dropped, y)
+
+        return run
+
+    def exported_groups(self, weight: Tensor) -> int:
+        return weight.shape[0]
+
+    def exported_input(self, small: Small, rows: Channels | None) -> fx.Node:
+        source, name = small.source(self), self.sources[0]
+        if rows is None:
+            return small.full(name)
+        before = source.channels
+        if before is not None and torch.equal(before.kept, rows.kept) and before.pads == rows.pads:
+            return source.node
+        if before is not None and not before.full:
+            node = small.relayout(name, rows.kept)
+        else:
+            index = small.buffer(f"{self.name}_inputs", rows.kept)
+            node = small.call(torch.index_select, source.node, 1, index)
+        return small.padded(node, rows.pads, 1, 4)
+
+
+class _AddMap(torch.autograd.Function):
+    """``_AddMap.apply(y, map)``: the same map on every image, in place; ``y`` in channels-last order.
+
+    Autograd's sum of the gradient over the batch, and a sum with a map in another order than ``y``, take several times
+    as long as a pass over the images.
+
+    Args:
+        y: ``(N, C, H, W)``.
+        map: ``(C, H * W)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, map: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        pixels(y).view(len(y), -1).add_(map.t().reshape(1, -1))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,) = grad_outputs
+        channels = grad.shape[1]
+        rows = grad.permute(0, 2, 3, 1).reshape(len(grad), -1)
+        return grad, rows.sum(0).view(-1, channels).t() if ctx.needs_input_grad[1] else None

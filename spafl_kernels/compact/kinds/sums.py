@@ -1,0 +1,142 @@
+"""Sums of two tensors, whose channels may be different ones."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import fx
+
+from ..calls import Call, Signature
+from ..constants import chosen, summed
+from ..plan import Channels
+from ..small import Value
+from ..spread import Spread, Summand
+from .base import Const, Op, Stop
+
+if TYPE_CHECKING:
+    from ..flow import Flow
+    from ..program import Values
+    from ..scope import Run, Scope
+    from ..small import Small
+
+__all__ = ["Sum"]
+
+
+@dataclass(eq=False)
+class Sum(Op):
+    """``terms``: names of the two tensors, which may be one."""
+
+    kind = "sum"
+    _ADD = Signature("input other alpha out", alpha=1, out=None)
+    calls: ClassVar[Mapping[Any, Any]] = {
+        operator.add: _ADD, operator.iadd: _ADD, torch.add: _ADD, "add": _ADD, "add_": _ADD
+    }  # fmt: skip
+    passes_channels = True
+    fresh = True
+    stands = True
+
+    terms: tuple[str, str] = ("", "")
+
+    @classmethod
+    def of_call(cls, call: Call, flow: Flow) -> Op | None:
+        a, b = call.values["input"], call.values["other"]
+        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or call.values["alpha"] != 1:
+            return None
+        return cls(call.node, terms=(a.name, b.name))
+
+    def follow(self, flow: Flow) -> None:
+        a, b = (flow.ops[name] for name in self.terms)
+        if a.shape is None or b.shape is None:
+            raise Stop
+        if a.layout is None and b.layout is None:
+            return
+        if a.shape != b.shape:
+            raise Stop("addition with broadcasting")
+        if a.layout is None or b.layout is None:
+            flow.stop(self, "addition to a tensor at full width")
+        elif a.layout != b.layout and not flow.read_compact(self):
+            flow.stop(self, "addition of different channels, which nobody reads apart")
+        elif (layout := a.layout.plus(b.layout)) is None:
+            flow.stop(self, "addition of channels that are not repeated alike")
+        elif (const := a.const | b.const) == Const.VARIES:
+            flow.stop(self, "addition of channels that vary over samples and over positions")
+        else:
+            self.layout, self.const = layout, const
+
+    def build(self, scope: Scope, i: int) -> Run:
+        a, b = (scope.op(name) for name in self.terms)
+        ja, jb = scope.index[a.name], scope.index[b.name]
+        after, ndim = scope.channels(self), len(self.shape or ())
+        if a.layout == b.layout and (after is not None or a.layout is None):
+            dim = 0 if self.layout is None else self.layout.dim
+
+            def run(env: Values, training: bool) -> None:
+                env.kept[i] = env.kept[ja] + env.kept[jb]
+                env.constants[i] = summed(env.constants[ja], env.constants[jb], dim, ndim)
+
+            return run
+        if after is not None:
+            return self._channels(scope, a, b, after, i)
+        fa, fb = scope.full(a.name), scope.full(b.name)
+        ca, cb = scope.channels(a), scope.channels(b)
+        # Add a compact operand into the channels it has.
+        if cb is not None and not cb.full:
+            return _into(scope, fa, jb, b, cb, i)
+        if ca is not None and not ca.full:
+            return _into(scope, fb, ja, a, ca, i)
+
+        def wide(env: Values, training: bool) -> None:
+            env.kept[i] = fa(env) + fb(env)
+
+        return wide
+
+    def _channels(self, scope: Scope, a: Op, b: Op, after: Channels, i: int) -> Run:
+        """A sum of different channels: it has those that one of the operands has."""
+        assert self.layout is not None
+        ja, jb, dim, ndim = scope.index[a.name], scope.index[b.name], self.layout.dim, len(self.shape or ())
+        first, second = (_summand(scope, op, after) for op in (a, b))
+        if second.spread is None:
+            ja, jb, first, second = jb, ja, second, first
+
+        def run(env: Values, training: bool) -> None:
+            ca, cb = env.constants[ja], env.constants[jb]
+            env.kept[i] = second(env.kept[jb], cb, first(env.kept[ja], ca, None))
+            env.constants[i] = summed(first.left(ca), second.left(cb), dim, ndim)
+
+        return run
+
+    def export(self, small: Small) -> Value:
+        after = small.channels(self)
+        if after is None:
+            return Value(small.call(torch.add, *(small.full(n) for n in self.terms)), None)
+        assert self.layout is not None
+        nodes, constants, dim, ndim = [], None, self.layout.dim, len(self.shape or ())
+        for name in self.terms:
+            value = small.values[name]
+            assert value.channels is not None
+            same = torch.equal(value.channels.kept, after.kept) and value.channels.pads == after.pads
+            nodes.append(value.node if same else small.relayout(name, after.kept, after.pads))
+            if value.constants is not None and len(after.dropped):
+                stay = torch.isin(value.channels.dropped, after.dropped).nonzero().flatten()
+                constants = summed(constants, chosen(value.constants, stay, dim), dim, ndim)
+        return Value(small.call(torch.add, *nodes), after, constants)
+
+
+def _into(scope: Scope, full: Callable[[Values], Any], j: int, part: Op, channels: Channels, i: int) -> Run:
+    assert part.layout is not None
+    spread = Spread(channels.host.kept, channels.width, part.layout.dim, scope.native, scope.device)
+
+    def run(env: Values, training: bool) -> None:
+        env.kept[i] = spread(env.kept[j], env.constants[j], full(env))
+
+    return run
+
+
+def _summand(scope: Scope, op: Op, after: Channels) -> Summand:
+    channels = scope.channels(op)
+    assert channels is not None and op.layout is not None
+    return Summand(channels, after, op.layout.dim, scope.native)
