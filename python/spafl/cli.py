@@ -85,6 +85,11 @@ def _export(args: argparse.Namespace) -> int:
 COMMANDS = {"run": _run, "report": _report, "export": _export}
 
 
+def _on_one_line(error: Exception) -> str:
+    """An error's text; what it quotes of files and paths may hold line breaks and terminal codes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of the console command; exit status 0 done, 1 broken machine, 2 a mistake the user can mend."""
     args = _parser().parse_args(arguments)
@@ -95,10 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command](args)
     except (UserError, ReportError, FloatingPointError, TooFewUploads) as error:
-        print(f"spafl: error: {error}", file=sys.stderr)
+        print(f"spafl: error: {_on_one_line(error)}", file=sys.stderr)
         return 2
     except WorkerDied as error:
-        print(f"spafl: error: {error}", file=sys.stderr)
+        print(f"spafl: error: {_on_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("spafl: interrupted; continue with --resume", file=sys.stderr)

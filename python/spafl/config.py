@@ -8,25 +8,40 @@ with every value spelled out, is saved in the run folder.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from .algorithms import Algorithm, LocalTraining, find_algorithm
-from .data import DATASETS, SCHEMES
+from .checked import CheckedModel, alternatives, short
+from .data import DATASETS, MAX_ALPHA, MIN_ALPHA, SCHEMES
 from .errors import UserError
 from .models import MODELS
 from .wire import Encoding
 
+# Above what any machine or study needs: past these, memory or time explode, or float32 ends.
+MANY = 10_000_000
+LARGE = 1e30
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+class _Section(CheckedModel):
+    pass
+
+
+def _in_float32(value: float) -> float:
+    if value < 1e-30:
+        raise PydanticCustomError("vanishing", "input should be 1e-30 or more, or it is 0 in float32")
+    return value
+
+
+Positive = Annotated[float, Field(gt=0, le=LARGE), AfterValidator(_in_float32)]
 
 
 class DataConfig(_Section):
@@ -35,10 +50,10 @@ class DataConfig(_Section):
     """Folder that holds the data files; datasets that are embedded or synthetic need none."""
     image: int | None = Field(default=None, ge=8, le=1024)
     channels: int | None = Field(default=None, ge=1, le=64)
-    classes: int | None = Field(default=None, ge=2)
-    train: int | None = Field(default=None, ge=1)
-    test: int | None = Field(default=None, ge=1)
-    seed: int | None = Field(default=None, ge=0)
+    classes: int | None = Field(default=None, ge=2, le=100_000)
+    train: int | None = Field(default=None, ge=1, le=MANY)
+    test: int | None = Field(default=None, ge=1, le=MANY)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     augment: Literal["none", "crop-flip"] | None = None
     """Training augmentation; by default what is usual for the data set."""
     pixels: Literal["standard", "unit", "raw"] | None = None
@@ -48,14 +63,14 @@ class DataConfig(_Section):
 
 class PartitionConfig(_Section):
     scheme: str = "dirichlet"
-    clients: int = Field(default=100, ge=1)
-    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    clients: int = Field(default=100, ge=1, le=MANY)
+    alpha: float | None = Field(default=None, ge=MIN_ALPHA, le=MAX_ALPHA)
     """Concentration of the Dirichlet draws (schemes ``dirichlet`` and ``size``); small is uneven."""
-    classes_per_client: int | None = Field(default=None, ge=1)
+    classes_per_client: int | None = Field(default=None, ge=1, le=100_000)
     """Classes of each client (scheme ``pathological``)."""
-    min_train: int = Field(default=1, ge=1)
-    min_test: int = Field(default=1, ge=1)
-    max_draws: int = Field(default=100, ge=1)
+    min_train: int = Field(default=1, ge=1, le=MANY)
+    min_test: int = Field(default=1, ge=1, le=MANY)
+    max_draws: int = Field(default=100, ge=1, le=10_000)
 
 
 class ModelConfig(_Section):
@@ -63,23 +78,23 @@ class ModelConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    lr: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    lr: Positive = 0.01
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    batch_size: int = Field(default=32, ge=1)
-    epochs: int = Field(default=5, ge=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=LARGE)
+    batch_size: int = Field(default=32, ge=1, le=1_000_000)
+    epochs: int = Field(default=5, ge=1, le=100_000)
     lr_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of round r: ``max(lr * lr_decay ** r, lr_floor)``."""
-    lr_floor: float = Field(default=0.0, ge=0)
-    max_grad_norm: float | None = Field(default=None, gt=0)
+    lr_floor: float = Field(default=0.0, ge=0, le=LARGE)
+    max_grad_norm: Positive | None = None
     drop_last: bool = False
 
 
 class SamplingConfig(_Section):
-    clients_per_round: int = Field(default=10, ge=1)
+    clients_per_round: int = Field(default=10, ge=1, le=MANY)
     stream: Literal["seeded", "published-cifar100"] = "seeded"
     """``published-cifar100``: NumPy's legacy generator reseeded with the round, whatever the run's seed."""
-    min_uploads: int = Field(default=1, ge=1)
+    min_uploads: int = Field(default=1, ge=1, le=MANY)
     """A round with fewer good uploads stops the run; bad ones are left out (:mod:`spafl.merge`)."""
 
 
@@ -89,22 +104,22 @@ class CommunicationConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    every: int = Field(default=1, ge=1)
+    every: int = Field(default=1, ge=1, le=MANY)
     """Evaluate all clients every so many rounds, and after the last."""
     train_data: Literal["final", "always", "never"] = "final"
     """When to measure accuracy on the training data too (for the generalisation gap)."""
 
 
 class SimulationConfig(_Section):
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=256)
     """Worker processes of one thread each; 0: one per core on a CPU, one on a GPU."""
     engine: Literal["auto", "masked", "compact"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where a table of measured speeds shows the run to be faster there, else the CPU."""
     store: Literal["auto", "memory", "file"] = "auto"
     """Where clients' tensors live between turns; auto: in memory if they need at most a quarter of what is free."""
-    checkpoint_every: int = Field(default=10, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    checkpoint_every: int = Field(default=10, ge=1, le=MANY)
+    keep_checkpoints: int = Field(default=2, ge=1, le=1000)
 
 
 class RunConfig(_Section):
@@ -112,7 +127,7 @@ class RunConfig(_Section):
 
     name: str = Field(default="run", min_length=1)
     seed: int = Field(default=1, ge=0, lt=2**32)
-    rounds: int = Field(default=100, ge=1)
+    rounds: int = Field(default=100, ge=1, le=MANY)
     data: DataConfig
     partition: PartitionConfig = PartitionConfig()
     model: ModelConfig
@@ -122,6 +137,17 @@ class RunConfig(_Section):
     communication: CommunicationConfig = CommunicationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     simulation: SimulationConfig = SimulationConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _stays_below_the_runs(cls, name: str) -> str:
+        """The name becomes a folder of ``runs/``, and must not lead out of it."""
+        parts = name.split("/")
+        if not name.isprintable() or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
+            raise PydanticCustomError(
+                "name", "a name of a folder below runs/ is needed: printable, relative, without '.' and '..'"
+            )
+        return name
 
     def build_algorithm(self) -> Algorithm:
         """The algorithm object these settings describe."""
@@ -137,6 +163,8 @@ class RunConfig(_Section):
         """The resolved configuration, complete: reading it back gives an equal one."""
         return tomli_w.dumps(_swap(self.model_dump(), None, OFF))
 
+
+MAX_FILE = 1 << 20  # bytes of a configuration
 
 # TOML has no null. The word is needed because leaving a key out means "as the variant says".
 OFF = "off"
@@ -165,28 +193,22 @@ def parse_assignment(text: str) -> dict[str, Any]:
     """
     path, equals, value = text.partition("=")
     keys = [key.strip() for key in path.split(".")]
-    if not equals or not all(keys):
-        raise UserError(f"--set takes section.key=value; got {text!r}")
+    if not equals or not all(keys) or len(keys) > 8:
+        raise UserError(f"--set takes section.key=value; got {short(text)}")
+    if not text.isprintable():  # a line break would begin another setting
+        raise UserError(f"--set takes printable characters on one line; got {short(text)}")
     parsed: Any
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except RecursionError:
+        raise UserError(f"--set {path}: the value is nested too deeply") from None
+    except ValueError:  # no TOML: a plain text, or a number as people write it (.5)
         parsed = value.strip()
+        if re.fullmatch(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", parsed, re.ASCII):
+            parsed = float(parsed)
     for key in reversed(keys):
         parsed = {key: parsed}
     return parsed
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a configuration file as they are written; errors as :func:`load_config`."""
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"configuration file {path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"configuration file {path} is a folder") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
 def load_config(path: Path, assignments: Iterable[str] = ()) -> RunConfig:
@@ -201,15 +223,49 @@ def load_config(path: Path, assignments: Iterable[str] = ()) -> RunConfig:
     return resolve_config(raw)
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        UserError: it cannot be read, is larger than :data:`MAX_FILE`, or is not TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE + 1)
+    except FileNotFoundError:
+        raise UserError(f"configuration file {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"configuration file {path} is a folder") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"configuration file {short(str(path))} cannot be read: {reason}") from None
+    if len(content) > MAX_FILE:
+        raise UserError(f"configuration file {path} has more than {MAX_FILE} bytes")
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply") from None
+    except ValueError as error:  # no TOML, no UTF-8, or a number of more digits than Python reads
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
 def resolve_config(raw: Mapping[str, Any]) -> RunConfig:
     """Complete and check a configuration given as nested tables; errors as :func:`load_config`."""
-    raw = _swap(raw, OFF, None)
+    try:
+        return _resolve(_swap(raw, OFF, None))
+    except RecursionError:
+        raise UserError("the configuration is nested too deeply") from None
+
+
+def _resolve(raw: dict[str, Any]) -> RunConfig:
     algorithm = raw.get("algorithm")
     if not isinstance(algorithm, Mapping) or not isinstance(algorithm.get("name"), str):
         _check_keys(raw, RunConfig, "")
         raise UserError('configuration needs [algorithm] with name = "spafl" (or another algorithm)')
     try:
         cls = find_algorithm(algorithm["name"])
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"algorithm.name: {error}") from None
     variant = algorithm.get("variant")
@@ -234,7 +290,7 @@ def _check_names(config: RunConfig) -> None:
     for where, name, known in names:
         if name not in known:
             near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-            raise UserError(f"{where}: unknown name {name!r}; did you mean {near[0]!r}? known: {', '.join(known)}")
+            raise UserError(f"{where}: unknown name {short(name)}; did you mean {near[0]!r}? known: {', '.join(known)}")
     if config.sampling.clients_per_round > config.partition.clients:
         raise UserError(
             f"sampling.clients_per_round: {config.sampling.clients_per_round} clients cannot be sampled from "
@@ -275,12 +331,15 @@ def _allowed(model: type[BaseModel], key: str) -> str:
     field = model.model_fields.get(key)
     if field is None:
         return ""
-    annotation = field.annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    if typing.get_origin(annotation) is Literal:
-        return "one of " + ", ".join(str(a) for a in typing.get_args(annotation))
-    return ""
+    choices: list[str] = []
+    for part in alternatives(field.annotation):
+        if typing.get_origin(part) is Literal:
+            choices += [str(choice) for choice in typing.get_args(part)]
+        elif part is bool:
+            choices += ["true", "false"]
+        else:
+            return "input should be a table" if isinstance(part, type) and issubclass(part, BaseModel) else ""
+    return "one of " + ", ".join(choices) if choices != ["true", "false"] else "true or false"
 
 
 def _validate(model: type[BaseModel], raw: Mapping[str, Any], prefix: str) -> Any:
@@ -299,4 +358,4 @@ def _validate(model: type[BaseModel], raw: Mapping[str, Any], prefix: str) -> An
             raise UserError(f"missing key {path}") from None
         allowed = _allowed(owner, str(error["loc"][-1])) if error["loc"] else ""
         said = allowed or error["msg"][0].lower() + error["msg"][1:]
-        raise UserError(f"{path}: {said}; got {error['input']!r}") from None
+        raise UserError(f"{path}: {said}; got {short(error['input'])}") from None

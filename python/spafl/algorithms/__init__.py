@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import inspect
 
+from ..checked import short
+from ..errors import UserError
+from ..plugins import find, is_path, place
 from .base import Algorithm, BaseOptions, ServerState, Training, Upload
 from .client import Client, Evaluation, LocalTraining, Samples
 from .fedavg import FedAvg
@@ -40,19 +43,19 @@ def find_algorithm(name: str) -> type[Algorithm]:
     """The algorithm of a registered name, or of an import path ``package.module:Class``.
 
     Raises:
-        ValueError: unknown name (the nearest known one is named), or a path that does not lead to an Algorithm.
+        ValueError: unknown name (the nearest known one is named).
+        UserError: a path that does not lead to an Algorithm, with file and line of the user's code.
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
-    if ":" in name:
-        module_name, _, class_name = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module_name), class_name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"algorithm {name!r} cannot be imported: {error}") from error
+    if is_path(name):
+        found = find("algorithm.name", name)
         if not (isinstance(found, type) and issubclass(found, Algorithm)):
-            raise ValueError(f"algorithm {name!r} is not a subclass of spafl.algorithms.Algorithm")
+            raise UserError(f"algorithm.name: {place(found)} is not a subclass of spafl.algorithms.Algorithm")
+        if inspect.isabstract(found):
+            lacking = ", ".join(sorted(found.__abstractmethods__))
+            raise UserError(f"algorithm.name: {place(found)} does not define {lacking}")
         return found
     near = difflib.get_close_matches(name, ALGORITHMS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown algorithm {name!r}; known: {', '.join(ALGORITHMS)}{hint}")
+    raise ValueError(f"unknown algorithm {short(name)}; known: {', '.join(ALGORITHMS)}{hint}")

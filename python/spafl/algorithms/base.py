@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ..checked import CheckedModel
 from ..cost import Cost
 from ..wire import Message
 from .client import Client, Evaluation
@@ -27,10 +27,8 @@ from .client import Client, Evaluation
 ServerState = dict[str, Tensor]
 
 
-class BaseOptions(BaseModel):
+class BaseOptions(CheckedModel):
     """Base of an algorithm's own settings; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True)

@@ -87,12 +87,12 @@ class SpaFLOptions(AggregationOptions):
     """Settings of SpaFL; ``variant`` fills in what is not given."""
 
     variant: Literal["fmnist", "cifar10", "cifar100", "paper"] = "paper"
-    penalty: float = Field(ge=0, allow_inf_nan=False)
+    penalty: float = Field(ge=0, le=1e6)
     """Coefficient ``c`` of ``sum exp(-tau)``; 0 switches pruning pressure off."""
     estimator: Estimator
     penalty_warmup: Literal["none", "sigmoid"]
     """``sigmoid``: the coefficient is scaled by ``1 / (1 + exp(5 - 10 r / warmup_rounds))`` in round ``r``."""
-    warmup_rounds: float = Field(default=1.0, gt=0)
+    warmup_rounds: float = Field(default=1.0, ge=1e-3, le=1e9)
     importance: Literal["before-training", "after-merge", "none"]
     """When and for whom: sampled clients before they train, or every client after aggregation."""
     importance_normaliser: Literal["kernel", "row"]

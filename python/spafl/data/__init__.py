@@ -6,11 +6,13 @@ from .builtin import load_digits, load_synthetic
 from .cifar import FORMS, load_cifar
 from .dataset import DATASETS, DataError, Dataset, dataset_options, load_dataset, register_dataset
 from .idx import SOURCES, load_idx
-from .partition import SCHEMES, Partition, PartitionError, Scheme, partition, register_scheme
+from .partition import MAX_ALPHA, MIN_ALPHA, SCHEMES, Partition, PartitionError, Scheme, partition, register_scheme
 from .transform import Transform
 
 __all__ = [
     "DATASETS",
+    "MAX_ALPHA",
+    "MIN_ALPHA",
     "SCHEMES",
     "DataError",
     "Dataset",

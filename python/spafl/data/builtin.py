@@ -9,6 +9,8 @@ import numpy as np
 from .dataset import DataError, Dataset, channel_statistics
 from .transform import Transform
 
+MAX_SYNTHETIC = 1 << 33  # bytes of images
+
 
 def load_digits(root: Path | None = None, *, image: int = 28, channels: int = 1) -> Dataset:
     """The 1,797 handwritten digits that come with scikit-learn (the test part of the UCI optical digits set).
@@ -77,6 +79,13 @@ def load_synthetic(
             raise DataError(f"{name} must be 1 or more; got {value}")
     if seed < 0:
         raise DataError(f"seed must be 0 or more; got {seed}")
+    if classes > train:
+        raise DataError(f"classes must be at most the {train} training samples; got {classes}")
+    size = (classes + train + test) * channels * image**2
+    if size > MAX_SYNTHETIC:
+        raise DataError(
+            f"image, channels, classes, train and test ask for {size} bytes of images; at most {MAX_SYNTHETIC}"
+        )
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (classes, channels, -(-image // 4), -(-image // 4)), dtype=np.uint8)
     prototypes = blocks.repeat(4, axis=2).repeat(4, axis=3)[:, :, :image, :image] // 4

@@ -16,6 +16,10 @@ Owners = tuple[np.ndarray, np.ndarray]
 """Owner (client number) of every train and of every test sample, int64."""
 
 
+# Outside, draws degenerate: the gamma numbers behind a Dirichlet draw leave the range of floats.
+MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6
+
+
 class PartitionError(ValueError):
     """The partition asked for cannot be made: one line with the argument, what was given and what is possible."""
 
@@ -282,6 +286,8 @@ def _check_arguments(name: str, clients: int, options: dict, max_draws: int) -> 
     alpha = options.get("alpha", 1.0)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.number) or not 0 < alpha < np.inf:
         raise PartitionError(f"alpha must be a positive number; got {alpha!r}")
+    if not MIN_ALPHA <= alpha <= MAX_ALPHA:
+        raise PartitionError(f"alpha must be {MIN_ALPHA:g} to {MAX_ALPHA:g}, outside draws degenerate; got {alpha!r}")
     if "sizes" in options:
         try:
             sizes = np.asarray(options["sizes"], dtype=float)
