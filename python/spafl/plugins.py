@@ -71,7 +71,8 @@ def _import(where: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise UserError(
-                f"{where}: there is no module {error.name!r} in {here}, nor on Python's path (PYTHONPATH)"
+                f"{where}: module {name!r} cannot be imported: there is no module {error.name!r} in {here}, nor on "
+                "Python's path (PYTHONPATH)"
             ) from None
         raise UserError(f"{where}: module {name!r} cannot be imported: {explain(error)}") from None
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
