@@ -8,12 +8,13 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .figures import PICTURES, Picture, in_style
 from .run_data import ReportError, Run, labels, load_run
-from .table import comparison_html
+from .table import comparison_html, targets_html
+from .words import description, headline
 
 __all__ = ["write_report"]
 
@@ -23,14 +24,16 @@ _CSS = """
 :root { color-scheme: light dark; --text: #1b1b1b; --back: #ffffff; --soft: #666666; --line: #d0d0d0; }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e4e4; --back: #16181b; --soft: #a0a0a0; --line: #44484d; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
-       max-width: 1020px; margin: 2rem auto; padding: 0 1rem; }
+       max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
-th, td { padding: .25rem .6rem; text-align: right; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .8rem; white-space: nowrap; }
+th, td { padding: .25rem .45rem; text-align: right; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; } thead th { font-weight: 600; }
 thead tr:first-child th { text-align: center; color: var(--soft); font-weight: 400; }
 thead tr:last-child th { border-bottom: 1px solid var(--line); }
-figure { margin: 0; } figure img { width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
+nav ul { columns: 2; padding-left: 1.2rem; } .headline { font-size: 1.1rem; }
+figure { margin: 0; max-width: 1020px; }
+figure img { width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 figcaption, .soft { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
 details { margin: .5rem 0; } pre { overflow-x: auto; padding: .75rem; border: 1px solid var(--line); font-size: .8rem; }
 """
@@ -83,19 +86,27 @@ def _page(runs: Sequence[Run], pictures: dict[Picture, bytes]) -> str:
     notes = [f"{name}: {note}" for name, run in zip(titles, runs) for note in run.notes]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
+        *([f'<p class="headline">{html.escape(headline(runs))}</p>'] if headline(runs) else []),
         *(f'<p class="soft">{html.escape(about)}</p>' for about in _about(runs, titles)),
-        "<h2>Results</h2>",
+        _contents(pictures),
+        '<h2 id="results">Results</h2>',
         f'<div class="wide">{comparison_html(runs)}</div>',
         '<p class="soft">Each row speaks of the last evaluated round and of the costs up to it. Accuracy is over '
         "clients, each with its own model on its own test data. The kinds of cost do not add up: the paper's "
         "formulas, operations and bytes as executed and sent, and measured time.</p>",
         *(f"<p><strong>Note.</strong> {html.escape(note)}</p>" for note in notes),
     ]
+    prices = targets_html(runs)
+    if prices:
+        parts.append(
+            f'<h2 id="targets">What an accuracy costs</h2>\n<div class="wide">{prices}</div>\n'
+            '<p class="soft">The first evaluated round whose mean accuracy is as high, and the costs up to it.</p>'
+        )
     parts += [_section(picture, runs, titles, png) for picture, png in pictures.items()]
     left_out = [f"{p.title.lower()} ({p.lacking})" for p in PICTURES if p not in pictures]
     if left_out:
         parts.append(f'<p class="soft">Not shown: {html.escape(", ".join(left_out))}.</p>')
-    parts.append("<h2>Configuration</h2>")
+    parts.append('<h2 id="configuration">Configuration</h2>')
     for name, run in zip(titles, runs):
         parts.append(_folded(f"{name}: config.toml", run.config))
         if run.environment:
@@ -122,8 +133,15 @@ def _section(picture: Picture, runs: Sequence[Run], titles: Sequence[str], png: 
     missing = f" Not in the picture ({picture.lacking}): {', '.join(absent)}." if absent else ""
     data = base64.b64encode(png).decode()
     title, caption = html.escape(picture.title), html.escape(picture.caption + missing)
-    image = f'<img alt="{title}" src="data:image/png;base64,{data}">'
-    return f"<h2>{title}</h2>\n<figure>{image}\n<figcaption>{caption}</figcaption></figure>"
+    shown = description(picture.stem, [run for run in runs if picture.shows(run)])
+    image = f'<img alt="{title}. {html.escape(shown)}" src="data:image/png;base64,{data}">'
+    return f'<h2 id="{picture.stem}">{title}</h2>\n<figure>{image}\n<figcaption>{caption}</figcaption></figure>'
+
+
+def _contents(pictures: Iterable[Picture]) -> str:
+    links = [("results", "Results"), *((p.stem, p.title) for p in pictures), ("configuration", "Configuration")]
+    items = "".join(f'<li><a href="#{anchor}">{html.escape(title)}</a></li>' for anchor, title in links)
+    return f"<nav><ul>{items}</ul></nav>"
 
 
 def _folded(summary: str, text: str) -> str:

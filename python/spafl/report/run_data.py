@@ -12,7 +12,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from ..cost import RECORDED, Cost
 
-__all__ = ["ClientGaps", "FilterMasks", "Point", "ReportError", "Run", "labels", "load_run"]
+__all__ = ["ClientGaps", "FilterMasks", "Point", "ReportError", "Run", "labels", "load_run", "seed_groups"]
 
 _ROUNDING = 1e-6  # a mean over float32 values may exceed 1 by this much
 
@@ -42,6 +42,8 @@ class Point:
     density: float | None = None
     density_parameters: float | None = None
     layer_density: dict[str, float] | None = None
+    trained: int | None = None
+    """Clients that have trained at least once so far."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class FilterMasks:
 @dataclass(frozen=True)
 class Run:
     """A loaded run folder. ``train`` and ``test`` count samples ``(clients, classes)``; ``accuracies`` ``(clients,)``
-    belong to ``evaluated``, the last evaluated round; ``notes`` say what was incomplete."""
+    belong to ``evaluated``, the last evaluated round; ``history`` holds the evaluated rounds ``(r,)`` and the clients'
+    accuracies in them, float32 ``(r, clients)``; ``notes`` say what was incomplete."""
 
     folder: Path
     name: str
@@ -79,6 +82,7 @@ class Run:
     accuracies: np.ndarray | None
     gaps: ClientGaps | None
     masks: FilterMasks | None
+    history: tuple[np.ndarray, np.ndarray] | None
     completed: bool
     environment: dict[str, Any]
     notes: tuple[str, ...]
@@ -187,6 +191,22 @@ def load_run(folder: str | Path) -> Run:
     )
 
 
+def seed_groups(runs: Sequence[Run]) -> list[list[int]]:
+    """Positions of runs that are the same experiment: equal configurations but for the name, and different seeds."""
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for i, run in enumerate(runs):
+        config = tomllib.loads(run.config)
+        seed = config.pop("seed", None)
+        config.pop("name", None)
+        members = groups.setdefault(json.dumps(config, sort_keys=True, default=str), [])
+        members.append((i, seed))
+    found = []
+    for members in groups.values():
+        distinct = len({seed for _, seed in members}) == len(members)
+        found += [[i for i, _ in members]] if distinct else [[i] for i, _ in members]
+    return sorted(found)
+
+
 def labels(runs: Sequence[Run]) -> list[str]:
     """One distinct one-line label per run: its name; where names repeat, the folder's name is added, then a number."""
     names = [" ".join(run.name.split()) for run in runs]
@@ -246,8 +266,10 @@ def _partition(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _metrics(path: Path, clients: int) -> tuple[list[Point], dict[str, Any], list[str]]:
     points: list[Point] = []
-    details: dict[str, Any] = {"accuracies": None, "gaps": None, "masks": None}
+    details: dict[str, Any] = {"accuracies": None, "gaps": None, "masks": None, "history": None}
     notes: list[str] = []
+    trained: set[int] = set()
+    history: list[tuple[int, np.ndarray]] = []
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -262,10 +284,15 @@ def _metrics(path: Path, clients: int) -> tuple[list[Point], dict[str, Any], lis
         point, of_clients = _line(value, clients)
         if points:
             _follows(points[-1], point, where)
-        points.append(point)
+        trained.update(client.integer() for client in value["sampled"].list())
+        points.append(replace(point, trained=len(trained)))
         details.update(of_clients)
+        if "accuracies" in of_clients:
+            history.append((point.round, of_clients["accuracies"].astype(np.float32)))
     if not points:
         raise ReportError(f"{path}: holds no complete round yet")
+    if history:
+        details["history"] = np.array([r for r, _ in history]), np.stack([values for _, values in history])
     return points, details, notes
 
 

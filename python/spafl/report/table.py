@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .run_data import Point, ReportError, Run, labels, load_run
 
-__all__ = ["comparison_html", "comparison_table", "duration", "quantity"]
+__all__ = ["comparison_html", "comparison_table", "duration", "quantity", "targets_html"]
 
 ABSENT = "-"
 _Cell = Callable[[Point], str]
@@ -47,7 +48,7 @@ def _share(value: float | None) -> str:
 
 # The groups keep the kinds of cost apart: formulas, bytes and operations counted, seconds measured.
 _COLUMNS: list[tuple[str, str, _Cell]] = [
-    ("", "round", lambda p: str(p.round)),
+    ("", "round", lambda p: str(p.round + 1)),
     ("accuracy (%)", "mean", lambda p: _percent(p.accuracy)),
     ("accuracy (%)", "std", lambda p: _percent(p.accuracy_std)),
     ("accuracy (%)", "worst 10 %", lambda p: _percent(p.accuracy_worst)),
@@ -79,6 +80,45 @@ def comparison_table(runs: Sequence[Run | Path | str]) -> str:
     lines.insert(2, "-" * max(map(len, lines)))
     lines += [f"note: {label}: {note}" for label, run in zip(labels(loaded), loaded) for note in run.notes]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def targets(runs: Sequence[Run]) -> list[float]:
+    """Mean accuracies worth asking the price of, whole percents as fractions: for several runs what all of them reached
+    and what two did, for one run 90 % and 99 % of its best."""
+    best = sorted(max(run.curve("accuracy")[1]) for run in runs if run.evaluated is not None)
+    if not best:
+        return []
+    wanted = [best[0], best[-2]] if len(best) > 1 else [0.9 * best[0], 0.99 * best[0]]
+    return sorted({math.floor(100 * value) / 100 for value in wanted} - {0.0})
+
+
+def reached(run: Run, target: float) -> Point | None:
+    """The first evaluated round whose mean accuracy is at least ``target``, or None."""
+    return next((p for p in run.points if p.accuracy is not None and p.accuracy >= target), None)
+
+
+# What it took to get there.
+_PRICES: list[tuple[str, _Cell]] = [
+    ("round", lambda p: str(p.round + 1)),
+    ("payload, up + down", lambda p: quantity(p.cost.payload_bytes, "B")),
+    ("executed MACs", lambda p: quantity(p.cost.executed_macs)),
+    ("measured time", lambda p: duration(p.cost.total_seconds)),
+]
+
+
+def targets_html(runs: Sequence[Run]) -> str:
+    """Rounds, bytes, operations and time that each run needed to reach each of :func:`targets`; empty without any."""
+    rows = []
+    for target in targets(runs):
+        for label, run in zip(labels(runs), runs):
+            point = reached(run, target)
+            cells = [cell(point) for _, cell in _PRICES] if point else ["not reached"] + [ABSENT] * (len(_PRICES) - 1)
+            rows.append([f"{100 * target:.0f} %", label, *cells])
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["accuracy", "run", *(name for name, _ in _PRICES)])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
 
 
 def comparison_html(runs: Sequence[Run]) -> str:

@@ -1,15 +1,19 @@
 """The figures hold the recorded data, in one colour per run, and leave the user's matplotlib alone."""
 
 import dataclasses
+import json
 from itertools import pairwise
 
 import matplotlib
 import numpy as np
 import pytest
+import scipy.stats
 
 from spafl.cost import Cost
 from spafl.report import ReportError, figures
-from spafl.report.run_data import load_run
+from spafl.report.figures.pareto import front
+from spafl.report.figures.sparsity import label_similarity, mask_overlap, rank_correlation
+from spafl.report.run_data import load_run, seed_groups
 
 SPAFL, FEDAVG, LOCAL = figures.COLOURS[:3]
 
@@ -35,14 +39,91 @@ def drawn(figure):
 
 def test_accuracy_over_rounds(three):
     figure = drawn(figures.accuracy_over_rounds(three))
-    mean, worst = figure.axes
+    mean, worst, trained, _ = figure.axes
     for run, colour in zip(three, (SPAFL, FEDAVG, LOCAL)):
         for axes, name in ((mean, "accuracy"), (worst, "accuracy_worst")):
             (line,) = curves(axes, colour)
-            assert line.get_xdata().tolist() == [p.round for p in run.points]
+            assert line.get_xdata().tolist() == [p.round + 1 for p in run.points]
             assert line.get_ydata().tolist() == [getattr(p, name) for p in run.points]
     assert legend(figure) == ["spafl", "fedavg", "local"]
-    assert mean.get_ylabel() == "test accuracy, mean (%)" and mean.get_xlabel() == "round"
+    assert mean.get_ylabel() == "test accuracy, mean (%)" and trained.get_xlabel() == "round"
+    (line,) = curves(trained, SPAFL)
+    seen, shares = set(), []
+    for record in map(json.loads, (three[0].folder / "metrics.jsonl").read_text().splitlines()):
+        seen |= set(record["sampled"])
+        shares.append(len(seen) / 20)
+    np.testing.assert_allclose(line.get_ydata(), shares)
+
+
+def test_runs_that_differ_in_their_seed_alone_are_a_mean_and_a_band(make_run, three):
+    seeds = [load_run(make_run(f"s{i}", name=f"s{i}", rounds=4, seed=i)) for i in range(1, 4)]
+    figure = drawn(figures.accuracy_over_rounds([*seeds, three[1]]))
+    mean = figure.axes[0]
+    values = np.array([run.curve("accuracy")[1] for run in seeds])
+    (line,) = curves(mean, SPAFL)
+    np.testing.assert_allclose(line.get_ydata(), values.mean(0))
+    (band,) = mean.collections
+    corners = {(round(x), round(y, 9)) for x, y in band.get_paths()[0].vertices}
+    assert {(4, round(values[:, 3].min(), 9)), (4, round(values[:, 3].max(), 9))} <= corners
+    assert legend(figure) == ["s1 (3 seeds)", "fedavg"]
+    assert len(curves(mean, FEDAVG)) == 1
+
+
+def test_the_same_seed_twice_is_no_spread(make_run):
+    runs = [load_run(make_run(n, name=n, rounds=2)) for n in ("a", "b")]
+    assert seed_groups(runs) == [[0], [1]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_front_is_what_nothing_beats(seed):
+    rng = np.random.default_rng(seed)
+    costs, values = rng.integers(0, 6, 12).astype(float), rng.integers(0, 6, 12) / 5
+    unbeaten = {
+        (c, v)
+        for c, v in zip(costs, values)
+        if not any((c2 <= c and v2 >= v) and (c2, v2) != (c, v) for c2, v2 in zip(costs, values))
+    }
+    best = front(costs, values)
+    assert {(costs[i], values[i]) for i in best} == unbeaten
+    assert all(a < b for a, b in pairwise(costs[best]))
+
+
+def test_accuracy_against_costs_ends_where_the_runs_end(three):
+    figure = drawn(figures.accuracy_against_costs(three))
+    payload, macs, seconds = figure.axes
+    for axes, cost in ((payload, "payload_bytes"), (seconds, "total_seconds")):
+        for run, colour in zip(three[:2], (SPAFL, FEDAVG)):
+            (end,) = [line for line in curves(axes, colour) if len(line.get_xdata()) == 1]
+            assert (end.get_xdata()[0], end.get_ydata()[0]) == (getattr(run.last.cost, cost), run.last.accuracy)
+    assert [text.get_text() for text in macs.texts] == ["spafl"]  # the others count no operations
+    assert "local (none)" in [text.get_text() for text in payload.texts]
+
+
+def test_every_clients_accuracy_in_every_round(three):
+    over, against, *_ = drawn(figures.accuracy_by_client(three[:1])).axes
+    rounds, values = three[0].history
+    assert rounds.tolist() == [0, 1, 2, 3, 4, 5] and values.shape == (6, 20)
+    np.testing.assert_allclose(np.sort(values[-1]), over.collections[0].get_array().reshape(20, 6)[:, -1])
+    np.testing.assert_allclose(against.collections[0].get_offsets()[:, 0], three[0].train.sum(axis=1))
+    np.testing.assert_allclose(against.collections[0].get_offsets()[:, 1], three[0].accuracies, atol=1e-6)
+
+
+def test_overlap_likeness_and_rank_correlation_by_hand():
+    kept = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]], dtype=bool)
+    np.testing.assert_allclose(mask_overlap(kept)[:, :2], [[1, 1 / 3], [1 / 3, 1], [0, 0], [0, 0]])
+    assert mask_overlap(kept)[2, 3] == 1
+    np.testing.assert_allclose(label_similarity(np.array([[3, 0], [3, 3], [0, 0]]))[0], [1, 0.5**0.5, 0])
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 4, 50), rng.normal(size=50)
+    assert rank_correlation(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
+    assert rank_correlation(np.ones(5), b[:5]) == 0
+
+
+def test_masks_that_do_not_differ_are_not_drawn_as_a_solid_block(make_run):
+    run = load_run(make_run(rounds=2, clients=5))
+    same = dataclasses.replace(run, masks=dataclasses.replace(run.masks, kept=np.ones((5, 20), dtype=bool)))
+    (picture,) = [p for p in figures.PICTURES if p.stem == "overlap"]
+    assert picture.shows(run) and not picture.shows(same)
 
 
 def test_accuracy_over_payload_is_logarithmic_where_runs_are_far_apart(three):
@@ -117,7 +198,7 @@ def test_first_layer_filters_are_the_masks(three):
     kept = three[0].masks.kept
     np.testing.assert_array_equal(np.asarray(image.images[0].get_array()), kept.T)
     np.testing.assert_allclose([bar.get_width() for bar in share.patches], 100 * kept.mean(axis=0))
-    assert image.get_title(loc="left") == "spafl: conv1, round 5"
+    assert image.get_title(loc="left") == "spafl: conv1, round 6"
 
 
 @pytest.mark.parametrize(("clients", "strips"), [(20, 1), (250, 1), (251, 2), (1000, 4), (3000, 8)])
@@ -168,7 +249,8 @@ def test_nothing_to_show_is_said(make_run, picture):
 def test_the_smallest_runs_can_be_drawn(make_run, rounds, clients):
     run = load_run(make_run(rounds=rounds, clients=clients, layers={"fc": 1}))
     for picture in figures.PICTURES:
-        drawn(picture.draw([run]))
+        if picture.shows(run):
+            drawn(picture.draw([run]))
 
 
 @pytest.mark.parametrize("name", ["$a_b$", "_hidden", "a$b", r"\frac{", "x" * 300, "%s {0}"])

@@ -11,6 +11,8 @@ from html.parser import HTMLParser
 import pytest
 
 from spafl.report import ReportError, figures, write_report
+from spafl.report.run_data import load_run
+from spafl.report.table import reached, targets, targets_html
 
 STEMS = {picture.stem for picture in figures.PICTURES}
 
@@ -34,12 +36,17 @@ class Reader(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.references, self.images, self.words, self.open, self.tags = [], [], [], [], []
+        self.anchors, self.descriptions = [], []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         for name, value in attributes:
+            if name == "id":
+                self.anchors.append(value)
+            if name == "alt":
+                self.descriptions.append(value)
             if name in ("src", "href", "srcset", "data", "action", "poster"):
                 (self.images if value.startswith("data:image/png;base64,") else self.references).append(value)
         if tag not in ("meta", "img"):
@@ -63,7 +70,8 @@ def test_one_run_into_its_own_folder(make_run):
     assert page == folder / "report" / "report.html"
     assert {path.name for path in page.parent.iterdir()} == {f"{stem}.png" for stem in STEMS} | {"report.html"}
     text, reader = read(page)
-    assert reader.open == [] and reader.references == []
+    assert reader.open == [] and set(reader.references) == {f"#{a}" for a in reader.anchors if a != "targets"}
+    assert all(reader.descriptions) and len(set(reader.descriptions)) == len(reader.images)
     assert not re.search(r"https?:|url\(|@import|<script|<link", text)
     assert [base64.b64decode(image.split(",")[1]) for image in reader.images] == [
         (page.parent / f"{picture.stem}.png").read_bytes() for picture in figures.PICTURES
@@ -85,6 +93,31 @@ def test_several_runs_are_compared(make_run, tmp_path):
     assert all(not (run / "report").exists() for run in runs)
 
 
+def test_the_result_is_said_first_and_the_pictures_in_words(make_run):
+    folder = make_run(rounds=3, seed=4)
+    run = load_run(folder)
+    text, reader = read(write_report([folder]))
+    share = f"{100 * run.last.accuracy:.1f} %"
+    said = next(words for words in reader.words if words.startswith("After 3 rounds the 20 clients' models are"))
+    assert share in said and text.index("After 3 rounds") < text.index("<table>")
+    ends = next(alt for alt in reader.descriptions if alt.startswith("Accuracy over rounds"))
+    assert f"to {share} in round 3" in ends
+
+
+def test_what_an_accuracy_costs(make_run, tmp_path):
+    runs = [load_run(make_run(n, name=n, algorithm=n, rounds=6)) for n in ("spafl", "fedavg", "local")]
+    best = sorted(max(run.curve("accuracy")[1]) for run in runs)
+    wanted = targets(runs)
+    assert wanted == sorted({int(100 * best[0]) / 100, int(100 * best[1]) / 100})
+    for run in runs:
+        for target in wanted:
+            point = reached(run, target)
+            earlier = [p for p in run.points if p.accuracy >= target]
+            assert point == (earlier[0] if earlier else None)
+    assert reached(runs[0], 1.01) is None and "not reached" not in targets_html(runs[:1])
+    assert targets([load_run(make_run("none", rounds=1, evaluate_every=0))]) == []
+
+
 def test_several_runs_need_a_place(make_run):
     runs = [make_run("a", rounds=1), make_run("b", rounds=1)]
     with pytest.raises(ReportError, match="out must name a folder when several runs are compared; got 2 runs"):
@@ -97,8 +130,11 @@ def test_a_run_going_on_without_evaluation(make_run):
     folder = make_run(rounds=2, evaluate_every=0, completed=False)
     text, reader = read(write_report([folder]))
     assert len(reader.images) == 2  # its densities and its partition
-    assert "Not shown: accuracy over rounds (not evaluated yet), accuracy over payload" in text
-    assert text.count("(not evaluated yet)") == 4 and "(no train accuracies recorded)." in text
+    assert (
+        "Not shown: accuracy over rounds (not evaluated yet), what accuracy costs (not evaluated yet), accuracy over"
+        in text
+    )
+    assert text.count("(not evaluated yet)") == 5 and "(no train accuracies recorded)." in text
     assert "not completed" in text and "no summary.json" in text
 
 
@@ -109,7 +145,8 @@ def test_names_are_escaped(make_run, tmp_path):
     summary["environment"]["</pre><img src=x>"] = "<u>"
     (folder / "summary.json").write_text(json.dumps(summary))
     _, reader = read(write_report([folder, make_run("other", algorithm="fedavg", rounds=2)], tmp_path / "out"))
-    assert {"script", "i", "b", "u"}.isdisjoint(reader.tags) and reader.references == [] and reader.open == []
+    assert {"script", "i", "b", "u"}.isdisjoint(reader.tags) and reader.open == []
+    assert all(target.startswith("#") for target in reader.references)
     assert any(nasty in words for words in reader.words)
 
 

@@ -54,7 +54,7 @@ def test_the_row_holds_the_recorded_numbers(known):
         *("MACs", "traffic", "MACs", "up", "down", "time"),
     ]
     assert cells(table) == [
-        *("spafl", "1", "93.5", "5.1", "80.1", "0.591", "0.070"),
+        *("spafl", "2", "93.5", "5.1", "80.1", "0.591", "0.070"),
         *("1.03 T", "454 Mbit", "988 G", "92.8 kB", "2.00 MB", "4 min 05 s"),
     ]
     assert cells(table, 0) == ["accuracy (%)", "density", "paper's formulas", "executed", "payload", "measured"]
@@ -64,9 +64,9 @@ def test_costs_belong_to_the_round_of_the_accuracy(make_run):
     folder = make_run(rounds=4, evaluate_every=2)
     whole = cells(comparison_table([folder]))
     records = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    final(folder, evaluation=None)  # the last evaluated round is now round 2
+    final(folder, evaluation=None)  # the last evaluated round is now the third
     row = cells(comparison_table([folder]))
-    assert whole[1] == "3" and row[1] == "2" and row[2] != "-"
+    assert whole[1] == "4" and row[1] == "3" and row[2] != "-"
     seconds = [json.loads(record)["cost"]["seconds"]["total"] for record in records]
     assert (whole[-1], row[-1]) == (f"{seconds[3]:.1f} s", f"{seconds[2]:.1f} s")
 
@@ -92,7 +92,7 @@ def test_what_was_not_recorded_is_a_dash_not_a_zero(make_run):
 
 def test_the_algorithm_is_named_where_the_run_is_not(make_run):
     table = comparison_table([make_run("b", name="lr 0.02", algorithm="fedavg", rounds=1)])
-    assert cells(table, 1)[:3] == ["run", "algorithm", "round"] and cells(table)[:3] == ["lr 0.02", "fedavg", "0"]
+    assert cells(table, 1)[:3] == ["run", "algorithm", "round"] and cells(table)[:3] == ["lr 0.02", "fedavg", "1"]
 
 
 def test_an_unfinished_run_has_a_note(make_run):

@@ -1,0 +1,142 @@
+"""What a report says in words: the headline of a page, and what each picture shows, for readers who do not see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .figures.sparsity import label_similarity, mask_overlap, rank_correlation
+from .run_data import Run, labels
+from .table import duration, quantity
+
+
+def headline(runs: Sequence[Run]) -> str:
+    """One sentence with the result: of one run, or which of several is best at what. Empty before any evaluation."""
+    done = [(label, run) for label, run in zip(labels(runs), runs) if run.evaluated is not None]
+    if not done:
+        return ""
+    if len(runs) == 1:
+        return _of_one(runs[0])
+    best = max(done, key=lambda item: item[1].last.accuracy or 0)
+    sent = min(done, key=lambda item: item[1].last.cost.payload_bytes)
+    quick = min(done, key=lambda item: item[1].last.cost.total_seconds)
+    parts = [
+        f"Most accurate: {best[0]} ({_percent(best[1].last.accuracy)})",
+        f"least sent: {sent[0]} ({quantity(sent[1].last.cost.payload_bytes, 'B')})",
+        f"least time: {quick[0]} ({duration(quick[1].last.cost.total_seconds)})",
+    ]
+    counted = [(label, run.last.cost.executed_macs) for label, run in done if run.last.cost.executed_macs is not None]
+    if counted:
+        label, macs = min(counted, key=lambda item: item[1])
+        parts.insert(2, f"fewest executed MACs: {label} ({quantity(macs)})")
+    return "; ".join(parts) + ". Each at its last evaluated round."
+
+
+def _of_one(run: Run) -> str:
+    last = run.last
+    sparse = "" if last.density is None else f" with {_percent(last.density)} of the filters active"
+    macs = "" if last.cost.executed_macs is None else f", {quantity(last.cost.executed_macs)} multiply-accumulates"
+    return (
+        f"After {last.round + 1} rounds the {run.clients} clients' models are {_percent(last.accuracy)} accurate on "
+        f"average and {_percent(last.accuracy_worst)} over the worst tenth{sparse}. It took "
+        f"{quantity(last.cost.payload_bytes, 'B')} sent{macs} and {duration(last.cost.total_seconds)}."
+    )
+
+
+def description(stem: str, runs: Sequence[Run]) -> str:
+    """What the picture of this file name shows of the runs it can show: the alternative text of its image."""
+    say = _SAYS[stem]
+    told = [(label, say(run)) for label, run in zip(labels(runs), runs)]
+    return "; ".join(f"{label}: {text}" for label, text in told if text)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _ends(run: Run) -> str:
+    if run.evaluated is None:
+        return ""
+    points, accuracy = run.curve("accuracy")
+    return (
+        f"accuracy from {_percent(accuracy[0])} in round {points[0].round + 1} to {_percent(accuracy[-1])} in round "
+        f"{points[-1].round + 1}, highest {_percent(accuracy.max())}"
+    )
+
+
+def _costs(run: Run) -> str:
+    if run.evaluated is None:
+        return ""
+    cost = run.last.cost
+    macs = "operations not counted" if cost.executed_macs is None else f"{quantity(cost.executed_macs)} executed MACs"
+    sent = quantity(cost.payload_bytes, "B")
+    return f"{_percent(run.last.accuracy)} for {sent} sent, {macs} and {duration(cost.total_seconds)}"
+
+
+def _spread(run: Run) -> str:
+    if run.accuracies is None:
+        return ""
+    low, middle, high = np.quantile(run.accuracies, (0, 0.5, 1))
+    return f"clients from {_percent(low)} to {_percent(high)}, half of them above {_percent(middle)}"
+
+
+def _clients(run: Run) -> str:
+    if run.history is None or run.accuracies is None:
+        return ""
+    values = run.history[1][-1]
+    link = rank_correlation(run.train.sum(axis=1), values)
+    return f"{_spread(run)}; rank correlation of accuracy with the number of training samples {link:+.2f}"
+
+
+def _density(run: Run) -> str:
+    last = next((p.layer_density for p in reversed(run.points) if p.layer_density), None)
+    if not last:
+        return ""
+    return "in the end " + ", ".join(f"{layer} {value:.2f}" for layer, value in last.items())
+
+
+def _masks(run: Run) -> str:
+    if run.masks is None:
+        return ""
+    kept = run.masks.kept
+    everybody, nobody = int(kept.all(axis=0).sum()), int((~kept.any(axis=0)).sum())
+    return f"of {kept.shape[1]} filters of {run.masks.layer} all clients keep {everybody} and none keeps {nobody}"
+
+
+def _overlap(run: Run) -> str:
+    if run.masks is None or not (run.masks.kept != run.masks.kept[:1]).any():
+        return ""
+    pairs = np.triu_indices(run.clients, 1)
+    overlap, alike = mask_overlap(run.masks.kept)[pairs], label_similarity(run.train)[pairs]
+    linked = rank_correlation(alike, overlap)
+    return f"mean overlap {overlap.mean():.2f}, rank correlation with likeness of labels {linked:+.2f}"
+
+
+def _gap(run: Run) -> str:
+    if run.gaps is None:
+        return ""
+    return f"training accuracy exceeds test accuracy by {100 * run.gaps.gap.mean():.1f} points on average"
+
+
+def _partition(run: Run) -> str:
+    sizes, classes = run.train.sum(axis=1), (run.train > 0).sum(axis=1)
+    return (
+        f"{run.clients} clients with {sizes.min()} to {sizes.max()} training samples, "
+        f"{np.median(classes):g} of {run.train.shape[1]} classes each (median)"
+    )
+
+
+_SAYS: dict[str, Callable[[Run], str]] = {
+    "accuracy_rounds": _ends,
+    "pareto": _costs,
+    "accuracy_payload": _costs,
+    "accuracy_seconds": _costs,
+    "accuracy_spread": _spread,
+    "clients": _clients,
+    "density": _density,
+    "first_layer": _masks,
+    "overlap": _overlap,
+    "gap": _gap,
+    "partition": _partition,
+}
