@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 # In the order in which they run; each in a process of its own, as it would alone.
 CPU = (
     "training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers", "simulator", "native_cpu",
-    "encodings",
+    "encodings", "layer",
 )  # fmt: skip
 GPU = ("gpu",)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["Executed", "counting", "note", "note_number"]
+__all__ = ["Executed", "counting", "note", "note_number", "note_skipped"]
 
 # The counter of the step that is running. The backward pass of a GPU runs in a thread of its own: not thread-local.
 _open: Executed | None = None
@@ -45,11 +45,17 @@ def note_number(macs: int) -> None:
         _open.numbers += macs
 
 
+def note_skipped(macs: int) -> None:
+    """Products that a threshold layer does not compute now, for whoever has counted it with all its filters."""
+    if _open is not None:
+        _open.numbers -= macs
+
+
 class Executed:
     """A sum of MACs over many steps. Only one counter counts at a time in a process.
 
     Attributes:
-        numbers: those given to :func:`note_number`.
+        numbers: those given to :func:`note_number`, less those given to :func:`note_skipped`.
     """
 
     def __init__(self) -> None:

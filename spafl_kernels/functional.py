@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import _single
+from torch.nn.modules.utils import _pair, _single
 
 from . import ops, reference
+from .ops import skip
 from .ops.arguments import check_layer
 from .reference import Estimator, filter_scores
 from .tables.classes import DENSITIES, density_step
@@ -83,9 +84,12 @@ def threshold_conv2d(
             planned,
         )
     check_layer(weight, threshold, estimator)
-    return reference.threshold_conv2d(
-        input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
-    )
+
+    def masked(x: Tensor, w: Tensor, tau: Tensor, b: Tensor | None) -> Tensor:
+        return reference.threshold_conv2d(x, w, tau, b, stride, padding, dilation, groups, estimator, mask_bias)
+
+    layer = skip.convolution(masked, weight, _pair(stride), padding, _pair(dilation), groups, estimator, mask_bias)
+    return skip.run(layer, input, weight, threshold, bias)
 
 
 def threshold_conv1d(
@@ -119,9 +123,13 @@ def threshold_conv1d(
     """
     check_layer(weight, threshold, estimator)
     if not ops.backend.on_gpu(weight):
-        return reference.threshold_conv1d(
-            input, weight, threshold, bias, stride, padding, dilation, groups, estimator, mask_bias
-        )
+
+        def masked(x: Tensor, w: Tensor, tau: Tensor, b: Tensor | None) -> Tensor:
+            return reference.threshold_conv1d(x, w, tau, b, stride, padding, dilation, groups, estimator, mask_bias)
+
+        steps = _single(stride), padding, _single(dilation)
+        layer = skip.convolution(masked, weight, *steps, groups, estimator, mask_bias)
+        return skip.run(layer, input, weight, threshold, bias)
     (step,), (gap,) = _single(stride), _single(dilation)
     pad = padding if isinstance(padding, str) else (0, *_single(padding))
     return ops.conv2d(
@@ -162,11 +170,19 @@ def threshold_conv_transpose2d(
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
     check_layer(weight, threshold, estimator, groups)
+
+    def masked(x: Tensor, w: Tensor, tau: Tensor, b: Tensor | None) -> Tensor:
+        return reference.threshold_conv_transpose2d(
+            x, w, tau, b, stride, padding, output_padding, groups, dilation, estimator, mask_bias
+        )
+
     if ops.backend.on_gpu(weight):
         ops.backend.fall_back(ops.backend.NO_TRANSPOSED)
-    return reference.threshold_conv_transpose2d(
-        input, weight, threshold, bias, stride, padding, output_padding, groups, dilation, estimator, mask_bias
+        return masked(input, weight, threshold, bias)
+    layer = skip.convolution(
+        masked, weight, _pair(stride), padding, _pair(dilation), groups, estimator, mask_bias, _pair(output_padding)
     )
+    return skip.run(layer, input, weight, threshold, bias)
 
 
 def threshold_linear(
@@ -199,7 +215,11 @@ def threshold_linear(
     if ops.backend.on_gpu(weight):
         return ops.linear(input, weight, threshold, bias, estimator, mask_bias, known_density, planned)
     check_layer(weight, threshold, estimator)
-    return reference.threshold_linear(input, weight, threshold, bias, estimator, mask_bias)
+
+    def masked(x: Tensor, w: Tensor, tau: Tensor, b: Tensor | None) -> Tensor:
+        return reference.threshold_linear(x, w, tau, b, estimator, mask_bias)
+
+    return skip.run(skip.linear(masked, estimator, mask_bias), input, weight, threshold, bias)
 
 
 def threshold_layers(model: nn.Module) -> Iterator[tuple[str, ThresholdLayer]]:

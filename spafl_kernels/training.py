@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from .executed import Executed
 from .functional import check_thresholds, threshold_penalty
 from .inventory import Inventory
+from .ops import backend
 from .ops.flops import counter, of_other_operators
 from .shared_pass import share
 
@@ -338,7 +339,10 @@ class MaskedTrainer(Trainer):
 
     @torch.no_grad()
     def _guard(self) -> AbstractContextManager[None]:
-        """The collapse guard, then the densities of the forward that belongs into the context; nothing waits."""
+        """The collapse guard, then the densities of the forward that belongs into the context; nothing waits.
+
+        On a CPU layers compute all their filters in it, pruned or not: this trainer is the definition.
+        """
         if self._options.collapse_floor is not None:
             collapsed = self._densities <= self._options.collapse_floor
             for (_, layer), reset in zip(self._layers, collapsed.unbind(), strict=True):
@@ -347,7 +351,8 @@ class MaskedTrainer(Trainer):
             return self._shared.open(self._densities)
         for (_, layer), density in zip(self._layers, self._densities.unbind(), strict=True):
             density.copy_(layer.mask().double().mean())
-        return contextlib.nullcontext()
+        on_cpu = self._densities.device.type == "cpu"
+        return backend.requesting("reference") if on_cpu else contextlib.nullcontext()
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         self._check_open()

@@ -6,6 +6,7 @@ compact copy itself is in :mod:`.session`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..executed import Executed
 from ..training import Extra, Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
 from .flow import Flow
 from .follow import check_has_thresholds, trace_thresholds
@@ -85,6 +87,7 @@ class CompactTrainer(Trainer):
         self._lent: OwnMomentum | None = None
         self._session: Session | None = None
         self._fallback: MaskedTrainer | None = None
+        self._executed = Executed()
 
     # -- interface -------------------------------------------------------------------------------------------------
 
@@ -110,6 +113,7 @@ class CompactTrainer(Trainer):
         self._key: Key | None = None
         self._fresh = not self._given
         self._steps = self._macs = self._rebuilds = 0
+        self._executed.reset()
         self._checked_this_training = False
         self.model.train()
 
@@ -121,13 +125,15 @@ class CompactTrainer(Trainer):
             return self._fallback.step(x, y)
         session.refresh()
         program, leaves = session.program, session.leaves
-        loss = self._loss_of(program(x, True), y)
-        objective, penalty = loss, session.penalty()
-        if penalty is not None:
-            objective = loss + penalty
-        grads: list[Tensor | None] = [None] * len(leaves)
-        if objective.requires_grad:  # not so when the whole last layer is pruned
-            grads = list(torch.autograd.grad(objective, leaves, allow_unused=True))
+        # Threshold layers that run as they are may skip, which the program's count does not know.
+        with self._executed.counting() if session.flow.apart and not x.is_cuda else contextlib.nullcontext():
+            loss = self._loss_of(program(x, True), y)
+            objective, penalty = loss, session.penalty()
+            if penalty is not None:
+                objective = loss + penalty
+            grads: list[Tensor | None] = [None] * len(leaves)
+            if objective.requires_grad:  # not so when the whole last layer is pruned
+                grads = list(torch.autograd.grad(objective, leaves, allow_unused=True))
         with torch.no_grad():
             session.advance(grads)
         self._steps += 1
@@ -166,7 +172,7 @@ class CompactTrainer(Trainer):
             self._store(session)
         self._result = TrainResult(
             densities=dict(self._density),
-            macs=self._macs,
+            macs=self._macs + self._executed.total(),
             steps=self._steps,
             rebuilds=self._rebuilds,
             momentum=self._finished_momentum(session),

@@ -8,8 +8,8 @@ triton     the packed kernels
 narrow     dense operators on the active filters (:mod:`spafl_kernels.ops.narrow`)
 
 ``auto``, the default, chooses by the tables of :mod:`spafl_kernels.tables.choices`; a choice of the dense operator by
-measurement is no fallback either. Where no table was measured the packed kernels run. On a CPU the masked reference is
-the implementation, not a fallback.
+measurement is no fallback either. Where no table was measured the packed kernels run. On a CPU ``reference`` and
+``narrow`` mean the same, and otherwise :mod:`spafl_kernels.ops.skip` chooses between them.
 """
 
 from __future__ import annotations

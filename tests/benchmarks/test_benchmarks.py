@@ -30,6 +30,7 @@ from benchmarks import (
 from benchmarks.gpu import results
 from spafl_kernels import ops, to_dense
 from spafl_kernels.compact import CompactTrainer
+from spafl_kernels.ops import skip
 
 # Benchmark: a column that says how fast, or how small, ours is.
 FIGURE = {
@@ -43,6 +44,7 @@ FIGURE = {
     "simulator": "overhead_ms",
     "native_cpu": "ratio",
     "encodings": "accuracy",
+    "layer": "speed_up",
 }
 
 
@@ -128,6 +130,13 @@ def test_a_wrong_trainer_is_not_timed(name, trainer, monkeypatch, tmp_path, caps
     assert "WRONG" in capsys.readouterr().out
     table = importlib.import_module(f"benchmarks.{name}").table(rows)
     assert "wrong" in table or len(table.splitlines()) == 2
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch, tmp_path):
+    product = skip._product
+    monkeypatch.setattr(skip, "_product", lambda x, weight, *rest: product(x, 1.001 * weight, *rest))
+    status, rows = run("layer", tmp_path / "rows.csv")
+    assert status == 1 and all("output differs" in row["wrong"] and not row.get("speed_up") for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +433,7 @@ def test_wrong_cells_are_in_the_table_without_a_figure():
 
 
 def test_bad_densities_are_refused(capsys):
-    for name in ("training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers"):
+    for name in ("training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers", "layer"):
         with pytest.raises(SystemExit):
             importlib.import_module(f"benchmarks.{name}").main(["--densities", "0"])
         assert "--densities must be in" in capsys.readouterr().err
