@@ -4,7 +4,7 @@ import sys
 from importlib.util import find_spec
 
 # What the extra "sim" installs, by the name it is imported under.
-_NEEDED = ("pydantic", "safetensors", "sklearn", "matplotlib", "tomli_w", "tqdm")
+_NEEDED = ("cloudpickle", "pydantic", "safetensors", "sklearn", "matplotlib", "tomli_w", "tqdm")
 
 
 def main() -> int:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from spafl_kernels import __version__
+from .signals import Stopped, catching, exit_status, in_one_line
 
-from .errors import UserError
+# Nothing slow is imported before main() runs: torch takes seconds, in which Ctrl-C is one line too.
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from spafl_kernels import __version__
+
+        parser.exit(0, f"spafl {__version__}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spafl", description="Federated learning whose sparsity saves real time.")
-    parser.add_argument("--version", action="version", version=f"spafl {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a configuration", description="Run a federated simulation.")
@@ -26,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", choices=["auto", "cpu", "cuda"], help="same as --set simulation.device=...")
     run.add_argument("--data-root", help="folder with the data files; same as --set data.root=...")
     run.add_argument("--resume", action="store_true", help="continue the run in the folder from its last checkpoint")
-    run.add_argument("--quiet", action="store_true", help="no progress line")
+    run.add_argument("--quiet", action="store_true", help="no progress")
     run.add_argument("--no-report", action="store_true", help="do not write the report at the end")
 
     report = commands.add_parser("report", help="pictures and one HTML page of one or several runs")
@@ -85,29 +95,55 @@ def _export(args: argparse.Namespace) -> int:
 COMMANDS = {"run": _run, "report": _report, "export": _export}
 
 
-def _on_one_line(error: Exception) -> str:
-    """An error's text; what it quotes of files and paths may hold line breaks and terminal codes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the console command; exit status 0 done, 1 broken machine, 2 a mistake the user can mend."""
-    args = _parser().parse_args(arguments)
+def _status_of(error: Exception) -> int | None:
+    """Exit status of an error that one line explains; None: of any other."""
+    from .errors import UserError
     from .merge import TooFewUploads
     from .report import ReportError
     from .simulation.pool import WorkerDied
 
-    try:
-        return COMMANDS[args.command](args)
-    except (UserError, ReportError, FloatingPointError, TooFewUploads) as error:
-        print(f"spafl: error: {_on_one_line(error)}", file=sys.stderr)
-        return 2
-    except WorkerDied as error:
-        print(f"spafl: error: {_on_one_line(error)}", file=sys.stderr)
+    if isinstance(error, WorkerDied):
         return 1
-    except KeyboardInterrupt:
-        print("spafl: interrupted; continue with --resume", file=sys.stderr)
-        return 130
+    return 2 if isinstance(error, UserError | ReportError | FloatingPointError | TooFewUploads) else None
+
+
+@contextlib.contextmanager
+def _pictures_are_files() -> Iterator[None]:
+    """Keep matplotlib from a notebook's backend in the environment: where it is not installed, the import fails."""
+    before = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["MPLBACKEND"] = before
+
+
+def one_line(command: Callable[[], int]) -> int:
+    """Run a command whose errors and stops are one line each; returns its exit status.
+
+    0 done, 1 broken machine, 2 a mistake the user can mend, 128 + the number of the signal that stopped it.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
+    try:
+        with catching(second_exits=True), _pictures_are_files():
+            return command()
+    except (KeyboardInterrupt, Stopped) as stop:
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print(f"spafl: {in_one_line(stop)}", file=sys.stderr)
+        return exit_status(stop)
+    except Exception as error:
+        status = _status_of(error)
+        if status is None:
+            raise
+        print(f"spafl: error: {in_one_line(error)}", file=sys.stderr)
+        return status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the console command; exit status as :func:`one_line`."""
+    args = _parser().parse_args(arguments)
+    return one_line(lambda: COMMANDS[args.command](args))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ import time
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from .cli import one_line
 
-from .config import RunConfig, deep_merge, resolve_config
-from .errors import UserError
-from .report import comparison_table, write_report
-from .simulation import run
+if TYPE_CHECKING:  # what is slow to import is imported when it is used: see .cli
+    from .config import RunConfig
 
 METHODS: dict[str, dict[str, Any]] = {
     "spafl": {},
@@ -33,7 +31,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def demo_config(method: str, seed: int, rounds: int | None = None) -> RunConfig:
     """The demo's configuration of one method."""
-    raw = tomllib.loads(resources.files("spafl").joinpath("configs/digits.toml").read_text())
+    from .config import deep_merge, resolve_config
+
+    raw = tomllib.loads(resources.files("spafl").joinpath("configs/digits.toml").read_text("utf-8"))
     change = METHODS[method]
     if "name" in change.get("algorithm", {}):
         raw["algorithm"] = {}  # another algorithm has other settings
@@ -46,6 +46,8 @@ def demo_config(method: str, seed: int, rounds: int | None = None) -> RunConfig:
 
 def seed_table(summaries: dict[str, list[dict[str, Any]]]) -> str:
     """Mean and standard deviation over seeds of the last evaluation, one line per method."""
+    import numpy as np
+
     lines = [f"{'method':<18}{'accuracy %':>16}{'worst 10 % %':>16}{'density (layers)':>18}{'MACs (formula)':>16}"]
     for method, runs in summaries.items():
         final = [summary["final"] for summary in runs]
@@ -65,6 +67,32 @@ def seed_table(summaries: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def _run(seeds: list[int], rounds: int | None, folder: Path) -> int:
+    from .report import comparison_table, write_report
+    from .simulation import run
+
+    summaries: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
+    for seed in seeds:
+        folders = []
+        for method in METHODS:
+            out = folder / f"{method}-seed{seed}"
+            if (out / "config.toml").exists():
+                shutil.rmtree(out)
+            start = time.perf_counter()
+            summary = run(demo_config(method, seed, rounds), out)
+            accuracy = summary["final"]["evaluation"]["accuracy"]["mean"]
+            print(f"{method}, seed {seed}: accuracy {100 * accuracy:.1f} %, {time.perf_counter() - start:.0f} s")
+            summaries[method].append(summary)
+            folders.append(out)
+        print()
+        print(comparison_table(folders))
+        print(f"report: {write_report(folders, folder / f'report-seed{seed}')}")
+    if len(seeds) > 1:
+        print()
+        print(seed_table(summaries))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line entry."""
     parser = argparse.ArgumentParser(prog="python -m spafl.demo", description=(__doc__ or "").split("\n")[0])
@@ -72,30 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=None, help="fewer rounds for a quick look (default 60)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder; its old demo runs are replaced")
     args = parser.parse_args(arguments)
-    summaries: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-    try:
-        for seed in args.seeds:
-            folders = []
-            for method in METHODS:
-                out = args.out / f"{method}-seed{seed}"
-                if (out / "config.toml").exists():
-                    shutil.rmtree(out)
-                start = time.perf_counter()
-                summary = run(demo_config(method, seed, args.rounds), out)
-                accuracy = summary["final"]["evaluation"]["accuracy"]["mean"]
-                print(f"{method}, seed {seed}: accuracy {100 * accuracy:.1f} %, {time.perf_counter() - start:.0f} s")
-                summaries[method].append(summary)
-                folders.append(out)
-            print()
-            print(comparison_table(folders))
-            print(f"report: {write_report(folders, args.out / f'report-seed{seed}')}")
-    except (UserError, FloatingPointError) as error:
-        print(f"spafl: error: {error}", file=sys.stderr)
-        return 2
-    if len(args.seeds) > 1:
-        print()
-        print(seed_table(summaries))
-    return 0
+    return one_line(lambda: _run(args.seeds, args.rounds, args.out))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command as a new user meets it: exit codes, one-line errors, nothing overwritten."""
 
 import json
+import re
 from importlib import resources
 
 import pytest
@@ -30,13 +31,19 @@ def test_run_then_report(config_file, tmp_path, capsys):
     assert main(["run", str(config_file), "--out", str(out), "--set", "training.epochs=2"]) == 0
     printed = capsys.readouterr()
     assert "spafl" in printed.out and str(out / "report" / "report.html") in printed.out
-    assert printed.err == ""  # no progress line where there is no terminal
+    # Where there is no terminal, a line per round.
+    (line,) = printed.err.splitlines()
+    assert re.fullmatch(
+        r"small: round 1 of 1, accuracy .*%, density .*, sent .* kB; \d\d:\d\d so far, 00:00 left", line
+    )
     assert "epochs = 2" in (out / "config.toml").read_text()
     for name in ("metrics.jsonl", "summary.json", "partition.json", "report/report.html"):
         assert (out / name).stat().st_size > 0
     assert json.loads((out / "summary.json").read_text())["rounds"] == 1
     second = tmp_path / "second"
-    assert main(["run", str(config_file), "--out", str(second), "--set", "seed=9", "--no-report"]) == 0
+    quietly = ["--set", "seed=9", "--no-report", "--quiet"]
+    assert main(["run", str(config_file), "--out", str(second), *quietly]) == 0
+    assert capsys.readouterr().err == ""
     assert main(["report", str(out), str(second), "--out", str(tmp_path / "both")]) == 0
     assert (tmp_path / "both" / "report.html").exists()
 

@@ -17,13 +17,14 @@ from ..config import RunConfig, load_config
 from ..cost import Cost
 from ..errors import UserError
 from ..merge import Reply, merge_replies
+from ..signals import Stopped, catching, held
 from ..wire import Message, encode, payload_bytes
 from . import checkpoint
 from .announcements import AnnouncementLog
 from .ledger import FinishedRound, Ledger
 from .metrics import environment
 from .placement import pick_device, pick_workers
-from .pool import Pool
+from .pool import Pool, WorkerDied
 from .problem import build_problem
 from .progress import ProgressLine
 from .resident import ClientSetting
@@ -49,6 +50,7 @@ class Simulation:
 
     Attributes:
         round: last finished round, -1 before the first.
+        saved: round of the last checkpoint, or -1.
         server: the server's tensors.
         log: which announcements clients have yet to hear.
         ledger: what the rounds cost so far.
@@ -76,6 +78,7 @@ class Simulation:
         kind, busy = config.simulation.store, config.sampling.clients_per_round
         self.store = ClientRows(scratch / "clients.bin", initial, self.clients, kind, busy) if initial else None
         self.dirty: set[int] = set()
+        self._whole = True  # state, books and metrics are of the same round
         if saved is None:
             self.round = -1
             self.server: dict[str, Tensor] = self.algorithm.server_state(self.problem.model)
@@ -86,6 +89,7 @@ class Simulation:
             self.ledger = Ledger(self.problem.layer_weights, saved.state.cost, saved.state.best)
             if self.store is not None:
                 saved.restore(self.store)
+        self.saved = self.round
         self.folder.keep_metrics_until(self.round)
 
     def _saved_state(self) -> checkpoint.Checkpoint | None:
@@ -122,29 +126,51 @@ class Simulation:
         Raises:
             FloatingPointError: a client's loss became NaN or infinite; names client and round.
             TooFewUploads: fewer good uploads than ``sampling.min_uploads`` came back in a round.
+            WorkerDied: workers die again and again.
+            KeyboardInterrupt, Stopped: a signal came; the round in progress is given up, the finished ones are saved.
         """
-        config = self.config
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the same arithmetic in this process as in a worker
-        progress = ProgressLine(config.name, config.rounds, self.round + 1, self.quiet)
+        progress = ProgressLine(self.config.name, self.config.rounds, self.round + 1, self.quiet)
         try:
-            with Pool(self.worker_setup(), self.workers) as pool:
-                for round in range(self.round + 1, config.rounds):
-                    line = self.ledger.book(self.run_round(pool, round))
-                    self.folder.append_metrics(line)
-                    for rejected in line["rejected"]:
-                        progress.say(
-                            f"round {round}: upload of client {rejected['client']} left out: {rejected['reason']}"
-                        )
-                    progress.update(line)
-                    if (round + 1) % config.simulation.checkpoint_every == 0 or round + 1 == config.rounds:
-                        self._save()
+            with held():  # a signal cuts the tasks of a round, nothing else
+                try:
+                    with Pool(self.worker_setup(), self.workers) as pool:
+                        for round in range(self.round + 1, self.config.rounds):
+                            self._finish(self.run_round(pool, round), progress)
+                except OSError:
+                    raise  # writing failed: not again
+                except BaseException as error:
+                    self._save_unfinished(error)
+                    raise
+            return self._summarise()
         finally:
             progress.close()
             torch.set_num_threads(threads)
             if self.store is not None:
                 self.store.close()
-        return self._summarise()
+
+    def _finish(self, done: FinishedRound, progress: ProgressLine) -> None:
+        """Book a round, write its metrics and, if it is time to, a checkpoint."""
+        line = self.ledger.book(done)
+        self.folder.append_metrics(line)
+        self._whole = True
+        for rejected in line["rejected"]:
+            progress.say(f"round {done.round}: upload of client {rejected['client']} left out: {rejected['reason']}")
+        progress.update(line)
+        if (done.round + 1) % self.config.simulation.checkpoint_every == 0 or done.round + 1 == self.config.rounds:
+            self._save()
+
+    def _save_unfinished(self, error: BaseException) -> None:
+        """Save what was finished before the run was cut short, and tell the error."""
+        if not self._whole:  # cut by somebody else's signal handler, in the middle of the books
+            return
+        if self.round > self.saved:
+            self._save()
+        done = self.round + 1
+        what = f"{done} of {self.config.rounds} rounds are finished and saved" if done else "no round was finished"
+        stopped = isinstance(error, KeyboardInterrupt | Stopped | WorkerDied)
+        error.add_note(f"{what}; continue with --resume" if stopped else what)
 
     def run_round(self, pool: Pool, round: int) -> FinishedRound:
         """Train the sampled clients of a round, merge what they send, and evaluate if it is time to.
@@ -159,6 +185,7 @@ class Simulation:
             if self.store is not None:
                 self.store.abandon()
             raise
+        self._whole = False
         if self.store is not None:
             self.store.commit()
         self.round = round
@@ -255,6 +282,7 @@ class Simulation:
         keep = self.config.simulation.keep_checkpoints
         checkpoint.save(self.folder.checkpoints, state, self.server, self.store, self.dirty, keep)
         self.dirty.clear()
+        self.saved = self.round
 
     def _summarise(self) -> dict[str, Any]:
         lines = [json.loads(text) for text in (self.folder.path / "metrics.jsonl").read_text().splitlines()]
@@ -274,9 +302,16 @@ def run(config: RunConfig, out: Path, resume: bool = False, quiet: bool = False)
     Raises:
         UserError: anything the user can mend, found before work starts.
         FloatingPointError: the training diverged.
+        WorkerDied: workers die again and again.
+        KeyboardInterrupt, Stopped: SIGINT; SIGTERM or SIGHUP (see :mod:`spafl.signals`).
     """
-    folder = RunFolder(out, resume)
-    try:
-        return Simulation(config, folder, resume, quiet).run()
-    finally:
-        folder.close()
+    folder: RunFolder | None = None
+    with catching():
+        try:
+            with held():
+                folder = RunFolder(out, resume)
+            return Simulation(config, folder, resume, quiet).run()
+        finally:
+            if folder is not None:
+                with held():
+                    folder.close()

@@ -2,45 +2,57 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import time
+from collections import Counter, deque
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from typing import Any
 
+from ..signals import released
+from .process import Gone, WorkerProcess, write_setup
+from .progress import say
 from .tasks import EvaluateTask, TrainTask, Worker, WorkerSetup
 
-_worker: Worker | None = None  # of this worker process
+# So many workers may die over one task, or before they are ready, one after another: then it is no accident.
+_DEATHS = 3
 
-
-def _start(setup: WorkerSetup) -> None:
-    global _worker
-    _worker = Worker(setup)
-
-
-def _run(task: TrainTask | EvaluateTask) -> Any:
-    assert _worker is not None
-    return _worker.run(task)
+# Idle workers end by themselves within this time, or are killed.
+_PATIENCE = 3.0
 
 
 class WorkerDied(RuntimeError):
-    """A worker process ended without an answer (killed, or out of memory)."""
+    """Worker processes ended without an answer (killed, or out of memory), again and again."""
 
 
 class Pool:
     """``workers`` processes of one thread each; one worker means this process itself.
 
-    Processes are spawned, not forked: a fork after torch has started threads can hang, and CUDA forbids it.
+    A worker that dies is replaced, and its task is carried out again; tasks write nothing that another one reads, so
+    the results are those of an undisturbed run. If none can be started, the run goes on with fewer. The workers end
+    with this process, and with the thread that made the pool: the kernel knows no other parent.
     """
 
     def __init__(self, setup: WorkerSetup, workers: int) -> None:
         self._own: Worker | None = None
-        self._executor: ProcessPoolExecutor | None = None
+        self._processes: list[WorkerProcess] = []
+        self._setup: int | None = None
+        self._inherited = [setup.store.descriptor] if setup.store is not None else []
+        self._failed_starts = 0
         if workers == 1:
             self._own = Worker(setup)
-        else:
-            context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(setup,))
+            return
+        self._setup = write_setup(setup)
+        try:
+            for _ in range(workers):
+                self._processes.append(self._start())
+        except BaseException:
+            self.close(patience=0)
+            raise
+
+    def _start(self) -> WorkerProcess:
+        assert self._setup is not None, "the pool is closed"
+        return WorkerProcess(self._setup, self._inherited)
 
     def run(self, tasks: Sequence[TrainTask] | Sequence[EvaluateTask], weights: Sequence[float]) -> list[Any]:
         """Results of the tasks, in their order.
@@ -48,24 +60,92 @@ class Pool:
         Args:
             tasks: independent of one another.
             weights: expected relative length of each; long ones are started first, so that no worker idles at the end.
-        """
-        if self._own is not None:
-            return [self._own.run(task) for task in tasks]
-        assert self._executor is not None
-        order = sorted(range(len(tasks)), key=lambda i: -weights[i])
-        try:
-            futures = {i: self._executor.submit(_run, tasks[i]) for i in order}
-            return [futures[i].result() for i in range(len(tasks))]
-        except BrokenProcessPool as error:
-            raise WorkerDied("a worker process died (killed, or out of memory); the last checkpoint is kept") from error
 
-    def close(self) -> None:
-        """Stop the workers; tasks that have not started are dropped."""
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+        Raises:
+            WorkerDied: three workers died over one task, or none is left and none can be started.
+            Exception: what the first task that fails raises; first in their order, whoever is faster.
+        """
+        with released():  # what is lost by a signal here are tasks that can be carried out again
+            if self._own is not None:
+                return [self._own.run(task) for task in tasks]
+            try:
+                return self._share_out(tasks, weights)
+            except BaseException:
+                self.close(patience=0)
+                raise
+
+    def _share_out(self, tasks: Sequence[TrainTask | EvaluateTask], weights: Sequence[float]) -> list[Any]:
+        waiting = deque(sorted(range(len(tasks)), key=lambda i: -weights[i]))
+        left = set(waiting)  # tasks without an answer whose answer matters
+        results: dict[int, Any] = {}
+        failed: dict[int, Exception] = {}
+        deaths: Counter[int] = Counter()
+        while left:
+            for process in self._processes:
+                while process.idle and waiting:
+                    number = waiting.popleft()
+                    if number in left and not process.give(number, tasks[number]):
+                        waiting.appendleft(number)
+                        break
+            connections = {process.connection: process for process in self._processes}
+            for connection in wait(list(connections)):
+                process = connections[connection]  # type: ignore[index]
+                begun = process.task
+                try:
+                    well, outcome = process.answer()
+                except Gone as how:
+                    if begun is not None:
+                        deaths[begun] += 1
+                        if deaths[begun] == _DEATHS:
+                            raise WorkerDied(
+                                f"{tasks[begun]}: {_DEATHS} worker processes died over it, the last one {how}; "
+                                "if memory is short, fewer simulation.workers need less"
+                            ) from None
+                        waiting.appendleft(begun)
+                    self._replace(process, how, None if begun is None else tasks[begun])
+                    continue
+                if begun is None:
+                    if not well:
+                        raise outcome
+                    self._failed_starts = 0
+                    continue
+                left.discard(begun)
+                if well:
+                    results[begun] = outcome
+                else:
+                    failed[begun] = outcome
+                    left = {i for i in left if i < begun}
+        if failed:
+            raise failed[min(failed)]
+        return [results[number] for number in range(len(tasks))]
+
+    def _replace(self, process: WorkerProcess, how: Gone, task: TrainTask | EvaluateTask | None) -> None:
+        self._processes.remove(process)
+        self._failed_starts = 0 if process.ready else self._failed_starts + 1
+        if self._failed_starts < _DEATHS:
+            self._processes.append(self._start())
+            again = f"; {task} is carried out again" if task is not None else ""
+            say(f"worker process {process.pid} {how}, another one takes its place{again}")
+        elif self._processes:
+            self._failed_starts = 0
+            say(f"worker process {process.pid} {how} before it was ready; the run goes on with {len(self._processes)}")
+        else:
+            raise WorkerDied(f"no worker process can be started: the last one {how} before it was ready")
+
+    def close(self, patience: float = _PATIENCE) -> None:
+        """End the workers: idle ones by themselves, and past ``patience`` seconds all of them by force."""
+        deadline = time.monotonic() + patience
+        for process in self._processes:
+            process.connection.close()
+        while self._processes:
+            self._processes[-1].end(max(0.0, deadline - time.monotonic()))
+            self._processes.pop()
+        if self._setup is not None:
+            os.close(self._setup)
+            self._setup = None
 
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(_PATIENCE if kind is None else 0.0)

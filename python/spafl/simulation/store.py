@@ -16,9 +16,8 @@ import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,21 +56,14 @@ def _lines(path: str) -> list[str]:
 
 @dataclass(frozen=True)
 class StoreFile:
-    """An open file with the rows; pickled, it is opened for the process that is being started."""
+    """An open file with the rows; worker processes inherit the descriptor under the same number."""
 
     descriptor: int
     in_memory: bool
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inherit, (DupFd(self.descriptor), self.in_memory)
-
     def close(self) -> None:
         """Close this process's descriptor."""
         os.close(self.descriptor)
-
-
-def _inherit(descriptor: Any, in_memory: bool) -> StoreFile:
-    return StoreFile(descriptor.detach(), in_memory)
 
 
 @dataclass(frozen=True)

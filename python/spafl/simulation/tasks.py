@@ -50,6 +50,9 @@ class TrainTask:
     turn: Turn | None
     """Where its row is and goes, if there are any."""
 
+    def __str__(self) -> str:
+        return f"the training of client {self.client} in round {self.round}"
+
 
 @dataclass(frozen=True)
 class TrainOutcome:
@@ -73,6 +76,9 @@ class EvaluateTask:
     frame: bytes
     evaluate: bool
     train_data: bool
+
+    def __str__(self) -> str:
+        return f"the evaluation of clients {self.clients[0]} to {self.clients[-1]} in round {self.round}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""Stopping: SIGINT, SIGTERM and SIGHUP become exceptions, and where something must be whole they wait.
+
+SIGINT is a ``KeyboardInterrupt``, as ever; the others raise :class:`Stopped`. A second signal does not wait. Handlers
+are only set in the main thread, only for signals that have Python's default, and only for the length of
+:func:`catching`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(SystemExit):
+    """SIGTERM or SIGHUP came; nobody who does not care need catch it: the process ends with status 128 + signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error or a stop in one line, with what was noted about it.
+
+    What it quotes of files and paths may hold line breaks and terminal codes; they are escaped.
+    """
+    if isinstance(error, Stopped):
+        what = f"stopped by {signal.Signals(error.number).name}"
+    else:
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    line = "; ".join([what, *(note for note in getattr(error, "__notes__", ()) if "\n" not in note)])
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def exit_status(error: KeyboardInterrupt | Stopped) -> int:
+    """128 + the signal's number."""
+    return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+
+
+class _Catcher:
+    def __init__(self, second_exits: bool) -> None:
+        self.second_exits = second_exits
+        self.held = False
+        self._seen = False
+        self._waiting: int | None = None
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        second, self._seen = self._seen, True
+        if second and self.second_exits:
+            os._exit(128 + number)
+        self._waiting = number
+        if second or not self.held:
+            self.release()
+
+    def release(self) -> None:
+        """Raise what waits."""
+        number, self._waiting = self._waiting, None
+        if number is not None:
+            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+
+
+_active: _Catcher | None = None  # of the main thread
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def catching(second_exits: bool = False) -> Iterator[None]:
+    """Turn the signals into exceptions inside; nested in another one, or in another thread, this does nothing.
+
+    Args:
+        second_exits: a second signal ends the process there and then; otherwise it is raised there and then.
+    """
+    global _active
+    if _active is not None or not _in_main_thread():
+        yield
+        return
+    catcher = _active = _Catcher(second_exits)
+    # Other handlers are somebody's intention: nohup ignores SIGHUP, a shell SIGINT for what runs in the background.
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in STOPS if signal.getsignal(number) in defaults}
+    try:
+        for number in before:
+            signal.signal(number, catcher.handle)
+        yield
+    except Stopped as error:
+        if not second_exits:  # Python ends without a word
+            with contextlib.suppress(OSError):  # the terminal is gone
+                print(f"spafl: {in_one_line(error)}", file=sys.stderr)
+        raise
+    finally:
+        catcher.held = True
+        for number, old in before.items():
+            signal.signal(number, old)
+        _active = None
+        catcher.release()
+
+
+@contextlib.contextmanager
+def _holding(held: bool) -> Iterator[None]:
+    catcher = _active if _in_main_thread() else None
+    if catcher is None:
+        yield
+        return
+    before, catcher.held = catcher.held, held
+    try:
+        if not held:
+            catcher.release()
+        yield
+    finally:
+        catcher.held = before
+    if not before:
+        catcher.release()
+
+
+def held() -> contextlib.AbstractContextManager[None]:
+    """A stretch that a first signal does not cut: it is raised at the end."""
+    return _holding(True)
+
+
+def released() -> contextlib.AbstractContextManager[None]:
+    """A stretch inside of :func:`held` that may be cut after all."""
+    return _holding(False)
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Keep the signals from processes that are started here, until they unblock them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
