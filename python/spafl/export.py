@@ -58,12 +58,10 @@ def client_model(run: Path, client: int) -> tuple[nn.Module, tuple[int, ...]]:
     seed = rng.stream_seed(config.seed, "initial model")
     model = build_model(config.model.name, described["classes"], image[0], seed)
     model = algorithm.prepare_model(model, torch.zeros(1, *image))
-    names = model.state_dict().keys()
-    state = algorithm.client_model(checkpoint.server, checkpoint.client(client) or {}, client)
-    if not names <= state.keys():
+    own = algorithm.client_model(model, checkpoint.server, checkpoint.client(client) or {}, client)
+    if own is None:
         raise UserError(f"client {client} has not trained or been tested up to round {checkpoint.state.round}")
-    model.load_state_dict({name: state[name] for name in names})
-    return model.eval(), image
+    return own.eval(), image
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:

@@ -140,6 +140,7 @@ def merge_replies(
                 framed -= 0 if frame.message else len(reply.frame)
                 expected = algorithm.expected_upload(server, round, reply.client)
                 fault = upload_fault(frame.message, expected, algorithm.upload_limit)
+                fault = fault or algorithm.upload_fault(server, frame.message)
         if fault is None:
             uploads[reply.client] = Upload(reply.client, frame.message, reply.samples)
         else:

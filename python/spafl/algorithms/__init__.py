@@ -10,8 +10,18 @@ from ..errors import UserError
 from ..plugins import find, is_path, place
 from .base import Algorithm, BaseOptions, ServerState, Training, Upload
 from .client import Client, Evaluation, LocalTraining, Samples
+from .ditto import Ditto
 from .fedavg import FedAvg
+from .feddst import FedDST
+from .fedp3 import FedP3
+from .fedper import FedPer
+from .fedpm import FedPM
+from .fedprox import FedProx
+from .fedspa import FedSpa
+from .fjord import FjORD
+from .heterofl import HeteroFL
 from .local import Local
+from .scaffold import Scaffold
 from .spafl import SpaFL
 
 __all__ = [
@@ -29,7 +39,21 @@ __all__ = [
     "register_algorithm",
 ]
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"spafl": SpaFL, "fedavg": FedAvg, "local": Local}
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "spafl": SpaFL,
+    "fedavg": FedAvg,
+    "local": Local,
+    "fedprox": FedProx,
+    "ditto": Ditto,
+    "fedper": FedPer,
+    "scaffold": Scaffold,
+    "fedpm": FedPM,
+    "heterofl": HeteroFL,
+    "fjord": FjORD,
+    "feddst": FedDST,
+    "fedspa": FedSpa,
+    "fedp3": FedP3,
+}
 
 
 def register_algorithm(name: str, algorithm: type[Algorithm]) -> None:

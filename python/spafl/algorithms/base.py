@@ -67,6 +67,8 @@ class Algorithm(ABC):
     """``presets[variant][section][key]`` is the value of that variant; see :mod:`spafl.config`."""
     upload_limit: ClassVar[float] = 1e15
     """Magnitude that no entry of an upload may exceed: sums and squares over all clients stay finite in float32."""
+    steady_uploads: ClassVar[bool] = True
+    """Whether an entry of an upload stands for the same thing in every round, as a lossy encoding has to assume."""
 
     def __init__(self, options: BaseOptions) -> None:
         self.options = options
@@ -115,6 +117,10 @@ class Algorithm(ABC):
         """
         return self.broadcast(server, round, client)
 
+    def upload_fault(self, server: ServerState, message: Message) -> str | None:
+        """What else is wrong with an upload that has the expected form and finite entries, in words; None: nothing."""
+        return None
+
     @abstractmethod
     def merge(
         self, server: ServerState, round: int, uploads: Sequence[Upload], clients: int
@@ -144,15 +150,23 @@ class Algorithm(ABC):
         The tensors are a copy: whatever happens to them here is forgotten, so that no evaluation changes a run.
         """
 
-    def client_model(self, server: ServerState, own: Mapping[str, Tensor], client: int) -> dict[str, Tensor]:
-        """The state dict that the client is tested with, in the names of the prepared model, to be exported.
+    def client_model(
+        self, model: nn.Module, server: ServerState, own: Mapping[str, Tensor], client: int
+    ) -> nn.Module | None:
+        """The model that the client is tested with, to be exported; None if it has nothing yet.
 
-        By default what the client keeps, completed by what the server holds.
+        By default the prepared model with what the client keeps, completed by what the server holds.
 
         Args:
+            model: prepared, with the weights of the run's first model; may be changed.
             own: what the client keeps; empty if it has not had a turn yet.
         """
-        return dict(server) | dict(own)
+        state = dict(server) | dict(own)
+        names = model.state_dict().keys()
+        if not names <= state.keys():
+            return None
+        model.load_state_dict({name: state[name] for name in names})
+        return model
 
     # -- cost by the paper's formulas ---------------------------------------------------------------------------
 

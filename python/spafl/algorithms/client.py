@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from spafl_kernels.functional import threshold_layers
 from spafl_kernels.layers import ThresholdLayer
-from spafl_kernels.training import SGDOptions, Trainer, TrainResult
+from spafl_kernels.training import MaskedTrainer, SGDOptions, Trainer, TrainResult
 
 from .. import rng
 from ..data import Transform
@@ -79,9 +80,9 @@ class Evaluation:
     accuracy: float
     train_accuracy: float | None = None
     densities: dict[str, float] | None = None
-    """Active share per threshold layer, or None for a model without."""
-    first_layer: str | None = None
-    """The first threshold layer's mask, one character 0 or 1 per filter."""
+    """Share of each layer that the client's model keeps, or None for a method that prunes nothing."""
+    masks: dict[str, str] | None = None
+    """Which filters of a layer are kept, one character 0 or 1 each, where whole filters are pruned."""
 
 
 class Client:
@@ -115,6 +116,8 @@ class Client:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         layers: Mapping[str, ThresholdLayer] | None = None,
+        others: dict[Hashable, tuple[nn.Module, Trainer]] | None = None,
+        make_trainer: Callable[[nn.Module], Trainer] = MaskedTrainer,
     ) -> None:
         self.id = id
         self.model = model
@@ -130,10 +133,16 @@ class Client:
         self._seed = seed
         self._device = device
         self._dtype = dtype
+        self._others = {} if others is None else others
+        self._make_trainer = make_trainer
 
     def stream(self, purpose: str, round: int) -> np.random.Generator:
         """This client's random numbers for a purpose in a round."""
         return rng.numpy_stream(self._seed, purpose, round, self.id)
+
+    def torch_stream(self, purpose: str, round: int) -> torch.Generator:
+        """The same as a torch generator, on the CPU."""
+        return rng.torch_stream(self._seed, purpose, round, self.id)
 
     def as_input(self, x: Tensor) -> Tensor:
         """Raw images as the model takes them: on the device, normalised, not augmented."""
@@ -165,13 +174,13 @@ class Client:
         n, size = len(self.train), self.local.batch_size
         return n // size if self.local.drop_last and n >= size else -(-n // size)
 
-    def run_sgd(self, round: int) -> tuple[float, int]:
-        """All local epochs with the trainer, which must have begun: ``(mean batch loss, steps)``.
+    def run_sgd(self, round: int, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> tuple[float, int]:
+        """Batches with the trainer, which must have begun: ``(mean batch loss, steps)``; by default all local epochs.
 
         Raises:
             FloatingPointError: the loss of a batch is not finite; names the client and the round.
         """
-        losses = [self.trainer.step(x, y) for x, y in self.training_batches(round)]
+        losses = [self.trainer.step(x, y) for x, y in batches or self.training_batches(round)]
         # One look at the end: a non-finite loss stays non-finite, and asking every step would stall a GPU.
         values = torch.stack(losses).tolist() if losses else [0.0]
         for step, value in enumerate(values):
@@ -182,16 +191,29 @@ class Client:
                 )
         return math.fsum(values) / len(values), len(losses)
 
-    def sgd_options(self, round: int, penalty: float = 0.0, collapse_floor: float | None = None) -> SGDOptions:
+    def sgd_options(self, round: int) -> SGDOptions:
         """The trainer's options for a round."""
         return SGDOptions(
             lr=self.local.lr_at(round),
             momentum=self.local.momentum,
             weight_decay=self.local.weight_decay,
             max_grad_norm=self.local.max_grad_norm,
-            penalty=penalty,
-            collapse_floor=collapse_floor,
         )
+
+    def on(self, key: Hashable, build: Callable[[nn.Module], nn.Module]) -> Client:
+        """This client's turn on another model, with a trainer of its own.
+
+        Args:
+            key: of the other model in this process; who asks for it again gets the same one, with what is in it.
+            build: makes it from a copy of ``model`` when it is first asked for.
+        """
+        if key not in self._others:
+            other = build(copy.deepcopy(self.model))
+            self._others[key] = other, self._make_trainer(other)
+        turn = copy.copy(self)
+        turn.model, turn.trainer = self._others[key]
+        turn.layers = dict(threshold_layers(turn.model))
+        return turn
 
     def _test_on(self, data: Samples) -> tuple[float, float]:
         losses, correct, batch_size = [], 0, self.evaluation_batch
@@ -203,21 +225,15 @@ class Client:
         return sum(losses) / len(losses), correct / len(data)
 
     def evaluate_model(
-        self, train_data: bool, collapse_floor: float | None = None, densities: dict[str, float] | None = None
+        self, train_data: bool, options: SGDOptions | None = None, densities: dict[str, float] | None = None
     ) -> tuple[Evaluation, TrainResult]:
         """Test ``model`` as it stands, on the test data and, if ``train_data``, on the training data.
 
-        ``collapse_floor`` and ``densities`` are the guard's, which in the published code acts here too and is only
-        wanted where that code is replayed; the result holds the densities of the last forward pass.
+        ``options`` and ``densities`` are the trainer's, for methods whose evaluations depend on them.
         """
-        self.trainer.begin(self.sgd_options(0, collapse_floor=collapse_floor), densities=densities)
+        self.trainer.begin(options or self.sgd_options(0), densities=densities)
         loss, accuracy = self._test_on(self.test)
         evaluation = Evaluation(len(self.test), loss, accuracy)
         if train_data:
             evaluation.train_accuracy = self._test_on(self.train)[1]
-        result = self.trainer.finish()
-        if self.layers:
-            masks = {name: layer.mask() for name, layer in self.layers.items()}
-            evaluation.densities = {name: mask.double().mean().item() for name, mask in masks.items()}
-            evaluation.first_layer = "".join("1" if active else "0" for active in next(iter(masks.values())).tolist())
-        return evaluation, result
+        return evaluation, self.trainer.finish()

@@ -6,16 +6,16 @@ A client trains in the rounds in which it is sampled, so it gets as many local s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from spafl_kernels import to_dense
 
-from ..cost import Cost
 from ..wire import Message
 from .base import Algorithm, ServerState, Training, Upload
 from .client import Client, Evaluation
-from .fedavg import dense_paper_macs
+from .dense import dense_paper_macs, local_sgd, snapshot
 
 
 class Local(Algorithm):
@@ -25,7 +25,7 @@ class Local(Algorithm):
         return to_dense(model)
 
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return snapshot(model)
 
     def server_state(self, model: nn.Module) -> ServerState:
         return {}
@@ -34,10 +34,8 @@ class Local(Algorithm):
         return {}
 
     def train(self, client: Client, message: Message, round: int) -> Training:
-        client.trainer.begin(client.sgd_options(round))
-        loss, steps = client.run_sgd(round)
-        result = client.trainer.finish()
-        return Training({}, loss, Cost(steps=steps, paper_macs=dense_paper_macs(client), executed_macs=result.macs))
+        loss, cost = local_sgd(client, round)
+        return Training({}, loss, replace(cost, paper_macs=dense_paper_macs(client)))
 
     def merge(
         self, server: ServerState, round: int, uploads: Sequence[Upload], clients: int

@@ -22,15 +22,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from spafl_kernels import ThresholdLinear, convert, to_dense
 from spafl_kernels.functional import importance_update_, threshold_layers
-from spafl_kernels.reference import Estimator
+from spafl_kernels.layers import ThresholdLayer
+from spafl_kernels.reference import Estimator, filter_scores
+from spafl_kernels.training import SGDOptions
 
 from ..cost import Cost
 from ..wire import Message
@@ -103,8 +106,22 @@ class SpaFLOptions(AggregationOptions):
     count_threshold_macs: bool
     """Whether the published counter of this folder counts what thresholds cost: one operation per threshold and batch,
     and one per weight and local training."""
+    exchange: bool = True
+    """Whether thresholds travel; False leaves them at the client (does communication help at all?)."""
+    trained: Literal["both", "thresholds", "weights"] = "both"
+    """What local training changes: ``thresholds`` freezes all else as it was drawn, ``weights`` the thresholds."""
+    initial_density: float = Field(default=1.0, gt=0, le=1)
+    """Share of each layer's filters that the first thresholds keep, by score; 1: all thresholds are 0."""
     prune_head: bool | Literal["as-built"] = "as-built"
     """Whether the classifier (the linear layer registered last) has thresholds; ``as-built``: as the model has it."""
+
+    @model_validator(mode="after")
+    def _ablations_are_possible(self) -> SpaFLOptions:
+        if self.importance != "none" and not self.exchange:
+            raise ValueError("exchange = false leaves no change of global thresholds; it needs importance = none")
+        if self.importance != "none" and self.trained == "thresholds":
+            raise ValueError("trained = thresholds freezes weights, which importance moves; it needs importance = none")
+        return self
 
 
 def penalty_at(options: SpaFLOptions, round: int) -> float:
@@ -112,6 +129,16 @@ def penalty_at(options: SpaFLOptions, round: int) -> float:
     if options.penalty_warmup == "none":
         return options.penalty
     return options.penalty / (1.0 + math.exp(5.0 - 10.0 * round / options.warmup_rounds))
+
+
+@torch.no_grad()
+def set_density(layer: ThresholdLayer, density: float) -> None:
+    """Have a layer keep the ``round(density * filters)`` filters of the largest scores, at least one."""
+    scores = torch.sort(filter_scores(layer.weight), descending=True).values  # type: ignore[arg-type]
+    kept = max(1, round(density * len(scores)))
+    if kept < len(scores):
+        # Half-way to the first that is pruned: a score must be above its threshold.
+        layer.threshold.fill_(((scores[kept - 1] + scores[kept]) / 2).item())
 
 
 def with_pruned_head(model: nn.Module, pruned: bool) -> nn.Module:
@@ -166,18 +193,27 @@ class SpaFL(Algorithm):
             raise ValueError("SpaFL needs a model with threshold layers; this one has none (see spafl_kernels.convert)")
         for _, layer in layers:
             layer.estimator = self.options.estimator  # type: ignore[assignment]
+            if self.options.initial_density < 1:
+                set_density(layer, self.options.initial_density)
+        thresholds = {id(layer.threshold) for _, layer in layers}
+        for p in model.parameters():
+            if self.options.trained != "both":
+                p.requires_grad_((id(p) in thresholds) == (self.options.trained == "thresholds"))
         return model
 
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:
         state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         if self.options.momentum_lifetime == "run":
-            state |= {f"momentum.{name}": torch.zeros_like(p) for name, p in model.named_parameters()}
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            state |= {f"momentum.{name}": torch.zeros_like(p) for name, p in trained.items()}
         if self.options.collapse_floor is not None:
             # Density of each layer in its previous forward pass, which the guard looks at.
             state["density"] = torch.ones(len(list(threshold_layers(model))), dtype=torch.float64)
         return state
 
     def server_state(self, model: nn.Module) -> ServerState:
+        if not self.options.exchange:
+            return {}
         return {f"{name}.threshold": layer.threshold.detach().clone() for name, layer in threshold_layers(model)}
 
     # -- server
@@ -221,19 +257,22 @@ class SpaFL(Algorithm):
         layers = client.layers
         with torch.no_grad():
             for name, layer in layers.items():
-                layer.threshold.copy_(message[f"{name}.threshold"])  # type: ignore[operator]
+                if self.options.exchange:
+                    layer.threshold.copy_(message[f"{name}.threshold"])  # type: ignore[operator]
         self.receive(client, self._deltas(message), round)
 
         momentum = {n.removeprefix("momentum."): t for n, t in client.memory.items() if n.startswith("momentum.")}
         client.trainer.begin(
-            client.sgd_options(round, penalty_at(self.options, round), self.options.collapse_floor),
+            self._sgd_options(client, round),
             momentum=momentum or None,
             densities=self._densities(client),
         )
         loss, steps = client.run_sgd(round)
         result = client.trainer.finish()
         self._remember(client, result.densities)
-        upload = {f"{name}.threshold": layer.threshold.detach().cpu().clone() for name, layer in layers.items()}
+        upload = {}
+        if self.options.exchange:
+            upload = {f"{name}.threshold": layer.threshold.detach().cpu().clone() for name, layer in layers.items()}
         figures = {"density": sum(result.densities.values()) / len(result.densities)}
         macs = self._paper_macs(client, result.densities)
         return Training(upload, loss, Cost(steps=steps, paper_macs=macs, executed_macs=result.macs), figures)
@@ -244,11 +283,20 @@ class SpaFL(Algorithm):
             normaliser: Any = self.options.importance_normaliser
             importance_update_(layer.weight, delta.to(layer.weight.device), normaliser, layer.transposed_groups)
 
+    def _sgd_options(self, client: Client, round: int) -> SGDOptions:
+        penalty, floor = penalty_at(self.options, round), self.options.collapse_floor
+        return replace(client.sgd_options(round), penalty=penalty, collapse_floor=floor)
+
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
-        if not self.guard_evaluations:
-            return client.evaluate_model(train_data)[0]
-        evaluation, result = client.evaluate_model(train_data, self.options.collapse_floor, self._densities(client))
-        self._remember(client, result.densities)
+        if self.guard_evaluations:
+            options = self._sgd_options(client, 0)
+            evaluation, result = client.evaluate_model(train_data, options, self._densities(client))
+            self._remember(client, result.densities)
+        else:
+            evaluation = client.evaluate_model(train_data)[0]
+        masks = {name: layer.mask() for name, layer in client.layers.items()}
+        evaluation.densities = {name: mask.double().mean().item() for name, mask in masks.items()}
+        evaluation.masks = {n: "".join("1" if kept else "0" for kept in mask.tolist()) for n, mask in masks.items()}
         return evaluation
 
     def _densities(self, client: Client) -> dict[str, float] | None:

@@ -38,7 +38,7 @@ class Ledger:
     """Adds rounds up.
 
     Args:
-        layer_weights: number of weights of each threshold layer, in registration order.
+        layer_weights: number of weights of each layer.
         cost, best: what was booked before, if the run is a resumed one.
 
     Attributes:
@@ -75,7 +75,7 @@ class Ledger:
         """Enter the evaluation of all clients after the round that ``line`` belongs to."""
         line["evaluation"] = evaluation_summary(evaluations)
         line["density"] = density_summary(evaluations, self._layer_weights)
-        line["first_layer"] = first_layer_masks(evaluations, next(iter(self._layer_weights), None))
+        line["first_layer"] = first_layer_masks(evaluations)
         accuracy = line["evaluation"]["accuracy"]["mean"]
         if accuracy > self.best.get("accuracy", -1.0):
             self.best = {"round": line["round"], "accuracy": accuracy}

@@ -39,25 +39,29 @@ def density_summary(evaluations: Sequence[Evaluation], sizes: dict[str, int]) ->
 
     Args:
         evaluations: one per client.
-        sizes: number of weights of each threshold layer.
+        sizes: number of weights of each layer, at least of those that have densities.
     """
     densities = [e.densities for e in evaluations]
     if not densities or None in densities:
         return None
-    layers = {name: float(np.mean([d[name] for d in densities])) for name in sizes}  # type: ignore[index]
+    names = list(densities[0])  # type: ignore[arg-type]
+    layers = {name: float(np.mean([d[name] for d in densities])) for name in names}  # type: ignore[index]
     clients = [float(np.mean(list(d.values()))) for d in densities]  # type: ignore[union-attr]
     return {
         "layer_mean": float(np.mean(clients)),
-        "parameters": sum(layers[name] * size for name, size in sizes.items()) / sum(sizes.values()),
+        "parameters": sum(layers[name] * sizes[name] for name in names) / sum(sizes[name] for name in names),
         "layers": layers,
         "clients": clients,
     }
 
 
-def first_layer_masks(evaluations: Sequence[Evaluation], name: str | None) -> dict[str, Any] | None:
-    """Which filters of the first threshold layer every client keeps."""
-    masks = [e.first_layer for e in evaluations]
-    return None if name is None or None in masks else {"name": name, "masks": masks}
+def first_layer_masks(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
+    """Which filters of the first layer that has masks every client keeps."""
+    masks = [e.masks for e in evaluations]
+    if not masks or not masks[0] or None in masks:
+        return None
+    name = next(iter(masks[0]))
+    return {"name": name, "masks": [of_client[name] for of_client in masks]}  # type: ignore[index]
 
 
 def environment(device: torch.device, workers: int) -> dict[str, Any]:

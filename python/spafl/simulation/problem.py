@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ class Method:
         uplink: how uploads travel.
         client_state: initial tensors of a client's row: the algorithm's, and the uplink's.
         macs: dense multiply-accumulates per sample of each threshold layer (published counting).
+        layer_weights: number of weights of each convolution and linear layer of the configured model.
     """
 
     model: nn.Module
@@ -40,11 +40,7 @@ class Method:
     uplink: Uplink
     client_state: dict[str, Tensor]
     macs: dict[str, int]
-
-    @cached_property
-    def layer_weights(self) -> dict[str, int]:
-        """Number of weights of each threshold layer, in registration order."""
-        return {n: layer.weight.numel() for n, layer in threshold_layers(self.model)}  # type: ignore[operator, misc]
+    layer_weights: dict[str, int]
 
 
 @dataclass
@@ -83,6 +79,7 @@ def build_method(config: RunConfig, classes: int, image: tuple[int, ...]) -> Met
     sample = torch.zeros(1, *image)
     counts = layer_macs(model, sample, per_token=False)
     layers = dict(threshold_layers(model))
+    weights = {name: model.get_submodule(name).weight.numel() for name in counts}  # type: ignore[operator, union-attr]
     try:
         model = algorithm.prepare_model(model, sample)
     except ValueError as error:
@@ -91,7 +88,7 @@ def build_method(config: RunConfig, classes: int, image: tuple[int, ...]) -> Met
     macs = {name: count for name, count in counts.items() if name in layers}
     uplink = Uplink(config.communication.encoding, fingerprint(model.state_dict()))
     state = algorithm.client_state(model) | _feedback(config, uplink, algorithm, model)
-    return Method(model, algorithm, uplink, state, macs)
+    return Method(model, algorithm, uplink, state, macs, weights)
 
 
 def build_problem(config: RunConfig) -> Problem:
@@ -130,7 +127,8 @@ def _feedback(config: RunConfig, uplink: Uplink, algorithm: Algorithm, model: nn
         expected = algorithm.expected_upload(server, round, 0)
         return {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
 
-    if any(form(0) != form(round) for round in range(1, min(config.rounds, 4))):
+    steady = algorithm.steady_uploads
+    if not steady or any(form(0) != form(round) for round in range(1, min(config.rounds, 4))):
         raise UserError(
             f"communication.encoding: {uplink.encoding} keeps what an upload lost for the next one, but uploads of "
             f"algorithm {config.algorithm['name']} change their form from round to round; fp32 takes any"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from spafl_kernels.engines import make_trainer
+from spafl_kernels.engines import Engine, make_trainer
 from spafl_kernels.functional import threshold_layers
 from spafl_kernels.training import Trainer
 
@@ -51,7 +53,9 @@ class Resident:
             self._there = {name: tensor.to(setting.device) for name, tensor in tensors.items()}
             self._bind(self._there)
         self._layers = dict(threshold_layers(self.model))
-        self.trainer: Trainer = make_trainer(self.model, engine)  # type: ignore[arg-type]
+        self._make_trainer = partial(make_trainer, engine=cast(Engine, engine))
+        self.trainer: Trainer = self._make_trainer(self.model)
+        self._others: dict[Hashable, tuple[nn.Module, Trainer]] = {}
 
     def _bind(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -87,6 +91,8 @@ class Resident:
             s.device,
             s.dtype,
             self._layers,
+            self._others,
+            self._make_trainer,
         )
 
     def take_back(self) -> None:
