@@ -11,6 +11,7 @@ A missing tool is a reason to build less, and never one to lose what an earlier 
 and only SPAFL_BUILD_CPP=0 removes one. A build that starts and fails is an error; library and record stay as they were.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -31,11 +32,21 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 DEFAULT_ARCHS = "90a;90+PTX"
 
 
+def settings():
+    """spafl_kernels.settings, without the package, which needs what is only being built."""
+    spec = importlib.util.spec_from_file_location("settings", ROOT / "spafl_kernels" / "settings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def choice(name):
-    value = os.environ.get(name, "auto")
-    if value not in ("auto", "0", "1"):
-        raise SystemExit(f"error: {name} must be auto, 0 or 1; got {value!r}")
-    return value
+    """``auto``, ``0`` or ``1``."""
+    try:
+        wanted = settings().switch_or_auto(name)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    return "auto" if wanted is None else "1" if wanted else "0"
 
 
 def say(line):

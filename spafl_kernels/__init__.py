@@ -1,5 +1,9 @@
 """Threshold layers whose forward and backward pass skip pruned filters."""
 
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
 from .convert import convert, to_dense
 from .diagnostics import explain
 from .functional import (
@@ -17,20 +21,47 @@ from .functional import (
 )
 from .layers import ThresholdConv1d, ThresholdConv2d, ThresholdConvTranspose2d, ThresholdLayer, ThresholdLinear
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .compact import CompactModule, CompactTrainer
+    from .compact.audit import audit
+    from .compact.export import export
+    from .engines import make_trainer
+    from .training import MaskedTrainer, SGDOptions, TrainResult, Unsupported
+
+# What trains and compiles whole models is imported when somebody asks for it.
+_LAZY = {
+    "CompactModule": "compact",
+    "CompactTrainer": "compact",
+    "MaskedTrainer": "training",
+    "SGDOptions": "training",
+    "TrainResult": "training",
+    "Unsupported": "training",
+    "audit": "compact",
+    "export": "compact",
+    "make_trainer": "engines",
+}
 
 __all__ = [
+    "CompactModule",
+    "CompactTrainer",
+    "MaskedTrainer",
+    "SGDOptions",
     "ThresholdConv1d",
     "ThresholdConv2d",
     "ThresholdConvTranspose2d",
     "ThresholdLayer",
     "ThresholdLinear",
+    "TrainResult",
+    "Unsupported",
     "active_filters",
+    "audit",
     "convert",
     "density",
     "explain",
+    "export",
     "filter_scores",
     "importance_update_",
+    "make_trainer",
     "observe",
     "threshold_conv1d",
     "threshold_conv2d",
@@ -40,3 +71,18 @@ __all__ = [
     "threshold_penalty",
     "to_dense",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return importlib.metadata.version("spafl-kernels")
+        except importlib.metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+            return "0+unknown"
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, "__version__"})

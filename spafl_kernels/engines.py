@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Literal, get_args
 
 from torch import nn
 from torch.nn import functional as F
 
+from . import settings
 from .compact import CompactTrainer
 from .compact.verify import Verify
 from .training import Loss, MaskedTrainer, Trainer, Unsupported
@@ -35,7 +35,7 @@ def make_trainer(
             and has not been measured.
         loss: see :class:`spafl_kernels.training.Trainer`.
         strict: raise where the compact engine cannot run the model instead of taking the masked one; by default what
-            the environment variable ``SPAFL_STRICT`` says (``1`` is strict).
+            the environment variable ``SPAFL_STRICT`` says.
         verify: when the compact engine compares itself with the masked one, see
             :class:`~spafl_kernels.compact.CompactTrainer`.
 
@@ -46,7 +46,7 @@ def make_trainer(
     if engine not in get_args(Engine):
         raise ValueError(f"engine must be one of {', '.join(get_args(Engine))}; got {engine!r}")
     if strict is None:
-        strict = os.environ.get("SPAFL_STRICT", "") == "1"
+        strict = settings.strict()
     if engine == "masked":
         return MaskedTrainer(model, loss)
     device = next((p.device.type for p in model.parameters()), "cpu")

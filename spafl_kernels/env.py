@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import native
+from . import native, settings
 from .ops import backend, cuda_ops
 from .tables import Shelf, choices, engines, tiles
 
@@ -83,9 +83,10 @@ def report() -> dict[str, Any]:
 
     Returns:
         ``python``, ``platform``, ``packages`` (name -> version or None), ``cpu`` (cores, threads, torch's capability,
-        the instruction set of the compiled kernels and those it can run), ``gpus`` (names), ``measured`` (by GPU, the
-        "launches": _launches(),
-        "extension": extension,
+        the instruction set of the compiled kernels and those it can run), ``gpus`` (names), ``measured``, ``tiles`` and
+        ``engines`` (by GPU, where its tables come from), ``request`` and ``strict`` (what ``SPAFL_BACKEND`` and
+        ``SPAFL_STRICT`` ask for), ``launches`` (of Triton kernels, in words), ``extension`` (how it was built),
+        ``backends`` (name -> whether it is available, and why not).
     """
     cpp, cpp_reason = _cpu_backend()
     backends = {
@@ -114,7 +115,7 @@ def report() -> dict[str, Any]:
         "tiles": {gpu: _measured(gpu, tiles.SHELF) for gpu in gpus},
         "engines": {gpu: _measured(gpu, engines.SHELF) for gpu in gpus},
         "request": backend.REQUESTED,
-        "strict": backend.strict(),
+        "strict": settings.strict(),
         "launches": _launches(),
         "extension": extension,
         "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backends.items()},

@@ -243,8 +243,7 @@ def threshold_penalty(model: nn.Module) -> Tensor:
 
     A scalar tensor; 0 for a model without threshold layers. The regulariser of SpaFL (arXiv 2406.00431).
     """
-    terms = [torch.exp(-layer.threshold).sum() for _, layer in threshold_layers(model)]
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    return reference.penalty([layer.threshold for _, layer in threshold_layers(model)])
 
 
 @torch.no_grad()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import settings
 
 # Number of the operator interface; raised whenever a schema in csrc/bindings.cpp changes.
 SCHEMA = 6
@@ -61,13 +62,11 @@ def _reason_not_built() -> str:
 
 @functools.cache
 def _load() -> tuple[bool, str | None]:
-    wanted = os.environ.get("SPAFL_NATIVE", "auto")
-    if wanted not in ("auto", "0", "1"):
-        raise ValueError(f"SPAFL_NATIVE must be auto, 0 or 1; got {wanted!r}")
-    if wanted == "0":
+    wanted = settings.switch_or_auto("SPAFL_NATIVE")
+    if wanted is False:
         return False, "SPAFL_NATIVE=0"
     reason = _try_load()
-    if reason and wanted == "1":
+    if reason and wanted:
         raise RuntimeError(f"SPAFL_NATIVE=1, but {reason}")
     return reason is None, reason
 
@@ -98,7 +97,7 @@ def available() -> bool:
     """True if the compiled operators ``torch.ops.spafl.*`` can be used.
 
     Raises:
-        ValueError: ``SPAFL_NATIVE`` is not auto, 0 or 1.
+        ValueError: ``SPAFL_NATIVE`` is neither auto, on nor off.
         RuntimeError: ``SPAFL_NATIVE=1`` and there is no extension; or ``SPAFL_CPU_ISA`` is unknown or names an
             instruction set that this machine or build cannot run.
     """

@@ -26,6 +26,7 @@ window      1 if ``|s_i - tau_i| > 1``   the published CIFAR-10 and CIFAR-100 co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -148,6 +149,16 @@ def mask_weight_and_bias(
     if bias is not None and mask_bias:
         bias = bias * mask
     return masked, bias
+
+
+def penalty(thresholds: Sequence[Tensor]) -> Tensor:
+    """``sum exp(-tau)`` over these thresholds, differentiable; a scalar."""
+    return torch.stack([torch.exp(-tau).sum() for tau in thresholds]).sum() if thresholds else torch.zeros(())
+
+
+def add_penalty_gradient_(grad: Tensor, threshold: Tensor, coefficient: float) -> Tensor:
+    """Add the gradient of ``coefficient * sum exp(-tau)`` to that of a threshold, in place."""
+    return grad.sub_(torch.exp(-threshold), alpha=coefficient)
 
 
 def threshold_conv2d(

@@ -650,6 +650,12 @@ inline void update(T* __restrict__ p, T* __restrict__ m, int64_t n, const StepOp
     for (int64_t i = 0; i < n; i++) p[i] -= lr * gradient(i, p[i]);
 }
 
+// The gradient of the penalty c * sum exp(-tau) with regard to one threshold.
+template <typename T>
+inline T penalty_gradient(double coefficient, T tau) {
+  return -(T)coefficient * std::exp(-tau);
+}
+
 // What the gradients of one layer need beyond backward: by row, the sign term's coefficient; by filter, the gradient of
 // the threshold. Adds the sign term to the gradients given. Returns the squared norm of everything, if it is asked for.
 template <typename T>
@@ -657,7 +663,7 @@ double complete_gradients(const StepLayer<T>& layer, const StepOptions& options,
                           T* threshold_grad) {
   double norm2 = 0;
   for (int64_t i = 0; i < layer.filters; i++)
-    threshold_grad[i] = options.penalty != 0 ? -(T)options.penalty * std::exp(-layer.threshold[i]) : T(0);
+    threshold_grad[i] = options.penalty != 0 ? penalty_gradient(options.penalty, layer.threshold[i]) : T(0);
   const auto add_signs = [](T* grad, const T* weight, T a, int64_t n) {
     for (int64_t i = 0; i < n; i++) grad[i] += a * sign(weight[i]);
   };
@@ -758,7 +764,7 @@ double step(const StepLayer<T>* layers, int64_t layer_count, const StepTensor<T>
   for (int64_t t = 0; t < tensor_count; t++) {
     const StepTensor<T>& a = tensors[t];
     if (a.is_threshold && options.penalty != 0)
-      for (int64_t i = 0; i < a.size; i++) a.grad[i] -= (T)options.penalty * std::exp(-a.param[i]);
+      for (int64_t i = 0; i < a.size; i++) a.grad[i] += penalty_gradient(options.penalty, a.param[i]);
     if (clip) norm2 += steady_sum<Sum::square>(a.grad, a.size);
   }
   const T norm = (T)std::sqrt(norm2);

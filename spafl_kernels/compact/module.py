@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from ..layers import ThresholdLayer
 from ..reference import WINDOW, filter_scores
+from ..settings import strict as strict_by_default
 from ..training import Unsupported
 from .conditions import Condition, rows_in_words
 from .flow import Flow
@@ -161,7 +161,7 @@ class CompactModule(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.strict = os.environ.get("SPAFL_STRICT", "") == "1" if strict is None else strict
+        self.strict = strict_by_default() if strict is None else strict
         self.multiple, self.verify = multiple, check_verify(verify)
         self.engine, self.reason = "compact", "all channels can be traced"
         self._reset()

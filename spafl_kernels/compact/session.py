@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import native
+from .. import native, reference
 from ..layers import ThresholdLayer
 from ..reference import WINDOW
 from ..training import SGDOptions
@@ -235,7 +235,7 @@ class Session:
         if not self._apart or not self.options.penalty:
             return None
         taus = [m.threshold for m in self._apart.values() if m.threshold.requires_grad]
-        return self.options.penalty * torch.stack([torch.exp(-tau).sum() for tau in taus]).sum() if taus else None
+        return self.options.penalty * reference.penalty(taus) if taus else None
 
     def _observe_apart(self) -> None:
         """Guard and densities of the threshold layers that run as they are."""

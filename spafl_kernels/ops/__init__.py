@@ -44,7 +44,6 @@ __all__ = [
     "ready",
     "relu_pool",
     "sgd_step",
-    "tables",
     "threshold_pass",
     "threshold_step",
 ]

@@ -1,6 +1,6 @@
 """Which implementation a layer uses, and why: nothing falls back without saying so.
 
-``SPAFL_STRICT=1`` in the environment turns every fallback on a GPU into an error. ``SPAFL_BACKEND``, read at import,
+``SPAFL_STRICT`` in the environment turns every fallback on a GPU into an error. ``SPAFL_BACKEND``, read at import,
 asks for one implementation whatever the tables say; that is then no fallback:
 
 reference  the masked dense operator
@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -25,6 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .. import settings
 from ..tables import choices, classes
 
 Backend = Literal["reference", "triton", "narrow"]
@@ -39,10 +39,7 @@ Request = Literal["auto", "reference", "triton", "narrow"]
 
 
 def _requested() -> str:
-    value = os.environ.get("SPAFL_BACKEND", "auto")
-    if value not in get_args(Request):
-        raise ValueError(f"SPAFL_BACKEND must be one of {', '.join(get_args(Request))}; got {value!r}")
-    return value
+    return settings.one_of("SPAFL_BACKEND", get_args(Request))
 
 
 REQUESTED = _requested()
@@ -94,11 +91,6 @@ class Work:
 def on_gpu(tensor: Tensor) -> bool:
     """Whether a layer with this weight takes the operators."""
     return tensor.is_cuda
-
-
-def strict() -> bool:
-    """Whether ``SPAFL_STRICT`` is set to anything but 0 or nothing."""
-    return os.environ.get("SPAFL_STRICT", "0") not in ("", "0")
 
 
 def unsupported(input: Tensor, weight: Tensor, groups: int = 1) -> str | None:
@@ -199,7 +191,7 @@ def fall_back(reason: str) -> None:
         RuntimeError: ``SPAFL_STRICT`` is set.
     """
     message = f"a threshold layer on the GPU runs the dense operator on masked weights, without skipping: {reason}"
-    if strict():
+    if settings.strict():
         raise RuntimeError(f"SPAFL_STRICT is set, and {message}")
     if reason not in _warned:
         _warned.add(reason)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import reference
 from . import _backend
 from ._backend import Backend
 
@@ -100,7 +101,7 @@ def sgd_step(
     if penalty:
         for param, grad, threshold in zip(params, grads, is_threshold):
             if threshold:
-                grad.sub_(torch.exp(-param), alpha=penalty)
+                reference.add_penalty_gradient_(grad, param, penalty)
     norm2 = torch.as_tensor(extra_norm2, dtype=params[0].dtype, device=params[0].device)
     if max_norm is not None:
         norms = torch.stack([torch.linalg.vector_norm(grad) for grad in grads])

@@ -246,12 +246,14 @@ def _twin(
                     _row_matrix(buffers[i], count) if momentum else None,
                 )
             )
-        tau_grad = -penalty * torch.exp(-threshold) if penalty else torch.zeros_like(threshold)
+        tau_grad = torch.zeros_like(threshold)
+        if penalty:
+            reference.add_penalty_gradient_(tau_grad, threshold, penalty)
         tau_grad.index_add_(0, index, dot, alpha=-1)
         todo.append((threshold, tau_grad, rows.threshold_momenta[i] if momentum else None))
     for i, (param, grad, penalised) in enumerate(zip(params, param_grads, is_threshold)):
         if penalised and penalty:
-            grad.sub_(torch.exp(-param), alpha=penalty)
+            reference.add_penalty_gradient_(grad, param, penalty)
         todo.append((param, grad, momenta[i] if momentum else None))
     norm2 = torch.as_tensor(extra_norm2, dtype=rows.weights[0].dtype, device=rows.weights[0].device)
     if bound >= 0:

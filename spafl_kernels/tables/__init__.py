@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+
+from .. import settings
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -92,7 +93,7 @@ class Shelf(Generic[T]):
 
     def _for_device(self, name: str) -> T | None:
         """The table of a device by its name, or None. Read once."""
-        path = pathlib.Path(os.environ.get("SPAFL_TABLES") or FOLDER) / file_name(name, self.subject)
+        path = pathlib.Path(settings.text("SPAFL_TABLES") or FOLDER) / file_name(name, self.subject)
         return self.load(path) if path.is_file() else None
 
     def _for_index(self, index: int) -> T | None:

@@ -72,11 +72,20 @@ def test_a_compiler_that_does_not_work_is_named_with_its_message(copy):
     assert done.returncode == 0 and "fatal error: no assembler" in record["cpp_reason"]
 
 
+EITHER = "must be auto, on (1, true, yes, on) or off (0, false, no, off)"
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"SPAFL_BUILD_CPP": "yes"}, "SPAFL_BUILD_CPP must be auto, 0 or 1; got 'yes'"),
-        ({"SPAFL_BUILD_CUDA": "2"}, "SPAFL_BUILD_CUDA must be auto, 0 or 1; got '2'"),
+        (
+            {"SPAFL_BUILD_CPP": "maybe"},
+            f"SPAFL_BUILD_CPP {EITHER}; got 'maybe'",
+        ),
+        (
+            {"SPAFL_BUILD_CUDA": "2"},
+            f"SPAFL_BUILD_CUDA {EITHER}; got '2'",
+        ),
         ({"SPAFL_BUILD_CPP": "1", "CXX": "/no/such/compiler"}, "SPAFL_BUILD_CPP=1, but no C++ compiler"),
         ({"SPAFL_BUILD_CUDA": "1", "SPAFL_BUILD_CPP": "0"}, "SPAFL_BUILD_CUDA=1, but the C++ extension is not built"),
         ({"SPAFL_CUDA_ARCHS": "hopper"}, "SPAFL_CUDA_ARCHS must list compute capabilities such as 90a;90+PTX"),
