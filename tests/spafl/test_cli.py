@@ -1,7 +1,10 @@
 """The command as a new user meets it: exit codes, one-line errors, nothing overwritten."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from importlib import resources
 
 import pytest
@@ -46,6 +49,17 @@ def test_run_then_report(config_file, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert main(["report", str(out), str(second), "--out", str(tmp_path / "both")]) == 0
     assert (tmp_path / "both" / "report.html").exists()
+
+
+def test_an_ascii_terminal_a_path_beyond_it_and_a_notebooks_backend(config_file, tmp_path):
+    """A command of a notebook's ``!`` has its MPLBACKEND, whether or not that package is installed here."""
+    out = tmp_path / "größe-é"
+    places = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    places["MPLBACKEND"] = "module://of_another_environment"
+    command = [sys.executable, "-m", "spafl", "run", str(config_file), "--out", str(out)]
+    done = subprocess.run(command, env=places, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and done.stderr.isascii() and (out / "report" / "report.html").exists()
 
 
 def test_mistakes(config_file, tmp_path, capsys, monkeypatch):
