@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .config import RunConfig, deep_merge, load_config, read_toml, resolve_config
+from .config import RunConfig, deep_merge, load_run_config, read_toml, resolve_config
 from .errors import UserError
 from .export import Exported, client_model, export_client
+from .plugins import Code
 from .report.figures import PICTURES
 from .report.run_data import Run
 from .report.run_data import load_run as read_folder
@@ -31,10 +32,12 @@ class RunResult:
 
     Attributes:
         folder: the run folder.
+        code: modules of the user's that :meth:`model` and :meth:`export` may import.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, code: Code | None = None) -> None:
         self.folder = folder
+        self.code = code
         self._data: Run | None = None
 
     @property
@@ -47,7 +50,7 @@ class RunResult:
     @property
     def config(self) -> RunConfig:
         """The resolved configuration."""
-        return load_config(self.folder / "config.toml")
+        return load_run_config(self.folder, code=None)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -109,7 +112,7 @@ class RunResult:
 
     def model(self, client: int) -> nn.Module:
         """A client's model as of the last checkpoint, with its threshold layers, in eval mode."""
-        return client_model(self.folder, client)[0]
+        return client_model(self.folder, client, self.code)[0]
 
     def export(self, client: int, out: Path | str | None = None, onnx: bool = False) -> Exported:
         """Write a client's model as a small dense one; see :func:`spafl.export.export_client`.
@@ -118,7 +121,7 @@ class RunResult:
             out: folder; ``export`` in the run folder by default.
             onnx: write an ONNX file too, checked in onnxruntime.
         """
-        return export_client(self.folder, client, Path(out) if out else self.folder / "export", onnx)
+        return export_client(self.folder, client, Path(out) if out else self.folder / "export", onnx, self.code)
 
     def __repr__(self) -> str:
         return comparison_table([self.folder])
@@ -152,16 +155,21 @@ def run(
     resolved = _resolve(config, settings)
     folder = Path(out) if out is not None else Path("runs") / resolved.name
     simulate(resolved, folder, resume=resume, quiet=quiet)
-    return RunResult(folder)
+    return RunResult(folder, Code.only(resolved.code.values()))
 
 
-def load_run(path: Path | str) -> RunResult:
+def load_run(path: Path | str, allow_code: bool | Iterable[str] = False) -> RunResult:
     """Open a run folder.
+
+    Args:
+        allow_code: whether models may be built with code that the run's configuration names, or the modules that may
+            be imported for it. Nothing else is ever executed.
 
     Raises:
         ReportError: it is missing or damaged; says which file and why.
     """
-    result = RunResult(Path(path))
+    code = Code(bool(allow_code)) if isinstance(allow_code, bool) else Code.only(allow_code)
+    result = RunResult(Path(path), code)
     result.data  # noqa: B018  a damaged folder is refused here, not at the first look
     return result
 

@@ -39,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="no progress")
     run.add_argument("--no-report", action="store_true", help="do not write the report at the end")
 
+    _allow_code(run, "--resume: ")
+
     report = commands.add_parser("report", help="pictures and one HTML page of one or several runs")
     report.add_argument("runs", type=Path, nargs="+", help="run folders; several are compared")
     report.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
@@ -48,11 +50,20 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--client", type=int, required=True, help="number of the client, from 0")
     export.add_argument("--onnx", action="store_true", help="write an ONNX file too, checked in onnxruntime")
     export.add_argument("--out", type=Path, help="folder (default: RUN/export)")
+    _allow_code(export)
     return parser
+
+
+def _allow_code(parser: argparse.ArgumentParser, when: str = "") -> None:
+    parser.add_argument("--allow-code", action="store_true",
+                        help=f"{when}import the modules that the run's configuration names")  # fmt: skip
+    parser.add_argument("--allow-module", action="append", default=[], metavar="MODULE",
+                        help=f"{when}import this module if the run's configuration names it (repeatable)")  # fmt: skip
 
 
 def _run(args: argparse.Namespace) -> int:
     from .config import load_config
+    from .plugins import Code
     from .report import comparison_table, write_report
     from .simulation import run
 
@@ -61,7 +72,9 @@ def _run(args: argparse.Namespace) -> int:
         assignments.append(f"simulation.device={args.device}")
     if args.data_root:
         assignments.append(f"data.root={args.data_root}")
-    config = load_config(args.config, assignments)
+    # A configuration to begin with is the user's own; what is resumed may come from a run folder of somebody else.
+    code = Code(args.allow_code, frozenset(args.allow_module)) if args.resume else None
+    config = load_config(args.config, assignments, code)
     out = args.out or Path("runs") / config.name
     run(config, out, resume=args.resume, quiet=args.quiet)
     print(comparison_table([out]))
@@ -80,10 +93,12 @@ def _report(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from .export import export_client
+    from .plugins import Code
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's exporters warn of their own internals
-        done = export_client(args.run, args.client, args.out or args.run / "export", args.onnx)
+        code = Code(args.allow_code, frozenset(args.allow_module))
+        done = export_client(args.run, args.client, args.out or args.run / "export", args.onnx, code)
     (weights, small_weights), (macs, small_macs) = done.parameters, done.macs
     print(f"parameters {weights:,} -> {small_weights:,}; multiply-accumulates per sample {macs:,} -> {small_macs:,}")
     print(f"largest difference from the client's model: {done.difference:.1e} of the largest output")

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from . import plugins
 from .algorithms import Algorithm, LocalTraining, find_algorithm
 from .checked import CheckedModel, alternatives, short
 from .data import DATASETS, MAX_ALPHA, MIN_ALPHA, SCHEMES
 from .errors import UserError
 from .models import MODELS
+from .plugins import Code
 from .wire import Encoding
 
 # Above what any machine or study needs: past these, memory or time explode, or float32 ends.
@@ -59,6 +61,10 @@ class DataConfig(_Section):
     pixels: Literal["standard", "unit", "raw"] | None = None
     """What the model sees: standardised values (the default), 0..1, or stored bytes as they are."""
     verify_checksums: bool | None = None
+    file: str | None = None
+    """File or folder of a reader (``npz``, ``csv``, ...) or of a plug-in."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further options of a registered data set or of a plug-in, by the parameters of its function."""
 
 
 class PartitionConfig(_Section):
@@ -71,10 +77,31 @@ class PartitionConfig(_Section):
     min_train: int = Field(default=1, ge=1, le=MANY)
     min_test: int = Field(default=1, ge=1, le=MANY)
     max_draws: int = Field(default=100, ge=1, le=10_000)
+    sizes: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Relative amounts of data, one for each client (scheme ``size``)."""
+    file: str | None = None
+    """A JSON file with every client's samples (scheme ``file``); see :func:`spafl.data.read_partition`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further options of a registered scheme or of a plug-in, by the parameters of its function."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_file_is_a_scheme(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and raw.get("file") is not None and raw.get("scheme", "file") == "file":
+            return {**raw, "scheme": "file"}
+        return raw
+
+    @model_validator(mode="after")
+    def _a_scheme_of_files(self) -> PartitionConfig:
+        if (self.scheme == "file") != (self.file is not None):
+            raise PydanticCustomError("file", "scheme = 'file' and file = 'split.json' need each other")
+        return self
 
 
 class ModelConfig(_Section):
     name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further parameters of the model's class or function."""
 
 
 class TrainingConfig(_Section):
@@ -152,8 +179,19 @@ class RunConfig(_Section):
     def build_algorithm(self) -> Algorithm:
         """The algorithm object these settings describe."""
         options = {key: value for key, value in self.algorithm.items() if key != "name"}
-        cls = find_algorithm(self.algorithm["name"])
-        return cls(cls.Options(**options))
+        name = self.algorithm["name"]
+        cls = find_algorithm(name)
+        if not plugins.is_path(name):
+            return cls(cls.Options(**options))
+        try:
+            return cls(cls.Options(**options))
+        except Exception as error:
+            raise UserError(f"algorithm.name: {plugins.place(cls)} failed: {plugins.explain(error)}") from None
+
+    @property
+    def code(self) -> dict[str, str]:
+        """The import paths this configuration names, by setting."""
+        return plugins.named(self.model_dump())
 
     def local_training(self) -> LocalTraining:
         """The ``[training]`` section as the clients use it."""
@@ -211,16 +249,36 @@ def parse_assignment(text: str) -> dict[str, Any]:
     return parsed
 
 
-def load_config(path: Path, assignments: Iterable[str] = ()) -> RunConfig:
+def load_config(path: Path, assignments: Iterable[str] = (), code: Code | None = None) -> RunConfig:
     """Read, complete and check a configuration file.
 
+    Args:
+        path: the file.
+        assignments: ``section.key=value``, laid over it.
+        code: where the file is not trusted, the modules that may be imported; what ``assignments`` name may be too.
+
     Raises:
-        UserError: file missing or not TOML, unknown key (the nearest valid one is named), wrong type or range.
+        UserError: file missing or not TOML, unknown key (the nearest valid one is named), wrong type or range, or code
+            that may not be imported.
     """
     raw = read_toml(path)
+    given: dict[str, Any] = {}
     for assignment in assignments:
-        raw = deep_merge(raw, parse_assignment(assignment))
+        given = deep_merge(given, parse_assignment(assignment))
+    raw = deep_merge(raw, given)
+    if code is not None:
+        asked = Code.only(plugins.named(given).values()).modules
+        _check_code(str(path), raw, Code(code.everything, code.modules | asked))
     return resolve_config(raw)
+
+
+def _check_code(what: str, raw: Mapping[str, Any], code: Code, needed: Iterable[str] = plugins.SETTINGS) -> None:
+    for setting, name in plugins.named(raw).items():
+        if setting in needed and not code.allows(name):
+            raise UserError(
+                f"{what} names code ({setting} = {name!r}), which a run folder does not run unasked; allow it with "
+                f"--allow-code, or this module with --allow-module {plugins.module_of(name)}"
+            )
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -249,19 +307,64 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
-def resolve_config(raw: Mapping[str, Any]) -> RunConfig:
-    """Complete and check a configuration given as nested tables; errors as :func:`load_config`."""
+def load_run_config(run: Path, code: Code | None) -> RunConfig:
+    """The configuration in a run folder.
+
+    Args:
+        run: the folder.
+        code: modules that may be imported for its models: a folder from somewhere else must not execute code unasked.
+            None imports nothing and leaves the settings of an algorithm from elsewhere unchecked, for looking at a run.
+
+    Raises:
+        UserError: as :func:`load_config`, or the run names code that ``code`` does not allow.
+    """
+    path = run / "config.toml"
+    if not path.exists():
+        raise UserError(f"{run} is not a run folder: it has no config.toml")
+    raw = read_toml(path)
+    if code is not None:
+        _check_code(f"run folder {run}", raw, code, ("model.name", "algorithm.name"))
+    return resolve_config(raw, imports=code is not None)
+
+
+def resolve_config(raw: Mapping[str, Any], imports: bool = True) -> RunConfig:
+    """Complete and check a configuration given as nested tables; errors as :func:`load_config`.
+
+    Names may be classes and functions themselves instead of their import paths. Without ``imports`` nothing of the
+    user's is imported, and the settings of an algorithm that is named by import path stay as they are.
+    """
     try:
-        return _resolve(_swap(raw, OFF, None))
+        return _resolve(_swap(raw, OFF, None), imports)
     except RecursionError:
         raise UserError("the configuration is nested too deeply") from None
 
 
-def _resolve(raw: dict[str, Any]) -> RunConfig:
+def _with_paths(raw: dict[str, Any]) -> dict[str, Any]:
+    """``raw`` with the import paths of classes and functions in their place, and ``algorithm.options`` unpacked."""
+    for setting in plugins.SETTINGS:
+        section, _, key = setting.partition(".")
+        table = raw.get(section)
+        if isinstance(table, Mapping) and (name := table.get(key)) is not None and callable(name):
+            raw = {**raw, section: {**table, key: plugins.path_of(setting, name)}}
+    algorithm = raw.get("algorithm")
+    if isinstance(algorithm, Mapping) and isinstance(algorithm.get("options"), Mapping):
+        flat = {key: value for key, value in algorithm.items() if key != "options"}
+        if twice := sorted(flat.keys() & algorithm["options"].keys()):
+            raise UserError(f"algorithm.options.{twice[0]}: it is set in [algorithm] too")
+        raw = {**raw, "algorithm": {**flat, **algorithm["options"]}}
+    return raw
+
+
+def _resolve(raw: dict[str, Any], imports: bool) -> RunConfig:
+    raw = _with_paths(raw)
     algorithm = raw.get("algorithm")
     if not isinstance(algorithm, Mapping) or not isinstance(algorithm.get("name"), str):
         _check_keys(raw, RunConfig, "")
         raise UserError('configuration needs [algorithm] with name = "spafl" (or another algorithm)')
+    if plugins.is_path(algorithm["name"]) and not imports:
+        config = _validate(RunConfig, raw, "")
+        _check_names(config)
+        return config
     try:
         cls = find_algorithm(algorithm["name"])
     except UserError:
@@ -288,7 +391,7 @@ def _check_names(config: RunConfig) -> None:
         ("partition.scheme", config.partition.scheme, SCHEMES),
     )
     for where, name, known in names:
-        if name not in known:
+        if name not in known and not plugins.is_path(name):
             near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
             raise UserError(f"{where}: unknown name {short(name)}; did you mean {near[0]!r}? known: {', '.join(known)}")
     if config.sampling.clients_per_round > config.partition.clients:
@@ -356,6 +459,7 @@ def _validate(model: type[BaseModel], raw: Mapping[str, Any], prefix: str) -> An
             raise _unknown_key(path, valid) from None
         if error["type"] == "missing":
             raise UserError(f"missing key {path}") from None
-        allowed = _allowed(owner, str(error["loc"][-1])) if error["loc"] else ""
+        own_words = error["type"] in ("file", "name", "vanishing")
+        allowed = _allowed(owner, str(error["loc"][-1])) if error["loc"] and not own_words else ""
         said = allowed or error["msg"][0].lower() + error["msg"][1:]
         raise UserError(f"{path}: {said}; got {short(error['input'])}") from None

@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from spafl_kernels import to_dense
 from spafl_kernels.compact import export as export_compact
 from spafl_kernels.cost import layer_macs
 from spafl_kernels.functional import threshold_layers
+from spafl_kernels.training import Unsupported
 
-from . import rng
-from .config import load_config
+from .config import load_run_config
+from .data import blank
 from .errors import UserError
-from .models import build_model
+from .plugins import Code
 from .simulation.checkpoint import load_latest
+from .simulation.problem import first_model
 
 # Largest difference from the masked model that counts as rounding, relative to the largest output.
 TOLERANCE = 1e-4
@@ -37,41 +40,53 @@ class Exported:
     """Largest difference of outputs on random images, relative to the largest output."""
 
 
-def client_model(run: Path, client: int) -> tuple[nn.Module, tuple[int, ...]]:
+def client_model(run: Path, client: int, code: Code | None = None) -> tuple[nn.Module, tuple[int, ...]]:
     """A client's model as of the last checkpoint of a run, in eval mode, and the shape of one input.
+
+    Args:
+        code: modules of the user's that the run may import; by default none.
+
+    Raises:
+        UserError: no run or checkpoint there, no such client, a client that has not been touched yet, or a run that
+            needs code that ``code`` does not allow.
+    """
+    model, sample = _client_model(run, client, code)
+    return model, tuple(sample.shape[1:])
+
+
+def _client_model(run: Path, client: int, code: Code | None) -> tuple[nn.Module, Tensor]:
+    """As :func:`client_model`, with one input of zeros, ``(1, *shape)``.
 
     Raises:
         UserError: no run or checkpoint there, no such client, or a client that has not been touched yet.
     """
-    if not (run / "config.toml").exists():
-        raise UserError(f"{run} is not a run folder: it has no config.toml")
-    config = load_config(run / "config.toml")
+    config = load_run_config(run, Code.only(()) if code is None else code)
     checkpoint = load_latest(run / "checkpoints")
     if checkpoint is None:
         raise UserError(f"run folder {run} has no checkpoint yet")
     if not 0 <= client < config.partition.clients:
         raise UserError(f"--client must be 0 to {config.partition.clients - 1} in this run; got {client}")
     described = json.loads((run / "partition.json").read_text())
-    image = tuple(described["image"])
+    shape, dtype = tuple(described["image"]), described.get("dtype", "uint8")
     algorithm = config.build_algorithm()
     # With the weights of the first model: an algorithm may keep some of them as they are, in no message and no row.
-    seed = rng.stream_seed(config.seed, "initial model")
-    model = build_model(config.model.name, described["classes"], image[0], seed)
-    model = algorithm.prepare_model(model, torch.zeros(1, *image))
+    sample = blank(1, shape, dtype)
+    model = algorithm.prepare_model(first_model(config, described["classes"], shape, dtype), sample)
     own = algorithm.client_model(model, checkpoint.server, checkpoint.client(client) or {}, client)
     if own is None:
         raise UserError(f"client {client} has not trained or been tested up to round {checkpoint.state.round}")
-    return own.eval(), image
+    return own.eval(), sample
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
 
 
-def export_client(run: Path, client: int, out: Path, onnx: bool = False) -> Exported:
+def export_client(run: Path, client: int, out: Path, onnx: bool = False, code: Code | None = None) -> Exported:
     """Write a client's model as ``client-K.pt2`` (``torch.export``), and as ``client-K.onnx`` if ``onnx``.
 
     The small model is compared with the client's masked model before anything is written, the ONNX file with it after.
+    A model of tokens is written dense: its pruned rows are zeros, they are not taken out.
 
     Raises:
         UserError: see :func:`client_model`; or ONNX packages are missing.
@@ -81,9 +96,19 @@ def export_client(run: Path, client: int, out: Path, onnx: bool = False) -> Expo
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
         if missing:
             raise UserError(f"--onnx needs {', '.join(missing)} (pip install 'spafl-kernels[onnx]')")
-    model, image = client_model(run, client)
-    small = export_compact(model, image) if list(threshold_layers(model)) else model
-    x = torch.randn(4, *image, generator=torch.Generator().manual_seed(0))
+    model, sample = _client_model(run, client, code)
+    x = sample.expand(4, *sample.shape[1:]).contiguous()
+    if sample.is_floating_point():
+        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    if not list(threshold_layers(model)):
+        small = model
+    elif sample.is_floating_point():
+        try:
+            small = export_compact(model, tuple(sample.shape[1:]))
+        except Unsupported as error:
+            raise UserError(f"the model of client {client} cannot be made small: {error}") from None
+    else:
+        small = to_dense(model)
     with torch.no_grad():
         expected = model(x)
         difference = _relative(small(x), expected)

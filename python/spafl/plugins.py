@@ -10,14 +10,63 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
 from .checked import mistaken, short
 from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Code:
+    """Which modules may be imported because a configuration names them."""
+
+    everything: bool = True
+    modules: frozenset[str] = frozenset()
+
+    def allows(self, path: str) -> bool:
+        return self.everything or module_of(path) in self.modules
+
+    @staticmethod
+    def only(modules: Iterable[str]) -> Code:
+        """These modules, or those of these import paths, alone."""
+        return Code(False, frozenset(map(module_of, modules)))
+
+
+SETTINGS = ("model.name", "data.name", "partition.scheme", "algorithm.name")
+"""Where a configuration can name code."""
+
+
+def named(raw: Mapping[str, Any]) -> dict[str, str]:
+    """The import paths in nested tables, by the setting that names each; nothing is imported."""
+    found = {}
+    for setting in SETTINGS:
+        section, _, key = setting.partition(".")
+        table = raw.get(section)
+        name = table.get(key) if isinstance(table, Mapping) else None
+        if isinstance(name, str) and is_path(name):
+            found[setting] = name
+    return found
+
+
+def path_of(where: str, value: Any) -> str:
+    """The import path of a class or function that is given itself, from Python.
+
+    Raises:
+        UserError: it cannot be found again by its name (it is local to a function, say).
+    """
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if not callable(value) or not module or not name:
+        raise UserError(f"{where}: a name, or a class or function, is needed; got {short(value)}")
+    path = f"{module}:{name}"
+    if "<" in name or find(where, path) is not value:
+        raise UserError(f"{where}: {place(value)} cannot be found again as {path!r}; define it at the top of a module")
+    return path
 
 
 def is_path(name: str) -> bool:
@@ -83,7 +132,7 @@ def _is_console(main: Any) -> bool:
     """Whether ``__main__`` is this package's command rather than a user's script or notebook."""
     spec = getattr(main, "__spec__", None)
     name = spec.name if spec is not None else Path(getattr(main, "__file__", None) or "").stem
-    return name.split(".")[0] == "spafl" or name in ("pytest", "__mp_main__")
+    return name.split(".")[0] == "spafl"
 
 
 def _place(found: Any) -> str:
@@ -191,9 +240,23 @@ def check_options(
         kind = hints.get(name)
         if kind is None and name in named and type(named[name].default) in (bool, int, float, str):
             kind = type(named[name].default)
-        if problem := mistaken(kind, value):
+        if problem := mistaken(kind, value) or _unfit(kind, value):
             raise UserError(f"{section}.{name}: {problem}, as {place(function)} says; got {short(value)}")
     return dict(options)
+
+
+def _unfit(kind: Any, value: Any) -> str | None:
+    """Why ``value`` is not of a hinted kind; None if it is, or if the hint cannot be checked."""
+    if kind is None:
+        return None
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as caught:
+        message = caught.errors()[0]["msg"]
+        return message[0].lower() + message[1:]
+    except PydanticUserError:  # a class that pydantic does not know
+        return None
+    return None
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

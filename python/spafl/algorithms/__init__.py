@@ -76,6 +76,8 @@ def find_algorithm(name: str) -> type[Algorithm]:
         found = find("algorithm.name", name)
         if not (isinstance(found, type) and issubclass(found, Algorithm)):
             raise UserError(f"algorithm.name: {place(found)} is not a subclass of spafl.algorithms.Algorithm")
+        if not issubclass(found.Options, BaseOptions):
+            raise UserError(f"algorithm.name: Options of {place(found)} must derive from spafl.algorithms.BaseOptions")
         if inspect.isabstract(found):
             lacking = ", ".join(sorted(found.__abstractmethods__))
             raise UserError(f"algorithm.name: {place(found)} does not define {lacking}")

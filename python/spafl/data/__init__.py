@@ -4,9 +4,19 @@ from functools import partial
 
 from .builtin import load_digits, load_synthetic
 from .cifar import FORMS, load_cifar
-from .dataset import DATASETS, DataError, Dataset, dataset_options, load_dataset, register_dataset
+from .dataset import DATASETS, DataError, Dataset, as_dataset, blank, dataset_options, load_dataset, register_dataset
 from .idx import SOURCES, load_idx
-from .partition import MAX_ALPHA, MIN_ALPHA, SCHEMES, Partition, PartitionError, Scheme, partition, register_scheme
+from .partition import (
+    MAX_ALPHA,
+    MIN_ALPHA,
+    SCHEMES,
+    Partition,
+    PartitionError,
+    Scheme,
+    partition,
+    read_partition,
+    register_scheme,
+)
 from .transform import Transform
 
 __all__ = [
@@ -20,9 +30,12 @@ __all__ = [
     "PartitionError",
     "Scheme",
     "Transform",
+    "as_dataset",
+    "blank",
     "dataset_options",
     "load_dataset",
     "partition",
+    "read_partition",
     "register_dataset",
     "register_scheme",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 from .dataset import DataError, Dataset, channel_statistics
 from .transform import Transform
 
-MAX_SYNTHETIC = 1 << 33  # bytes of images
+MAX_SYNTHETIC = 1 << 31  # bytes of images
 
 
 def load_digits(root: Path | None = None, *, image: int = 28, channels: int = 1) -> Dataset:

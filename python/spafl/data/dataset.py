@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from .. import plugins
 from .transform import AUGMENTATIONS, PIXELS, Transform
 
 
@@ -20,10 +22,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images as stored and their labels.
+    """Samples as stored and their labels; arrays may be memory-mapped.
 
-    ``train_x`` and ``test_x`` are (n, c, h, w), uint8 as stored or float32 on the 0..1 scale; ``train_y`` and
-    ``test_y`` are (n,) int64 in 0..classes-1. ``transform`` turns a batch of ``*_x`` into what a model takes.
+    ``train_x`` and ``test_x`` are (n, ...): images (n, c, h, w), uint8 or float32 on the 0..1 scale; vectors or
+    anything else, float32; tokens, int64. ``train_y`` and ``test_y`` are (n,) int64 in 0..classes-1. ``transform``
+    turns a batch of ``*_x`` into what a model takes.
     """
 
     name: str
@@ -36,8 +39,14 @@ class Dataset:
 
     def __post_init__(self) -> None:
         for part, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
-            if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):
-                raise DataError(f"{self.name}: {part}_x must be uint8 or float32 (n, c, h, w); got {x.dtype} {x.shape}")
+            plain = not self.transform.mean and self.transform.augment is None
+            image = x.ndim == 4 and x.dtype in (np.uint8, np.float32)
+            other = x.ndim >= 2 and x.dtype in (np.float32, np.int64) and plain
+            if not (image or other) or 0 in x.shape[1:]:
+                raise DataError(
+                    f"{self.name}: {part}_x must be uint8 or float32 images (n, c, h, w), or, without standardisation "
+                    f"and augmentation, float32 or int64 (n, ...); got {x.dtype} {x.shape}"
+                )
             if y.shape != (len(x),) or y.dtype != np.int64:
                 raise DataError(
                     f"{self.name}: {part}_y must be int64 ({len(x)},) like {part}_x; got {y.dtype} {y.shape}"
@@ -50,20 +59,30 @@ class Dataset:
             raise DataError(
                 f"{self.name}: train and test images differ in shape: {self.shape} and {self.test_x.shape[1:]}"
             )
+        if self.train_x.dtype != self.test_x.dtype:
+            raise DataError(f"{self.name}: train and test differ in dtype: {self.train_x.dtype}, {self.test_x.dtype}")
         if self.transform.mean and len(self.transform.mean) != self.shape[0]:
             raise DataError(
                 f"{self.name}: transform is for {len(self.transform.mean)} channels; images have {self.shape[0]}"
             )
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one image."""
-        c, h, w = self.train_x.shape[1:]
-        return c, h, w
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample; (channels, height, width) of an image."""
+        return self.train_x.shape[1:]
+
+    def sample(self, n: int) -> torch.Tensor:
+        """``n`` samples of zeros, of the shape and dtype a model takes."""
+        return blank(n, self.shape, str(self.train_x.dtype))
 
     def with_transform(self, **changes: object) -> Dataset:
         """The same data with fields of the transform replaced, e.g. ``with_transform(augment=None)``."""
         return dataclasses.replace(self, transform=dataclasses.replace(self.transform, **changes))  # type: ignore[arg-type]
+
+
+def blank(n: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """``n`` samples of zeros as a model takes them, of data stored as ``dtype``."""
+    return torch.zeros(n, *shape, dtype=torch.int64 if dtype == "int64" else torch.float32)
 
 
 Loader = Callable[..., Dataset]
@@ -110,27 +129,123 @@ def load_dataset(
     Raises:
         DataError: unknown name or option, or a file that is missing, damaged or not what it should be.
     """
+    if augment not in (None, "none", *AUGMENTATIONS):
+        raise DataError(f"augment must be 'none' or 'crop-flip'; got {augment!r}")
+    if pixels is not None and pixels not in PIXELS:
+        raise DataError(f"pixels must be one of {', '.join(PIXELS)}; got {pixels!r}")
+    place = None if root is None else Path(root)
+    if plugins.is_path(name):
+        load = plugins.find("data.name", name)
+        made = plugins.call("data.name", load, {"root": place}, options)
+        try:
+            dataset = as_dataset(name, made)
+        except DataError as error:
+            raise DataError(f"{error} (from {plugins.place(load)})") from None
+    else:
+        _check_options(name, options)
+        dataset = DATASETS[name](place, **options)
+    if augment is not None:
+        dataset = dataset.with_transform(augment=None if augment == "none" else augment)
+    if pixels in (None, "standard"):
+        return dataset
+    # Without mean and deviation nothing is divided by 255 either. What is not bytes has no other scale than its own.
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    if pixels == "unit" and dataset.train_x.dtype == np.uint8:
+        mean, std = (0.0,) * dataset.shape[0], (1.0,) * dataset.shape[0]
+    return dataset.with_transform(mean=mean, std=std)
+
+
+def _check_options(name: str, options: Mapping[str, object]) -> None:
     allowed = dataset_options(name)
     for option in options:
         if option not in allowed:
             known = ", ".join(allowed) or "none"
             raise DataError(f"data set {name!r} has no option {option!r}{_nearest(option, allowed)}; options: {known}")
         wanted = type(allowed[option])
+        if wanted is type(None):
+            continue  # an option without a default says itself what it takes
         if type(options[option]) is not wanted:  # not isinstance: True is an int, and would pass for a size
             raise DataError(f"{option} of data set {name!r} must be {wanted.__name__}; got {options[option]!r}")
-    if augment not in (None, "none", *AUGMENTATIONS):
-        raise DataError(f"augment must be 'none' or 'crop-flip'; got {augment!r}")
-    if pixels is not None and pixels not in PIXELS:
-        raise DataError(f"pixels must be one of {', '.join(PIXELS)}; got {pixels!r}")
-    dataset = DATASETS[name](None if root is None else Path(root), **options)
-    if augment is not None:
-        dataset = dataset.with_transform(augment=None if augment == "none" else augment)
-    if pixels in (None, "standard"):
-        return dataset
-    channels = dataset.shape[0]
-    # Without mean and deviation nothing is divided by 255 either.
-    mean, std = ((0.0,) * channels, (1.0,) * channels) if pixels == "unit" else ((), ())
-    return dataset.with_transform(mean=mean, std=std)
+
+
+def as_dataset(name: str, made: object) -> Dataset:
+    """What a user's loader returned, as a data set.
+
+    Args:
+        name: of the set.
+        made: a :class:`Dataset`; or ``(train_x, train_y, test_x, test_y)``, as a tuple or a dict of these names; or a
+            pair of ``torch.utils.data.Dataset`` objects, train and test, that give ``(x, y)``. Arrays or tensors:
+            images (n, h, w) or (n, c, h, w), anything else (n, ...). Bytes are images and get standardised by their
+            own mean and deviation; other numbers stay as they are, floats as float32, integers as int64. Labels are
+            whole numbers from 0.
+
+    Raises:
+        DataError: it is none of these, lengths differ, a value is not finite, or a label is no class.
+    """
+    if isinstance(made, Dataset):
+        return made
+    if isinstance(made, tuple | list) and len(made) == 2:
+        made = (*_collected(name, "train", made[0]), *_collected(name, "test", made[1]))
+    if isinstance(made, Mapping):
+        if missing := [part for part in PARTS if part not in made]:
+            raise DataError(f"{name}: the loader's dict has no {missing[0]!r}; needed: {', '.join(PARTS)}")
+        made = tuple(made[part] for part in PARTS)
+    if not isinstance(made, tuple | list) or len(made) != 4:
+        raise DataError(
+            f"{name}: the loader must return a Dataset, ({', '.join(PARTS)}) or two torch data sets; it returned a "
+            f"{type(made).__name__}"
+        )
+    train_x, train_y, test_x, test_y = (_array(name, part, values) for part, values in zip(PARTS, made))
+    x = {"train_x": _features(name, "train_x", train_x), "test_x": _features(name, "test_x", test_x)}
+    y = {"train_y": _labels(name, "train_y", train_y), "test_y": _labels(name, "test_y", test_y)}
+    classes = 1 + max(int(part.max(initial=0)) for part in y.values())
+    transform = Transform()
+    if x["train_x"].dtype == np.uint8 and x["train_x"].ndim == 4:
+        transform = Transform(*channel_statistics(x["train_x"]))
+    return Dataset(name, x["train_x"], y["train_y"], x["test_x"], y["test_y"], max(classes, 2), transform)
+
+
+PARTS = ("train_x", "train_y", "test_x", "test_y")
+
+
+def _collected(name: str, part: str, samples: object) -> tuple[object, object]:
+    """All samples of a torch data set, stacked."""
+    try:
+        count = len(samples)  # type: ignore[arg-type]
+        pairs = [samples[i] for i in range(count)]  # type: ignore[index]
+        xs, ys = zip(*((np.asarray(x), np.asarray(y)) for x, y in pairs))
+        return np.stack(xs), np.stack(ys)
+    except Exception as error:
+        raise DataError(
+            f"{name}: the {part} part is no data set of (x, y) samples of one shape: {plugins.explain(error)}"
+        ) from None
+
+
+def _array(name: str, part: str, values: object) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().numpy()
+    array = values if isinstance(values, np.ndarray) else np.asarray(values)
+    if array.dtype.kind not in "uifb":
+        raise DataError(f"{name}: {part} must be an array of numbers; got {array.dtype} {array.shape}")
+    return array
+
+
+def _features(name: str, part: str, x: np.ndarray) -> np.ndarray:
+    if x.dtype == np.uint8:
+        return x[:, None] if x.ndim == 3 else x
+    if x.dtype.kind in "iub":
+        return x.astype(np.int64, copy=False)
+    for start in range(0, len(x), 1000):
+        if not np.isfinite(x[start : start + 1000]).all():
+            raise DataError(f"{name}: {part} has a value that is not finite among samples {start} to {start + 999}")
+    return x.astype(np.float32, copy=False)
+
+
+def _labels(name: str, part: str, y: np.ndarray) -> np.ndarray:
+    if y.ndim != 1 or y.dtype.kind not in "iu":
+        raise DataError(f"{name}: {part} must be classes, whole numbers (n,); got {y.dtype} {y.shape}")
+    return y.astype(np.int64, copy=False)
 
 
 def _nearest(given: str, known: dict) -> str:

@@ -6,15 +6,24 @@ times; then the best draw is repaired by moving samples. So a partition always e
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from .. import plugins
+from ..checked import short
 
 Owners = tuple[np.ndarray, np.ndarray]
 """Owner (client number) of every train and of every test sample, int64."""
 
+
+MAX_TABLE = 20_000_000  # clients x classes, of which the run folder keeps a table
+MAX_FILE = 1 << 28  # bytes of a partition file
 
 # Outside, draws degenerate: the gamma numbers behind a Dirichlet draw leave the range of floats.
 MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6
@@ -56,13 +65,14 @@ class Partition:
 
 @dataclass(frozen=True)
 class Scheme:
-    """``draw(labels, clients, rng, **options) -> Owners`` with ``labels = (train_y, test_y)``.
+    """``draw(labels, clients, rng, **options) -> Owners`` with ``labels = (train_y, test_y)``; or a :class:`Partition`,
+    which is taken as it is.
 
     ``required`` and ``optional`` name the options it takes. Its arguments are checked by ``partition`` except for what
     only the scheme knows; it raises PartitionError for that.
     """
 
-    draw: Callable[..., Owners]
+    draw: Callable[..., Owners | Partition]
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
@@ -90,6 +100,7 @@ def partition(
     min_train: int = 1,
     min_test: int = 1,
     max_draws: int = 100,
+    file: Path | str | None = None,
     **others: object,
 ) -> Partition:
     """Split train and test samples over clients.
@@ -103,6 +114,10 @@ def partition(
             of clients, among whom it is shared equally.
         ``size`` (``alpha`` or ``sizes``): classes mixed as in ``iid``, unequal amounts: in proportion to ``sizes`` (one
             positive number per client), or to a draw from Dir(alpha, ..., alpha).
+        ``file`` (``file``): what a JSON file lists; see :func:`read_partition`.
+        ``module:function``: one of the user's. It is called with ``labels`` (those of train and of test), ``clients``
+            and ``rng``, and its options, and returns the owner of every train and of every test sample, two arrays, or
+            a :class:`Partition`, which is taken as it is.
 
     Args:
         train_y, test_y: labels, (n,) non-negative integers.
@@ -117,10 +132,14 @@ def partition(
         PartitionError: before any drawing, if an argument is wrong or no such partition exists.
     """
     labels = (_check_labels("train_y", train_y), _check_labels("test_y", test_y))
-    given = {"alpha": alpha, "classes_per_client": classes_per_client, "sizes": sizes, **others}
+    given = {"alpha": alpha, "classes_per_client": classes_per_client, "sizes": sizes, "file": file, **others}
     options = {name: value for name, value in given.items() if value is not None}
     _check_arguments(scheme, clients, options, max_draws)
     minimum = (_check_whole("min_train", min_train, 1), _check_whole("min_test", min_test, 0))
+    classes = 1 + max(int(y.max()) for y in labels)
+    if clients * classes > MAX_TABLE:
+        raise PartitionError(f"{clients} clients with {classes} classes make a table of more than {MAX_TABLE} entries")
+    draw = SCHEMES[scheme].draw if scheme in SCHEMES else _draw_of(scheme)
     for name, y, least in zip(("train", "test"), labels, minimum):
         if clients * least > len(y):
             raise PartitionError(
@@ -131,7 +150,9 @@ def partition(
     draws = 0
     while draws < max_draws and (best is None or best[0] > 0):
         draws += 1
-        owners = SCHEMES[scheme].draw(labels, clients, rng, **options)
+        owners = draw(labels, clients, rng, **options)
+        if isinstance(owners, Partition):  # as it is: nothing is repaired that somebody listed
+            return _checked(f"partition scheme {scheme!r}", owners.train, owners.test, labels, clients, minimum)
         _check_owners(scheme, owners, labels, clients)
         lacking = sum(
             int(np.maximum(least - np.bincount(owner, minlength=clients), 0).sum())
@@ -144,6 +165,90 @@ def partition(
     if best[0]:
         moved = _repair(labels, owners, clients, minimum)
     return Partition(_parts(owners[0], clients), _parts(owners[1], clients), draws, moved)
+
+
+def _draw_of(scheme: str) -> Callable[..., Owners | Partition]:
+    """A user's function as the ``draw`` of a scheme."""
+    function = plugins.find("partition.scheme", scheme)
+
+    def draw(labels: Owners, clients: int, rng: np.random.Generator, **options: Any) -> Owners | Partition:
+        given = {"labels": labels, "clients": clients, "rng": rng}
+        made = plugins.call("partition.scheme", function, given, options)
+        if isinstance(made, Partition):
+            return made
+        if not isinstance(made, tuple | list) or len(made) != 2:
+            raise PartitionError(
+                f"{plugins.place(function)} must return the owners of the train and of the test samples, two "
+                f"arrays, or a Partition; it returned a {type(made).__name__}"
+            )
+        return np.asarray(made[0]), np.asarray(made[1])
+
+    return draw
+
+
+def read_partition(path: Path, labels: Owners, clients: int, minimum: tuple[int, int] = (1, 0)) -> Partition:
+    """The partition a JSON file lists: ``{"train": [[0, 7, ...], ...], "test": [[3, ...], ...]}``.
+
+    One list of sample numbers per client, from 0 in the stored order of the data set. Samples may be left out, and
+    belong to several clients, but not twice to one.
+
+    Raises:
+        PartitionError: the file cannot be read or is none; other numbers of clients; a number that is no sample; a
+            client with fewer samples than ``minimum``.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE + 1)
+        if len(content) > MAX_FILE:
+            raise PartitionError(f"{path}: more than {MAX_FILE} bytes")
+        listed = json.loads(content)
+    except OSError as error:
+        raise PartitionError(f"{path}: cannot be read: {error.strerror}") from None
+    except PartitionError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise PartitionError(f"{path}: is no JSON: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(listed, dict) or not all(isinstance(listed.get(part), list) for part in ("train", "test")):
+        raise PartitionError(f'{path}: must hold {{"train": [[...], ...], "test": [[...], ...]}}')
+    return _checked(str(path), listed["train"], listed["test"], labels, clients, minimum)
+
+
+def _checked(
+    where: str,
+    train: Sequence[Any],
+    test: Sequence[Any],
+    labels: Owners,
+    clients: int,
+    minimum: tuple[int, int],
+) -> Partition:
+    """Lists of sample numbers as a partition, if they are one."""
+    parts: list[list[np.ndarray]] = []
+    for name, lists, y, least in zip(("train", "test"), (train, test), labels, minimum):
+        if len(lists) != clients:
+            raise PartitionError(f"{where}: lists {len(lists)} clients under {name}; partition.clients is {clients}")
+        parts.append([])
+        for client, numbers in enumerate(lists):
+            try:
+                index = np.array(numbers)
+            except ValueError:
+                index = np.array("ragged")
+            if index.size == 0:
+                index = index.astype(np.int64)
+            if index.ndim != 1 or index.dtype.kind not in "iu":
+                raise PartitionError(f"{where}: {name} of client {client} is no list of sample numbers")
+            index = np.sort(index.astype(np.int64))
+            if len(index) and (index[0] < 0 or index[-1] >= len(y)):
+                wrong = index[0] if index[0] < 0 else index[-1]
+                raise PartitionError(f"{where}: {name} of client {client} has sample {wrong}, not in 0..{len(y) - 1}")
+            if (index[1:] == index[:-1]).any():
+                twice = index[:-1][index[1:] == index[:-1]][0]
+                raise PartitionError(f"{where}: {name} of client {client} has sample {twice} twice")
+            if len(index) < least:
+                raise PartitionError(
+                    f"{where}: client {client} has {len(index)} {name} samples; partition.min_{name} is {least}"
+                )
+            parts[-1].append(index)
+    return Partition(parts[0], parts[1])
 
 
 def _parts(owner: np.ndarray, clients: int) -> list[np.ndarray]:
@@ -241,10 +346,15 @@ def _size(
     return train, test
 
 
+def _file(labels: Owners, clients: int, rng: np.random.Generator, file: Path | str) -> Partition:
+    return read_partition(Path(file), labels, clients)
+
+
 register_scheme("iid", Scheme(_iid))
 register_scheme("dirichlet", Scheme(_dirichlet, required=("alpha",)))
 register_scheme("pathological", Scheme(_pathological, required=("classes_per_client",)))
 register_scheme("size", Scheme(_size, optional=("alpha", "sizes")))
+register_scheme("file", Scheme(_file, required=("file",)))
 
 
 def _check_owners(scheme: str, owners: Owners, labels: Owners, clients: int) -> None:
@@ -270,17 +380,19 @@ def _check_whole(name: str, value: object, least: int) -> int:
 
 
 def _check_arguments(name: str, clients: int, options: dict, max_draws: int) -> None:
-    if name not in SCHEMES:
+    if name not in SCHEMES and not plugins.is_path(name):
         raise PartitionError(f"unknown partition scheme {name!r}; known: {', '.join(SCHEMES)}")
     _check_whole("clients", clients, 1)
     _check_whole("max_draws", max_draws, 1)
+    if plugins.is_path(name):
+        return  # its own function says what its options are
     scheme = SCHEMES[name]
     for option in scheme.required:
         if option not in options:
             raise PartitionError(f"partition scheme {name!r} needs {option}")
     for option in options:
         if option not in scheme.required + scheme.optional:
-            raise PartitionError(f"partition scheme {name!r} takes no {option}; got {options[option]!r}")
+            raise PartitionError(f"partition scheme {name!r} takes no {option}; got {short(options[option])}")
     if "classes_per_client" in options:
         _check_whole("classes_per_client", options["classes_per_client"], 1)
     alpha = options.get("alpha", 1.0)

@@ -44,7 +44,8 @@ class Transform:
         """Turn ``batch`` (n, c, h, w), uint8 or floating on the 0..1 scale, into a new tensor of ``dtype``.
 
         Args:
-            batch: left unchanged; the result is on its device.
+            batch: left unchanged; the result is on its device. Without normalisation and augmentation it may have any
+                shape (n, ...); int64 is tokens, which stay what they are.
             dtype: a floating type; arithmetic is done in it, in the order ``(x / 255 - mean) / std``.
             generator: given while training: draws the augmentation, two offsets per image, then one flip per image.
                 The same state gives the same images on any device. None (evaluation): no augmentation.
@@ -52,6 +53,10 @@ class Transform:
         Raises:
             ValueError: ``batch`` is not 4-dimensional or has another number of channels than ``mean``.
         """
+        if batch.dtype == torch.int64:
+            return batch.clone()
+        if not self.mean and self.augment is None and batch.dtype != torch.uint8:
+            return batch.to(dtype, copy=True)
         if batch.ndim != 4 or (self.mean and batch.shape[1] != len(self.mean)):
             channels = len(self.mean) or "c"
             raise ValueError(f"batch must have shape (n, {channels}, h, w); got {tuple(batch.shape)}")

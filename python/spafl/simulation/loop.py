@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import plugins
 from ..algorithms import Evaluation
-from ..config import RunConfig, load_config
+from ..config import RunConfig, read_toml, resolve_config
 from ..cost import Cost
 from ..errors import UserError
 from ..merge import Reply, merge_replies
@@ -93,11 +94,31 @@ class Simulation:
         self.folder.keep_metrics_until(self.round)
 
     def _saved_state(self) -> checkpoint.Checkpoint | None:
-        stored = load_config(self.folder.path / "config.toml")
-        difference = first_difference(stored, self.config)
+        path = self.folder.path / "config.toml"
+        raw = read_toml(path)
+        # Asked first: code that only the folder names must not be imported.
+        there, here = plugins.named(raw), self.config.code
+        other = next((s for s in plugins.SETTINGS if there.get(s) != here.get(s)), None)
+        difference = other and f"{other} is {there.get(other)!r} there and {here.get(other)!r} here"
+        difference = difference or first_difference(resolve_config(raw), self.config)
         if difference:
             raise UserError(f"run folder {self.folder.path} holds a run of another configuration: {difference}")
+        self._check_same_data()
         return checkpoint.load_latest(self.folder.checkpoints)
+
+    def _check_same_data(self) -> None:
+        """Refuse to go on with other data: a file or a user's loader may give something else than it gave before."""
+        now = self.problem.class_counts()
+        try:
+            then = json.loads((self.folder.path / "partition.json").read_text())
+            same = all(then[part] == now[part] for part in ("train", "test"))
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # not there or damaged: written anew
+        if not same:
+            raise UserError(
+                f"run folder {self.folder.path} holds a run on other data: its clients' samples per class "
+                "(partition.json) are not those that data and partition give now"
+            )
 
     def worker_setup(self) -> WorkerSetup:
         """What a worker needs to carry out this run's tasks."""

@@ -8,6 +8,7 @@ import torch
 
 from spafl_kernels.tables import engines
 
+from .. import plugins
 from ..config import RunConfig
 from ..errors import UserError
 
@@ -52,6 +53,14 @@ def _gpu_is_faster(config: RunConfig) -> tuple[bool, str]:
 
 def pick_workers(config: RunConfig, device: torch.device) -> int:
     """Worker processes of a run: as configured, else one per core (CPU) or one (GPU), never more than busy clients."""
+    if at_home := [setting for setting, path in config.code.items() if plugins.module_of(path) == "__main__"]:
+        # What a notebook or a script defines is not there in another process.
+        if config.simulation.workers > 1:
+            raise UserError(
+                f"simulation.workers: {config.simulation.workers} processes cannot share {at_home[0]} = "
+                f"{config.code[at_home[0]]!r}, which exists in this one alone; use 1, or put the code into a file"
+            )
+        return 1
     if config.simulation.workers:
         return config.simulation.workers
     if device.type != "cpu":

@@ -17,9 +17,9 @@ from spafl_kernels.functional import threshold_layers
 from .. import rng
 from ..algorithms import Algorithm
 from ..config import RunConfig
-from ..data import Dataset, Partition, load_dataset, partition
+from ..data import Dataset, Partition, blank, load_dataset, partition
 from ..errors import UserError
-from ..models import MODELS, build_model
+from ..models import MODELS, build_model, fit_model
 from ..wire import Uplink, fingerprint
 
 
@@ -55,28 +55,25 @@ class Problem(Method):
         data, parts = self.dataset, self.parts
         return {
             "classes": data.classes,
-            "image": list(data.train_x.shape[1:]),
+            "image": list(data.shape),
+            "dtype": str(data.train_x.dtype),
             "train": [np.bincount(data.train_y[i], minlength=data.classes).tolist() for i in parts.train],
             "test": [np.bincount(data.test_y[i], minlength=data.classes).tolist() for i in parts.test],
         }
 
 
-def build_method(config: RunConfig, classes: int, image: tuple[int, ...]) -> Method:
-    """Model and algorithm for data of ``classes`` classes and images ``(channels, height, width)``.
+def build_method(config: RunConfig, classes: int, shape: tuple[int, ...], dtype: str = "float32") -> Method:
+    """Model and algorithm for data of ``classes`` classes, of samples of ``shape``: ``(channels, height, width)``, say.
+
+    Args:
+        dtype: of the stored samples; ``int64`` is tokens.
 
     Raises:
-        UserError: a model that does not take these images, or an algorithm that does not take this model.
+        UserError: a model that does not take these samples, or an algorithm that does not take this model.
     """
-    info = MODELS[config.model.name]
-    channels, *size = image
-    if size != [info.image, info.image]:
-        raise UserError(
-            f"model {config.model.name} takes {info.image}x{info.image} images; data {config.data.name} has "
-            f"{size[0]}x{size[1]}"
-        )
+    model = first_model(config, classes, shape, dtype)
     algorithm = config.build_algorithm()
-    model = build_model(config.model.name, classes, channels, rng.stream_seed(config.seed, "initial model"))
-    sample = torch.zeros(1, *image)
+    sample = blank(1, shape, dtype)
     counts = layer_macs(model, sample, per_token=False)
     layers = dict(threshold_layers(model))
     weights = {name: model.get_submodule(name).weight.numel() for name in counts}  # type: ignore[operator, union-attr]
@@ -97,24 +94,63 @@ def build_problem(config: RunConfig) -> Problem:
     Raises:
         UserError: data missing or corrupt, an impossible partition, or a model that does not take these images.
     """
-    options = config.data.model_dump(exclude={"name", "root"}, exclude_none=True)
-    root = Path(config.data.root).expanduser() if config.data.root else None
+    dataset = load_data(config)
+    parts = _cut(config, dataset)
+    method = build_method(config, dataset.classes, dataset.shape, str(dataset.train_x.dtype))
+    _check_single_samples(config, method.model, dataset.sample(1), parts)
+    return Problem(**vars(method), dataset=dataset, parts=parts)
+
+
+def load_data(config: RunConfig) -> Dataset:
+    """The data set of a run; UserError if it cannot be had, or has more classes than samples."""
+    data = config.data
+    options = data.model_dump(exclude={"name", "root", "options"}, exclude_none=True)
+    if twice := sorted(options.keys() & data.options.keys()):
+        raise UserError(f"data.options.{twice[0]}: it is set in [data] too")
+    root = Path(data.root).expanduser() if data.root else None
     try:
-        dataset = load_dataset(config.data.name, root, **options)
+        return load_dataset(data.name, root, **options, **data.options)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"data: {error}") from None
+
+
+def _cut(config: RunConfig, dataset: Dataset) -> Partition:
     p = config.partition
+    given: dict[str, Any] = {name: getattr(p, name) for name in ("alpha", "classes_per_client", "sizes", "file")}
+    if twice := sorted(given.keys() & p.options.keys()):
+        raise UserError(f"partition.options.{twice[0]}: it is a key of [partition]")
     try:
-        parts = partition(
+        return partition(
             dataset.train_y, dataset.test_y, p.scheme, p.clients, rng.numpy_stream(config.seed, "partition"),
-            alpha=p.alpha, classes_per_client=p.classes_per_client, min_train=p.min_train, min_test=p.min_test,
-            max_draws=p.max_draws,
+            min_train=p.min_train, min_test=p.min_test, max_draws=p.max_draws, **given, **p.options,
         )  # fmt: skip
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"partition: {error}") from None
-    method = build_method(config, dataset.classes, dataset.shape)
-    _check_single_samples(config, method.model, torch.zeros(1, *dataset.shape), parts)
-    return Problem(**vars(method), dataset=dataset, parts=parts)
+
+
+def first_model(config: RunConfig, outputs: int, shape: tuple[int, ...], dtype: str) -> nn.Module:
+    """The initial model of a run, not prepared yet: takes samples of ``shape``, gives ``outputs`` numbers for each.
+
+    Raises:
+        UserError: a registered model for images of another size, or a plug-in that does not fit.
+    """
+    name = config.model.name
+    info = MODELS.get(name)
+    if info is not None and (len(shape) != 3 or shape[1:] != (info.image, info.image)):
+        has = "x".join(map(str, shape[1:])) + " images" if len(shape) == 3 else f"samples of shape {shape}"
+        raise UserError(f"model {name} takes {info.image}x{info.image} images; data {config.data.name} has {has}")
+    seed = rng.stream_seed(config.seed, "initial model")
+    try:
+        model = build_model(name, outputs, shape[0], seed, shape=shape, options=config.model.options)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+    return fit_model(name, model, blank(2, shape, dtype), outputs)
 
 
 def _feedback(config: RunConfig, uplink: Uplink, algorithm: Algorithm, model: nn.Module) -> dict[str, Tensor]:
