@@ -17,6 +17,7 @@ from .partition import (
     read_partition,
     register_scheme,
 )
+from .readers import load_csv, load_huggingface, load_images, load_leaf, load_npy, load_npz
 from .transform import Transform
 
 __all__ = [
@@ -44,5 +45,14 @@ register_dataset("digits", load_digits)
 register_dataset("synthetic", load_synthetic)
 for _name in SOURCES:
     register_dataset(_name, partial(load_idx, _name))
+for _name, _load in (
+    ("npz", load_npz),
+    ("npy", load_npy),
+    ("csv", load_csv),
+    ("images", load_images),
+    ("leaf", load_leaf),
+    ("huggingface", load_huggingface),
+):
+    register_dataset(_name, _load)
 for _name in FORMS:
     register_dataset(_name, partial(load_cifar, _name))

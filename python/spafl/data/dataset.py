@@ -36,6 +36,9 @@ class Dataset:
     test_y: np.ndarray
     classes: int
     transform: Transform
+    owners: tuple[np.ndarray, np.ndarray] | None = None
+    """Users to whom the train and the test samples belong, numbers from 0, where the data have such: their natural
+    clients."""
 
     def __post_init__(self) -> None:
         for part, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
@@ -169,7 +172,7 @@ def _check_options(name: str, options: Mapping[str, object]) -> None:
             raise DataError(f"{option} of data set {name!r} must be {wanted.__name__}; got {options[option]!r}")
 
 
-def as_dataset(name: str, made: object) -> Dataset:
+def as_dataset(name: str, made: object, owners: tuple[np.ndarray, np.ndarray] | None = None) -> Dataset:
     """What a user's loader returned, as a data set.
 
     Args:
@@ -179,6 +182,7 @@ def as_dataset(name: str, made: object) -> Dataset:
             images (n, h, w) or (n, c, h, w), anything else (n, ...). Bytes are images and get standardised by their
             own mean and deviation; other numbers stay as they are, floats as float32, integers as int64. Labels are
             whole numbers from 0.
+        owners: see :class:`Dataset`.
 
     Raises:
         DataError: it is none of these, lengths differ, a value is not finite, or a label is no class.
@@ -203,7 +207,7 @@ def as_dataset(name: str, made: object) -> Dataset:
     transform = Transform()
     if x["train_x"].dtype == np.uint8 and x["train_x"].ndim == 4:
         transform = Transform(*channel_statistics(x["train_x"]))
-    return Dataset(name, x["train_x"], y["train_y"], x["test_x"], y["test_y"], max(classes, 2), transform)
+    return Dataset(name, x["train_x"], y["train_y"], x["test_x"], y["test_y"], max(classes, 2), transform, owners)
 
 
 PARTS = ("train_x", "train_y", "test_x", "test_y")

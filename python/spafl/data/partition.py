@@ -114,6 +114,7 @@ def partition(
             of clients, among whom it is shared equally.
         ``size`` (``alpha`` or ``sizes``): classes mixed as in ``iid``, unequal amounts: in proportion to ``sizes`` (one
             positive number per client), or to a draw from Dir(alpha, ..., alpha).
+        ``natural``: the users to whom the data say that their samples belong, the first ``clients`` of them.
         ``file`` (``file``): what a JSON file lists; see :func:`read_partition`.
         ``module:function``: one of the user's. It is called with ``labels`` (those of train and of test), ``clients``
             and ``rng``, and its options, and returns the owner of every train and of every test sample, two arrays, or
@@ -346,6 +347,16 @@ def _size(
     return train, test
 
 
+def _natural(labels: Owners, clients: int, rng: np.random.Generator, owners: Owners | None = None) -> Partition:
+    if owners is None:
+        raise PartitionError("scheme 'natural' needs data whose samples belong to users; these do not say to whom")
+    users = 1 + max(int(owner.max()) for owner in owners)
+    if clients > users:
+        raise PartitionError(f"scheme 'natural': {clients} clients, but the data have {users} users")
+    train, test = (_parts(owner, users)[:clients] for owner in owners)
+    return Partition(train, test)
+
+
 def _file(labels: Owners, clients: int, rng: np.random.Generator, file: Path | str) -> Partition:
     return read_partition(Path(file), labels, clients)
 
@@ -354,6 +365,7 @@ register_scheme("iid", Scheme(_iid))
 register_scheme("dirichlet", Scheme(_dirichlet, required=("alpha",)))
 register_scheme("pathological", Scheme(_pathological, required=("classes_per_client",)))
 register_scheme("size", Scheme(_size, optional=("alpha", "sizes")))
+register_scheme("natural", Scheme(_natural, optional=("owners",)))
 register_scheme("file", Scheme(_file, required=("file",)))
 
 

@@ -119,6 +119,8 @@ def load_data(config: RunConfig) -> Dataset:
 def _cut(config: RunConfig, dataset: Dataset) -> Partition:
     p = config.partition
     given: dict[str, Any] = {name: getattr(p, name) for name in ("alpha", "classes_per_client", "sizes", "file")}
+    if p.scheme == "natural":
+        given["owners"] = dataset.owners
     if twice := sorted(given.keys() & p.options.keys()):
         raise UserError(f"partition.options.{twice[0]}: it is a key of [partition]")
     try:
