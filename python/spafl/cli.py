@@ -20,7 +20,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from spafl_kernels import __version__
 
-        parser.exit(0, f"spafl {__version__}\n")
+        print(f"spafl {__version__}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,6 +33,8 @@ BASE = {
 SMALL = {
     "data.name": ["synthetic", "digits"],
     "data.root": [None],
+    "data.file": [None],
+    "partition.file": [None],
     "data.image": [28, 28, 32],
     "data.channels": [1, 3],
     "data.classes": [2, 5, 10],
@@ -79,6 +81,8 @@ def inside(rng, path, field):
         return choices[rng.integers(len(choices))]
     if kind is bool:
         return bool(rng.integers(2))
+    if kind not in (int, float, str):
+        return None  # tables and lists: those around them are drawn
     low = next((float(m.ge) for m in field.metadata if isinstance(m, Ge)), 0.0)
     high = next((float(m.le) for m in field.metadata if isinstance(m, Le)), 1.0)
     if kind is int:
