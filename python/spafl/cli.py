@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a configuration", description="Run a federated simulation.")
-    run.add_argument("config", type=Path, help="configuration file (TOML)")
+    run.add_argument("config", type=Path, help="configuration file (TOML), or with --resume a run folder")
     run.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE",
                      help="override a setting, e.g. --set training.lr=0.02 (repeatable)")  # fmt: skip
     run.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
@@ -64,6 +64,7 @@ def _allow_code(parser: argparse.ArgumentParser, when: str = "") -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from .config import load_config
+    from .errors import UserError
     from .plugins import Code
     from .report import comparison_table, write_report
     from .simulation import run
@@ -75,8 +76,15 @@ def _run(args: argparse.Namespace) -> int:
         assignments.append(f"data.root={args.data_root}")
     # A configuration to begin with is the user's own; what is resumed may come from a run folder of somebody else.
     code = Code(args.allow_code, frozenset(args.allow_module)) if args.resume else None
-    config = load_config(args.config, assignments, code)
-    out = args.out or Path("runs") / config.name
+    source, out = args.config, args.out
+    if args.resume and source.is_dir():  # a run folder holds its configuration
+        if out is not None and out.resolve() != source.resolve():
+            raise UserError(f"--out {out}: a run is continued in its own folder, {source}")
+        source, out = source / "config.toml", source
+        if not source.exists():
+            raise UserError(f"run folder {out} holds no run to resume")
+    config = load_config(source, assignments, code)
+    out = out or Path("runs") / config.name
     run(config, out, resume=args.resume, quiet=args.quiet)
     print(comparison_table([out]))
     if not args.no_report:
@@ -113,11 +121,13 @@ COMMANDS = {"run": _run, "report": _report, "export": _export}
 
 def _status_of(error: Exception) -> int | None:
     """Exit status of an error that one line explains; None: of any other."""
-    from .errors import UserError
+    from .errors import UserError, WriteError
     from .merge import TooFewUploads
     from .report import ReportError
     from .simulation.pool import WorkerDied
 
+    if isinstance(error, OSError | WriteError):
+        return 3
     if isinstance(error, WorkerDied):
         return 1
     return 2 if isinstance(error, UserError | ReportError | FloatingPointError | TooFewUploads) else None
@@ -137,7 +147,8 @@ def _pictures_are_files() -> Iterator[None]:
 def one_line(command: Callable[[], int]) -> int:
     """Run a command whose errors and stops are one line each; returns its exit status.
 
-    0 done, 1 broken machine, 2 a mistake the user can mend, 128 + the number of the signal that stopped it.
+    0 done, 1 broken machine, 2 a mistake the user can mend, 3 a file that cannot be read or written, 128 + the
+    number of the signal that stopped it.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +18,18 @@ from spafl_kernels.cost import layer_macs
 from spafl_kernels.functional import threshold_layers
 from spafl_kernels.training import Unsupported
 
-from .config import load_run_config
-from .data import blank
+from .algorithms import Algorithm, Samples
+from .config import RunConfig, load_run_config
+from .data import Transform, blank
 from .errors import UserError
 from .plugins import Code
+from .simulation.announcements import Announcement
 from .simulation.checkpoint import load_latest
+from .simulation.files import writing
 from .simulation.problem import first_model
+from .simulation.resident import ClientSetting, Resident
+from .simulation.same_run import run_digest
+from .wire import decode
 
 # Largest difference from the masked model that counts as rounding, relative to the largest output.
 TOLERANCE = 1e-4
@@ -41,7 +49,7 @@ class Exported:
 
 
 def client_model(run: Path, client: int, code: Code | None = None) -> tuple[nn.Module, tuple[int, ...]]:
-    """A client's model as of the last checkpoint of a run, in eval mode, and the shape of one input.
+    """A client's model as it is tested after the last checkpoint of a run, in eval mode, and the shape of one input.
 
     Args:
         code: modules of the user's that the run may import; by default none.
@@ -58,24 +66,67 @@ def _client_model(run: Path, client: int, code: Code | None) -> tuple[nn.Module,
     """As :func:`client_model`, with one input of zeros, ``(1, *shape)``.
 
     Raises:
-        UserError: no run or checkpoint there, no such client, or a client that has not been touched yet.
+        UserError: no run or good checkpoint there, no such client, or a client that has not trained yet.
     """
     config = load_run_config(run, Code.only(()) if code is None else code)
-    checkpoint = load_latest(run / "checkpoints")
-    if checkpoint is None:
-        raise UserError(f"run folder {run} has no checkpoint yet")
     if not 0 <= client < config.partition.clients:
         raise UserError(f"--client must be 0 to {config.partition.clients - 1} in this run; got {client}")
-    described = json.loads((run / "partition.json").read_text())
-    shape, dtype = tuple(described["image"]), described.get("dtype", "uint8")
+    classes, shape, dtype = _described(run / "partition.json")
+    checkpoint = load_latest(run / "checkpoints", run_digest(config), client)
+    if checkpoint is None:
+        raise UserError(f"run folder {run} has no checkpoint yet")
     algorithm = config.build_algorithm()
     # With the weights of the first model: an algorithm may keep some of them as they are, in no message and no row.
     sample = blank(1, shape, dtype)
-    model = algorithm.prepare_model(first_model(config, described["classes"], shape, dtype), sample)
-    own = algorithm.client_model(model, checkpoint.server, checkpoint.client(client) or {}, client)
+    model = algorithm.prepare_model(first_model(config, classes, shape, dtype), sample)
+    tensors = checkpoint.client(client) or {}
+    try:
+        if tensors:
+            _hear(algorithm, model, config, client, tensors, checkpoint.state.log.missed(client))
+        own = algorithm.client_model(model, checkpoint.server, tensors, client)
+    except RuntimeError as error:  # shapes: the model's code is not that of the run
+        raise UserError(f"{checkpoint.path} does not fit model {config.model.name}: {_one_line(error)}") from None
     if own is None:
-        raise UserError(f"client {client} has not trained or been tested up to round {checkpoint.state.round}")
+        raise UserError(f"client {client} has not trained up to round {checkpoint.state.round}")
     return own.eval(), sample
+
+
+def _described(path: Path) -> tuple[int, tuple[int, ...], str]:
+    """Number of classes, and shape and dtype of one input, as ``partition.json`` records them."""
+    try:
+        found = json.loads(path.read_bytes())
+        classes, shape, dtype = found["classes"], tuple(found["image"]), found.get("dtype", "uint8")
+        if shape and all(type(n) is int and n > 0 for n in (classes, *shape)) and isinstance(dtype, str):
+            return classes, shape, dtype
+        raise ValueError("classes and image must be positive numbers")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _hear(
+    algorithm: Algorithm,
+    model: nn.Module,
+    config: RunConfig,
+    client: int,
+    own: dict[str, Tensor],
+    missed: Sequence[Announcement],
+) -> None:
+    """Apply to a client's tensors, in place, what was announced since it trained."""
+    if not missed:
+        return
+    setting = ClientSetting(config.local_training(), Transform(), {}, config.seed, torch.device("cpu"))
+    resident = Resident(algorithm, copy.deepcopy(model), "masked", setting, own)
+    nothing = Samples(torch.empty(0), torch.empty(0))
+    listener = resident.lend(client, own, nothing, nothing)
+    for announcement in missed:
+        algorithm.receive(listener, decode(announcement.frame, announcement.round), announcement.round)
+    resident.take_back()
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
@@ -90,6 +141,7 @@ def export_client(run: Path, client: int, out: Path, onnx: bool = False, code: C
 
     Raises:
         UserError: see :func:`client_model`; or ONNX packages are missing.
+        WriteError: the files cannot be written.
     """
     if onnx:
         # torch.onnx would notice what it lacks much later.
@@ -112,13 +164,17 @@ def export_client(run: Path, client: int, out: Path, onnx: bool = False, code: C
     with torch.no_grad():
         expected = model(x)
         difference = _relative(small(x), expected)
+    if not expected.isfinite().all():
+        raise UserError(f"the model of client {client} gives outputs that are not finite; nothing was written")
     if difference > TOLERANCE:
         raise RuntimeError(f"the exported model differs from the client's by {difference:.1e}; nothing was written")
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     batch = torch.export.Dim("batch")
     program = torch.export.export(small, (x,), dynamic_shapes=({0: batch},))
     files = [out / f"client-{client}.pt2"]
-    torch.export.save(program, files[0])
+    with writing(files[0]), files[0].open("wb") as file:
+        torch.export.save(program, file)
     if onnx:
         files.append(out / f"client-{client}.onnx")
         torch.onnx.export(

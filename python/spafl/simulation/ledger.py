@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..algorithms import Evaluation, Training
+from ..config import RunConfig
 from ..cost import Cost
 from ..merge import Rejection
 from .metrics import density_summary, evaluation_summary, first_layer_masks
@@ -39,67 +40,78 @@ class Ledger:
 
     Args:
         layer_weights: number of weights of each layer.
-        cost, best: what was booked before, if the run is a resumed one.
+        cost: what was booked before, if the run is a resumed one.
 
     Attributes:
         cost: of all rounds booked so far.
-        best: ``round`` and ``accuracy`` of the best evaluated round; empty before the first.
     """
 
-    def __init__(
-        self, layer_weights: dict[str, int], cost: Cost | None = None, best: dict[str, float] | None = None
-    ) -> None:
+    def __init__(self, layer_weights: dict[str, int], cost: Cost | None = None) -> None:
         self._layer_weights = layer_weights
         self.cost = cost or Cost()
-        self.best = dict(best or {})
 
     def book(self, done: FinishedRound) -> dict[str, Any]:
         """Add a round; returns its line of the metrics, whose costs are cumulative."""
-        self.cost += done.cost
         line: dict[str, Any] = {
             "round": done.round,
             "sampled": list(done.sampled),
             "rejected": [asdict(rejection) for rejection in done.rejected],
             "train_loss": float(np.mean([t.loss for t in done.trainings])),
-            "evaluation": None,
-            "density": None,
-            "first_layer": None,
-            "cost": self.cost.record(),
+            **_NOT_EVALUATED,
+            "cost": None,
             "figures": mean_figures([t.figures for t in done.trainings]),
         }
+        self._add(line, done.cost)
         if done.evaluations is not None:
             self.evaluated(line, done.evaluations)
         return line
 
-    def evaluated(self, line: dict[str, Any], evaluations: Sequence[Evaluation]) -> None:
-        """Enter the evaluation of all clients after the round that ``line`` belongs to."""
+    def evaluated(self, line: dict[str, Any], evaluations: Sequence[Evaluation], cost: Cost | None = None) -> None:
+        """Write an evaluation, and what it cost beyond what was booked, into the newest line."""
+        if cost is not None:
+            self._add(line, cost)
         line["evaluation"] = evaluation_summary(evaluations)
         line["density"] = density_summary(evaluations, self._layer_weights)
         line["first_layer"] = first_layer_masks(evaluations)
-        accuracy = line["evaluation"]["accuracy"]["mean"]
-        if accuracy > self.best.get("accuracy", -1.0):
-            self.best = {"round": line["round"], "accuracy": accuracy}
 
-    def summary(
-        self, name: str, algorithm: str, lines: Sequence[dict[str, Any]], where: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The summary of a finished run.
+    def _add(self, line: dict[str, Any], cost: Cost) -> None:
+        self.cost += cost
+        line["cost"] = self.cost.record()
 
-        Args:
-            name, algorithm: of the run.
-            lines: its metrics, one per round.
-            where: see :func:`~spafl.simulation.metrics.environment`.
-        """
-        return {
-            "name": name,
-            "algorithm": algorithm,
-            "rounds": len(lines),
-            "rejected_uploads": sum(len(line.get("rejected", ())) for line in lines),
-            "completed": True,
-            "final": [line for line in lines if line["evaluation"] is not None][-1],
-            "best": self.best,
-            "environment": where,
-        }
+
+_NOT_EVALUATED = {"evaluation": None, "density": None, "first_layer": None}
+
+
+def without_final_evaluation(line: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """A line as a run of this configuration writes it, where that of fewer rounds evaluated more after its last."""
+    final = line["round"] + 1 == config.rounds
+    if not final and (line["round"] + 1) % config.evaluation.every:
+        return {**line, **_NOT_EVALUATED}
+    if line["evaluation"] is None or final or config.evaluation.train_data == "always":
+        return line
+    return {**line, "evaluation": {**line["evaluation"], "train_accuracy": None}}
+
+
+def run_summary(name: str, algorithm: str, lines: Sequence[dict[str, Any]], where: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Args:
+        name, algorithm: of the run.
+        lines: its metrics, one per round.
+        where: see :func:`~spafl.simulation.metrics.environment`.
+    """
+    evaluated = [line for line in lines if line["evaluation"] is not None]
+    best = max(evaluated, key=lambda line: line["evaluation"]["accuracy"]["mean"])  # the first of equals
+    return {
+        "name": name,
+        "algorithm": algorithm,
+        "rounds": len(lines),
+        "rejected_uploads": sum(len(line.get("rejected", ())) for line in lines),
+        "completed": True,
+        "final": evaluated[-1],
+        "best": {"round": best["round"], "accuracy": best["evaluation"]["accuracy"]["mean"]},
+        "environment": where,
+    }
 
 
 def mean_figures(figures: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import time
@@ -16,13 +15,14 @@ from .. import plugins
 from ..algorithms import Evaluation
 from ..config import RunConfig, read_toml, resolve_config
 from ..cost import Cost
-from ..errors import UserError
+from ..errors import UserError, WriteError
 from ..merge import Reply, merge_replies
 from ..signals import Stopped, catching, held
 from ..wire import Message, encode, payload_bytes
-from . import checkpoint
 from .announcements import AnnouncementLog
-from .ledger import FinishedRound, Ledger
+from .checkpoint import Checkpoint, Checkpoints, State, saved_rounds
+from .files import write_atomic
+from .ledger import FinishedRound, Ledger, run_summary, without_final_evaluation
 from .metrics import environment
 from .placement import pick_device, pick_workers
 from .pool import Pool, WorkerDied
@@ -30,8 +30,8 @@ from .problem import build_problem
 from .progress import ProgressLine
 from .resident import ClientSetting
 from .rows import ClientRows, Turn
-from .runfolder import RunFolder, write_atomic
-from .same_run import first_difference
+from .runfolder import RunFolder
+from .same_run import first_difference, run_digest
 from .sampling import sample_clients
 from .spool import write_data
 from .tasks import EvaluateOutcome, EvaluateTask, TrainOutcome, TrainTask, WorkerSetup
@@ -53,7 +53,7 @@ class Simulation:
         round: last finished round, -1 before the first.
         saved: round of the last checkpoint, or -1.
         server: the server's tensors.
-        log: which announcements clients have yet to hear.
+        log: announcements that clients have yet to hear.
         ledger: what the rounds cost so far.
         dirty: clients whose tensors changed since the last checkpoint.
     """
@@ -69,9 +69,9 @@ class Simulation:
         self.problem = build_problem(config)
         self.algorithm = self.problem.algorithm
         self.clients = config.partition.clients
-        saved = self._saved_state() if resume else None
-        write_atomic(folder.path / "config.toml", config.to_toml())
-        write_atomic(folder.path / "partition.json", json.dumps(self.problem.class_counts()))
+        s = config.simulation
+        self.checkpoints = Checkpoints(folder.checkpoints, run_digest(config), s.checkpoint_every, s.keep_checkpoints)
+        saved, lines = self._continued() if resume else (None, [])
 
         scratch = folder.fresh_scratch()
         write_data(scratch, self.problem.dataset, self.problem.parts)
@@ -83,28 +83,41 @@ class Simulation:
         if saved is None:
             self.round = -1
             self.server: dict[str, Tensor] = self.algorithm.server_state(self.problem.model)
-            self.log = AnnouncementLog(received=[0] * self.clients)
+            self.log = AnnouncementLog(heard=[0] * self.clients)
             self.ledger = Ledger(self.problem.layer_weights)
         else:
             self.round, self.server, self.log = saved.state.round, saved.server, saved.state.log
-            self.ledger = Ledger(self.problem.layer_weights, saved.state.cost, saved.state.best)
+            self.ledger = Ledger(self.problem.layer_weights, saved.state.cost)
             if self.store is not None:
                 saved.restore(self.store)
         self.saved = self.round
-        self.folder.keep_metrics_until(self.round)
+        # Nothing in the folder was touched so far; from here on it holds this run.
+        folder.begin(config.to_toml(), json.dumps(self.problem.class_counts()), lines)
 
-    def _saved_state(self) -> checkpoint.Checkpoint | None:
-        path = self.folder.path / "config.toml"
-        raw = read_toml(path)
+    def _continued(self) -> tuple[Checkpoint | None, list[dict[str, Any]]]:
+        """What to continue from, and the metrics up to there as this run would have written them."""
+        config, where = self.config, f"run folder {self.folder.path}"
+        raw = read_toml(self.folder.path / "config.toml")
         # Asked first: code that only the folder names must not be imported.
-        there, here = plugins.named(raw), self.config.code
+        there, here = plugins.named(raw), config.code
         other = next((s for s in plugins.SETTINGS if there.get(s) != here.get(s)), None)
         difference = other and f"{other} is {there.get(other)!r} there and {here.get(other)!r} here"
-        difference = difference or first_difference(resolve_config(raw), self.config)
+        difference = difference or first_difference(resolve_config(raw), config)
         if difference:
-            raise UserError(f"run folder {self.folder.path} holds a run of another configuration: {difference}")
+            raise UserError(f"{where} holds a run of another configuration: {difference}")
         self._check_same_data()
-        return checkpoint.load_latest(self.folder.checkpoints)
+        lines = self.folder.read_metrics()
+        saved, refused = self.checkpoints.load(finished=len(lines) - 1)
+        done = saved.state.round + 1 if saved else 0
+        if done > config.rounds:
+            raise UserError(f"{where} holds {done} finished rounds; rounds must be at least that, got {config.rounds}")
+        for reason in refused:
+            print(f"spafl: {reason}", file=sys.stderr)
+        if refused:
+            until = max(len(lines), 1 + max(saved_rounds(self.folder.checkpoints)))
+            assert saved is not None
+            print(f"spafl: {saved.path} is used; rounds {done} to {until - 1} are repeated", file=sys.stderr)
+        return saved, [without_final_evaluation(line, config) for line in lines[:done]]
 
     def _check_same_data(self) -> None:
         """Refuse to go on with other data: a file or a user's loader may give something else than it gave before."""
@@ -159,8 +172,9 @@ class Simulation:
                     with Pool(self.worker_setup(), self.workers) as pool:
                         for round in range(self.round + 1, self.config.rounds):
                             self._finish(self.run_round(pool, round), progress)
-                except OSError:
-                    raise  # writing failed: not again
+                        self._evaluate_last(pool)
+                except WriteError:
+                    raise  # not again
                 except BaseException as error:
                     self._save_unfinished(error)
                     raise
@@ -198,7 +212,7 @@ class Simulation:
 
         If it is cut short by an exception, the run is as it was at the end of the round before.
         """
-        before = self.server, copy.deepcopy(self.log), set(self.dirty)
+        before = self.server, self.log.copy(), set(self.dirty)
         try:
             done = self._run_round(pool, round)
         except BaseException:
@@ -221,6 +235,7 @@ class Simulation:
         outcomes: list[TrainOutcome] = pool.run(tasks, sizes)
         for task in tasks:
             self._stage(task.client, task.turn)
+        self.log.forget_heard()
 
         replies = [Reply(o.client, o.samples, o.frame) for o in outcomes]
         needed = config.sampling.min_uploads
@@ -245,9 +260,7 @@ class Simulation:
         final = round + 1 == config.rounds
         if final or (round + 1) % config.evaluation.every == 0:
             wanted = config.evaluation.train_data
-            evaluations = self.visit_all(pool, round, True, wanted == "always" or (wanted == "final" and final))
-        elif self.log.full:
-            self.visit_all(pool, round, False, False)
+            evaluations = self.evaluate(pool, round, wanted == "always" or (wanted == "final" and final))
         seconds = Cost(train_seconds=trained - start, evaluate_seconds=time.perf_counter() - trained)
         cost = Cost.sum(o.training.cost for o in outcomes) + sent + seconds
         trainings = [o.training for o in outcomes if o.client in merged.accepted]
@@ -258,6 +271,7 @@ class Simulation:
 
     def _stage(self, client: int, turn: Turn | None) -> None:
         self.dirty.add(client)
+        self.log.mark_heard(client)
         if self.store is not None and turn is not None:
             self.store.stage(client, turn)
 
@@ -275,41 +289,44 @@ class Simulation:
             frame = shared[1]
             if message:
                 sent += Cost(down_bytes=payload_bytes(message), down_frame_bytes=len(frame))
-            tasks.append(TrainTask(round, k, frame, self.log.take(k), self._turn(k)))
+            tasks.append(TrainTask(round, k, frame, self.log.missed(k), self._turn(k)))
         return tasks, messages, sent
 
-    def visit_all(self, pool: Pool, round: int, evaluate: bool, train_data: bool) -> list[Evaluation]:
-        """Deliver what is pending to every client, and test it if asked to."""
-        frame = self._encode(self.algorithm.evaluation_message(self.server, round) if evaluate else {}, round)
+    def evaluate(self, pool: Pool, round: int, train_data: bool) -> list[Evaluation]:
+        """Test every client as it would start its next turn; nothing of the run changes."""
+        frame = self._encode(self.algorithm.evaluation_message(self.server, round), round)
         tasks, weights = [], []
         for first in range(0, self.clients, _CLIENTS_PER_TASK):
             chunk = tuple(range(first, min(first + _CLIENTS_PER_TASK, self.clients)))
-            announced = tuple(self.log.take(k) for k in chunk)
-            turns = tuple(self._turn(k, bool(heard)) for k, heard in zip(chunk, announced, strict=True))
-            tasks.append(EvaluateTask(round, chunk, announced, turns, frame, evaluate, train_data))
+            announced = tuple(self.log.missed(k) for k in chunk)
+            turns = tuple(self._turn(k, changes=False) for k in chunk)
+            tasks.append(EvaluateTask(round, chunk, announced, turns, frame, train_data))
             weights.append(float(sum(len(self.problem.parts.test[k]) for k in chunk)))
         outcomes: list[EvaluateOutcome] = pool.run(tasks, weights)
-        self.log.forget_received()
-        evaluations = []
-        for task, outcome in zip(tasks, outcomes, strict=True):
-            for k, heard, turn in zip(task.clients, task.announced, task.turns, strict=True):
-                if heard:
-                    self._stage(k, turn)
-            evaluations += [e for e in outcome.evaluations if e is not None]
-        return evaluations
+        return [evaluation for outcome in outcomes for evaluation in outcome.evaluations]
+
+    def _evaluate_last(self, pool: Pool) -> None:
+        """Make up for the last evaluation, where a run of more rounds, which has none there, was cut to these."""
+        lines = self.folder.read_metrics()
+        wanted = self.config.evaluation.train_data != "never"
+        evaluation = lines[-1]["evaluation"]
+        if evaluation is not None and (evaluation["train_accuracy"] is not None or not wanted):
+            return
+        start = time.perf_counter()
+        evaluations = self.evaluate(pool, self.round, wanted)
+        self.ledger.evaluated(lines[-1], evaluations, Cost(evaluate_seconds=time.perf_counter() - start))
+        self.folder.rewrite_metrics(lines)
 
     def _save(self) -> None:
-        state = checkpoint.State(self.round, self.ledger.cost, self.ledger.best, self.log)
-        keep = self.config.simulation.keep_checkpoints
-        checkpoint.save(self.folder.checkpoints, state, self.server, self.store, self.dirty, keep)
+        self.checkpoints.save(State(self.round, self.ledger.cost, self.log), self.server, self.store, self.dirty)
         self.dirty.clear()
         self.saved = self.round
 
     def _summarise(self) -> dict[str, Any]:
-        lines = [json.loads(text) for text in (self.folder.path / "metrics.jsonl").read_text().splitlines()]
         where = environment(self.device, self.workers)
-        summary = self.ledger.summary(self.config.name, self.config.algorithm["name"], lines, where)
-        write_atomic(self.folder.path / "summary.json", json.dumps(summary, indent=1))
+        lines = self.folder.read_metrics()
+        summary = run_summary(self.config.name, self.config.algorithm["name"], lines, where)
+        write_atomic(self.folder.summary, json.dumps(summary, indent=1))
         return summary
 
 
@@ -323,6 +340,7 @@ def run(config: RunConfig, out: Path, resume: bool = False, quiet: bool = False)
     Raises:
         UserError: anything the user can mend, found before work starts.
         FloatingPointError: the training diverged.
+        WriteError: a file of the run could not be written.
         WorkerDied: workers die again and again.
         KeyboardInterrupt, Stopped: SIGINT; SIGTERM or SIGHUP (see :mod:`spafl.signals`).
     """
@@ -332,6 +350,12 @@ def run(config: RunConfig, out: Path, resume: bool = False, quiet: bool = False)
             with held():
                 folder = RunFolder(out, resume)
             return Simulation(config, folder, resume, quiet).run()
+        except WriteError as error:
+            saved = saved_rounds(folder.checkpoints) if folder is not None else []
+            error.add_note(f"rounds 0 to {saved[-1]} are saved" if saved else "no round was saved yet")
+            if folder is not None and (folder.path / "config.toml").exists():
+                error.add_note("--resume continues")
+            raise
         finally:
             if folder is not None:
                 with held():

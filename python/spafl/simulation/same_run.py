@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ..config import RunConfig
+from .files import digest
 
-# Settings that do not change any result, so a resumed run may have others.
-_FREE = {"rounds", "simulation", "data.root"}
+
+def _decisive(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide results: not how long a run is, what it is called, or where and how it computes."""
+    settings = config.model_dump()
+    del settings["rounds"], settings["name"], settings["data"]["root"]
+    # Engines agree to rounding, not to the last bit.
+    settings["simulation"] = {"engine": config.simulation.engine}
+    return settings
+
+
+def run_digest(config: RunConfig) -> str:
+    """Equal for configurations of the same run."""
+    return digest(json.dumps(_decisive(config), sort_keys=True, default=str).encode())
 
 
 def first_difference(stored: RunConfig, given: RunConfig) -> str | None:
@@ -15,15 +28,10 @@ def first_difference(stored: RunConfig, given: RunConfig) -> str | None:
 
     def compare(a: Any, b: Any, path: str) -> str | None:
         if isinstance(a, dict) and isinstance(b, dict):
-            for key in a.keys() | b.keys():
-                where = f"{path}.{key}" if path else str(key)
-                if where not in _FREE and (found := compare(a.get(key), b.get(key), where)):
+            for key in sorted(a.keys() | b.keys()):
+                if found := compare(a.get(key), b.get(key), f"{path}.{key}" if path else str(key)):
                     return found
             return None
         return None if a == b else f"{path} is {a!r} there and {b!r} here"
 
-    difference = compare(stored.model_dump(), given.model_dump(), "")
-    if difference is None and stored.simulation.engine != given.simulation.engine:
-        # Engines agree to rounding, not to the last bit.
-        return compare(stored.simulation.engine, given.simulation.engine, "simulation.engine")
-    return difference
+    return compare(_decisive(stored), _decisive(given), "")

@@ -10,6 +10,7 @@ import torch
 
 from ..algorithms import Samples
 from ..data import Dataset, Partition
+from .files import writing
 
 _DATA = ("train_x", "train_y", "test_x", "test_y")
 
@@ -17,13 +18,19 @@ _DATA = ("train_x", "train_y", "test_x", "test_y")
 def write_data(folder: Path, dataset: Dataset, parts: Partition) -> None:
     """Write arrays (``.npy``) and the clients' parts (``.npz``) into ``folder``."""
     for name in _DATA:
-        np.save(folder / f"{name}.npy", getattr(dataset, name))
+        path = folder / f"{name}.npy"
+        array = np.ascontiguousarray(getattr(dataset, name))
+        with writing(path), path.open("wb") as file:
+            # Not numpy.save: where the disk is full it tells how many items are missing, but not why.
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.reshape(-1).view(np.uint8).data)
     arrays = {}
     for split in ("train", "test"):
         indices: Sequence[np.ndarray] = getattr(parts, split)
         arrays[f"{split}_index"] = np.concatenate(indices)
         arrays[f"{split}_cut"] = np.cumsum([len(i) for i in indices])[:-1]
-    np.savez(folder / "partition.npz", **arrays)
+    with writing(folder / "partition.npz"):
+        np.savez(folder / "partition.npz", **arrays)
 
 
 def map_samples(folder: Path) -> dict[str, list[Samples]]:

@@ -22,6 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .files import writing
+
 StoreKind = Literal["auto", "memory", "file"]
 
 _ALIGN = 64  # widest vector load
@@ -59,7 +61,13 @@ class StoreFile:
     """An open file with the rows; worker processes inherit the descriptor under the same number."""
 
     descriptor: int
-    in_memory: bool
+    path: Path | None
+    """Where it is; None: in memory."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is mapped rather than read and written."""
+        return self.path is None
 
     def close(self) -> None:
         """Close this process's descriptor."""
@@ -141,9 +149,13 @@ class ClientStore:
             and hasattr(os, "memfd_create")
             and row * (rows if used is None else used) <= _SHARE * free_memory()
         )
-        descriptor = os.memfd_create("clients") if in_memory else os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        os.ftruncate(descriptor, row * rows)
-        return cls(StoreFile(descriptor, in_memory), initial, rows)
+        if in_memory:
+            file = StoreFile(os.memfd_create("clients"), None)
+            os.ftruncate(file.descriptor, row * rows)
+        else:
+            with writing(path):
+                file = StoreFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), path)
+        return cls(file, initial, rows)
 
     def load(self, row: int | None) -> dict[str, Tensor]:
         """Copy a row (None: the initial tensors) into the buffer and return the views of it.
@@ -157,9 +169,15 @@ class ClientStore:
         return self.buffer
 
     def save(self, row: int) -> None:
-        """Copy the buffer to a row."""
-        if os.pwritev(self.file.descriptor, [self._bytes], row * self.row_bytes) != self.row_bytes:
-            raise OSError("the client store could not be written (disk full?)")
+        """Copy the buffer to a row.
+
+        Raises:
+            WriteError: the disk is full, say.
+        """
+        done, start = 0, row * self.row_bytes
+        with writing(self.file.path or Path("the client store in memory")):
+            while done < self.row_bytes:  # a disk that fills up takes a part first, and says why at the next attempt
+                done += os.pwritev(self.file.descriptor, [self._bytes[done:]], start + done)
 
     def take(self, source: int | None, target: int) -> dict[str, Tensor]:
         """The tensors of row ``source`` (None: the initial ones), to be changed until :meth:`keep`.

@@ -66,15 +66,14 @@ class TrainOutcome:
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """Bring clients up to date and, if ``evaluate``, test them."""
+    """Test clients, on copies that have heard everything."""
 
     round: int
     clients: tuple[int, ...]
     announced: tuple[tuple[Announcement, ...], ...]
     turns: tuple[Turn | None, ...]
-    """With a target for those to whom something was announced."""
+    """Where their rows are, if there are any; none is written."""
     frame: bytes
-    evaluate: bool
     train_data: bool
 
     def __str__(self) -> str:
@@ -84,7 +83,7 @@ class EvaluateTask:
 @dataclass(frozen=True)
 class EvaluateOutcome:
     clients: tuple[int, ...]
-    evaluations: tuple[Evaluation | None, ...]
+    evaluations: tuple[Evaluation, ...]
     seconds: float
 
 
@@ -132,15 +131,12 @@ class Worker:
     def _evaluate(self, task: EvaluateTask) -> EvaluateOutcome:
         start = time.perf_counter()
         message = self._read(task.frame, task.round)
-        evaluations: list[Evaluation | None] = []
+        evaluations: list[Evaluation] = []
         for k, announced, turn in zip(task.clients, task.announced, task.turns, strict=True):
-            # On a copy: what an evaluation does to it is not kept, what the client heard before is.
+            # On a copy: what happens to it is not kept.
             client = self._lend(k, self.store.load(turn.source) if self.store and turn else {}, announced)
-            if self.store and turn and turn.target is not None:
-                self.resident.take_back()
-                self.store.save(turn.target)
-            evaluation = self.algorithm.evaluate(client, message, task.train_data) if task.evaluate else None
-            if evaluation is not None and not math.isfinite(evaluation.loss):
+            evaluation = self.algorithm.evaluate(client, message, task.train_data)
+            if not math.isfinite(evaluation.loss):
                 raise FloatingPointError(
                     f"the test loss of client {k} became {evaluation.loss} in round {task.round}; a smaller "
                     "training.lr or a training.max_grad_norm may help"
