@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SLOW = os.environ.get("SPAFL_SLOW_TESTS") == "1"
 
 
 def tell(*command, **more):
@@ -71,7 +70,7 @@ def test_the_metadata_says_what_is_needed(archives):
         assert f"Provides-Extra: {extra}" in lines
 
 
-@pytest.mark.skipif(not SLOW, reason="installs torch: minutes; SPAFL_SLOW_TESTS=1 runs it")
+@pytest.mark.slow
 def test_the_wheel_runs_the_demo_in_an_empty_environment(archives, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"

@@ -1,7 +1,6 @@
 """Frames: what goes in comes out, what was damaged or made up is refused by WireError and nothing else."""
 
 import math
-import os
 import struct
 import time
 import zlib
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from spafl.wire import ENCODINGS, WireError, decode, encode, fingerprint, payload_bytes, read_frame
 
 MESSAGE = {"conv1.threshold": torch.arange(5.0), "n": torch.tensor(3, dtype=torch.int64), "e": torch.empty(0, 2)}
-SLOW = bool(os.environ.get("SPAFL_SLOW_TESTS"))
 
 
 def stream(seed=0):
@@ -232,7 +230,7 @@ def test_header_values_out_of_range_are_refused():
             encode({"a": torch.ones(1)}, **arguments)
 
 
-@pytest.mark.parametrize("count", [2000 if not SLOW else 200_000])
+@pytest.mark.parametrize("count", [2000, pytest.param(200_000, marks=pytest.mark.slow)])
 def test_mutated_frames_decode_or_raise_wire_error(count):
     """The whole of it, 1e6 frames under a coverage-guided fuzzer: ``python tests/spafl/frame_fuzz.py``."""
     accepted = sum(check_frame(frame) for frame in mutated_frames(seed=1, count=count))
