@@ -30,6 +30,8 @@ from spafl_kernels import ThresholdConv2d, ThresholdLinear, reference
 from spafl_kernels.ops import backend
 from spafl_kernels.tables.classes import shape_class
 from spafl_kernels.tables.tiles import Tile
+from spafl_kernels.triton.plan import capacity
+from spafl_kernels.triton.tiles import arithmetic, choose, filters_of
 
 from .clock import Device, measure, tf32
 from .results import Row, finish
@@ -82,6 +84,12 @@ class Case:
         self.compact_weight = compact
         self.compact_grad = self.grad.new_zeros(self.n, high, wide, padded).permute(0, 3, 1, 2)
         self.compact_grad[:, : self.count] = self.grad[:, index]
+
+    def tile_filters(self) -> int:
+        """Filters of a tile of the forward kernel, as its launcher takes it for this layer on this device."""
+        kind, device = arithmetic(DTYPES[self.dtype], self.tf32), self.x.device
+        tile = choose("forward", kind, self.layer.geometry, self.layer.out, self.n, device, listed=False)
+        return filters_of(tile, capacity(self.layer.out))
 
     # dense operator, in the form that the library would be called
     def _dense(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -254,7 +262,8 @@ def layer_rows(
                         "kind": "layer", "model": layer.model, "layer": layer.name, "shape": layer.shape,
                         "shape_class": class_of(layer, case.n), "clients": 1, "batch": batch, "dtype": dtype,
                         "density": density, "count": case.count, "mode": mode, "provider": provider,
-                        "tile_density": round(tile_density(case.count, layer.out), 4), "graph": int(graph),
+                        "tile_density": round(tile_density(case.count, layer.out, case.tile_filters()), 4),
+                        "graph": int(graph),
                         "one_over_density": round(1 / share, 3),
                         "gate": "-" if provider not in GATED else "pass" if passed else f"fail {error:.1e}",
                     }  # fmt: skip

@@ -60,7 +60,11 @@ def ceiling(m: Machine, layer: Layer, n: int, dtype: str, mode: str, density: fl
     return dense / floor_us(m, layer, n, dtype, mode, density, compact)
 
 
-def tile_density(count: int, out: int) -> float:
-    """Share of filters that the tiles of the forward kernel multiply."""
-    whole, left = divmod(count, 64)
-    return min(1.0, (64 * whole + (0 if not left else next(t for t in (16, 32, 64) if left <= t))) / out)
+def tile_density(count: int, out: int, filters: int) -> float:
+    """Share of ``out`` filters that tiles of ``filters`` multiply when ``count`` are active.
+
+    The last tile shrinks to 16 or the least double of it that holds what is left.
+    """
+    whole, left = divmod(count, filters)
+    last = 0 if left == 0 else max(16, 1 << (left - 1).bit_length())
+    return min(1.0, (filters * whole + min(filters, last)) / out)

@@ -14,7 +14,7 @@ from benchmarks.gpu import captured, choices, clock, layers, results, roofline, 
 from benchmarks.gpu.report.device import Closed
 from spafl_kernels import tables
 from spafl_kernels.ops import cuda_ops
-from spafl_kernels.tables import classes
+from spafl_kernels.tables import classes, tiles
 from spafl_kernels.tables.choices import SHELF
 from spafl_kernels.triton.geometry import Geometry
 
@@ -100,8 +100,24 @@ def test_resnet50_is_resnet50():
 
 
 def test_tile_density_is_what_the_tiles_multiply():
-    assert [roofline.tile_density(c, 64) for c in (0, 1, 16, 17, 33, 64)] == [0, 0.25, 0.25, 0.5, 1, 1]
-    assert roofline.tile_density(70, 128) == (64 + 16) / 128
+    assert [roofline.tile_density(c, 64, 64) for c in (0, 1, 16, 17, 33, 64)] == [0, 0.25, 0.25, 0.5, 1, 1]
+    assert roofline.tile_density(70, 128, 64) == (64 + 16) / 128
+    assert roofline.tile_density(33, 64, 32) == (32 + 16) / 64
+    assert [roofline.tile_density(c, 320, 256) for c in (1, 129, 257, 320)] == [16 / 320, 256 / 320, 272 / 320, 1]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_tile_density_is_that_of_the_tile_in_use(dtype):
+    """33 of 128 filters: in tiles of 64 all of one, in tiles of 32 one and the least of the next."""
+    layer = shapes.Layer("model", "fc", 128, Geometry(12), 1, True)
+    case = layers.Case(layer, 64, dtype, 33 / 128, "cpu", Closed())
+    filters, kind = {"bf16": (64, "half"), "fp32": (32, "ieee")}[dtype]
+    assert case.tile_filters() == filters
+    rows = list(layers.layer_rows(Cpu(), H200, layer, 64, dtype, (33 / 128,), ("forward",), (False,), Closed()))
+    assert rows[-1]["tile_density"] == {"bf16": 0.5, "fp32": 0.375}[dtype]
+    wide = {"forward": {kind: {layers.class_of(layer, 64): tiles.Tile(64, 128, 64, 4, 3)}}}
+    with tiles.SHELF.using(tiles.Table("made-up GPU", {}, wide)):
+        assert case.tile_filters() == 128
 
 
 # ------------------------------------------------------------------------------------------------ one layer
