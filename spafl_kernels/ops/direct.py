@@ -8,13 +8,13 @@ a layer of one client does not need it. Everything else takes the operators of :
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import Estimator
-from ..triton.device import device_of
 from ..triton.geometry import Geometry, row_order
 from . import library
 from . import packed as kernels
@@ -30,15 +30,20 @@ def _ordinary(device: str) -> frozenset[int]:
     return frozenset(torch._C._dispatch_keys(t).raw_repr() for t in tensors)
 
 
-def plain(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether nobody but autograd would see an operator on these tensors, and kernels may read their memory."""
-    if (
+def unseen() -> bool:
+    """Whether no mode, transform or tracer would see an operator."""
+    return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
-    ):
+    )
+
+
+def plain(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether nobody but autograd would see an operator on these tensors, and kernels may read their memory."""
+    if not unseen():
         return False
     if torch._C._dispatch_keys(first).raw_repr() not in _ordinary("cuda" if first.is_cuda else "cpu"):
         return False
@@ -53,6 +58,24 @@ def _is_parameter(tensor: Tensor) -> bool:
     if type(tensor) is torch.nn.Parameter:
         return not tensor.is_neg()
     return torch._C._dispatch_keys(tensor).raw_repr() in _ordinary("cuda" if tensor.is_cuda else "cpu")
+
+
+Same = Callable[..., bool]
+
+
+def same_as(*tensors: Tensor) -> Same | None:
+    """A check whether as many tensors have type, dtype, device, shape, strides and dispatch keys of these.
+
+    PyTorch's compiler guards its code with it: one call of C++, where reading these facts in Python takes ten times as
+    long. None where this PyTorch has no such check.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore
+    except (ImportError, TypeError):
+        return None
 
 
 def possible(input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) -> bool:
@@ -80,7 +103,7 @@ class Call:
     Arguments are checked before, and :func:`possible` holds for them.
     """
 
-    __slots__ = ("_backward", "_facts", "_forward", "_pass", "geometry", "mask_bias")
+    __slots__ = ("_backward", "_device", "_facts", "_forward", "_last", "_pass", "geometry", "mask_bias")
 
     def __init__(
         self, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, geometry: Geometry | None,
@@ -103,17 +126,37 @@ class Call:
             row, g, mask_bias, tf32, None, device, id(run.forward.measured.of(device)),
         ).of_one_client(geometry is None)  # fmt: skip
         self._backward: dict[Any, Any] = {}
+        # The gradient of the last backward pass, what was needed, and its launches.
+        self._last: tuple[Same | None, bool, bool, Any] | None = None
+        # Where another device than that of the tensors may be the current one.
+        self._device = device if torch.cuda.device_count() > 1 else None
 
     def forward(
         self, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, plan: Tensor | None,
         packed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """``(output, plan, packed)``."""
-        with device_of(input):
-            stream = kernels.launchers().current_stream(input.get_device())
-            if plan is None or packed is None:
-                plan, packed, _ = self._pass.run(stream, weight, threshold)
-            return self._forward.run(stream, input, packed, bias, plan, plan), plan, packed
+        if self._device is not None:
+            with torch.cuda.device(self._device):
+                return self._run(input, weight, threshold, bias, plan, packed)
+        return self._run(input, weight, threshold, bias, plan, packed)
+
+    def _run(
+        self, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, plan: Tensor | None,
+        packed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        stream = kernels.launchers().current_stream(input.get_device())
+        if plan is None or packed is None:
+            plan, packed = self._pass.without_scores(stream, weight, threshold)
+        return self._forward.run(stream, input, packed, bias, plan, plan), plan, packed
+
+    def repeats(self, grad: Tensor, need_input: bool, need_weight: bool) -> bool:
+        """Whether :meth:`backward` ran with such a gradient last, and would again."""
+        last = self._last
+        return (
+            last is not None and last[1] == need_input and last[2] == need_weight and unseen()
+            and last[0] is not None and last[0](grad)
+        )  # fmt: skip
 
     def backward(
         self, grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None,
@@ -124,9 +167,19 @@ class Call:
         made = self._backward.get(key)
         if made is None:
             made = self._backward[key] = self._prepare(grad, packed, plan, bias, need_input, need_weight)
-        with device_of(input):
-            stream = kernels.launchers().current_stream(input.get_device())
-            return made.run(stream, grad, input, weight, packed, bias, plan, plan)  # type: ignore[no-any-return]
+        self._last = same_as(grad), need_input, need_weight, made
+        return self.backward_again(grad, input, weight, packed, plan, bias)
+
+    def backward_again(
+        self, grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """The same where it :meth:`repeats`."""
+        assert self._last is not None
+        made, stream = self._last[3], kernels.launchers().current_stream(input.get_device())
+        if self._device is not None:
+            with torch.cuda.device(self._device):
+                return made.run(stream, grad, input, weight, packed, bias, plan, plan)  # type: ignore[no-any-return]
+        return made.run(stream, grad, input, weight, packed, bias, plan, plan)  # type: ignore[no-any-return]
 
     def _prepare(
         self, grad: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None, need_input: bool, need_weight: bool
@@ -151,22 +204,29 @@ class ThresholdLayer(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         call, given, rows = rest
         y, plan, packed = call.forward(input, weight, threshold, bias, given, rows)
-        ctx.save_for_backward(input, weight, bias, plan, packed)
-        ctx.call = call
+        ctx.save_for_backward(input, weight, bias)
+        ctx.kept = call, plan, packed  # nobody else has them: no version to watch, and saving costs twice as much
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, plan, packed = ctx.saved_tensors
-        call, needs = ctx.call, ctx.needs_input_grad
+        input, weight, bias = ctx.saved_tensors
+        (call, plan, packed), needs = ctx.kept, ctx.needs_input_grad
         need_weight = needs[1] or needs[2] or needs[3]
-        if not torch.is_grad_enabled() and plain(grad):
+        alone = not torch.is_grad_enabled()
+        if alone and call.repeats(grad, needs[0], need_weight):
+            dx, dw, dtau, db = call.backward_again(grad, input, weight, packed, plan, bias)
+        elif alone and plain(grad):
             dx, dw, dtau, db = call.backward(grad, input, weight, packed, plan, bias, needs[0], need_weight)
         else:
             dx, dw, dtau, db = _by_operator(call, grad, input, weight, packed, plan, bias, needs[0], need_weight)
         if not (needs[1] and needs[2]):
             dw, dtau = dw if needs[1] else None, dtau if needs[2] else None
         return dx, dw, dtau, db if needs[3] else None, None
+
+
+# Function.apply looks for transforms first, which :func:`plain` has done.
+_apply = super(torch.autograd.Function, ThresholdLayer).apply
 
 
 def _by_operator(
@@ -204,5 +264,5 @@ def run(
         or threshold.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return ThresholdLayer.apply(input, weight, threshold, bias, (call, plan, packed))  # type: ignore[no-any-return]
+        return _apply(input, weight, threshold, bias, (call, plan, packed))  # type: ignore[no-any-return]
     return call.forward(input, weight, threshold, bias, plan, packed)[0]

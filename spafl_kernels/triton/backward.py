@@ -42,6 +42,7 @@ from .geometry import (
     channels_last_strides,
     dense_rows,
     empty_channels_last,
+    lies_alike,
     like_rows,
     needs_copy,
     positions,
@@ -55,9 +56,9 @@ from .wgrad import weight_gradients
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-# Places of tensors in the program; those from COLLECTED on are scratch memory.
-GRAD, X, WEIGHT, PACKED, BIAS, PLAN, INPUTS, DX, DW, DTAU, DBIAS, EXTENDED = range(12)
-COLLECTED, PARTIAL, WORDS, SUMS, SLABS = range(12, 17)
+# Places of tensors in the program; those from EXTENDED on are scratch memory.
+GRAD, X, WEIGHT, PACKED, BIAS, PLAN, INPUTS, DX, DW, DTAU, DBIAS = range(11)
+EXTENDED, COLLECTED, PARTIAL, WORDS, SUMS, SLABS = range(11, 17)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +68,13 @@ class Backward:
     copy: bool
     need_input: bool
     need_weight: bool
-    # Of the results; ``row``: of dtau and dbias; ``extended``: whose rows are computed, for whoever counts later.
+    # Of the results; ``row``: of dtau and dbias.
     dx: Memory
     dw: Memory
     row: Memory
-    extended: Memory
+    # Whether they lie as x and the weight do, which is faster to allocate.
+    like_x: bool
+    like_weight: bool
     device: torch.device
     program: Program
     # Multiply-accumulates of a filter and input channel; how many channels there are, None where a list says it.
@@ -93,35 +96,34 @@ class Backward:
         device, empty, dx = self.device, torch.empty_strided, None
         if self.need_input:
             size, strides, dtype = self.dx
-            dx = empty(size, strides, dtype=dtype, device=device)
+            dx = torch.empty_like(x) if self.like_x else empty(size, strides, dtype=dtype, device=device)
         # A tensor that no launch takes has the plan in its place.
         product = plan if dx is None else dx
         if not self.need_weight:
-            self._launch(stream, grad, x, weight, packed, plan, plan, inputs, product, plan, plan, plan, plan)
+            self._launch(stream, grad, x, weight, packed, plan, plan, inputs, product, plan, plan, plan)
             return dx, None, None, None
         x = channels_last(x) if self.copy else x
         size, strides, dtype = self.dw
-        dw = empty(size, strides, dtype=dtype, device=device)
+        dw = torch.empty_like(weight) if self.like_weight else empty(size, strides, dtype=dtype, device=device)
         size, strides, dtype = self.row
         dtau = empty(size, strides, dtype=dtype, device=device)
-        length, step, kind = self.extended
-        extended = empty(length, step, dtype=kind, device=device)
         if bias is None:
-            self._launch(stream, grad, x, weight, packed, weight, plan, inputs, product, dw, dtau, dtau, extended)
+            self._launch(stream, grad, x, weight, packed, weight, plan, inputs, product, dw, dtau, dtau)
             return dx, dw, dtau, None
         dbias = empty(size, strides, dtype=bias.dtype, device=device)
-        self._launch(stream, grad, x, weight, packed, bias, plan, inputs, product, dw, dtau, dbias, extended)
+        self._launch(stream, grad, x, weight, packed, bias, plan, inputs, product, dw, dtau, dbias)
         return dx, dw, dtau, dbias
 
     def _launch(self, stream: int | None, *tensors: Tensor) -> None:
-        self.program(stream, *tensors)
         if not counting():
+            self.program(stream, *tensors)
             return
+        extended = self.program.apart(stream, *tensors)[0]
         channels = self.channels if self.channels is not None else _counts(tensors[INPUTS])
         if self.need_input:
             note(_counts(tensors[PLAN]), self.cost, channels)
         if self.need_weight:  # the active filters, and the pruned ones whose row is needed
-            note(_counts(tensors[EXTENDED]), self.cost, channels)
+            note(_counts(extended), self.cost, channels)
 
 
 def _counts(plans: Tensor) -> Tensor:
@@ -153,7 +155,8 @@ def prepare(
     left = (PLAN, PLAN) if statistics is None else (PARTIAL, WORDS)
     stages: list[tuple[Launch, tuple[int, ...]]] = []
     stages.append((collecting(*grad, plan, statistics=statistics), (GRAD, COLLECTED, *left, PLAN, PLAN)))
-    scratch = [Memory.dense((clients, n * high * wide, capacity(out)), dtypes[0])]
+    scratch = [Memory.dense((clients, 1 + 2 * out), torch.int32)]  # whose rows are computed
+    scratch.append(Memory.dense((clients, n * high * wide, capacity(out)), dtypes[0]))
     if need_input:
         product = input_gradient(clients, n, out, g, channels, dtypes[1], tf32, tile, device, packed, plan, listed)
         stages.append((product, (COLLECTED, PACKED, DX, PLAN, INPUTS)))
@@ -170,14 +173,17 @@ def prepare(
             (weights.finish, (WEIGHT, BIAS, SLABS, SUMS, PLAN, EXTENDED, INPUTS, DW, DTAU, DBIAS)),
         ]
     size, (shape, strides) = (channels, g.height, g.width), weight
+    dx = Memory((clients, n, *size), channels_last_strides(*size, n), dtypes[1])
+    dw = Memory(tuple(shape), strides_like_rows(shape, strides), dtypes[2])
     return Backward(
         copy=needs_copy(*x),
         need_input=need_input,
         need_weight=need_weight,
-        dx=Memory((clients, n, *size), channels_last_strides(*size, n), dtypes[1]),
-        dw=Memory(tuple(shape), strides_like_rows(shape, strides), dtypes[2]),
+        dx=dx,
+        dw=dw,
         row=Memory.dense((clients, out), dtypes[2]),
-        extended=Memory.dense((clients, 1 + 2 * out), torch.int32),
+        like_x=dx.size == tuple(x[0]) and lies_alike(*dx[:2], x[1]),
+        like_weight=lies_alike(*dw[:2], strides),
         device=device,
         program=Program(stages, scratch, device),
         cost=n * high * wide * math.prod(geometry.kernel),

@@ -194,6 +194,11 @@ class Memory(NamedTuple):
         return Memory(self.size[kept], self.strides[kept], self.dtype)
 
 
+def lies_alike(size: Sequence[int], strides: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether tensors of these strides lie in memory alike; those of dimensions of size 1 mean nothing."""
+    return all(n == 1 or a == b for n, a, b in zip(size, strides, others, strict=True))
+
+
 def strides_like_rows(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     """Of dense memory for ``(clients, out, in[, kH, kW])``; rows channels last if those of these strides are."""
     n_in = math.prod(shape[2:])

@@ -113,7 +113,7 @@ class Launch:
         if stream is not None:
             addresses = tuple(map(_address, tensors))
             known = self.known
-            if _unaligned(addresses):
+            if unaligned(addresses):
                 known = self._others.get(tuple(address % ALIGNMENT == 0 for address in addresses))
             if known is not None:
                 run, grid, rest, values = known
@@ -157,7 +157,7 @@ class Launch:
             self._others[aligned] = known
 
 
-def _unaligned(addresses: Iterable[int]) -> int:
+def unaligned(addresses: Iterable[int]) -> int:
     """Not 0 where one of them is not a multiple of 16."""
     bits = 0
     for address in addresses:
@@ -189,7 +189,7 @@ class Program:
         """Launch all on ``stream``, as :func:`current_stream` gave it; ``tensors``: all but the scratch memory."""
         if stream is not None and self._ready is not None:
             addresses = tuple(map(_address, tensors))
-            if not _unaligned(addresses):
+            if not unaligned(addresses):
                 # All scratch memory at once. It may be used again as soon as it is given back, by what comes later on
                 # the same stream.
                 memory = torch.empty_strided((self._bytes,), (1,), dtype=torch.uint8, device=self._device)
@@ -202,8 +202,8 @@ class Program:
         if stream is not None and self._ready is None and all(launch.known for launch, _ in self.stages):
             self._ready = [(*launch.known, pick) for launch, pick in self.stages if launch.known is not None]
 
-    def apart(self, stream: int | None, *tensors: Tensor) -> None:
-        """The same launches one by one, with scratch memory of tensors of their own."""
+    def apart(self, stream: int | None, *tensors: Tensor) -> list[Tensor]:
+        """The same launches one by one, with scratch memory of tensors of their own, which are returned."""
         device = self._device
         scratch = [
             torch.empty_strided(size, strides, dtype=dtype, device=device) for size, strides, dtype in self.scratch
@@ -211,3 +211,4 @@ class Program:
         tensors = (*tensors, *scratch)
         for launch, pick in self.stages:
             launch(stream, *pick(tensors))
+        return scratch

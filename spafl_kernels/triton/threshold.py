@@ -24,7 +24,7 @@ from .bounds import within
 from .device import device_of, on_device_of_first
 from .geometry import Memory, dense_rows, row_order
 from .kinds import DTYPES
-from .launch import REMEMBERED, Launch, current_stream
+from .launch import LINE, REMEMBERED, Launch, current_stream, unaligned
 from .lookback import LANES, WARPS, look_back
 from .plan import HEADER, Plan, capacity, plan_size, row_stride
 
@@ -213,6 +213,11 @@ class LayerPass:
     device: torch.device
     launch: Launch
 
+    @functools.cached_property
+    def scratch(self) -> int:
+        """Bytes of words and scores, one behind the other."""
+        return -(-4 * self.words // LINE) * LINE + self.scores.bytes
+
     def run(
         self, stream: int | None, weight: Tensor, threshold: Tensor, plan: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,6 +233,28 @@ class LayerPass:
         words = torch.zeros(self.words, dtype=torch.int32, device=device)
         self.launch(stream, weight, threshold, plan, scores, packed, words)
         return plan, packed, scores
+
+    def without_scores(self, stream: int | None, weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        """A new plan and packed weights; scores are scratch memory, which is had at once with the words."""
+        known = self.launch.known
+        if stream is None or known is None:
+            return self.run(stream, weight, threshold)[:2]
+        device, empty = self.device, torch.empty_strided
+        size, strides, dtype = self.plan
+        plan = empty(size, strides, dtype=dtype, device=device)
+        size, strides, dtype = self.packed
+        packed = empty(size, strides, dtype=dtype, device=device)
+        scratch = torch.zeros(self.scratch, dtype=torch.uint8, device=device)
+        words = scratch.data_ptr()
+        addresses = (
+            weight.data_ptr(), threshold.data_ptr(), plan.data_ptr(), words + self.scratch - self.scores.bytes,
+            packed.data_ptr(), words,
+        )  # fmt: skip
+        if unaligned(addresses):
+            return self.run(stream, weight, threshold)[:2]
+        run, grid, rest, values = known
+        run(*grid, stream, *rest, *addresses, *values)
+        return plan, packed
 
 
 @functools.lru_cache(REMEMBERED)
