@@ -62,7 +62,10 @@ def test_unusable_files_are_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "variant, recorded_name, model_name, classes, penalty",
-    [("cifar100", "ResNet18", "resnet18", 20, 1.0), ("cifar10", "ViT", "vit", 10, 0.5)],
+    [
+        pytest.param("cifar100", "ResNet18", "resnet18", 20, 1.0, marks=pytest.mark.slow),
+        ("cifar10", "ViT", "vit", 10, 0.5),
+    ],
 )
 def test_the_compact_engine_replays_other_models(
     tmp_path, capsys, variant, recorded_name, model_name, classes, penalty

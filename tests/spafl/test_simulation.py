@@ -46,7 +46,7 @@ def assert_same_run(a, b):
     [
         pytest.param({"name": "spafl", "variant": "fmnist", "penalty": 0.05}, id="fmnist"),
         pytest.param({"name": "spafl", "variant": "cifar10", "penalty": 0.05}, id="cifar10", marks=pytest.mark.slow),
-        pytest.param({"name": "fedavg"}, id="fedavg"),
+        pytest.param({"name": "fedavg"}, id="fedavg", marks=pytest.mark.slow),
         pytest.param({"name": "local"}, id="local", marks=pytest.mark.slow),
     ],
 )

@@ -96,12 +96,13 @@ def test_200_steps(estimator, patience):
     assert b.macs < a.macs or patience > 1
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("bias, mask_bias", [(False, False), (True, False), (True, True)])
-def test_filters_that_were_pruned_may_be_computed_on_for_a_while(bias, mask_bias, compiled):
+@pytest.mark.parametrize("biased", [(False, False), (True, False), (True, True)])
+def test_filters_that_were_pruned_may_be_computed_on_for_a_while(biased, compiled):
     """With norms, constants and biases; then they are dropped although no mask changes any more."""
     torch.manual_seed(8)
-    model = prune(warm_norms(with_estimator(Padded(bias, mask_bias).double(), "window")), 0.9, spread=0.05)
+    model = prune(warm_norms(with_estimator(Padded(*biased).double(), "window")), 0.9, spread=0.05)
     options = SGDOptions(lr=0.01, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.5)
     for patience in (0, 0.3, 1e9):
         trainer = CompactTrainer(
@@ -181,11 +182,12 @@ def test_lenet(estimator):
     assert flips > 3 and b.macs < a.macs
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("estimator", ["identity", "window"])
-@pytest.mark.parametrize("bias, mask_bias", [(False, False), (True, False), (True, True)])
-def test_padded_norms_200_steps(estimator, bias, mask_bias):
+@pytest.mark.parametrize("biased", [(False, False), (True, False), (True, True)])
+def test_padded_norms_200_steps(estimator, biased):
     torch.manual_seed(1)
-    model = warm_norms(with_estimator(Padded(bias, mask_bias).double(), estimator))
+    model = warm_norms(with_estimator(Padded(*biased).double(), estimator))
     prune(model, 0.5, spread=0.3)
     # Where a pruned filter meets BatchNorm, "identity" multiplies gradients by 1 / sqrt(eps); at a larger rate such a
     # trajectory is chaotic and two correct programs part.
@@ -193,7 +195,7 @@ def test_padded_norms_200_steps(estimator, bias, mask_bias):
         lr=0.003, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.05, collapse_floor=0.01
     )
     data = list(batches((2, 7, 8), 200, 4, classes=5))
-    if estimator == "identity" and bias and not mask_bias:
+    if estimator == "identity" and biased == (True, False):
         # BatchNorm of a bias is beta plus rounding, and ReLU asks for its sign: only single steps are comparable.
         return compare_steps(model, options, data[:100])
     _, b, _, flips = compare(model, options, data, evaluate_every=7, start_momentum=0.01, rounds=2)

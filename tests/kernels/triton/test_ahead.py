@@ -41,6 +41,7 @@ def packed(root, kernels):
 
 
 # One test, so that what it compiles is compiled once however tests are spread over processes.
+@pytest.mark.slow
 @pytest.mark.compile_only
 def test_another_checkout_loads_what_was_compiled_here_and_nothing_else(tmp_path):
     cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere" / "checkout"

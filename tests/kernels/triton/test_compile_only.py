@@ -109,7 +109,7 @@ else:
         check(launches(TARGETS[target], out, geometry, n, clients, dtype, tf32), target, dtype, tf32)
 
     @pytest.mark.parametrize(
-        "layer", [pytest.param(name, marks=[pytest.mark.slow] * (at > 3)) for at, name in enumerate(LAYERS)]
+        "layer", [pytest.param(name, marks=[pytest.mark.slow] * (at > 1)) for at, name in enumerate(LAYERS)]
     )
     def test_machine_code_on_sm90_does_not_get_worse(layer):
         out, geometry, n, clients, dtype, tf32 = LAYERS[layer]

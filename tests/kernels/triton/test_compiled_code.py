@@ -74,25 +74,23 @@ else:
     # Counts of active filters take every width of the last tile: 16, 32 and 64.
     QUICK = [
         ("sm_90", "wide", "bf16", (0, 17)),
-        ("sm_90", "wide", "tf32", (70,)),
         ("sm_90", "linear", "bf16", (80,)),
         ("sm_90", "strided", "fp16", (12,)),
         ("sm_90", "uneven", "bf16", (1, 9)),
         ("sm_90", "uneven", "tf32", (17,)),
         ("sm_90", "uneven", "fp32", (9,)),
         ("sm_90", "small", "fp32", (0, 5, 10)),
-        ("sm_80", "wide", "bf16", (66,)),
         ("sm_80", "uneven", "tf32", (9,)),
     ]
     LONG = [
         ("sm_90", "wide", "bf16", (1, 33, 70)),
         ("sm_90", "wide", "fp16", (24, 64)),
-        ("sm_90", "wide", "tf32", (9, 30)),
+        ("sm_90", "wide", "tf32", (9, 30, 70)),
         ("sm_90", "wide", "fp32", (20,)),
         ("sm_90", "linear", "bf16", (0, 1, 200)),
         ("sm_90", "linear", "tf32", (150,)),
         ("sm_90", "strided", "fp16", (0, 60)),
-        ("sm_80", "wide", "bf16", (1, 17)),
+        ("sm_80", "wide", "bf16", (1, 17, 66)),
         ("sm_80", "linear", "fp16", (150,)),
     ]
 

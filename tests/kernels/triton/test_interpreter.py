@@ -278,7 +278,7 @@ else:
         case.grad = torch.ones(()).expand(1, n, out, *geometry.output)
         check(case, TOLERANCE[SINGLE])
 
-    @pytest.mark.parametrize("shape", ["linear", "pointwise"])
+    @pytest.mark.parametrize("shape", ["linear", pytest.param("pointwise", marks=pytest.mark.slow)])
     def test_grouped_clients_equal_each_client_alone(shape):
         out, geometry, n = SHAPES[shape]
         case = cases.make(out, geometry, n, clients=3, seed=3)
@@ -392,7 +392,7 @@ else:
         assert not got[0][~keep.expand_as(got[0])].any()
 
     def test_work_follows_the_input_channel_list():
-        geometry, n = Geometry(128), 64
+        geometry, n = Geometry(128), 16
         case = cases.make(64, geometry, n, 64)
         plan, packed = case.plan()
         work = {}
