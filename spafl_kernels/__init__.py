@@ -8,6 +8,7 @@ from .convert import convert, to_dense
 from .diagnostics import explain
 from .functional import (
     active_filters,
+    collapse_guard_,
     density,
     filter_scores,
     importance_update_,
@@ -55,6 +56,7 @@ __all__ = [
     "Unsupported",
     "active_filters",
     "audit",
+    "collapse_guard_",
     "convert",
     "density",
     "explain",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "Estimator",
     "active_filters",
     "check_thresholds",
+    "collapse_guard_",
     "density",
     "filter_scores",
     "importance_update_",
@@ -296,6 +298,53 @@ def observe(model: nn.Module) -> dict[str, float]:
     for layer, share in zip(layers.values(), shares, strict=True):
         layer.known_density = DENSITIES[density_step(share)]
     return dict(zip(layers, shares, strict=True))
+
+
+@torch.no_grad()
+def collapse_guard_(model: nn.Module, floor: float = 0.01) -> list[str]:
+    """Bring back layers of which hardly anything is left: their thresholds become 0, in place.
+
+    For training loops of one's own, after every step of the optimiser: nothing behind a layer without active filters
+    learns from the data. Trainers have it as ``SGDOptions.collapse_floor``, which like the published code looks at the
+    density of the last forward pass. Waits for the device.
+
+    Args:
+        model: any module.
+        floor: density in [0, 1) at or below which a layer's thresholds are reset (published code: 0.01).
+
+    Returns:
+        Names of the layers that were reset.
+
+    Raises:
+        ValueError: ``floor`` is out of range.
+    """
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor must be in [0, 1); got {floor!r}")
+    collapsed = [name for name, share in density(model).items() if share <= floor]
+    layers = dict(threshold_layers(model))
+    for name in collapsed:
+        layers[name].threshold.zero_()
+    return collapsed
+
+
+def warn_of_collapse(masks: Mapping[str, Tensor], known: Collection[str] = ()) -> set[str]:
+    """Warn of layers without any active filter, by name; returns those that are not among the known ones."""
+    found = {name for name, mask in masks.items() if name not in known and not bool(mask.any())}
+    if found:
+        warnings.warn(
+            f"every filter of {', '.join(sorted(found))} is pruned: it passes nothing on and may never come back; "
+            "spafl_kernels.collapse_guard_(model), after every step, resets the thresholds of such layers",
+            stacklevel=2,
+        )
+    return found
+
+
+def refuse_transforms(what: str) -> None:
+    """Raise ``RuntimeError`` under ``torch.func``, which would see a snapshot of the model and not its parameters."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{what} cannot run under torch.func; transform the model itself, whose layers support vmap and grad"
+        )
 
 
 @torch.no_grad()

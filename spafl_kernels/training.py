@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from .executed import Executed
-from .functional import check_thresholds, threshold_penalty
+from .functional import check_thresholds, refuse_transforms, threshold_penalty
 from .inventory import Inventory
 from .ops import backend
 from .ops.flops import counter, of_other_operators
@@ -240,6 +240,7 @@ class Trainer:
         return {name: float(densities[name]) if densities is not None else 1.0 for name in layers}
 
     def _check_open(self) -> None:
+        refuse_transforms("a trainer")
         if not self._open:
             raise RuntimeError("no training is open; call begin() first")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..functional import refuse_transforms, warn_of_collapse
 from ..layers import ThresholdLayer
 from ..reference import WINDOW, filter_scores
 from ..settings import strict as strict_by_default
@@ -178,6 +179,7 @@ class CompactModule(nn.Module):
         self._captures: Recent[_Key, _Captured] = Recent()
         self._refused: Refused[_Key] = Refused()
         self._traces: dict[tuple[bool, bool], Trace] = {}
+        self._warned: set[str] = set()
 
     def _fall_back(self, error: Unsupported) -> None:
         if self.strict:
@@ -220,6 +222,7 @@ class CompactModule(nn.Module):
         self._reset()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_transforms("a CompactModule")
         captured = None
         try:
             x = self._input(args, kwargs)
@@ -322,6 +325,8 @@ class CompactModule(nn.Module):
             self._check(flow, x, gradients)
         made = Made(flow, masks, keep, passes, self.multiple, compiled)
         captured.made[key] = state, passing, made
+        if gradients and self.model.training:
+            self._warned |= warn_of_collapse(masks, self._warned)
         return made
 
 
