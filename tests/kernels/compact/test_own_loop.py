@@ -37,7 +37,7 @@ def test_collapse_is_said_once_and_the_guard_brings_the_layer_back():
         (compact(x).sum() + 10 * threshold_penalty(model)).backward()
         optimizer.step()
 
-    with pytest.warns(UserWarning, match=r"every filter of .*2 is pruned: .* collapse_guard_\(model\)"):
+    with pytest.warns(UserWarning, match=r"every filter of .*2 is pruned: .*collapse_guard_\(model\)"):
         for _ in range(12):
             step()
     assert density(model) == {"0": 0.0, "2": 0.0}
