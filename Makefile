@@ -2,6 +2,7 @@
 # make test   set up and run the fast tests: under eight minutes on two idle cores
 # make bench  measure everything that needs no GPU, on an idle machine; rewrites the tables and pictures
 # make test-all  every test: an hour; says how long it took, and which tests took longest
+# make flower, make flower-demo   set up Flower in an environment of its own and run its tests, or the demo on it
 # make gpu-report OUT=folder   a short visit to a GPU: everything that decides, in nine minutes; make gpu-pack before it
 # make test-gpu, make bench-gpu, make tune-gpu   on a machine with a GPU, with the PyTorch it has; nothing is downloaded
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all bench gpu-pack gpu-report test-gpu bench-gpu tune-gpu lint docs clean
+.PHONY: setup demo test test-all bench gpu-pack gpu-report test-gpu bench-gpu tune-gpu lint docs clean flower flower-demo
 
 setup: $(STAMP)
 
@@ -36,6 +37,22 @@ test-all: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks all
+
+# Flower pins packages that the development environment has newer: it gets an environment of its own.
+FLOWER := .venv-flower
+FLOWER_STAMP := $(FLOWER)/.installed
+FLOWER_PATH := PYTHONPATH="$(CURDIR):$(CURDIR)/python"
+
+$(FLOWER_STAMP): requirements-flower.txt
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-flower.txt
+	@touch $(FLOWER_STAMP)
+
+flower: $(STAMP) $(FLOWER_STAMP)
+	$(FLOWER_PATH) SPAFL_SLOW_TESTS=1 $(FLOWER)/bin/python -m pytest -q tests/flower
+
+flower-demo: $(STAMP) $(FLOWER_STAMP)
+	$(FLOWER_PATH) $(FLOWER)/bin/python -m spafl.flower.demo
 
 # The interpreter that holds the CUDA build of PyTorch; the development environment pins a CPU one.
 GPU_PYTHON ?= $(PYTHON)
@@ -81,4 +98,4 @@ docs: $(STAMP)
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(FLOWER) build *.egg-info

@@ -149,6 +149,17 @@ class SimulationConfig(_Section):
     keep_checkpoints: int = Field(default=2, ge=1, le=1000)
 
 
+class FlowerConfig(_Section):
+    """Distributed runs (:mod:`spafl.flower`) alone."""
+
+    start_clients: int | None = Field(default=None, ge=1, le=MANY)
+    """So many clients have to be there before the first round; by default all."""
+    patience: float = Field(default=60.0, ge=0, le=1e6)
+    """Seconds to wait for sampled clients that are not there, and for the start; the round goes on without them."""
+    round_timeout: float = Field(default=600.0, gt=0, le=1e6)
+    """Seconds for training, and again for evaluation; answers that come later are not merged."""
+
+
 class RunConfig(_Section):
     """Everything that defines a run. ``algorithm`` is checked against its own options class."""
 
@@ -164,6 +175,7 @@ class RunConfig(_Section):
     communication: CommunicationConfig = CommunicationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     simulation: SimulationConfig = SimulationConfig()
+    flower: FlowerConfig = FlowerConfig()
 
     @field_validator("name")
     @classmethod
@@ -403,6 +415,11 @@ def _check_names(config: RunConfig) -> None:
         raise UserError(
             f"sampling.min_uploads: {config.sampling.min_uploads} uploads cannot come from "
             f"sampling.clients_per_round = {config.sampling.clients_per_round}"
+        )
+    if (config.flower.start_clients or 1) > config.partition.clients:
+        raise UserError(
+            f"flower.start_clients: {config.flower.start_clients} clients cannot come from "
+            f"partition.clients = {config.partition.clients}"
         )
 
 

@@ -7,7 +7,7 @@ left out and told, the rest is merged in the order of client numbers, and the se
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +110,7 @@ def merge_replies(
     uplink: Uplink,
     clients: int,
     min_uploads: int = 1,
+    missing: Sequence[Rejection] = (),
 ) -> Merged:
     """Check what came back in a round and merge what is good.
 
@@ -120,6 +121,7 @@ def merge_replies(
         uplink: how uploads are encoded.
         clients: how many there are, sampled or not.
         min_uploads: so many have to be good.
+        missing: clients without a reply, and why; named where too few remain.
 
     Raises:
         TooFewUploads: fewer were; names what was wrong with the others.
@@ -146,8 +148,9 @@ def merge_replies(
         else:
             rejected.append(Rejection(reply.client, fault))
     if len(uploads) < min_uploads:
-        told = "; ".join(f"client {r.client}: {r.reason}" for r in rejected[:3]) or "none came"
-        more = f"; and {len(rejected) - 3} more" if len(rejected) > 3 else ""
+        bad = [*missing, *rejected]
+        told = "; ".join(f"client {r.client}: {r.reason}" for r in bad[:3]) or "none came"
+        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise TooFewUploads(
             f"round {round}: {len(uploads)} of {len(sent)} uploads are good and sampling.min_uploads is {min_uploads} "
             f"({told}{more})"

@@ -56,7 +56,7 @@ class Ledger:
             "round": done.round,
             "sampled": list(done.sampled),
             "rejected": [asdict(rejection) for rejection in done.rejected],
-            "train_loss": float(np.mean([t.loss for t in done.trainings])),
+            "train_loss": float(np.mean([t.loss for t in done.trainings])) if done.trainings else None,
             **_NOT_EVALUATED,
             "cost": None,
             "figures": mean_figures([t.figures for t in done.trainings]),

@@ -95,7 +95,7 @@ def build_problem(config: RunConfig) -> Problem:
         UserError: data missing or corrupt, an impossible partition, or a model that does not take these images.
     """
     dataset = load_data(config)
-    parts = _cut(config, dataset)
+    parts = cut_data(config, dataset)
     method = build_method(config, dataset.classes, dataset.shape, str(dataset.train_x.dtype))
     _check_single_samples(config, method.model, dataset.sample(1), parts)
     return Problem(**vars(method), dataset=dataset, parts=parts)
@@ -116,7 +116,8 @@ def load_data(config: RunConfig) -> Dataset:
         raise UserError(f"data: {error}") from None
 
 
-def _cut(config: RunConfig, dataset: Dataset) -> Partition:
+def cut_data(config: RunConfig, dataset: Dataset) -> Partition:
+    """The clients' parts of a run's data; UserError if they cannot be had."""
     p = config.partition
     given: dict[str, Any] = {name: getattr(p, name) for name in ("alpha", "classes_per_client", "sizes", "file")}
     if p.scheme == "natural":

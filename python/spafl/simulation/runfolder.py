@@ -26,7 +26,8 @@ from ..errors import UserError, WriteError
 from .files import write_atomic, write_together, writing
 
 # What a process that was killed before it wrote config.toml may have left behind.
-_LEFT_BEHIND = {".lock", ".scratch", ".config.toml.tmp", ".partition.json.tmp", ".metrics.jsonl.tmp", "config.toml.tmp"}
+_LEFT_BEHIND = {".lock", ".scratch", ".config.toml.tmp", ".partition.json.tmp", ".metrics.jsonl.tmp", "config.toml.tmp",
+                "flower.json", ".flower.json.tmp"}  # fmt: skip
 
 
 class RunFolder:

@@ -1,0 +1,286 @@
+"""The client's side of a distributed run: bytes in, bytes out; it trains exactly as a worker of the simulator does.
+
+What leaves a client is what the algorithm's file sends, its sample count and its training cost; and, unless its owner
+said ``metrics=false``, its loss, accuracies and densities. Everything else stays on its disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import plugins
+from ..algorithms import Client, Samples
+from ..config import RunConfig
+from ..cost import Cost
+from ..data import Dataset
+from ..errors import UserError
+from ..simulation.problem import Method, build_method, cut_data, load_data
+from ..simulation.resident import ClientSetting, Resident
+from ..wire import WireError, decode
+from .disk import ClientDisk, ClientState, digest
+from .parcel import number, pack, unpack
+
+PROTOCOL = 1
+"""Of the headers; a server and a client of different ones refuse each other."""
+
+# Of a configuration, what the machines of a run may have different from one another.
+_OWN = {"rounds", "simulation", "flower"}
+
+
+def run_digest(config: RunConfig) -> str:
+    """64 bits of what server and clients have to agree on."""
+    told = config.model_dump(mode="json", exclude=_OWN)
+    told["data"].pop("root", None)
+    return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Site:
+    """What one machine brings to a run.
+
+    Attributes:
+        config: the run's configuration, with this machine's engine and device.
+        data: import path ``package.module:function`` of a function without arguments that returns a
+            :class:`~spafl.data.Dataset`, all of which is this client's; None: the client's part of the configured data.
+        state: folder of the clients' private state.
+        metrics: whether loss, accuracies and densities may be told.
+    """
+
+    config: RunConfig
+    data: str | None
+    state: Path
+    metrics: bool = True
+
+    def samples(self, client: int) -> tuple[Dataset, Samples, Samples]:
+        """The client's data set, training and test samples.
+
+        Raises:
+            UserError: data missing or corrupt, an unknown function, or no samples.
+        """
+        config = self.config
+        if self.data is not None:
+            dataset = _called(self.data)
+            train, test = (None, None)
+        else:
+            dataset = load_data(config)
+            parts = cut_data(config, dataset)
+            train, test = (torch.from_numpy(part[client]) for part in (parts.train, parts.test))
+        samples = [
+            Samples(torch.from_numpy(x), torch.from_numpy(y), index)
+            for x, y, index in ((dataset.train_x, dataset.train_y, train), (dataset.test_x, dataset.test_y, test))
+        ]
+        for kind, part in zip(("training", "test"), samples, strict=True):
+            if not len(part):
+                raise UserError(f"client {client} has no {kind} samples")
+        return dataset, samples[0], samples[1]
+
+
+def _called(path: str) -> Dataset:
+    load = plugins.find("data", path)
+    try:
+        made = load()
+    except Exception as error:  # the owner's code may raise anything
+        raise UserError(f"data: {path} failed: {plugins.explain(error)}") from None
+    if not isinstance(made, Dataset):
+        raise UserError(f"data: {path} must return a spafl.data.Dataset; got {type(made).__name__}")
+    return made
+
+
+class ClientSide:
+    """Client number ``client`` of a run; see :meth:`answer`.
+
+    Raises:
+        UserError: no such client, or data or model that do not fit; see :class:`Site`.
+    """
+
+    def __init__(self, site: Site, client: int) -> None:
+        clients = site.config.partition.clients
+        if not 0 <= client < clients:
+            raise UserError(f"client-id must be 0 to {clients - 1} in this run; got {client}")
+        self.site, self.client = site, client
+        self.digest = run_digest(site.config)
+        self.dataset, self._train, self._test = site.samples(client)
+        self.method: Method = build_method(
+            site.config, self.dataset.classes, self.dataset.shape, str(self.dataset.train_x.dtype)
+        )
+        self._resident: Resident | None = None
+
+    def answer(self, kind: str, raw: object) -> bytes:
+        """What the client replies to a message of the server.
+
+        A refusal is a reply too, with ``error`` in its header; the private state is as it was then.
+
+        Args:
+            kind: ``"query"``, ``"train"`` or ``"evaluate"``.
+            raw: a parcel.
+        """
+        acts: dict[str, Callable[[dict[str, Any], list[bytes], ClientDisk], bytes]] = {
+            "query": self._query,
+            "train": self._train_round,
+            "evaluate": self._evaluate,
+        }
+        try:
+            header, frames = unpack(raw)
+            self._check(kind, header)
+            disk = ClientDisk(self.site.state, _run_name(header), self.client)
+            with disk.turn():
+                return acts[kind](header, frames, disk)
+        except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+            # One line, and no traceback: paths and values of this machine are nobody else's business.
+            text = str(error) if isinstance(error, ValueError | ArithmeticError) else f"{type(error).__name__}: {error}"
+            return self._reply({"error": text.splitlines()[0] if text else type(error).__name__})
+
+    # -- acts
+
+    def _query(self, header: dict[str, Any], frames: list[bytes], disk: ClientDisk) -> bytes:
+        state = disk.load(self.method.client_state)
+        if not disk.path.exists():
+            disk.save(state)  # from here on the client has its instance
+        return self._reply(
+            {
+                "instance": state.instance,
+                "heard": state.heard,
+                "trained": state.trained,
+                "classes": self.dataset.classes,
+                "image": list(self.dataset.shape),
+                "dtype": str(self.dataset.train_x.dtype),
+                "model": f"{self.method.uplink.model:016x}",
+                "samples": len(self._train),
+                "cpu": torch.backends.cpu.get_cpu_capability(),
+                "torch": torch.__version__,
+            }
+        )
+
+    def _train_round(self, header: dict[str, Any], frames: list[bytes], disk: ClientDisk) -> bytes:
+        round = number(header, "round")
+        if not frames:
+            raise WireError("a training message without thresholds or weights: its frame is missing")
+        state = disk.load(self.method.client_state)
+        task = digest(frames[0])
+        if round == state.trained and task == state.task:
+            return state.reply  # the server has not seen the answer, or forgotten it; training again would be wrong
+        if round <= state.trained:
+            raise WireError(f"round {round} is over for this client: it has trained in round {state.trained} already")
+        message = decode(frames[0], round, self.method.uplink.model)
+        client = self._lend(state)
+        self._listen(client, state, header, frames[1:])
+        training = self.method.algorithm.train(client, message, round)
+        stream = client.stream("rounding", round)
+        frame = self.method.uplink.pack(training.message, frames[0], round, client.memory, stream)
+        self._take_back()
+        told: dict[str, Any] = {
+            "round": round,
+            "heard": state.heard,
+            "samples": len(self._train),
+            "cost": asdict(replace(training.cost, train_seconds=0)),
+        }
+        if self.site.metrics:
+            told |= {"loss": training.loss, "figures": training.figures}
+        state.trained, state.task, state.reply = round, task, self._reply(told, [frame])
+        disk.save(state)
+        return state.reply
+
+    def _evaluate(self, header: dict[str, Any], frames: list[bytes], disk: ClientDisk) -> bytes:
+        round = number(header, "round")
+        if not frames:
+            raise WireError("an evaluation message without its frame")
+        state = disk.load(self.method.client_state)
+        message = decode(frames[0], round, self.method.uplink.model)
+        told: dict[str, Any] = {"round": round, "heard": state.heard}
+        if self.site.metrics:
+            # Nothing is kept: an evaluation changes no client, and what it hears here it hears again when it trains.
+            client = self._lend(state)
+            self._listen(client, state, header, frames[1:])
+            result = self.method.algorithm.evaluate(client, message, header.get("train_data") is True)
+            if not math.isfinite(result.loss):
+                raise ArithmeticError(f"the test loss of client {self.client} became {result.loss} in round {round}")
+            told["evaluation"] = asdict(replace(result, masks=None))
+        return self._reply(told)
+
+    # -- parts of acts
+
+    def _check(self, kind: str, header: Mapping[str, Any]) -> None:
+        if header.get("protocol") != PROTOCOL:
+            raise WireError(f"the server speaks protocol {header.get('protocol')}; this client speaks {PROTOCOL}")
+        if header.get("config") != self.digest:
+            raise WireError(
+                f"the server runs another configuration ({header.get('config')}) than client {self.client} has "
+                f"({self.digest})"
+            )
+        if "refused" in header:
+            raise UserError(f"the server refused this client: {header['refused']}")
+        if kind != "query" and header.get("client") != self.client:
+            raise WireError(f"a message for client {header.get('client')} came to client {self.client}")
+
+    def _reply(self, told: dict[str, Any], frames: Sequence[bytes] = ()) -> bytes:
+        return pack({"protocol": PROTOCOL, "config": self.digest, "client": self.client, **told}, frames)
+
+    def _lend(self, state: ClientState) -> Client:
+        if self._resident is None:
+            config = self.site.config
+            device = torch.device("cuda" if config.simulation.device == "cuda" else "cpu")
+            setting = ClientSetting(
+                config.local_training(), self.dataset.transform, self.method.macs, config.seed, device
+            )
+            self._resident = Resident(
+                self.method.algorithm,
+                copy.deepcopy(self.method.model),
+                config.simulation.engine,
+                setting,
+                self.method.client_state,
+            )
+        return self._resident.lend(self.client, state.tensors, self._train, self._test)
+
+    def _take_back(self) -> None:
+        assert self._resident is not None
+        self._resident.take_back()
+
+    def _listen(self, client: Client, state: ClientState, header: Mapping[str, Any], frames: list[bytes]) -> None:
+        """Announcements the client has missed, oldest first, each once."""
+        first = number(header, "first")
+        if first > state.heard:
+            raise WireError(
+                f"announcements {state.heard} to {first - 1} are missing: the server has to send them again"
+            )
+        rounds = header.get("rounds")
+        if not isinstance(rounds, list) or len(rounds) != len(frames):
+            raise WireError(f"rounds must name the rounds of {len(frames)} announcements; got {rounds!r}")
+        for round, frame in list(zip(rounds, frames, strict=True))[state.heard - first :]:
+            self.method.algorithm.receive(client, decode(frame, round, self.method.uplink.model), round)
+        state.heard = max(state.heard, first + len(frames))
+
+
+def _run_name(header: Mapping[str, Any]) -> str:
+    name = header.get("run")
+    # It names a folder here: nothing but what a server draws.
+    if not isinstance(name, str) or len(name) != 32 or set(name) - set("0123456789abcdef"):
+        raise WireError(f"run must be 32 hexadecimal digits; got {name!r}")
+    return name
+
+
+def cost_of(told: object) -> Cost:
+    """The cost in a reply's header.
+
+    Raises:
+        WireError: it is not one.
+    """
+    if not isinstance(told, dict):
+        raise WireError(f"cost must be a table; got {told!r}")
+    amounts = {}
+    for name in ("paper_macs", "executed_macs", "steps"):
+        value = told.get(name, 0)
+        fine = value is None and name == "executed_macs"
+        fine |= isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
+        if not fine:
+            raise WireError(f"cost.{name} must be a number >= 0; got {value!r}")
+        amounts[name] = value
+    return Cost(**amounts)

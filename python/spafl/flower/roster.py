@@ -1,0 +1,130 @@
+"""Who takes part in a distributed run: which node speaks for which client."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import RunConfig
+from ..errors import UserError
+from ..wire import WireError
+from .client import PROTOCOL, run_digest
+from .parcel import number, pack, unpack
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A client that is there.
+
+    Attributes:
+        node: where it is reached.
+        instance: of its private state.
+        heard: how many announcements it has received.
+        samples: of training, as it tells.
+    """
+
+    node: int
+    instance: str
+    heard: int
+    samples: int
+
+
+class Roster:
+    """The clients of a run.
+
+    Args:
+        run: 32 hexadecimal digits, drawn when the run was started.
+
+    Attributes:
+        seats: by client.
+        refused: by node: why it takes no part. It is asked again only under another number.
+        form: ``(classes, shape, dtype, model)`` of the first client, which all others have to share; None before it.
+    """
+
+    def __init__(self, config: RunConfig, run: str) -> None:
+        self.config, self.run = config, run
+        self.digest = run_digest(config)
+        self.seats: dict[int, Seat] = {}
+        self.refused: dict[int, str] = {}
+        self.form: tuple[int, tuple[int, ...], str, str] | None = None
+
+    def parcel(self, header: dict[str, Any], frames: Collection[bytes] = ()) -> bytes:
+        """A message of this run."""
+        return pack({"protocol": PROTOCOL, "config": self.digest, "run": self.run, **header}, list(frames))
+
+    def strangers(self, nodes: Collection[int]) -> list[int]:
+        """Nodes that have not been asked who they are, ascending; who has left is forgotten."""
+        gone = [client for client, seat in self.seats.items() if seat.node not in nodes]
+        for client in gone:
+            del self.seats[client]
+        for node in [node for node in self.refused if node not in nodes]:
+            del self.refused[node]
+        known = {seat.node for seat in self.seats.values()} | self.refused.keys()
+        return sorted(set(nodes) - known)
+
+    def meet(self, node: int, raw: object) -> str | None:
+        """Take in the answer of a node that was asked who it is; returns why it is refused, in one line."""
+        try:
+            reason = self._meet(node, raw)
+        except WireError as error:
+            reason = str(error)
+        if reason is not None:
+            self.refused[node] = reason
+        return reason
+
+    def _meet(self, node: int, raw: object) -> str | None:
+        told, _ = read_reply(raw, self.digest)
+        client = number(told, "client")
+        clients = self.config.partition.clients
+        if client >= clients:
+            return f"client {client} in a run of clients 0 to {clients - 1}"
+        seat = Seat(node, str(told.get("instance")), number(told, "heard"), number(told, "samples", 1))
+        sitting = self.seats.get(client)
+        if sitting is not None and sitting.node != node and sitting.instance != seat.instance:
+            return f"client {client} is here already, from another machine or folder; every client needs its own number"
+        image = told.get("image")
+        if not isinstance(image, list) or not 0 < len(image) <= 8 or not all(type(n) is int and n > 0 for n in image):
+            return f"client {client} tells no shape of its samples: {image!r}"
+        if told.get("dtype") not in ("uint8", "float32", "int64"):
+            return f"client {client} has samples of unknown dtype {told.get('dtype')!r}"
+        form = (number(told, "classes", 2), tuple(image), str(told["dtype"]), str(told.get("model")))
+        if self.form is None:
+            self.form = form
+        elif form != self.form:
+            names = ("classes", "samples", "dtype", "model")
+            name, mine, theirs = next(f for f in zip(names, form, self.form, strict=True) if f[1] != f[2])
+            return f"client {client} differs from the run in {name}: {mine} instead of {theirs}"
+        self.seats[client] = seat
+        return None
+
+
+def read_reply(raw: object, digest: str) -> tuple[dict[str, Any], list[bytes]]:
+    """Header and frames of a client's reply.
+
+    Raises:
+        WireError: it is damaged, a refusal, or of another protocol or configuration.
+    """
+    told, frames = unpack(raw)
+    if told.get("protocol") != PROTOCOL:
+        raise WireError(f"the client speaks protocol {told.get('protocol')}; this server speaks {PROTOCOL}")
+    if "error" in told:
+        raise WireError("the client refuses: " + " ".join(str(told["error"]).split())[:300])
+    if told.get("config") != digest:
+        raise WireError(f"the client has another configuration ({told.get('config')}) than the server ({digest})")
+    return told, frames
+
+
+def check_start(roster: Roster) -> None:
+    """Refuse to start with fewer clients than asked for.
+
+    Raises:
+        UserError: names how many are there, and the first reason why another one is not.
+    """
+    wanted = roster.config.flower.start_clients or roster.config.partition.clients
+    if len(roster.seats) < wanted:
+        why = "".join(f"; refused: {reason}" for reason in list(roster.refused.values())[:1])
+        raise UserError(
+            f"flower.start_clients: {wanted} clients are needed to start; {len(roster.seats)} came within "
+            f"flower.patience = {roster.config.flower.patience:g} s{why}"
+        )
