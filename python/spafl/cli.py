@@ -52,6 +52,24 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--onnx", action="store_true", help="write an ONNX file too, checked in onnxruntime")
     export.add_argument("--out", type=Path, help="folder (default: RUN/export)")
     _allow_code(export)
+
+    for name, does in (
+        ("table", "make an experiment's missing runs and its table"),
+        ("sweep", "the same over settings"),
+    ):
+        command = commands.add_parser(name, help=does)
+        command.add_argument("experiments", type=Path, nargs="+", help="experiment files (TOML)")
+        command.add_argument("--seeds", default="1", help="such as 1..5 or 1,4,9 (default: 1)")
+        command.add_argument("--methods", help="only these rows, separated by commas")
+        command.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE",
+                             help="override a setting of all runs (repeatable)")  # fmt: skip
+        command.add_argument("--runs", type=Path, default=Path("runs/tables"), help="where the run folders are")
+        command.add_argument("--out", type=Path, help="where the tables go (default: as --runs)")
+        command.add_argument("--jobs", type=int, help="runs at a time (default: one for each core)")
+        command.add_argument("--no-run", action="store_true", help="only the table of the runs that are there")
+        if name == "sweep":
+            command.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE",
+                                 help="values of a setting (repeatable: all combinations)")  # fmt: skip
     return parser
 
 
@@ -116,7 +134,27 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "report": _report, "export": _export}
+def _table(args: argparse.Namespace) -> int:
+    from .errors import UserError
+    from .experiment import load_experiment, parse_seeds
+    from .sweep import parse_values, swept
+    from .table import make_table
+
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs must be 1 or more; got {args.jobs}")
+    seeds = parse_seeds(args.seeds)
+    experiments = [load_experiment(path, args.assignments) for path in args.experiments]
+    if args.methods:
+        experiments = [experiment.only(args.methods.split(",")) for experiment in experiments]
+    if args.command == "sweep":
+        varied = parse_values(args.vary)
+        experiments = [swept(experiment, varied or experiment.sweep) for experiment in experiments]
+    for experiment in experiments:
+        print(make_table(experiment, seeds, args.runs, args.out or args.runs, args.jobs, not args.no_run))
+    return 0
+
+
+COMMANDS = {"run": _run, "report": _report, "export": _export, "table": _table, "sweep": _table}
 
 
 def _status_of(error: Exception) -> int | None:

@@ -69,6 +69,8 @@ class Algorithm(ABC):
     """Magnitude that no entry of an upload may exceed: sums and squares over all clients stay finite in float32."""
     steady_uploads: ClassVar[bool] = True
     """Whether an entry of an upload stands for the same thing in every round, as a lossy encoding has to assume."""
+    macs_are_seconds: ClassVar[bool] = True
+    """Whether what runs is as small as what the method's formula counts; tables say where it is not."""
 
     def __init__(self, options: BaseOptions) -> None:
         self.options = options

@@ -51,6 +51,7 @@ class FedDST(Algorithm):
     Options = FedDSTOptions
     options: FedDSTOptions
     steady_uploads = False
+    macs_are_seconds = False
 
     def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
         model = to_dense(model)

@@ -56,6 +56,7 @@ class FedP3(Algorithm):
     Options = FedP3Options
     options: FedP3Options
     steady_uploads = False
+    macs_are_seconds = False
 
     def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
         model = to_dense(model)

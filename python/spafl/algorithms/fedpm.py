@@ -1,7 +1,7 @@
 """FedPM (Isik et al., ICLR 2023): weights stay as they were drawn; what is learned and sent is which of them to use.
 
-Every weight is ``+c`` or ``-c`` (its first sign; ``c = e / sqrt(fan in)``) and has a score ``s``: it is used with
-probability ``sigmoid(s)``. A client trains scores through samples of the mask (straight through the sampling), and
+Every weight is ``+c`` or ``-c`` (its first sign; ``c = weight_scale / sqrt(fan in)``) and has a score ``s``: it is used
+with probability ``sigmoid(s)``. A client trains scores through samples of the mask (straight through the sampling), and
 uploads one sample of its mask, a bit for a weight. The server counts: ``theta = (alpha - 1) / (alpha + beta - 2)`` with
 ``alpha`` and ``beta`` one plus the ones and zeros received since the last reset, and sends ``logit(theta)``.
 
@@ -35,6 +35,8 @@ NEVER = 0.01
 class FedPMOptions(BaseOptions):
     """Settings of FedPM."""
 
+    weight_scale: float = Field(default=math.sqrt(2), gt=0, allow_inf_nan=False)
+    """Weights are this divided by ``sqrt(fan in)``, with their sign; published code: e, from which LeNet-5 learns badly."""
     reset_every: int = Field(default=1, ge=1)
     """Rounds after which the server forgets its counts; 1 as in the published code: the mean of the sampled masks."""
 
@@ -60,11 +62,11 @@ class _Scored(nn.Module):
     weight: Tensor
     scores: nn.Parameter
 
-    def freeze(self) -> None:
-        """Fix the weight at +-c by its sign, drop the bias, and give every weight an even chance."""
+    def freeze(self, scale: float) -> None:
+        """Fix the weight at +-scale / sqrt(fan in) by its sign, drop the bias, and give every weight an even chance."""
         weight = self._parameters.pop("weight")
         assert weight is not None
-        c = math.e / math.sqrt(weight[0].numel())
+        c = scale / math.sqrt(weight[0].numel())
         self.register_buffer("weight", torch.where(weight.detach() >= 0, c, -c).to(weight.dtype))
         self.scores = nn.Parameter(torch.zeros_like(weight.detach()))
         if self._parameters.get("bias") is not None:
@@ -89,7 +91,7 @@ class ScoredLinear(_Scored, nn.Linear):
 _CLASSES: dict[type, type[_Scored]] = {nn.Conv2d: ScoredConv2d, nn.Linear: ScoredLinear}
 
 
-def scored(model: nn.Module) -> nn.Module:
+def scored(model: nn.Module, scale: float) -> nn.Module:
     """A dense model, in place, with scores on every convolution and linear layer and nothing else to train."""
     for p in model.parameters():
         p.requires_grad_(False)
@@ -97,7 +99,7 @@ def scored(model: nn.Module) -> nn.Module:
         if type(module) in _CLASSES:
             module.__class__ = _CLASSES[type(module)]
             assert isinstance(module, _Scored)
-            module.freeze()
+            module.freeze(scale)
         elif (
             isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm))
             and module.weight is not None
@@ -112,11 +114,12 @@ class FedPM(Algorithm):
 
     Options = FedPMOptions
     options: FedPMOptions
+    macs_are_seconds = False
 
     def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
         model = to_dense(model)
         m.weight_layers(model)
-        return scored(model)
+        return scored(model, self.options.weight_scale)
 
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:
         return {}

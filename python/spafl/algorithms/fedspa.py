@@ -52,6 +52,7 @@ class FedSpa(Algorithm):
     Options = FedSpaOptions
     options: FedSpaOptions
     steady_uploads = False
+    macs_are_seconds = False
 
     def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
         model = to_dense(model)

@@ -1,0 +1,237 @@
+"""The table of an experiment: methods by row, figures over seeds, as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats  # scikit-learn needs it too
+
+from .algorithms import find_algorithm
+from .errors import UserError
+from .experiment import Experiment, Job, carry_out, jobs_of
+from .report.run_data import Point, Run, load_run
+from .simulation.runfolder import write_atomic
+
+Figure = Callable[[Run], float | None]
+CONFIDENCE = 0.95
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
+def best_point(run: Run) -> Point:
+    """The evaluated round of the highest mean accuracy, the first of equals: the headline figure of the paper."""
+    return max((p for p in run.points if p.accuracy is not None), key=lambda p: p.accuracy or 0.0)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a run; ``digits`` after the point where it is printed."""
+
+    key: str
+    title: str
+    of: Figure
+    digits: int
+
+
+COLUMNS = (
+    Column("accuracy", "accuracy %", lambda r: _percent(r.last.accuracy), 1),
+    Column("accuracy_std_clients", "std over clients", lambda r: _percent(r.last.accuracy_std), 1),
+    Column("accuracy_worst_10pct", "worst 10 %", lambda r: _percent(r.last.accuracy_worst), 1),
+    Column("best_accuracy", "best round %", lambda r: _percent(best_point(r).accuracy), 1),
+    Column("best_round", "its number", lambda r: best_point(r).round + 1, 0),
+    Column("density_layers", "density by layer", lambda r: r.last.density, 3),
+    Column("density_parameters", "by parameters", lambda r: r.last.density_parameters, 3),
+    Column("formula_gbit", "Gbit by formula", lambda r: _scaled(r.last.cost.paper_bits, 1e9), 3),
+    Column("payload_mb", "payload MB", lambda r: _scaled(r.last.cost.payload_bytes, 1e6), 2),
+    Column("formula_gmacs", "GMACs by formula", lambda r: _scaled(r.last.cost.paper_macs, 1e9), 1),
+    Column("executed_gmacs", "GMACs executed", lambda r: _scaled(r.last.cost.executed_macs, 1e9), 1),
+    Column("train_seconds", "seconds of training", lambda r: r.last.cost.train_seconds, 1),
+)
+_NOT_SECONDS = "†"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table.
+
+    Attributes:
+        values: of every column, ``{seed: figure}`` of the runs that are complete.
+        difference: of the accuracy to the reference's with the same seed: mean and half the width of its confidence
+            interval, both in points; the second is None with fewer than two seeds. None for the reference itself.
+        faults: why runs are missing, by seed.
+    """
+
+    label: str
+    note: str
+    not_seconds: bool
+    published: str
+    values: dict[str, dict[int, float]]
+    difference: tuple[float, float | None] | None
+    faults: dict[int, str]
+
+
+def paired_difference(own: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float | None] | None:
+    """Mean of ``own - other`` over the seeds of both, and half the width of its confidence interval (Student's t)."""
+    seeds = sorted(own.keys() & other.keys())
+    if not seeds:
+        return None
+    differences = np.array([own[seed] - other[seed] for seed in seeds])
+    if len(seeds) < 2:
+        return float(differences.mean()), None
+    spread = differences.std(ddof=1) / math.sqrt(len(seeds))
+    return float(differences.mean()), float(stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1) * spread)
+
+
+def lines_of(experiment: Experiment, jobs: Sequence[Job], failed: Mapping[Path, str]) -> list[Line]:
+    """The rows of the table from the run folders."""
+    runs: dict[str, dict[int, Run]] = {row.label: {} for row in experiment.rows}
+    faults: dict[str, dict[int, str]] = {row.label: {} for row in experiment.rows}
+    for job in jobs:
+        if job.state == "done":
+            runs[job.row.label][job.seed] = load_run(job.folder)
+        else:
+            faults[job.row.label][job.seed] = failed.get(job.folder, "not made yet")
+    values = {
+        label: {
+            column.key: {seed: found for seed, run in by_seed.items() if (found := column.of(run)) is not None}
+            for column in COLUMNS
+        }
+        for label, by_seed in runs.items()
+    }
+    reference = values.get(experiment.reference, {}).get("accuracy", {})
+    lines = []
+    for row in experiment.rows:
+        own = values[row.label]["accuracy"]
+        difference = None if row.label == experiment.reference else paired_difference(own, reference)
+        lines.append(
+            Line(
+                row.label, row.note, not find_algorithm(row.tables["algorithm"]["name"]).macs_are_seconds,
+                experiment.published.get(row.label, ""), values[row.label], difference, faults[row.label],
+            )
+        )  # fmt: skip
+    return lines
+
+
+# -- as text
+
+
+def over_seeds(values: Mapping[int, float], digits: int) -> str:
+    """``mean ± standard deviation`` over seeds; the mean alone of one."""
+    if not values:
+        return "-"
+    numbers = np.array(list(values.values()), dtype=np.float64)
+    mean = f"{numbers.mean():,.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {numbers.std(ddof=1):,.{digits}f}"
+
+
+def _difference(line: Line) -> str:
+    if line.difference is None:
+        return "-"
+    mean, half = line.difference
+    return f"{mean:+.1f}" if half is None else f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+def header(experiment: Experiment) -> list[str]:
+    """Titles of the columns."""
+    own = [f"difference to {experiment.reference}", *(["published"] if experiment.published else [])]
+    return ["method", *(column.title for column in COLUMNS), *own]
+
+
+def cells(experiment: Experiment, line: Line) -> list[str]:
+    """A row as text."""
+    figures = [over_seeds(line.values[column.key], column.digits) for column in COLUMNS]
+    at = [column.key for column in COLUMNS].index("formula_gmacs")
+    if line.not_seconds and figures[at] != "-":
+        figures[at] += f" {_NOT_SECONDS}"
+    return [line.label, *figures, _difference(line), *([line.published or "-"] if experiment.published else [])]
+
+
+def notes_of(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
+    """What a reader has to know beside the table."""
+    notes = [
+        f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds, of the last evaluated round. "
+        "Accuracy is the unweighted mean over clients, each tested on its own data. Differences are paired by seed, in "
+        f"points, with their {CONFIDENCE:.0%} confidence interval."
+    ]
+    if any(line.not_seconds for line in lines):
+        notes.append(f"{_NOT_SECONDS} counted by formula only: what runs is dense, so these MACs are not seconds.")
+    notes += [f"{line.label}: {line.note}" for line in lines if line.note]
+    notes += [f"{line.label}, seed {seed}: {fault}" for line in lines for seed, fault in line.faults.items()]
+    return notes
+
+
+def markdown(experiment: Experiment, lines: Sequence[Line], seeds: Sequence[int]) -> str:
+    """Title, table and notes."""
+    rows = [header(experiment), *(cells(experiment, line) for line in lines)]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in escaped) for i in range(len(escaped[0]))]
+    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in escaped]
+    text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join([f"# {experiment.title}", "", *text, "", *(f"* {n}" for n in notes_of(lines, seeds)), ""])
+
+
+_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+          "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "±": r"$\pm$", "†": r"$^\dagger$"}  # fmt: skip
+
+
+def latex(experiment: Experiment, lines: Sequence[Line], seeds: Sequence[int]) -> str:
+    """A ``tabular`` with rules of the booktabs package, notes as comments."""
+
+    def row(texts: Sequence[str]) -> str:
+        return " & ".join("".join(_LATEX.get(c, c) for c in text) for text in texts) + r" \\"
+
+    body = [row(cells(experiment, line)) for line in lines]
+    columns = "l" + "r" * (len(header(experiment)) - 1)
+    return "\n".join([
+        *(f"% {note}" for note in [experiment.title, *notes_of(lines, seeds)]),
+        rf"\begin{{tabular}}{{{columns}}}", r"\toprule", row(header(experiment)), r"\midrule", *body, r"\bottomrule",
+        r"\end{tabular}", "",
+    ])  # fmt: skip
+
+
+def raw_csv(lines: Sequence[Line]) -> str:
+    """One line for each run, with all digits."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["method", "seed", *(column.key for column in COLUMNS)])
+    for line in lines:
+        for seed in sorted(line.values["accuracy"]):
+            writer.writerow([line.label, seed, *(line.values[c.key].get(seed, "") for c in COLUMNS)])
+    return out.getvalue()
+
+
+def make_table(
+    experiment: Experiment, seeds: Sequence[int], runs: Path, out: Path, parallel: int | None = None, run: bool = True
+) -> str:
+    """Make the runs that are missing, write ``NAME.md``, ``NAME.csv`` and ``NAME.tex`` into ``out``; returns the first.
+
+    Args:
+        run: False makes the table of what is there.
+
+    Raises:
+        UserError: a run folder holds another run, or there is no complete run.
+    """
+    jobs = jobs_of(experiment, seeds, runs)
+    failed = carry_out(jobs, parallel) if run else {}
+    lines = lines_of(experiment, jobs, failed)
+    if not any(line.values["accuracy"] for line in lines):
+        reasons = [fault for line in lines for fault in line.faults.values()]
+        raise UserError(f"{experiment.name}: no run is complete; the first says: {reasons[0]}")
+    text = markdown(experiment, lines, seeds)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / f"{experiment.name}.md", text)
+    write_atomic(out / f"{experiment.name}.csv", raw_csv(lines))
+    write_atomic(out / f"{experiment.name}.tex", latex(experiment, lines, seeds))
+    return text
