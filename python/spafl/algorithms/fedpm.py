@@ -36,7 +36,7 @@ class FedPMOptions(BaseOptions):
     """Settings of FedPM."""
 
     weight_scale: float = Field(default=math.sqrt(2), gt=0, allow_inf_nan=False)
-    """Weights are this divided by ``sqrt(fan in)``, with their sign; published code: e, from which LeNet-5 learns badly."""
+    """Weights are this divided by ``sqrt(fan in)``, with their sign. Published code: e; LeNet-5 learns badly so."""
     reset_every: int = Field(default=1, ge=1)
     """Rounds after which the server forgets its counts; 1 as in the published code: the mean of the sampled masks."""
 
