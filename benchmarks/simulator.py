@@ -92,7 +92,7 @@ def measure(clients: int, sampled: int, rounds: int, engine: str, store: str = "
                 simulation.run_round(pool, number)
                 seconds += time.perf_counter() - start
             turns = (rounds - 1) * sampled
-            simulation.visit_all(pool, rounds, True, False)
+            simulation.evaluate(pool, rounds, train_data=False)
         row, in_memory = simulation.store.row_bytes, simulation.store.file.in_memory
         run_folder.close()
     inside = clock.seconds
