@@ -1,6 +1,5 @@
 """Runs in which uploads are encoded, bad, or too few."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -80,7 +79,7 @@ def test_a_bad_upload_is_in_the_metrics_and_in_nothing_else(configured, tmp_path
     server, _ = final_tensors(tmp_path / "run")
     assert all(torch.isfinite(t).all() for t in server.values())
     told = capsys.readouterr().err
-    assert told.count("upload of client 0 left out") == 2 and told.count("\n") == 2
+    assert told.count("upload of client 0 left out") == 2 and told.count("spafl: ") == 2
 
 
 @pytest.mark.parametrize("aggregation", ["median", "trimmed-mean"])
@@ -152,20 +151,3 @@ def test_uploads_that_change_their_form_are_refused_an_encoding_before_work(smal
 def test_an_unknown_encoding_is_refused(small_config):
     with pytest.raises(UserError, match=r"communication\.encoding: one of fp32, fp16, int8; got 'int4'"):
         small_config(communication={"encoding": "int4"})
-
-
-def test_a_checkpoint_with_messages_of_an_older_format_is_refused_in_words(small_config, tmp_path):
-    config = small_config(
-        rounds=2, algorithm={"variant": "cifar10"}, evaluation={"every": 9}, simulation={"checkpoint_every": 1}
-    )
-    run(config, tmp_path / "run", quiet=True)
-    state = next((tmp_path / "run" / "checkpoints").glob("round-000000/state.json"))
-    saved = json.loads(state.read_text())
-    assert saved["log"]["pending"]
-    frame = bytes.fromhex(saved["log"]["pending"][0]["frame"])
-    saved["log"]["pending"][0]["frame"] = (frame[:4] + b"\1" + frame[5:]).hex()
-    state.write_text(json.dumps(saved))
-    for newer in (tmp_path / "run" / "checkpoints").glob("round-000001"):
-        newer.rename(tmp_path / "away")
-    with pytest.raises(UserError, match="message of format version 1"):
-        run(config, tmp_path / "run", resume=True)
