@@ -21,7 +21,8 @@ THREE_ROUNDS = {"simulation": {"checkpoint_every": 1, "keep_checkpoints": 2, "st
 @pytest.fixture(scope="module")
 def three_rounds(tmp_path_factory):
     """``(configuration, folder)`` of a whole run of three rounds."""
-    from conftest import SMALL
+    from small_problem import SMALL
+
     from spafl.config import deep_merge, resolve_config
 
     config = resolve_config(deep_merge(SMALL, THREE_ROUNDS))

@@ -53,16 +53,10 @@ def _gpu_is_faster(config: RunConfig) -> tuple[bool, str]:
 
 def pick_workers(config: RunConfig, device: torch.device) -> int:
     """Worker processes of a run: as configured, else one per core (CPU) or one (GPU), never more than busy clients."""
-    if at_home := [setting for setting, path in config.code.items() if plugins.module_of(path) == "__main__"]:
-        # What a notebook or a script defines is not there in another process.
-        if config.simulation.workers > 1:
-            raise UserError(
-                f"simulation.workers: {config.simulation.workers} processes cannot share {at_home[0]} = "
-                f"{config.code[at_home[0]]!r}, which exists in this one alone; use 1, or put the code into a file"
-            )
-        return 1
     if config.simulation.workers:
         return config.simulation.workers
+    if any(plugins.module_of(path) == "__main__" for path in config.code.values()):
+        return 1  # classes of a notebook or script travel by value, where more workers are asked for
     if device.type != "cpu":
         return 1
     return max(1, min(len(os.sched_getaffinity(0)), config.sampling.clients_per_round))

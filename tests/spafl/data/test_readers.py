@@ -234,9 +234,9 @@ def test_leafs_users_are_the_natural_clients(tmp_path):
             "algorithm": {"name": "local"}, "sampling": {"clients_per_round": 2},
         }
     )  # fmt: skip
-    from spafl.simulation.problem import _cut
+    from spafl.simulation.problem import cut_data
 
-    parts = _cut(config, data)
+    parts = cut_data(config, data)
     assert [p.tolist() for p in parts.train] == [list(range(4 * k, 4 * k + 4)) for k in range(3)]
     assert [p.tolist() for p in parts.test] == [list(range(16 - 4 * k, 20 - 4 * k)) for k in range(3)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.slow
