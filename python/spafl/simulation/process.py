@@ -142,7 +142,13 @@ def serve(descriptor: int, setup: int) -> None:
     # Not for processes that an algorithm may start: the connection has to close with this one.
     for inherited in (descriptor, setup):
         os.set_inheritable(inherited, False)
-    connection = Connection(descriptor)
+    try:
+        _answer_tasks(Connection(descriptor), setup)
+    except (EOFError, ConnectionError):
+        return  # nobody is listening any more, perhaps in the middle of an answer
+
+
+def _answer_tasks(connection: Connection, setup: int) -> None:
     try:
         worker = Worker(_read_setup(setup))
     except Exception as error:
@@ -150,10 +156,7 @@ def serve(descriptor: int, setup: int) -> None:
         return
     connection.send_bytes(cloudpickle.dumps((True, None)))
     while True:
-        try:
-            task = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            return
+        task = pickle.loads(connection.recv_bytes())
         try:
             answer = cloudpickle.dumps((True, worker.run(task)), pickle.HIGHEST_PROTOCOL)
         except Exception as error:
