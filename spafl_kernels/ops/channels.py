@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import _backend
 from ._backend import Backend
@@ -160,11 +160,11 @@ def _register() -> None:
         shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_order(x, dim))
 
-    @torch.library.register_fake("spafl::expand_channels")
+    @library.register_fake("spafl::expand_channels")
     def _(input: Tensor, kept: Tensor, width: int, dim: int, constants: Tensor | None, stream: Tensor | None) -> Tensor:
         return resized(input, dim, width)
 
-    @torch.library.register_fake("spafl::collect_channels")
+    @library.register_fake("spafl::collect_channels")
     def _(grad: Tensor, kept: Tensor, stored: int, dim: int, constants: bool) -> Any:
         dropped = grad.shape[dim] - kept.shape[0]
         return resized(grad, dim, stored), grad.new_empty((dropped if constants else 0,))
@@ -182,4 +182,4 @@ def _register() -> None:
         stream_grad = grad if ctx.needs_input_grad[5] else None
         return input_grad, None, None, None, constant_grad if wanted else None, stream_grad
 
-    torch.library.register_autograd("spafl::expand_channels", backward, setup_context=keep)
+    library.register_autograd("spafl::expand_channels", backward, setup_context=keep)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from . import _backend
@@ -182,27 +182,27 @@ def _register() -> None:
     """Shapes for tracing, and derivatives, of the compiled operators."""
     spafl = torch.ops.spafl
 
-    @torch.library.register_fake("spafl::conv_relu_pool")
+    @library.register_fake("spafl::conv_relu_pool")
     def _(input: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: int, pool: int) -> Any:
         height = (input.shape[2] + 2 * pad_h - weight.shape[2] + 1) // pool
         width = (input.shape[3] + 2 * pad_w - weight.shape[3] + 1) // pool
         shape = (input.shape[0], weight.shape[0], height, width)
         return input.new_empty(shape), input.new_empty(shape, dtype=torch.uint8)
 
-    @torch.library.register_fake("spafl::conv_relu_pool_grad_weight")
+    @library.register_fake("spafl::conv_relu_pool_grad_weight")
     def _(grad: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, pad_h: int, pad_w: int, pool: int) -> Any:
         return torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
-    @torch.library.register_fake("spafl::conv_relu_pool_grad_input")
+    @library.register_fake("spafl::conv_relu_pool_grad_input")
     def _(grad: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, pad_h: int, pad_w: int, pool: int) -> Any:
         return torch.empty_like(input)
 
-    @torch.library.register_fake("spafl::relu_pool")
+    @library.register_fake("spafl::relu_pool")
     def _(input: Tensor, pool: int) -> Any:
         shape = (*input.shape[:2], input.shape[2] // pool, input.shape[3] // pool)
         return input.new_empty(shape), input.new_empty(shape, dtype=torch.uint8)
 
-    @torch.library.register_fake("spafl::relu_pool_grad")
+    @library.register_fake("spafl::relu_pool_grad")
     def _(grad: Tensor, argmax: Tensor, height: int, width: int, pool: int) -> Any:
         return grad.new_empty((*grad.shape[:2], height, width))
 
@@ -219,7 +219,7 @@ def _register() -> None:
             return (None,) * 6
         return (*_conv_gradients(ctx, grad, *ctx.saved_tensors), None, None, None)
 
-    torch.library.register_autograd("spafl::conv_relu_pool", conv_backward, setup_context=keep_conv)
+    library.register_autograd("spafl::conv_relu_pool", conv_backward, setup_context=keep_conv)
 
     def keep_pool(ctx: Any, inputs: Any, output: Any) -> None:
         input, ctx.pool = inputs
@@ -234,4 +234,4 @@ def _register() -> None:
         (argmax,) = ctx.saved_tensors
         return spafl.relu_pool_grad(grad.contiguous(), argmax, *ctx.size, ctx.pool), None
 
-    torch.library.register_autograd("spafl::relu_pool", pool_backward, setup_context=keep_pool)
+    library.register_autograd("spafl::relu_pool", pool_backward, setup_context=keep_pool)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .. import native
 
@@ -429,19 +429,19 @@ def _register_fakes(namespace: str) -> None:
         if packed:
             length(name, "packed", packed, len(weights))
 
-    @torch.library.register_fake(f"{namespace}::threshold_pass_cuda")
+    @library.register_fake(f"{namespace}::threshold_pass_cuda")
     def _(weights, thresholds, compare, pad_to, scores, mask, flipped, active, inverse, counts, changed, packed):
         name = "threshold_pass_cuda"
         one_device(name, weights, thresholds, scores, mask, flipped, active, inverse, counts, changed, packed)
         length(name, "thresholds", thresholds, len(weights))
         lists(name, weights, active, counts, packed)
 
-    @torch.library.register_fake(f"{namespace}::active_lists_cuda")
+    @library.register_fake(f"{namespace}::active_lists_cuda")
     def _(weights, mask, flipped, pad_to, active, inverse, counts, changed, packed):
         one_device("active_lists_cuda", weights, mask, flipped, active, inverse, counts, changed, packed)
         lists("active_lists_cuda", weights, active, counts, packed)
 
-    @torch.library.register_fake(f"{namespace}::fused_step_cuda")
+    @library.register_fake(f"{namespace}::fused_step_cuda")
     def _(weights, weight_grads, weight_momenta, thresholds, threshold_grads, threshold_momenta, others, *rest):
         name, other_grads = "fused_step_cuda", rest[0]
         lists = (weight_grads, weight_momenta, thresholds, threshold_grads, threshold_momenta, others)
@@ -453,7 +453,7 @@ def _register_fakes(namespace: str) -> None:
 
     for copy in ("compact_gather_cuda", "compact_scatter_cuda"):
 
-        @torch.library.register_fake(f"{namespace}::{copy}")
+        @library.register_fake(f"{namespace}::{copy}")
         def _(full, compact, active, counts, filters, row_layers, column_layers, short_by, name=copy):
             one_device(name, full, compact, active, counts, short_by)
             length(name, "compact", compact, len(full))

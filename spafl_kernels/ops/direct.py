@@ -2,7 +2,7 @@
 
 The dispatcher boxes every argument of an operator that is written in Python, on the way in and on the way out, and
 once more for its derivative. Where nobody listens (no mode, transform, tracer or tensor subclass; see :func:`plain`)
-a layer of one client does not need it. Everything else takes the operators of :mod:`spafl_kernels.ops.library`.
+a layer of one client does not need it. Everything else takes the operators registered in ``library.py``.
 """
 
 from __future__ import annotations

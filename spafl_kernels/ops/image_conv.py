@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from .. import native
@@ -210,7 +210,7 @@ def _register() -> None:
     def images(like: Tensor, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
-    @torch.library.register_fake("spafl::image_conv")
+    @library.register_fake("spafl::image_conv")
     def _(
         input: Tensor,
         weight: Tensor,
@@ -226,11 +226,11 @@ def _register() -> None:
         width = (input.shape[3] + 2 * pad_w - weight.shape[3]) // stride_w + 1
         return images(input, (input.shape[0], weight.shape[0], height, width))
 
-    @torch.library.register_fake("spafl::image_conv_grad_input")
+    @library.register_fake("spafl::image_conv_grad_input")
     def _(grad: Tensor, weight: Tensor, height: int, width: int, *_: int) -> Tensor:
         return images(grad, (grad.shape[0], weight.shape[1], height, width))
 
-    @torch.library.register_fake("spafl::image_conv_grad_weight")
+    @library.register_fake("spafl::image_conv_grad_weight")
     def _(grad: Tensor, input: Tensor, weight: Tensor, *options: Any) -> Any:
         return torch.empty_like(weight), weight.new_empty((weight.shape[0] if options[-1] else 0,))
 
@@ -250,4 +250,4 @@ def _register() -> None:
             grad_weight, grad_bias = spafl.image_conv_grad_weight(grad, input, weight, *ctx.options, want_bias)
         return (grad_input, grad_weight, grad_bias if want_bias else None, *[None] * 6)
 
-    torch.library.register_autograd("spafl::image_conv", backward, setup_context=keep)
+    library.register_autograd("spafl::image_conv", backward, setup_context=keep)

@@ -1,4 +1,4 @@
-"""The threshold operators, registered with torch.library: schemas, devices, shapes for tracing, autograd and vmap.
+"""The threshold operators, registered with PyTorch: schemas, devices, shapes for tracing, autograd and vmap.
 
 Four operators: ``threshold_linear``, ``threshold_conv2d`` and their backward ones. All take a leading client dimension
 in every tensor. They are registered directly: a decorator of PyTorch would wrap every call in checks of its own.
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..triton.geometry import Geometry, empty_channels_last, like_rows
 from ..triton.plan import Plan, capacity, plan_size, row_stride
@@ -44,7 +44,7 @@ _FORWARD = "(Tensor input, Tensor weight, Tensor threshold, Tensor? bias, {}str 
 _BACKWARD = "(Tensor grad, Tensor input, Tensor weight, Tensor packed, Tensor plan, Tensor? bias, {}bool mask_bias, " \
     "bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)"  # fmt: skip
 
-_library = torch.library.Library("spafl", "FRAGMENT")
+_library = library.Library("spafl", "FRAGMENT")
 for _name, _schema, _more in (
     ("threshold_linear", _FORWARD, ""),
     ("threshold_linear_backward", _BACKWARD, ""),
@@ -67,7 +67,7 @@ def _implements(op: Any, key: str) -> Callable[[Callable[..., Any]], Callable[..
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         if key == "fake":
-            torch.library.register_fake(op, function, lib=_library)
+            library.register_fake(op, function, lib=_library)
         else:
             _library.impl(op, function, key)
         if key == "CUDA":
@@ -80,11 +80,11 @@ def _implements(op: Any, key: str) -> Callable[[Callable[..., Any]], Callable[..
 @contextlib.contextmanager
 def kernels_of_cuda_on_the_cpu() -> Iterator[None]:
     """CPU tensors take what CUDA tensors do while the context is open: for checks and timings without a GPU."""
-    with torch.library._scoped_library("spafl", "IMPL") as library:
+    with library._scoped_library("spafl", "IMPL") as registered:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel.*")
             for op, function in CUDA.items():
-                library.impl(op, function, "CPU")
+                registered.impl(op, function, "CPU")
         yield
 
 
@@ -298,9 +298,9 @@ def conv2d_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
 
 
 for _op, _backward in ((threshold_linear, linear_backward), (threshold_conv2d, conv2d_backward)):
-    torch.library.register_autograd(_op, _backward, setup_context=save, lib=_library)
+    library.register_autograd(_op, _backward, setup_context=save, lib=_library)
 for _op in (threshold_linear_backward, threshold_conv2d_backward):
-    torch.library.register_autograd(_op, no_second_derivative, lib=_library)
+    library.register_autograd(_op, no_second_derivative, lib=_library)
 
 
 # --------------------------------------------------------------------------------------------------- vmap
@@ -325,7 +325,7 @@ def _vmap(op: Any) -> Any:
 
 
 for _op in (threshold_linear, threshold_linear_backward, threshold_conv2d, threshold_conv2d_backward):
-    torch.library.register_vmap(_op, _vmap(_op), lib=_library)
+    library.register_vmap(_op, _vmap(_op), lib=_library)
 
 
 # --------------------------------------------------------------------------------------------------- autocast

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from . import _backend
@@ -215,9 +215,9 @@ def _register() -> None:
         return input.new_empty(n, h // pool, w // pool, c).permute(0, 3, 1, 2), stats
 
     for name in ("batch_norm_relu", "batch_norm_relu_train"):
-        torch.library.register_fake(f"spafl::{name}", forward)
+        library.register_fake(f"spafl::{name}", forward)
 
-    @torch.library.register_fake("spafl::batch_norm_relu_grad")
+    @library.register_fake("spafl::batch_norm_relu_grad")
     def _(
         grad: Tensor,
         input: Tensor,
@@ -229,7 +229,7 @@ def _register() -> None:
     ) -> Any:
         return torch.empty_like(input), input.new_empty(input.shape[1]), input.new_empty(input.shape[1])
 
-    @torch.library.register_fake("spafl::batch_norm_running")
+    @library.register_fake("spafl::batch_norm_running")
     def _(mean: Tensor, var: Tensor, stats: Tensor, momentum: float) -> None:
         return None
 
@@ -245,4 +245,4 @@ def _register() -> None:
             return (None,) * 7
         return (*_gradients(ctx, grad), None, None, None, None)
 
-    torch.library.register_autograd("spafl::batch_norm_relu", backward, setup_context=keep)
+    library.register_autograd("spafl::batch_norm_relu", backward, setup_context=keep)

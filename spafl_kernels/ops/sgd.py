@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .. import reference
 from . import _backend
@@ -122,7 +122,7 @@ def sgd_step(
 
 @_backend.registers
 def _register() -> None:
-    @torch.library.register_fake("spafl::sgd_step")
+    @library.register_fake("spafl::sgd_step")
     def _(
         params: list[Tensor],
         grads: list[Tensor],

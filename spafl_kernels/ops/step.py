@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .. import reference
 from ..reference import Estimator
@@ -282,6 +282,6 @@ def _twin(
 
 @_backend.registers
 def _register() -> None:
-    @torch.library.register_fake("spafl::threshold_step")
+    @library.register_fake("spafl::threshold_step")
     def _(weights: list[Tensor], *_: object) -> tuple[Tensor, Tensor]:
         return weights[0].new_empty(()), weights[0].new_empty(len(weights), dtype=torch.int64)

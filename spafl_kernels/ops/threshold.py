@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import _backend
 from ._backend import Backend
@@ -106,7 +106,7 @@ def threshold_pass(
 
 @_backend.registers
 def _register() -> None:
-    @torch.library.register_fake("spafl::threshold_pass")
+    @library.register_fake("spafl::threshold_pass")
     def _(
         weights: list[Tensor],
         thresholds: list[Tensor],

@@ -65,8 +65,12 @@ def begin(folder: pathlib.Path) -> None:
     Raises:
         OSError, subprocess.CalledProcessError: the C compiler does not find Python's headers.
     """
-    driver.compile_module_from_src = functools.partial(_into_the_cache, str(folder))
-    driver.library_dirs = lambda: [str(folder)]
+    stand_ins = {
+        "compile_module_from_src": functools.partial(_into_the_cache, str(folder)),
+        "library_dirs": lambda: [str(folder)],
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(driver, name, stand_in)
     driver.CudaUtils()
 
 

@@ -9,6 +9,7 @@ import re
 import cuda_build
 import pytest
 import torch
+from torch import library as registry
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spafl_kernels.ops import cuda_ops
@@ -184,7 +185,7 @@ def test_the_arguments_that_the_faults_start_from_are_good(library, name):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(library, name):
-    torch.library.opcheck(operator(name), tuple(OPERATORS[name]().values()))
+    registry.opcheck(operator(name), tuple(OPERATORS[name]().values()))
 
 
 def test_fake_cuda_tensors(library):

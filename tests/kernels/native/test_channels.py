@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from spafl_kernels import native, ops
 from spafl_kernels.ops.channels import is_channels_last
@@ -152,9 +153,9 @@ def test_gradcheck_and_opcheck(extension):
         kept, x, c, base = make(9, 4, 2, (2, 2, 3), 1, True, True, last)
         run = lambda x, c, base, kept=kept: ops.expand_channels(x, kept, 9, 1, c, base, "native")  # noqa: E731
         assert torch.autograd.gradcheck(run, (x, c, base))
-        torch.library.opcheck(extension.expand_channels.default, (x, kept, 9, 1, c, base))
-        torch.library.opcheck(extension.expand_channels.default, (x, kept, 9, 1, None, None))
-        torch.library.opcheck(extension.collect_channels.default, (base.detach(), kept, 6, 1, True))
+        library.opcheck(extension.expand_channels.default, (x, kept, 9, 1, c, base))
+        library.opcheck(extension.expand_channels.default, (x, kept, 9, 1, None, None))
+        library.opcheck(extension.collect_channels.default, (base.detach(), kept, 6, 1, True))
 
 
 def test_bad_input_is_named(backend):

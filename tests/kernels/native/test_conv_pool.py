@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch.nn import functional as F
 
 from spafl_kernels import native, ops
@@ -141,13 +142,13 @@ def test_opcheck(extension):
     argmax = extension.conv_relu_pool(x, w, b, 0, 0, 2)[1]
     for t in (x, w, b):
         t.requires_grad_()
-    torch.library.opcheck(extension.conv_relu_pool.default, (x, w, b, 0, 0, 2))
+    library.opcheck(extension.conv_relu_pool.default, (x, w, b, 0, 0, 2))
     grads = (torch.randn_like(y), x.detach(), w.detach(), argmax, 0, 0, 2)
-    torch.library.opcheck(extension.conv_relu_pool_grad_weight.default, grads)
-    torch.library.opcheck(extension.conv_relu_pool_grad_input.default, grads)
-    torch.library.opcheck(extension.relu_pool.default, (x, 2))
+    library.opcheck(extension.conv_relu_pool_grad_weight.default, grads)
+    library.opcheck(extension.conv_relu_pool_grad_input.default, grads)
+    library.opcheck(extension.relu_pool.default, (x, 2))
     codes = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
-    torch.library.opcheck(extension.relu_pool_grad.default, (torch.randn(2, 1, 4, 4), codes, 8, 9, 2))
+    library.opcheck(extension.relu_pool_grad.default, (torch.randn(2, 1, 4, 4), codes, 8, 9, 2))
 
 
 def test_direct_functions_are_the_same_to_the_bit(extension):

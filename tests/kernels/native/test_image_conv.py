@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch.nn import functional as F
 
 from spafl_kernels import native, ops
@@ -181,13 +182,13 @@ def test_gradcheck_and_opcheck(extension):
     run = lambda *a: ops.image_conv(*a, (2, 1), (1, 0), backend="native")  # noqa: E731
     assert torch.autograd.gradcheck(run, (x, weight, bias))
     options = (2, 1, 1, 0, 2, 3)
-    torch.library.opcheck(extension.image_conv.default, (x, weight, bias, *options))
-    torch.library.opcheck(extension.image_conv.default, (x, weight, None, *options))
+    library.opcheck(extension.image_conv.default, (x, weight, bias, *options))
+    library.opcheck(extension.image_conv.default, (x, weight, None, *options))
     grad = torch.randn_like(run(x, weight, bias))
     x, weight = x.detach(), weight.detach()
-    torch.library.opcheck(extension.image_conv_grad_input.default, (grad, weight, 4, 5, *options))
+    library.opcheck(extension.image_conv_grad_input.default, (grad, weight, 4, 5, *options))
     for flag in (False, True):
-        torch.library.opcheck(extension.image_conv_grad_weight.default, (grad, x, weight, *options, flag))
+        library.opcheck(extension.image_conv_grad_weight.default, (grad, x, weight, *options, flag))
 
 
 def test_where_it_pays(extension):

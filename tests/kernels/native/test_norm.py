@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch.nn import functional as F
 
 from spafl_kernels import native, ops
@@ -317,14 +318,14 @@ def test_opcheck(extension):
         (x, weight, bias), mean, var = inputs(shape, torch.float32, order)
         y, stats = extension.batch_norm_relu(x, weight, bias, None, None, 1e-5, pool)
         leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
-        torch.library.opcheck(extension.batch_norm_relu.default, (*leaves, None, None, 1e-5, pool))
-        torch.library.opcheck(extension.batch_norm_relu.default, (leaves[0], None, None, mean, var, 1e-5, pool))
+        library.opcheck(extension.batch_norm_relu.default, (*leaves, None, None, 1e-5, pool))
+        library.opcheck(extension.batch_norm_relu.default, (leaves[0], None, None, mean, var, 1e-5, pool))
         for training in (True, False):
             given = (torch.randn_like(y), x, weight, bias, stats, training, pool)
-            torch.library.opcheck(extension.batch_norm_relu_grad.default, given)
+            library.opcheck(extension.batch_norm_relu_grad.default, given)
         options = (mean.clone(), var.clone(), 0.1, 1e-5, pool)
-        torch.library.opcheck(extension.batch_norm_relu_train.default, (x, weight, bias, *options))
-        torch.library.opcheck(extension.batch_norm_running.default, (mean, var, stats, 0.1))
+        library.opcheck(extension.batch_norm_relu_train.default, (x, weight, bias, *options))
+        library.opcheck(extension.batch_norm_running.default, (mean, var, stats, 0.1))
 
 
 @pytest.mark.parametrize("pool", [1, 2])

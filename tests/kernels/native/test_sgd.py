@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import library
 
 from spafl_kernels import ops
 
@@ -86,7 +87,7 @@ def test_a_gradient_that_is_not_a_number_reaches_every_parameter_when_clipping(b
 def test_opcheck(extension):
     params, grads, momenta = (tensors(torch.float32, s) for s in (0, 1, 2))
     ops.sgd_step(params, grads, momenta, IS_THRESHOLD, 0.1, 0.9, backend="native")
-    torch.library.opcheck(
+    library.opcheck(
         extension.sgd_step.default, (params, grads, momenta, IS_THRESHOLD, 0.1, 0.9, 0.0, 0.1, 1.0, 0.0, True)
     )
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from spafl_kernels import ops, reference
 
@@ -97,7 +98,7 @@ def test_opcheck(extension):
     weights, thresholds, _ = layers(torch.float32)
     ops.threshold_pass(weights, thresholds, *buffers(weights), backend="native")
     n_in = [w.flatten(1).shape[1] for w in weights]
-    torch.library.opcheck(extension.threshold_pass.default, (weights, thresholds, [], n_in, *buffers(weights)))
+    library.opcheck(extension.threshold_pass.default, (weights, thresholds, [], n_in, *buffers(weights)))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from spafl_kernels import ops, reference
 
@@ -162,7 +163,7 @@ def test_layers_of_different_estimators(backend):
 def test_opcheck(extension):
     r = compact(Full(torch.float32, 0.5), 0.9, "window")
     grads = [torch.randn_like(w) for w in r.weights[:-1]] + [r.none[0]]
-    torch.library.opcheck(
+    library.opcheck(
         extension.threshold_step.default,
         (
             r.weights, grads, r.weight_momenta, r.dropped, r.none, r.dropped_momenta, r.thresholds,

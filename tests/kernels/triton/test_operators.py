@@ -1,4 +1,4 @@
-"""The operators on the CPU: equal to the definition, and well registered with torch.library."""
+"""The operators on the CPU: equal to the definition, and well registered with PyTorch."""
 
 import os
 import subprocess
@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 from support import cases
+from torch import library
 from torch.func import grad, vmap
-from torch.library import opcheck
 
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, explain, ops, reference, threshold_conv2d, threshold_linear
 from spafl_kernels.ops import backend, single
@@ -65,23 +65,23 @@ def test_values_and_gradients_equal_the_definition(linear, estimator, bias, mask
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck_linear(bias):
     x, w, t, b = inputs(True)
-    opcheck(LINEAR, (x, w, t, b if bias else None, "identity", bias))
+    library.opcheck(LINEAR, (x, w, t, b if bias else None, "identity", bias))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_opcheck_conv2d(channels_last):
     x, w, t, b = inputs(False, channels_last=channels_last)
-    opcheck(CONV2D, (x, w, t, b, *STEPS, "window", False))
+    library.opcheck(CONV2D, (x, w, t, b, *STEPS, "window", False))
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
 def test_opcheck_of_the_backward_operators(needs):
     x, w, t, b = inputs(True, requires_grad=False)
     y, plan, packed = LINEAR(x, w, t, b, "identity", True)
-    opcheck(torch.ops.spafl.threshold_linear_backward, (y, x, w, packed, plan, b, True, *needs))
+    library.opcheck(torch.ops.spafl.threshold_linear_backward, (y, x, w, packed, plan, b, True, *needs))
     x, w, t, b = inputs(False, requires_grad=False)
     y, plan, packed = CONV2D(x, w, t, b, *STEPS, "identity", False)
-    opcheck(torch.ops.spafl.threshold_conv2d_backward, (y, x, w, packed, plan, None, *STEPS, False, *needs))
+    library.opcheck(torch.ops.spafl.threshold_conv2d_backward, (y, x, w, packed, plan, None, *STEPS, False, *needs))
 
 
 @pytest.mark.parametrize("linear", [True, False])
