@@ -8,10 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional
-from .reference import Estimator
 from .threshold_layer import ThresholdLayer
 
 __all__ = ["ThresholdConv1d", "ThresholdConv2d", "ThresholdConvTranspose2d", "ThresholdLayer", "ThresholdLinear"]
+
+
+def _padded(layer: nn.Conv1d | nn.Conv2d, input: Tensor) -> tuple[Tensor, Any]:
+    """The input and the zeros that the operator has to add to it; anything but zeros is padded here."""
+    if layer.padding_mode == "zeros":
+        return input, layer.padding
+    return F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
 
 
 class ThresholdConv2d(ThresholdLayer, nn.Conv2d):
@@ -26,17 +32,10 @@ class ThresholdConv2d(ThresholdLayer, nn.Conv2d):
     ``threshold``, shape ``(out_channels,)``, initially 0.
     """
 
-    def __init__(self, *args: Any, estimator: Estimator = "identity", mask_bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_threshold(estimator, mask_bias)
-
     def forward(self, input: Tensor) -> Tensor:
-        padding: Any = self.padding
+        input, padding = _padded(self, input)
         stride: Any = self.stride
         dilation: Any = self.dilation
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
         return functional.threshold_conv2d(
             input, self.weight, self.threshold, self.bias, stride, padding, dilation, self.groups,
             self.estimator, self.mask_bias, self.known_density, self.planned,
@@ -53,17 +52,10 @@ class ThresholdConv1d(ThresholdLayer, nn.Conv1d):
     ``threshold``, shape ``(out_channels,)``, initially 0.
     """
 
-    def __init__(self, *args: Any, estimator: Estimator = "identity", mask_bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_threshold(estimator, mask_bias)
-
     def forward(self, input: Tensor) -> Tensor:
-        padding: Any = self.padding
+        input, padding = _padded(self, input)
         stride: Any = self.stride
         dilation: Any = self.dilation
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
         return functional.threshold_conv1d(
             input, self.weight, self.threshold, self.bias, stride, padding, dilation, self.groups,
             self.estimator, self.mask_bias, self.known_density,
@@ -81,10 +73,6 @@ class ThresholdConvTranspose2d(ThresholdLayer, nn.ConvTranspose2d):
     All other arguments, shapes and the state dict are those of :class:`torch.nn.ConvTranspose2d`; the state dict also
     holds ``threshold``, shape ``(out_channels,)``, initially 0.
     """
-
-    def __init__(self, *args: Any, estimator: Estimator = "identity", mask_bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_threshold(estimator, mask_bias)
 
     @property
     def transposed_groups(self) -> int:
@@ -113,10 +101,6 @@ class ThresholdLinear(ThresholdLayer, nn.Linear):
     All other arguments, shapes and the state dict are those of :class:`torch.nn.Linear`; the state dict also holds
     ``threshold``, shape ``(out_features,)``, initially 0.
     """
-
-    def __init__(self, *args: Any, estimator: Estimator = "identity", mask_bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_threshold(estimator, mask_bias)
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.threshold_linear(

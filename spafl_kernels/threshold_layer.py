@@ -34,6 +34,10 @@ class ThresholdLayer:
     # Set by spafl_kernels.shared_pass while a forward of the whole model runs; None: the layer makes its own pass.
     planned: Planned | None = None
 
+    def __init__(self, *args: Any, estimator: Estimator = "identity", mask_bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_threshold(estimator, mask_bias)
+
     def _init_threshold(self, estimator: Estimator, mask_bias: bool) -> None:
         reference.check_estimator(estimator)
         self.estimator = estimator

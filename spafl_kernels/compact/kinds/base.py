@@ -93,8 +93,6 @@ class Op(ABC):
     passes_channels: ClassVar[bool] = False
     # The result has memory of its own that no backward pass reads.
     fresh: ClassVar[bool] = False
-    # Where channels stop, the operation reads full width and goes on as what it is; else as it stands in the trace.
-    stands: ClassVar[bool] = False
     # It is no call of a program.
     silent: ClassVar[bool] = False
     # A call may have other arguments in the second pattern of the trace.

@@ -44,7 +44,6 @@ class Output(Op):
 
     kind = "output"
     silent = True
-    stands = True
 
     def follow(self, flow: Flow) -> None:
         if not self.sources:

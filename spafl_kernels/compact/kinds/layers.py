@@ -42,7 +42,6 @@ class Layer(Op):
     modules: ClassVar[tuple[type, ...]] = (nn.Conv2d, ThresholdConv2d, nn.Linear, ThresholdLinear)
     reads_channels = True
     fresh = True
-    stands = True
 
     reads: Layout | None = None
 

@@ -35,7 +35,6 @@ class BatchNorm(Op):
     modules = (nn.BatchNorm1d, nn.BatchNorm2d)
     reads_channels = True
     fresh = True
-    stands = True
 
     reads: Layout | None = None
 

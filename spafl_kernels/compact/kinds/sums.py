@@ -37,7 +37,6 @@ class Sum(Op):
     }  # fmt: skip
     passes_channels = True
     fresh = True
-    stands = True
 
     terms: tuple[str, str] = ("", "")
 
