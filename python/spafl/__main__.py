@@ -1,18 +1,28 @@
 """``python -m spafl`` and the ``spafl`` command."""
 
+import re
 import sys
-from importlib.util import find_spec
+from importlib import metadata
 
-# What the extra "sim" installs, by the name it is imported under.
-_NEEDED = ("cloudpickle", "pydantic", "safetensors", "sklearn", "matplotlib", "tomli_w", "tqdm")
+
+def missing() -> list[str]:
+    """Distributions of the extra ``sim`` that are not installed; none if this package itself is not."""
+    try:
+        wanted = metadata.requires("spafl-kernels") or []
+    except metadata.PackageNotFoundError:
+        return []
+    names = [
+        re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in wanted if re.search(r"""extra == ['"]sim['"]""", line)
+    ]
+    return [name for name in names if not any(metadata.distributions(name=name))]
 
 
 def main() -> int:
     """The command; without the packages of the simulator it says what is missing."""
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
+    names = missing()
+    if names:
         print(
-            f"spafl: error: {', '.join(missing)} not installed; the simulator is an extra: "
+            f"spafl: error: {', '.join(names)} not installed; the simulator is an extra: "
             "pip install 'spafl-kernels[sim]'",
             file=sys.stderr,
         )

@@ -95,8 +95,8 @@ class RunResult:
         """A picture of the report, of this run alone or beside others.
 
         Args:
-            picture: ``accuracy`` (over rounds), ``accuracy_payload``, ``accuracy_seconds``, ``accuracy_spread``,
-                ``density``, ``first_layer``, ``gap`` or ``partition``.
+            picture: the name of one of :data:`~spafl.report.figures.PICTURES`, or how it begins: ``accuracy`` is
+                accuracy over rounds, ``pareto`` what accuracy costs.
 
         Raises:
             UserError: there is no such picture, or none of the runs recorded what it shows.

@@ -118,3 +118,18 @@ def test_the_front_door_is_light_and_knows_its_version():
     assert done.stdout.split()[-1] == spafl.__version__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         spafl.nothing  # noqa: B018
+
+
+def test_the_command_names_what_the_simulator_lacks(monkeypatch, capsys):
+    from spafl import __main__ as command
+
+    wanted = [
+        "torch>=2",
+        'torch-of-nowhere>=1; extra == "sim"',
+        'pytest>=8; extra == "sim"',
+        'nothing-either; extra == "onnx"',
+    ]
+    monkeypatch.setattr(command.metadata, "requires", lambda name: wanted)
+    assert command.missing() == ["torch-of-nowhere"]
+    assert command.main() == 1
+    assert "torch-of-nowhere not installed" in capsys.readouterr().err

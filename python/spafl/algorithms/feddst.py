@@ -17,8 +17,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from spafl_kernels import to_dense
-
 from ..cost import Cost
 from ..wire import Message, payload_bytes
 from . import masks as m
@@ -54,9 +52,7 @@ class FedDST(Algorithm):
     macs_are_seconds = False
 
     def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
-        model = to_dense(model)
-        m.weight_layers(model)
-        return model
+        return m.prunable(model)
 
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:
         return {}

@@ -16,8 +16,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from spafl_kernels import to_dense
-
 from .. import rng
 from ..wire import Message
 from . import masks as m
@@ -59,7 +57,7 @@ class FedP3(Algorithm):
     macs_are_seconds = False
 
     def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
-        model = to_dense(model)
+        model = m.prunable(model)
         if len(m.weight_layers(model)) < 2:
             raise ValueError("FedP3 hands out layers, and this model has only one")
         return model

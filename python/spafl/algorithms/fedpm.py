@@ -18,8 +18,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from spafl_kernels import to_dense
-
 from .. import rng
 from ..wire import Message, payload_bytes
 from . import masks as m
@@ -117,9 +115,7 @@ class FedPM(Algorithm):
     macs_are_seconds = False
 
     def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
-        model = to_dense(model)
-        m.weight_layers(model)
-        return scored(model, self.options.weight_scale)
+        return scored(m.prunable(model), self.options.weight_scale)
 
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:
         return {}

@@ -18,8 +18,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from spafl_kernels import to_dense
-
 from ..wire import Message, payload_bytes
 from . import masks as m
 from .base import Algorithm, BaseOptions, ServerState, Training, Upload
@@ -55,9 +53,7 @@ class FedSpa(Algorithm):
     macs_are_seconds = False
 
     def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
-        model = to_dense(model)
-        m.weight_layers(model)
-        return model
+        return m.prunable(model)
 
     def _first_masks(self, model: nn.Module) -> dict[str, Tensor]:
         weights = m.weight_layers(model)

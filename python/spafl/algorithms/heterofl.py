@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from spafl_kernels import to_dense
 
-from ..wire import Message
+from ..wire import Message, payload_bytes
 from . import narrow
 from .base import Algorithm, BaseOptions, ServerState, Training, Upload
 from .client import Client, Evaluation
@@ -172,5 +172,5 @@ class HeteroFL(Algorithm):
     def paper_bits(self, server: ServerState, sampled: int) -> int:
         """Expected for clients whose rate is drawn: their sub-models both ways."""
         widths = range(len(self.options.rates))
-        of_all = sum(t.numel() * t.element_size() for at in widths for t in self._tensors(server, at).values())
+        of_all = sum(payload_bytes(self._tensors(server, at)) for at in widths)
         return round(2 * sampled * 8 * of_all / len(widths))

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from spafl_kernels import to_dense
+
 from ..cost import Cost
 from ..wire import Message
 from .client import Client, Evaluation
@@ -26,6 +28,13 @@ def weight_layers(model: nn.Module) -> dict[str, Tensor]:
     if not found:
         raise ValueError("the model has no convolution or linear layer whose weights could be pruned")
     return found
+
+
+def prunable(model: nn.Module) -> nn.Module:
+    """The configured model without thresholds; ``ValueError`` if it has no weights that could be pruned."""
+    model = to_dense(model)
+    weight_layers(model)
+    return model
 
 
 def seed_of(model: nn.Module) -> int:
