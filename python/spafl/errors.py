@@ -10,3 +10,9 @@ class WriteError(Exception):
 
     What was saved before is intact.
     """
+
+
+def one_line(error: Exception) -> str:
+    """The text of ``error`` on one line, shortened: it may quote what a damaged or hostile file contains."""
+    text = " ".join(str(error)[:1000].split())
+    return "".join(c for c in text if c.isprintable())[:200] or type(error).__name__

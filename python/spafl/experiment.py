@@ -20,7 +20,7 @@ from typing import Any
 
 from .config import RunConfig, deep_merge, load_config, parse_assignment, read_toml, resolve_config
 from .errors import UserError
-from .simulation.runfolder import write_atomic
+from .simulation.files import write_atomic
 from .simulation.same_run import first_difference
 
 _KEYS = {"title", "reference", "run", "methods", "published", "sweep"}

@@ -21,7 +21,7 @@ from spafl_kernels.training import Unsupported
 from .algorithms import Algorithm, Samples
 from .config import RunConfig, load_run_config
 from .data import Transform, blank
-from .errors import UserError
+from .errors import UserError, one_line
 from .plugins import Code
 from .simulation.announcements import Announcement
 from .simulation.checkpoint import load_latest
@@ -85,7 +85,7 @@ def _client_model(run: Path, client: int, code: Code | None) -> tuple[nn.Module,
             _hear(algorithm, model, config, client, tensors, checkpoint.state.log.missed(client))
         own = algorithm.client_model(model, checkpoint.server, tensors, client)
     except RuntimeError as error:  # shapes: the model's code is not that of the run
-        raise UserError(f"{checkpoint.path} does not fit model {config.model.name}: {_one_line(error)}") from None
+        raise UserError(f"{checkpoint.path} does not fit model {config.model.name}: {one_line(error)}") from None
     if own is None:
         raise UserError(f"client {client} has not trained up to round {checkpoint.state.round}")
     return own.eval(), sample
@@ -102,11 +102,7 @@ def _described(path: Path) -> tuple[int, tuple[int, ...], str]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def _hear(

@@ -16,7 +16,7 @@ from .algorithms import find_algorithm
 from .errors import UserError
 from .experiment import Experiment, Job, carry_out, jobs_of
 from .report.run_data import Point, Run, load_run
-from .simulation.runfolder import write_atomic
+from .simulation.files import write_atomic
 
 Figure = Callable[[Run], float | None]
 CONFIDENCE = 0.95

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import one_line
 from . import inert
 from .dataset import DataError, Dataset
-from .files import Content, Source, check_published, missing, one_line, places, read_whole
+from .files import Content, Source, check_published, missing, places, read_whole
 from .inert import Call, InertPickleError, Name
 from .transform import Transform
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from ..errors import one_line
 from .dataset import DataError
 
 MAX_BYTES = 1 << 29  # unpacked, of any one file; the largest published one, CIFAR-100's archive, has 186 million
@@ -88,12 +89,6 @@ def missing(name: str, source: Source, root: Path | None, what: Path | None = No
     searched = ", ".join(map(str, places(root))) or "any folder"
     problem = f"{what} is missing" if what else f"no {source.files[0]} in {searched}"
     return DataError(f"{name}: {problem}; get it with: {source.command(root or Path('data'))}")
-
-
-def one_line(error: Exception) -> str:
-    """The text of ``error`` on one line, shortened: it may quote what a damaged or hostile file contains."""
-    text = " ".join(str(error)[:1000].split())
-    return "".join(c for c in text if c.isprintable())[:200] or type(error).__name__
 
 
 def impostor(head: bytes) -> str | None:

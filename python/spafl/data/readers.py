@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import one_line
 from .dataset import PARTS, DataError, Dataset, as_dataset
-from .files import one_line, places, read_whole
+from .files import places, read_whole
 
 MAX_ARRAYS = 1 << 31  # bytes of all arrays of a file; more is memory-mapped from .npy files
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
