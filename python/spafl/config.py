@@ -188,6 +188,15 @@ class RunConfig(_Section):
             )
         return name
 
+    def evaluates(self, round: int) -> bool:
+        """Whether clients are tested after a round."""
+        return (round + 1) % self.evaluation.every == 0 or round + 1 == self.rounds
+
+    def tests_training_data(self, round: int) -> bool:
+        """Whether an evaluation after this round is on the training data too."""
+        wanted = self.evaluation.train_data
+        return wanted == "always" or (wanted == "final" and round + 1 == self.rounds)
+
     def build_algorithm(self) -> Algorithm:
         """The algorithm object these settings describe."""
         options = {key: value for key, value in self.algorithm.items() if key != "name"}

@@ -137,22 +137,18 @@ class Coordinator:
         timeout = self.config.flower.round_timeout
         lines = self.folder.read_metrics()
         line = lines[-1] if lines else None
-        unfinished = line is not None and self.due(self.round) and line["evaluation"] is None
+        unfinished = line is not None and self.config.evaluates(self.round) and line["evaluation"] is None
         while unfinished or self.round + 1 < self.config.rounds:
             if line is None or not unfinished:  # else the server died over the evaluation
                 asked = self.ask()
                 line = self.take(asked, self.link.exchange("train", asked.parcels, timeout))
-            if self.due(self.round):
+            if self.config.evaluates(self.round):
                 self.take_evaluation(line, self.link.exchange("evaluate", self.ask_evaluation(line), timeout))
             unfinished = False
             shown = line["evaluation"]
             accuracy = "" if shown is None else f", accuracy {100 * shown['accuracy']['mean']:.1f} %"
             self.link.say(f"round {self.round + 1} of {self.config.rounds}: {len(line['merged'])} uploads{accuracy}")
         return self._summarise()
-
-    def due(self, round: int) -> bool:
-        """Whether clients are to be tested after a round."""
-        return (round + 1) % self.config.evaluation.every == 0 or round + 1 == self.config.rounds
 
     def ask(self) -> TrainingRound:
         """Prepare the next round: waits for its sampled clients, and says what each that is there is sent."""
@@ -243,8 +239,7 @@ class Coordinator:
         round = line["round"]
         present = self.link.gather(range(self.clients), self.config.flower.patience)
         message = self.method.algorithm.evaluation_message(self.server, round)
-        wanted, final = self.config.evaluation.train_data, round + 1 == self.config.rounds
-        train_data = wanted == "always" or (wanted == "final" and final)
+        train_data = self.config.tests_training_data(round)
         return {k: self._parcel(k, round, message, train_data=train_data)[0] for k in sorted(present)}
 
     def take_evaluation(self, line: dict[str, Any], answers: Mapping[int, bytes | str]) -> None:

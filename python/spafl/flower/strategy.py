@@ -171,14 +171,14 @@ class SpaFLStrategy(Strategy):
     ) -> Iterable[Message]:
         """Messages to all clients that are there, in rounds that are to be evaluated."""
         coordinator = self._parts()[0]
-        if not self._line or not coordinator.due(self._line["round"]):
+        if not self._line or not self.config.evaluates(self._line["round"]):
             return []
         return self._messages("evaluate", coordinator.ask_evaluation(self._line))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Enter the clients' figures; mean accuracy, if all told theirs."""
         coordinator = self._parts()[0]
-        if not self._line or not coordinator.due(self._line["round"]):
+        if not self._line or not self.config.evaluates(self._line["round"]):
             return None
         coordinator.take_evaluation(self._line, self._answers(replies))
         told = self._line["evaluation"]

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .figures.sparsity import label_similarity, mask_overlap, rank_correlation
+from .figures.sparsity import MOST_COMPARED, compared, rank_correlation
+from .figures.style import with_varied_masks
 from .run_data import Run, labels
 from .table import duration, quantity
 
@@ -105,10 +106,10 @@ def _masks(run: Run) -> str:
 
 
 def _overlap(run: Run) -> str:
-    if run.masks is None or not (run.masks.kept != run.masks.kept[:1]).any():
+    if not with_varied_masks(run):
         return ""
-    pairs = np.triu_indices(run.clients, 1)
-    overlap, alike = mask_overlap(run.masks.kept)[pairs], label_similarity(run.train)[pairs]
+    pairs = np.triu_indices(min(run.clients, MOST_COMPARED), 1)
+    overlap, alike = (matrix[pairs] for matrix in compared(run))
     linked = rank_correlation(alike, overlap)
     return f"mean overlap {overlap.mean():.2f}, rank correlation with likeness of labels {linked:+.2f}"
 

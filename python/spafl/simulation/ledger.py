@@ -84,10 +84,10 @@ _NOT_EVALUATED = {"evaluation": None, "density": None, "first_layer": None}
 
 def without_final_evaluation(line: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     """A line as a run of this configuration writes it, where that of fewer rounds evaluated more after its last."""
-    final = line["round"] + 1 == config.rounds
-    if not final and (line["round"] + 1) % config.evaluation.every:
+    if not config.evaluates(line["round"]):
         return {**line, **_NOT_EVALUATED}
-    if line["evaluation"] is None or final or config.evaluation.train_data == "always":
+    final = line["round"] + 1 == config.rounds
+    if line["evaluation"] is None or final or config.tests_training_data(line["round"]):
         return line
     return {**line, "evaluation": {**line["evaluation"], "train_accuracy": None}}
 

@@ -257,10 +257,8 @@ class Simulation:
         trained = time.perf_counter()
 
         evaluations = None
-        final = round + 1 == config.rounds
-        if final or (round + 1) % config.evaluation.every == 0:
-            wanted = config.evaluation.train_data
-            evaluations = self.evaluate(pool, round, wanted == "always" or (wanted == "final" and final))
+        if config.evaluates(round):
+            evaluations = self.evaluate(pool, round, config.tests_training_data(round))
         seconds = Cost(train_seconds=trained - start, evaluate_seconds=time.perf_counter() - trained)
         cost = Cost.sum(o.training.cost for o in outcomes) + sent + seconds
         trainings = [o.training for o in outcomes if o.client in merged.accepted]
@@ -308,7 +306,7 @@ class Simulation:
     def _evaluate_last(self, pool: Pool) -> None:
         """Make up for the last evaluation, where a run of more rounds, which has none there, was cut to these."""
         lines = self.folder.read_metrics()
-        wanted = self.config.evaluation.train_data != "never"
+        wanted = self.config.tests_training_data(self.round)
         evaluation = lines[-1]["evaluation"]
         if evaluation is not None and (evaluation["train_accuracy"] is not None or not wanted):
             return

@@ -12,7 +12,7 @@ import scipy.stats
 from spafl.cost import Cost
 from spafl.report import ReportError, figures
 from spafl.report.figures.pareto import front
-from spafl.report.figures.sparsity import label_similarity, mask_overlap, rank_correlation
+from spafl.report.figures.sparsity import compared, label_similarity, mask_overlap, rank_correlation
 from spafl.report.run_data import load_run, seed_groups
 
 SPAFL, FEDAVG, LOCAL = figures.COLOURS[:3]
@@ -117,6 +117,16 @@ def test_overlap_likeness_and_rank_correlation_by_hand():
     a, b = rng.integers(0, 4, 50), rng.normal(size=50)
     assert rank_correlation(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
     assert rank_correlation(np.ones(5), b[:5]) == 0
+
+
+def test_of_many_clients_some_are_compared(make_run):
+    run = load_run(make_run(rounds=1, clients=700))
+    overlap, alike = compared(run)
+    assert overlap.shape == alike.shape == (300, 300) and (np.diag(overlap) == 1).all()
+    panel = drawn(figures.masks_and_labels([run])).axes[0]
+    assert panel.get_ylabel() == "spafl, round 1, 300 of 700 clients"
+    few = load_run(make_run("few", rounds=1, clients=9))
+    assert compared(few)[0].shape == (9, 9)
 
 
 def test_masks_that_do_not_differ_are_not_drawn_as_a_solid_block(make_run):

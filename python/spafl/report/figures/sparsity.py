@@ -29,6 +29,7 @@ from .style import (
 )
 
 LINE, LINES = 250, 8  # clients beside each other in one strip of filters, and most strips per run
+MOST_COMPARED = 300
 MANY_LAYERS = 7  # beyond this a line per layer cannot be told apart
 
 
@@ -173,17 +174,17 @@ def masks_and_labels(runs: Sequence[Run]) -> Figure:
     panels = figure.subplots(len(chosen), 3, squeeze=False)
     for (left, middle, right), (run, name, style) in zip(panels, chosen):
         assert run.masks is not None
-        overlap, alike = mask_overlap(run.masks.kept), label_similarity(run.train)
-        order = np.lexsort((-run.train.max(axis=1), run.train.argmax(axis=1)))  # clients of one main class together
+        overlap, alike = compared(run)
         for axes, matrix, title in ((left, overlap, "overlap of masks"), (middle, alike, "likeness of labels")):
-            image = axes.imshow(matrix[np.ix_(order, order)], vmin=0, vmax=1, cmap="viridis")
+            image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
             axes.grid(False)
             axes.set_title(title)
             axes.set_xlabel("client, by main class")
             client_axis(axes)
             figure.colorbar(image, ax=axes, shrink=0.8).outline.set_visible(False)  # type: ignore[operator]
-        left.set_ylabel(f"{name}, round {run.masks.round + 1}")
-        pairs = np.triu_indices(run.clients, 1)
+        some = f", {len(overlap)} of {run.clients} clients" if len(overlap) < run.clients else ""
+        left.set_ylabel(f"{name}, round {run.masks.round + 1}{some}")
+        pairs = np.triu_indices(len(overlap), 1)
         right.scatter(alike[pairs], overlap[pairs], s=6, alpha=0.3, color=style["color"], linewidths=0)
         right.set_title(f"rank correlation {rank_correlation(alike[pairs], overlap[pairs]):+.2f}")
         right.set_xlabel("likeness of labels")
@@ -191,6 +192,18 @@ def masks_and_labels(runs: Sequence[Run]) -> Figure:
         right.set_xlim(-0.03, 1.03)
         right.set_ylim(-0.03, 1.03)
     return figure
+
+
+def compared(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Overlap of first-layer masks and likeness of labels of each pair of clients, clients of one main class together.
+
+    Pairs grow with the square of the clients: of more than ``MOST_COMPARED``, so many evenly spread by number.
+    """
+    assert run.masks is not None
+    some = np.unique(np.linspace(0, run.clients - 1, min(run.clients, MOST_COMPARED)).astype(int))
+    counts = run.train[some]
+    some = some[np.lexsort((-counts.max(axis=1), counts.argmax(axis=1)))]
+    return mask_overlap(run.masks.kept[some]), label_similarity(run.train[some])
 
 
 def mask_overlap(kept: np.ndarray) -> np.ndarray:
@@ -211,10 +224,8 @@ def label_similarity(counts: np.ndarray) -> np.ndarray:
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation of two samples, ties at their mean rank; 0 where one of them does not vary."""
-    ranks = []
-    for values in (a, b):
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
-    if any(np.ptp(rank) == 0 for rank in ranks) or len(a) < 2:
+    from scipy.stats import spearmanr  # slow to import, and not every report asks
+
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    return float(spearmanr(a, b).statistic)
