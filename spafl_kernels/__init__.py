@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from .compact.audit import audit
     from .compact.export import export
     from .engines import make_trainer
-    from .training import MaskedTrainer, SGDOptions, TrainResult, Unsupported
+    from .training import AdamOptions, MaskedTrainer, SGDOptions, TrainResult, Unsupported
 
 # What trains and compiles whole models is imported when somebody asks for it.
 _LAZY = {
+    "AdamOptions": "training",
     "CompactModule": "compact",
     "CompactTrainer": "compact",
     "MaskedTrainer": "training",
@@ -43,6 +44,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdamOptions",
     "CompactModule",
     "CompactTrainer",
     "MaskedTrainer",

@@ -1,6 +1,6 @@
-"""Local training by SGD on weights and thresholds: the interface, and the trainer that defines it.
+"""Local training of weights and thresholds: the interface, and the trainer that defines it.
 
-:class:`MaskedTrainer` runs the reference layers and ``torch.optim.SGD``; it is what every faster trainer must equal.
+:class:`MaskedTrainer` runs the reference layers and ``torch.optim``; it is what every faster trainer must equal.
 :func:`spafl_kernels.engines.make_trainer` picks a trainer for a model and says why.
 
 One step, in this order (the order of the published code):
@@ -10,13 +10,13 @@ One step, in this order (the order of the published code):
 3. gradients of ``loss + penalty * sum exp(-tau)`` for weights, thresholds and all other parameters; then ``extra``, if
    ``begin`` was given one, adds its own terms or takes some away;
 4. the gradient is scaled down if its global norm exceeds ``max_grad_norm`` (``torch.nn.utils.clip_grad_norm_``);
-5. ``torch.optim.SGD``: ``g += weight_decay * p; v = momentum * v + g; p -= lr * v``.
+5. ``torch.optim.SGD``: ``g += weight_decay * p; v = momentum * v + g; p -= lr * v``, or what else the options say
+   (:mod:`spafl_kernels.optimisers`); thresholds may have a learning rate of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -32,9 +32,10 @@ from .functional import check_thresholds, refuse_transforms, threshold_penalty
 from .inventory import Inventory
 from .ops import backend
 from .ops.flops import counter, of_other_operators
+from .optimisers import AdamOptions, Options, SGDOptions, torch_optimiser, write_back
 from .shared_pass import share
 
-__all__ = ["Extra", "MaskedTrainer", "SGDOptions", "TrainResult", "Trainer", "Unsupported"]
+__all__ = ["AdamOptions", "Extra", "MaskedTrainer", "Options", "SGDOptions", "TrainResult", "Trainer", "Unsupported"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Extra = Callable[[Mapping[str, nn.Parameter]], None]
@@ -44,46 +45,6 @@ place: a proximal term, a correction, a mask. A parameter that the loss does not
 
 class Unsupported(ValueError):
     """An engine cannot run this model exactly; the message says why."""
-
-
-@dataclass(frozen=True)
-class SGDOptions:
-    """Settings of one local training.
-
-    Args:
-        lr: learning rate, finite, >= 0.
-        momentum: in [0, 1).
-        weight_decay: finite, >= 0; applies to thresholds too, as one parameter group of ``torch.optim.SGD`` does.
-        max_grad_norm: largest global gradient norm over all parameters including thresholds, > 0; None does not clip.
-        penalty: coefficient of ``sum exp(-tau)``, finite, >= 0; any warm-up is already in it.
-        collapse_floor: density in [0, 1) at or below which a layer's thresholds are reset to 0 before its next
-            forward (published code: 0.01); None switches the guard off.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    lr: float
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = None
-    penalty: float = 0.0
-    collapse_floor: float | None = None
-
-    def __post_init__(self) -> None:
-        def check(name: str, allowed: str, ok: Callable[[float], bool]) -> None:
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and math.isfinite(value) and ok(value)):
-                raise ValueError(f"{name} must be {allowed}; got {value!r}")
-
-        for name in ("lr", "weight_decay", "penalty"):
-            check(name, "a finite number >= 0", lambda v: v >= 0)
-        check("momentum", "a number in [0, 1)", lambda v: 0 <= v < 1)
-        if self.max_grad_norm is not None:
-            check("max_grad_norm", "None or a finite number > 0", lambda v: v > 0)
-        if self.collapse_floor is not None:
-            check("collapse_floor", "None or a number in [0, 1)", lambda v: 0 <= v < 1)
 
 
 @dataclass(frozen=True)
@@ -97,10 +58,11 @@ class TrainResult:
             attention and recurrent layers: forward, gradient of the input and gradient of the weight, as far as they
             are needed. Evaluation is not counted. What skips pruned filters counts those that it computes: the
             active ones, those that fill a block up, and pruned ones whose gradient is not zero.
-        steps: SGD steps done.
+        steps: optimiser steps done.
         rebuilds: times the compact plan was made anew because a mask changed (0 for the masked engine).
-        momentum: full-size momentum buffers by parameter name: the tensors given to ``begin``, or the trainer's own,
-            which are to be read before its next ``begin``. Empty when the momentum is 0.
+        momentum: the optimiser's state, full-size, by the names that :mod:`spafl_kernels.optimisers` gives (for SGD
+            those of the parameters): the tensors given to ``begin``, or the trainer's own, which are to be read before
+            its next ``begin``. Empty for SGD whose momentum is 0.
     """
 
     densities: dict[str, float]
@@ -139,7 +101,7 @@ class Trainer:
 
     def begin(
         self,
-        options: SGDOptions,
+        options: Options,
         momentum: Mapping[str, Tensor] | None = None,
         densities: Mapping[str, float] | None = None,
         extra: Extra | None = None,
@@ -148,10 +110,10 @@ class Trainer:
 
         Args:
             options: settings of the optimiser and of the SpaFL terms.
-            momentum: full-size momentum buffers for every trainable parameter, by name, with the parameter's shape,
-                dtype and device; ``finish`` leaves the new state in these tensors. None or an empty mapping starts
-                without state, which is the same as zero buffers: without dampening the first step of
-                ``torch.optim.SGD`` sets ``v = g``, and ``momentum * 0 + g`` is ``g``.
+            momentum: the optimiser's state for every trainable parameter: full-size buffers by name, with the
+                parameter's shape, dtype and device (``options.state_like``); ``finish`` leaves the new state in these
+                tensors. None or an empty mapping starts without state, which is the same as zeros: without dampening
+                the first step of ``torch.optim.SGD`` sets ``v = g``, and ``momentum * 0 + g`` is ``g``.
             densities: density of every threshold layer in its last forward, the collapse guard's state; 1.0 by default.
             extra: changes the gradient of every step of this training before it is clipped; see :data:`Extra`. It sees
                 full-size parameters, so the masked engine runs the whole training.
@@ -164,7 +126,7 @@ class Trainer:
         raise NotImplementedError
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One SGD step in train mode.
+        """One step of the optimiser in train mode.
 
         Args:
             x: a batch the model takes.
@@ -209,7 +171,7 @@ class Trainer:
     # -- shared by the engines -------------------------------------------------------------------------------------
 
     def _start(
-        self, options: SGDOptions, momentum: Mapping[str, Tensor] | None, densities: Mapping[str, float] | None
+        self, options: Options, momentum: Mapping[str, Tensor] | None, densities: Mapping[str, float] | None
     ) -> dict[str, float]:
         """Check the arguments of ``begin`` and refresh the inventory; returns complete densities."""
         if self._open:
@@ -219,10 +181,10 @@ class Trainer:
         check_thresholds(dict(self._inventory.thresholds))
         layers = [name for name, _ in self._inventory.thresholds]
         if momentum:
-            trainable = {name: p for name, p in self._inventory.parameters.items() if p.requires_grad}
-            if wrong := sorted(trainable.keys() ^ momentum.keys()):
+            form = options.state_like(self._trainable())
+            if wrong := sorted(form.keys() ^ momentum.keys()):
                 raise ValueError(f"momentum must have one buffer for every trainable parameter; differs in {wrong}")
-            for name, p in trainable.items():
+            for name, p in form.items():
                 v = momentum[name]
                 if (v.shape, v.dtype, v.device) != (p.shape, p.dtype, p.device):
                     raise ValueError(
@@ -295,7 +257,7 @@ def scalar_loss(value: Any) -> Tensor:
 
 
 class MaskedTrainer(Trainer):
-    """The definition: dense operators on masked weights, autograd, ``torch.optim.SGD``."""
+    """The definition: dense operators on masked weights, autograd, ``torch.optim``."""
 
     engine = "masked"
     # Without it ``TrainResult.macs`` has only what counts itself.
@@ -312,7 +274,7 @@ class MaskedTrainer(Trainer):
 
     def begin(
         self,
-        options: SGDOptions,
+        options: Options,
         momentum: Mapping[str, Tensor] | None = None,
         densities: Mapping[str, float] | None = None,
         extra: Extra | None = None,
@@ -325,15 +287,9 @@ class MaskedTrainer(Trainer):
         self._densities = torch.tensor(list(start.values()), dtype=torch.float64, device=device)
         self._shared = share([layer for _, layer in self._layers])
         self._params = self._trainable()
-        self._optimizer = torch.optim.SGD(
-            self._params.values(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
-        )
-        self._momentum = dict(momentum) if momentum else {}
-        if options.momentum:
-            for name, p in self._params.items():
-                if name not in self._momentum:
-                    self._momentum[name] = torch.zeros_like(p)
-                self._optimizer.state[p]["momentum_buffer"] = self._momentum[name]
+        self._momentum = dict(momentum) if momentum else options.fresh_state(self._params)
+        thresholds = {f"{name}.threshold" if name else "threshold" for name, _ in self._layers}
+        self._optimizer = torch_optimiser(options, self._params, thresholds, self._momentum)
         self._steps = self._macs = 0
         self._executed.reset()
         self.model.train()
@@ -414,12 +370,14 @@ class MaskedTrainer(Trainer):
         if self._result is None:
             self._check_open()
             self._optimizer.zero_grad()
+            write_back(self._optimizer, self._params, self._momentum)
+            stateful = not isinstance(self._options, SGDOptions) or bool(self._options.momentum)
             self._result = TrainResult(
                 densities=dict(zip([name for name, _ in self._layers], self._densities.tolist(), strict=True)),
                 macs=self._macs + self._executed.total(),
                 steps=self._steps,
                 rebuilds=0,
-                momentum=self._momentum if self._options.momentum else {},
+                momentum=self._momentum if stateful else {},
             )
             self._open = False
         return self._result

@@ -20,12 +20,16 @@ __all__ = ["DroppedRows", "Powers"]
 
 
 class Powers:
-    """``M^k`` of the map that SGD without a gradient applies to ``(w, v)``: ``v <- mu v + wd w; w <- w - lr v``."""
+    """``M^k`` of the map that SGD without a gradient applies to ``(w, v)``: ``v <- mu v + wd w; w <- w - lr v``.
+
+    Nesterov's subtracts ``lr (wd w + mu v)`` with the new ``v``.
+    """
 
     def __init__(self, options: SGDOptions, dtype: torch.dtype, device: torch.device) -> None:
         self.options = options
         lr, mu, wd = options.lr, options.momentum, options.weight_decay
-        self._step = torch.tensor([[1 - lr * wd, -lr * mu], [wd, mu]], dtype=torch.float64)
+        of_weight, of_velocity = (wd * (1 + mu), mu * mu) if options.nesterov else (wd, mu)
+        self._step = torch.tensor([[1 - lr * of_weight, -lr * of_velocity], [wd, mu]], dtype=torch.float64)
         self._rows = [torch.eye(2, dtype=torch.float64)]
         self._dtype, self._device = dtype, device
         self._table: Tensor | None = None

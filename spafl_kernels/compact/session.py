@@ -71,6 +71,7 @@ class Session:
     densities: dict[str, float]
     rebuilds: int
     _update: Update
+    _in_one_call: bool
     _tau: Tensor
     _keep: Tensor
     _active: Tensor
@@ -140,7 +141,12 @@ class Session:
         for part in self._parts:
             part.read(momentum)
         self._loose_names = loose = [*self.flow.loose, *(self.flow.unused if options.penalty else ())]
-        self._loose = Loose([parameters[name].data for name in loose], [momentum[n] for n in loose] if momentum else [])
+        thresholds = {f"{name}.threshold" if name else "threshold" for name in self._apart}
+        self._loose = Loose(
+            [parameters[name].data for name in loose],
+            [momentum[n] for n in loose] if momentum else [],
+            frozenset(i for i, name in enumerate(loose) if name in thresholds),
+        )
         self._loose_leaves: list[Tensor] = [parameters[name] for name in loose]
         if self._blank:
             for buffer in self._loose.momenta:  # every step works on them
@@ -151,6 +157,8 @@ class Session:
         # What is not finite is to spoil the result as it does in the masked model, where 0 * NaN is NaN.
         plain = [layer.weight for layer in self._layers.values() if not layer.is_threshold]
         self._spoiled = not math.isfinite(sum(t.sum().item() for t in (self._scores, *plain)))
+        # The compiled step knows one learning rate, and plain momentum.
+        self._in_one_call = self.compiled and not options.nesterov and options.threshold_lr is None
         self._dropped.begin(options)
         self._loaded = False
         self._stale = True
@@ -374,7 +382,7 @@ class Session:
         arena = self._arena
         with_momentum = bool(self.options.momentum)
         fits = arena is not None and bool(len(arena.velocity)) == with_momentum and torch.equal(keep, self._keep)
-        fits = fits and self._still_borrowed()
+        fits = fits and self._still_borrowed() and isinstance(self._update, CompiledUpdate) == self._in_one_call
         if fits:
             assert arena is not None
             self._idle_steps = 0.0
@@ -426,7 +434,7 @@ class Session:
             norm.set_channels(self._whole(width) if layout is None else plan.channels(layout))
             norm.load_statistics()
         layers, norms = self._layers.values(), self._norms.values()
-        shares = shares_of(flow, layers, norms, borrow=self.compiled, last=self._gpu and self._channels_last)
+        shares = shares_of(flow, layers, norms, borrow=self._in_one_call, last=self._gpu and self._channels_last)
         # The two arenas of a rebuild must not overlap.
         name = "other arena" if old is not None and old.name == "arena" else "arena"
         align = ALIGNMENT // self._scores.element_size() if self._gpu else 1
@@ -434,7 +442,7 @@ class Session:
         self._read(arena, old, [layer.name for layer in changed])
         self._tau = arena.tau
         attach(arena, layers, norms)
-        kind = CompiledUpdate if self.compiled else FlatUpdate if self._gpu else PlainUpdate
+        kind = CompiledUpdate if self._in_one_call else FlatUpdate if self._gpu else PlainUpdate
         self._update = kind(arena, self._pruned, self._scores, self.options)
         self._update.begin(self._loose, self.options)
         layer_slots = {name: layer.slot for name, layer in self._layers.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..executed import Executed
-from ..training import Extra, Loss, MaskedTrainer, SGDOptions, Trainer, TrainResult, Unsupported
+from ..training import Extra, Loss, MaskedTrainer, Options, SGDOptions, Trainer, TrainResult, Unsupported
 from .flow import Flow
 from .follow import check_has_thresholds, trace_thresholds
 from .memory import pages
@@ -32,6 +32,10 @@ Key = tuple[tuple[int, ...], torch.dtype]  # shape of a sample and dtype of the 
 
 FOLLOWED = "all channels can be traced"
 HAS_EXTRA = "the training has an extra gradient term, which is written for full-size parameters"
+NOT_LINEAR = (
+    "Adam moves pruned filters by their moments' quotient, which is no linear map, so steps that were left out "
+    "cannot be made up for"
+)
 
 
 class CompactTrainer(Trainer):
@@ -93,7 +97,7 @@ class CompactTrainer(Trainer):
 
     def begin(
         self,
-        options: SGDOptions,
+        options: Options,
         momentum: Mapping[str, Tensor] | None = None,
         densities: Mapping[str, float] | None = None,
         extra: Extra | None = None,
@@ -166,6 +170,8 @@ class CompactTrainer(Trainer):
         session, fallback = self._session, self._fallback
         if fallback is not None:
             result = fallback.finish()
+            if not isinstance(self._options, SGDOptions):
+                self._given = dict(result.momentum)
             self._density.update(result.densities)
             self._steps, self._macs = self._steps + result.steps, self._macs + result.macs
         elif session is not None:
@@ -230,7 +236,11 @@ class CompactTrainer(Trainer):
 
     def _refusal(self, key: Key, training: bool) -> str | None:
         """Why batches of this kind are known not to run compact."""
-        return HAS_EXTRA if self._extra is not None else self._refused.reason(key, 0 if training else 1)
+        if self._extra is not None:
+            return HAS_EXTRA
+        if not isinstance(self._options, SGDOptions):
+            return NOT_LINEAR
+        return self._refused.reason(key, 0 if training else 1)
 
     def _changed(self, trace: Trace | None, training: bool) -> str | None:
         """Why what was read of the model does not hold good any more."""
@@ -274,6 +284,7 @@ class CompactTrainer(Trainer):
 
     @torch.no_grad()
     def _load(self, flow: Flow, key: Key) -> Session:
+        assert isinstance(self._options, SGDOptions)
         self._versions = {name: (p.data_ptr(), p._version) for name, p in self._parameters.items()}
         momentum: Mapping[str, Tensor] = {}
         if self._options.momentum:
@@ -302,17 +313,17 @@ class CompactTrainer(Trainer):
         session = self._session
         assert session is not None
         self._store(session)
-        if self._options.momentum:
+        if session.options.momentum:
             session.store_momentum()
         self._session, self._fresh = None, False
 
     def _run_masked(self, reason: str) -> None:
         if self.strict:
             raise Unsupported(reason)
-        momentum: dict[str, Tensor] = {}
-        if self._options.momentum:
-            momentum = self._given or self._buffers()
-            if self._fresh:
+        momentum: dict[str, Tensor] = self._given
+        if isinstance(self._options, SGDOptions):
+            momentum = (self._given or self._buffers()) if self._options.momentum else {}
+            if self._options.momentum and self._fresh:
                 for buffer in momentum.values():
                     buffer.zero_()
             trainable = {name for name, p in self._parameters.items() if p.requires_grad}
@@ -329,6 +340,8 @@ class CompactTrainer(Trainer):
         result = self._fallback.finish()
         self._density.update(result.densities)
         self._steps, self._macs = self._steps + result.steps, self._macs + result.macs
+        if not isinstance(self._options, SGDOptions):
+            self._given = dict(result.momentum)
         self._fallback = None
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -344,6 +357,8 @@ class CompactTrainer(Trainer):
         return self._scratch
 
     def _finished_momentum(self, session: Session | None) -> Mapping[str, Tensor]:
+        if not isinstance(self._options, SGDOptions):
+            return self._given
         if not self._options.momentum:
             return {}
         if self._given:

@@ -20,10 +20,14 @@ __all__ = ["CompiledUpdate", "Filters", "Loose", "PlainUpdate", "Update"]
 
 @dataclass(frozen=True)
 class Loose:
-    """Parameters that are used at full width, outside the arena: their values and, with momentum, their buffers."""
+    """Parameters that are used at full width, outside the arena: their values and, with momentum, their buffers.
+
+    ``thresholds``: where thresholds are among them.
+    """
 
     params: list[Tensor]
     momenta: list[Tensor]
+    thresholds: frozenset[int] = frozenset()
 
 
 class Update(Protocol):
@@ -199,13 +203,25 @@ class PlainUpdate:
             if loose_grads:
                 torch._foreach_mul_(momenta, options.momentum)
                 torch._foreach_add_(momenta, loose_grads)
+            if options.nesterov:
+                change = grad.add_(change, alpha=options.momentum)
+                if loose_grads:
+                    torch._foreach_add_(loose_grads, momenta, alpha=options.momentum)
+            else:
                 loose_grads = momenta
         else:
             change = grad
-        flat.add_(change, alpha=-options.lr)
-        if loose_grads:
-            torch._foreach_add_(params, loose_grads, alpha=-options.lr)
-        if options.weight_decay:
+        if options.threshold_lr is None:
+            flat.add_(change, alpha=-options.lr)
+            if loose_grads:
+                torch._foreach_add_(params, loose_grads, alpha=-options.lr)
+        else:
+            taus = len(arena.tau)
+            flat[: len(flat) - taus].add_(change[: len(flat) - taus], alpha=-options.lr)
+            arena.tau.add_(change[len(flat) - taus : len(flat)], alpha=-options.threshold_lr)
+            for i, (p, g) in enumerate(zip(params, loose_grads)):
+                p.add_(g, alpha=-(options.threshold_lr if i in self.loose.thresholds else options.lr))
+        if options.weight_decay or options.nesterov:
             # It was added in place; entries that no later gradient overwrites start at 0 again.
             grad[arena.leaf_end :].zero_()
 
