@@ -105,16 +105,63 @@ class ModelConfig(_Section):
 
 
 class TrainingConfig(_Section):
+    """Local training; see :class:`spafl.algorithms.LocalTraining` for what every setting does."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: Positive = 0.01
+    threshold_lr: Positive | None = None
+    """Learning rate of the thresholds, scheduled as ``lr`` is; by default ``lr``."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of ``sgd`` alone."""
+    nesterov: bool = False
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Of ``adam`` and ``adamw`` alone, as is ``eps``."""
+    eps: Positive = 1e-8
     weight_decay: float = Field(default=0.0, ge=0, le=LARGE)
     batch_size: int = Field(default=32, ge=1, le=1_000_000)
-    epochs: int = Field(default=5, ge=1, le=100_000)
+    epochs: int | float = Field(default=5, gt=0, le=100_000)
+    """Passes over a client's samples in a turn; fractions are rounded to batches, at least one."""
+    steps: int | None = Field(default=None, ge=1, le=MANY)
+    """Optimiser steps of a turn, in place of ``epochs``."""
+    early_stopping: int | None = Field(default=None, ge=1, le=100_000)
+    """A client ends its turn after so many passes in a row whose mean training loss was not better than the best."""
+    min_improvement: float = Field(default=0.0, ge=0, lt=1)
+    """Better is below ``(1 - min_improvement)`` times the best so far."""
+    schedule: Literal["exponential", "step", "cosine"] = "exponential"
+    """Of the learning rate, over the rounds of the run."""
     lr_decay: float = Field(default=1.0, gt=0, le=1)
-    """Learning rate of round r: ``max(lr * lr_decay ** r, lr_floor)``."""
+    """``exponential``: ``max(lr * lr_decay ** r, lr_floor)`` in round r; ``step``: the same every ``step_rounds``."""
     lr_floor: float = Field(default=0.0, ge=0, le=LARGE)
+    step_rounds: int | None = Field(default=None, ge=1, le=MANY)
+    cosine_rounds: int | None = Field(default=None, ge=1, le=MANY)
+    """Rounds in which ``cosine`` comes down to ``lr_floor``; by default those of the run after the warm-up."""
+    warmup_rounds: int = Field(default=0, ge=0, le=MANY)
+    """The learning rate rises linearly over so many rounds, to ``lr`` in the next, where the schedule begins."""
     max_grad_norm: Positive | None = None
     drop_last: bool = False
+
+    @model_validator(mode="after")
+    def _settings_that_go_together(self) -> TrainingConfig:
+        def refuse(reason: str) -> None:
+            raise PydanticCustomError("together", "{reason}", {"reason": reason})
+
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum):
+            refuse(
+                "nesterov = true needs optimizer = sgd and a momentum above 0; "
+                f"got {self.optimizer} and momentum = {self.momentum}"
+            )
+        if self.schedule == "step" and self.step_rounds is None:
+            refuse("schedule = step needs step_rounds, after which the learning rate is multiplied by lr_decay")
+        for key, schedule in (("step_rounds", "step"), ("cosine_rounds", "cosine")):
+            if getattr(self, key) is not None and self.schedule != schedule:
+                refuse(f"{key} belongs to schedule = {schedule}; got schedule = {self.schedule}")
+        if self.schedule == "cosine" and self.lr_decay != 1:
+            refuse(f"schedule = cosine takes no lr_decay; got {self.lr_decay}")
+        if self.schedule == "cosine" and self.lr_floor > self.lr:
+            refuse(f"schedule = cosine comes down to lr_floor = {self.lr_floor}, which is above lr = {self.lr}")
+        if self.min_improvement and self.early_stopping is None:
+            refuse("min_improvement needs early_stopping")
+        return self
 
 
 class SamplingConfig(_Section):
@@ -202,12 +249,14 @@ class RunConfig(_Section):
         options = {key: value for key, value in self.algorithm.items() if key != "name"}
         name = self.algorithm["name"]
         cls = find_algorithm(name)
-        if not plugins.is_path(name):
-            return cls(cls.Options(**options))
         try:
-            return cls(cls.Options(**options))
+            algorithm = cls(cls.Options(**options))
         except Exception as error:
+            if not plugins.is_path(name):
+                raise
             raise UserError(f"algorithm.name: {plugins.place(cls)} failed: {plugins.explain(error)}") from None
+        algorithm.local = self.local_training()
+        return algorithm
 
     @property
     def code(self) -> dict[str, str]:
@@ -400,7 +449,13 @@ def _resolve(raw: dict[str, Any], imports: bool) -> RunConfig:
     config = _validate(RunConfig, merged, "")
     options = {key: value for key, value in merged["algorithm"].items() if key != "name"}
     checked = _validate(cls.Options, options, "algorithm")
-    config = config.model_copy(update={"algorithm": {"name": algorithm["name"], **checked.model_dump()}})
+    training = config.training
+    if training.schedule == "cosine" and training.cosine_rounds is None:
+        # Written down: a run that is resumed for more rounds must not have had another learning rate before.
+        length = max(1, config.rounds - training.warmup_rounds)
+        training = training.model_copy(update={"cosine_rounds": length})
+    named = {"name": algorithm["name"], **checked.model_dump()}
+    config = config.model_copy(update={"algorithm": named, "training": training})
     _check_names(config)
     return config
 
@@ -483,6 +538,8 @@ def _validate(model: type[BaseModel], raw: Mapping[str, Any], prefix: str) -> An
         if error["type"] == "extra_forbidden":
             valid = list(owner.model_fields) + (["name"] if prefix == "algorithm" else [])
             raise _unknown_key(path, valid) from None
+        if error["type"] == "together":
+            raise UserError(f"{path}: {error['msg']}") from None
         if error["type"] == "missing":
             raise UserError(f"missing key {path}") from None
         own_words = error["type"] in ("file", "name", "vanishing")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..checked import CheckedModel
 from ..cost import Cost
 from ..wire import Message
-from .client import Client, Evaluation
+from .client import Client, Evaluation, LocalTraining
 
 ServerState = dict[str, Tensor]
 
@@ -71,6 +71,8 @@ class Algorithm(ABC):
     """Whether an entry of an upload stands for the same thing in every round, as a lossy encoding has to assume."""
     macs_are_seconds: ClassVar[bool] = True
     """Whether what runs is as small as what the method's formula counts; tables say where it is not."""
+    local: LocalTraining | None = None
+    """The run's ``[training]`` section, set by who builds a run, for methods that keep the optimiser's state."""
 
     def __init__(self, options: BaseOptions) -> None:
         self.options = options
@@ -85,7 +87,8 @@ class Algorithm(ABC):
             sample: one input ``(1, channels, height, width)``, to see what the model does with it.
 
         Raises:
-            ValueError: the algorithm cannot work with this model; one sentence.
+            ValueError: the algorithm cannot work with this model, or with how it is to be trained (:attr:`local`); one
+                sentence.
         """
         return model
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from spafl_kernels.functional import threshold_layers
 from spafl_kernels.layers import ThresholdLayer
-from spafl_kernels.training import MaskedTrainer, SGDOptions, Trainer, TrainResult
+from spafl_kernels.training import AdamOptions, MaskedTrainer, Options, SGDOptions, Trainer, TrainResult
 
 from .. import rng
 from ..data import Transform
@@ -52,22 +53,102 @@ class Samples:
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """Settings of local SGD that all algorithms share (the ``[training]`` section)."""
+    """Settings of local training that all algorithms share (the ``[training]`` section).
+
+    Args:
+        optimizer: ``sgd``, ``adam`` or ``adamw``.
+        momentum, nesterov: of ``sgd``.
+        betas, eps: of the other two.
+        epochs: passes over a client's samples in a turn; a fraction is rounded to batches, at least one.
+        steps: so many batches instead, passing over the samples again and again.
+        early_stopping, min_improvement: a turn ends after so many passes in a row whose mean training loss was not
+            below ``(1 - min_improvement)`` times the lowest mean of a pass before. None: never early.
+        schedule, lr_decay, lr_floor, step_rounds, cosine_rounds, warmup_rounds: see :meth:`lr_at`.
+        threshold_lr: learning rate of the thresholds, scheduled as ``lr`` is; None: ``lr``.
+    """
 
     lr: float
     momentum: float
     weight_decay: float
     batch_size: int
-    epochs: int
+    epochs: float
     lr_decay: float
     lr_floor: float
     max_grad_norm: float | None
     drop_last: bool
     shuffle: bool = True
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    threshold_lr: float | None = None
+    steps: int | None = None
+    early_stopping: int | None = None
+    min_improvement: float = 0.0
+    schedule: Literal["exponential", "step", "cosine"] = "exponential"
+    step_rounds: int | None = None
+    cosine_rounds: int | None = None
+    warmup_rounds: int = 0
 
     def lr_at(self, round: int) -> float:
-        """Learning rate of a round: ``max(lr * lr_decay ** round, lr_floor)``."""
+        """Learning rate of a round.
+
+        In round r < ``warmup_rounds`` it is ``lr (r + 1) / (warmup_rounds + 1)``. With r counted from there it is then
+
+        * ``exponential``: ``max(lr * lr_decay ** r, lr_floor)``;
+        * ``step``: ``max(lr * lr_decay ** (r // step_rounds), lr_floor)``;
+        * ``cosine``: ``lr_floor + (lr - lr_floor) (1 + cos(pi r / cosine_rounds)) / 2``, and ``lr_floor`` afterwards.
+        """
+        if round < self.warmup_rounds:
+            return self.lr * (round + 1) / (self.warmup_rounds + 1)
+        round -= self.warmup_rounds
+        if self.schedule == "cosine":
+            assert self.cosine_rounds is not None
+            share = (1 + math.cos(math.pi * min(round / self.cosine_rounds, 1.0))) / 2
+            return self.lr_floor + (self.lr - self.lr_floor) * share
+        if self.schedule == "step":
+            assert self.step_rounds is not None
+            round //= self.step_rounds
         return max(self.lr * self.lr_decay**round, self.lr_floor)
+
+    def options_at(self, round: int) -> Options:
+        """The trainer's options in a round, without what a method adds to them."""
+        lr = self.lr_at(round)
+        own = None if self.threshold_lr is None else self.threshold_lr * (lr / self.lr)
+        if self.optimizer == "sgd":
+            return SGDOptions(
+                lr, self.momentum, self.weight_decay, self.max_grad_norm, nesterov=self.nesterov, threshold_lr=own
+            )
+        return AdamOptions(
+            lr,
+            self.betas,
+            self.eps,
+            self.weight_decay,
+            self.max_grad_norm,
+            decoupled=self.optimizer == "adamw",
+            threshold_lr=own,
+        )
+
+
+class EarlyStop:
+    """Watches the mean losses of the passes of a turn.
+
+    Args:
+        patience, min_improvement: see :class:`LocalTraining`.
+    """
+
+    def __init__(self, patience: int, min_improvement: float) -> None:
+        self.patience, self.min_improvement = patience, min_improvement
+        self.best = math.inf
+        self.since = 0
+
+    def due(self, loss: float) -> bool:
+        """Whether to stop after another pass with this mean loss."""
+        if loss < self.best * (1 - self.min_improvement):
+            self.best, self.since = loss, 0
+        else:
+            self.since += 1
+        return self.since >= self.patience
 
 
 @dataclass
@@ -149,7 +230,7 @@ class Client:
         return self._transform(x.to(self._device), self._dtype, None)
 
     def training_batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of all local epochs of a round: shuffled anew each epoch, augmented, normalised, on the device."""
+        """The batches of a turn: shuffled anew each pass, augmented, normalised, on the device."""
         n, size = len(self.train), self.local.batch_size
         shuffle = self.stream("shuffle", round)
         augment = None
@@ -162,9 +243,11 @@ class Client:
         if self._device.type == "cuda":
             torch.cuda.manual_seed(seed)
         last = n - n % size if self.local.drop_last and n >= size else n
-        for _ in range(self.local.epochs):
+        left = self.planned_steps
+        while left:
             order = torch.from_numpy(shuffle.permutation(n)) if self.local.shuffle else torch.arange(n)
-            for start in range(0, last, size):
+            for start in range(0, last, size)[:left]:
+                left -= 1
                 chosen = order[start : min(start + size, last)]
                 x, y = self.train[chosen]
                 yield self._transform(x.to(self._device), self._dtype, augment), y.to(self._device)
@@ -174,13 +257,34 @@ class Client:
         n, size = len(self.train), self.local.batch_size
         return n // size if self.local.drop_last and n >= size else -(-n // size)
 
+    @property
+    def planned_steps(self) -> int:
+        """Batches of a turn, unless it ends early."""
+        if self.local.steps is not None:
+            return self.local.steps
+        return max(1, round(self.local.epochs * self.batches_per_epoch()))
+
+    def epochs_of(self, steps: int) -> float:
+        """Passes over the client's samples that so many batches are."""
+        return steps / self.batches_per_epoch()
+
     def run_sgd(self, round: int, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> tuple[float, int]:
-        """Batches with the trainer, which must have begun: ``(mean batch loss, steps)``; by default all local epochs.
+        """Batches with the trainer, which must have begun: ``(mean batch loss, steps)``; by default those of the turn.
+
+        Fewer where ``early_stopping`` says so.
 
         Raises:
             FloatingPointError: the loss of a batch is not finite; names the client and the round.
         """
-        losses = [self.trainer.step(x, y) for x, y in batches or self.training_batches(round)]
+        losses: list[Tensor] = []
+        stop, length = None, self.batches_per_epoch()
+        if self.local.early_stopping is not None:
+            stop = EarlyStop(self.local.early_stopping, self.local.min_improvement)
+        for x, y in batches or self.training_batches(round):
+            losses.append(self.trainer.step(x, y))
+            complete = stop is not None and len(losses) % length == 0
+            if complete and stop.due(torch.stack(losses[-length:]).mean().item()):  # type: ignore[union-attr]
+                break
         # One look at the end: a non-finite loss stays non-finite, and asking every step would stall a GPU.
         values = torch.stack(losses).tolist() if losses else [0.0]
         for step, value in enumerate(values):
@@ -191,14 +295,9 @@ class Client:
                 )
         return math.fsum(values) / len(values), len(losses)
 
-    def sgd_options(self, round: int) -> SGDOptions:
+    def sgd_options(self, round: int) -> Options:
         """The trainer's options for a round."""
-        return SGDOptions(
-            lr=self.local.lr_at(round),
-            momentum=self.local.momentum,
-            weight_decay=self.local.weight_decay,
-            max_grad_norm=self.local.max_grad_norm,
-        )
+        return self.local.options_at(round)
 
     def on(self, key: Hashable, build: Callable[[nn.Module], nn.Module]) -> Client:
         """This client's turn on another model, with a trainer of its own.
@@ -225,7 +324,7 @@ class Client:
         return sum(losses) / len(losses), correct / len(data)
 
     def evaluate_model(
-        self, train_data: bool, options: SGDOptions | None = None, densities: dict[str, float] | None = None
+        self, train_data: bool, options: Options | None = None, densities: dict[str, float] | None = None
     ) -> tuple[Evaluation, TrainResult]:
         """Test ``model`` as it stands, on the test data and, if ``train_data``, on the training data.
 

@@ -18,14 +18,15 @@ from .client import Client
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-def dense_paper_macs(client: Client, share: Mapping[str, float] | None = None) -> float:
+def dense_paper_macs(client: Client, steps: int, share: Mapping[str, float] | None = None) -> float:
     """``3 E D sum share MAC``: forward plus twice that for backward, counted over the layers that SpaFL would mask.
 
     Args:
+        steps: that were done; ``E`` is how many passes over the samples they are.
         share: of each layer that is computed, by name; all of it by default.
     """
     per_sample = sum(macs * (1.0 if share is None else share[name]) for name, macs in client.macs.items())
-    return 3.0 * client.local.epochs * len(client.train) * per_sample
+    return 3.0 * client.epochs_of(steps) * len(client.train) * per_sample
 
 
 @torch.no_grad()
@@ -54,11 +55,11 @@ def snapshot(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, 
 def local_sgd(
     client: Client, round: int, extra: Extra | None = None, batches: Batches | None = None
 ) -> tuple[float, Cost]:
-    """SGD on the client's model from fresh momentum: mean batch loss, steps and executed multiply-accumulates.
+    """Training of the client's model from a fresh optimiser: mean batch loss, steps, executed multiply-accumulates.
 
     Args:
         extra: see :class:`spafl_kernels.training.Trainer`.
-        batches: all local epochs of the round by default.
+        batches: those of the turn by default.
     """
     client.trainer.begin(client.sgd_options(round), extra=extra)
     loss, steps = client.run_sgd(round, batches)

@@ -43,7 +43,8 @@ class Ditto(FedAvg):
         load_state(client.model, own)
         anchor = {name: message[name].to(own[name].device) for name, _ in client.model.named_parameters()}
         loss, second = local_sgd(client, round, proximal(anchor, self.options.lam))
-        return Training(upload, loss, replace(first + second, paper_macs=2 * dense_paper_macs(client)))
+        cost = first + second
+        return Training(upload, loss, replace(cost, paper_macs=dense_paper_macs(client, cost.steps)))
 
     def evaluation_message(self, server: ServerState, round: int) -> Message:
         return {}

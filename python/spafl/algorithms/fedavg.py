@@ -42,7 +42,7 @@ class FedAvg(Algorithm):
     def train(self, client: Client, message: Message, round: int) -> Training:
         load_state(client.model, message)
         loss, cost = local_sgd(client, round, self.extra(message))
-        return Training(snapshot(client.model), loss, replace(cost, paper_macs=dense_paper_macs(client)))
+        return Training(snapshot(client.model), loss, replace(cost, paper_macs=dense_paper_macs(client, cost.steps)))
 
     def merge(
         self, server: ServerState, round: int, uploads: Sequence[Upload], clients: int

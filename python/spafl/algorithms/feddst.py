@@ -116,8 +116,9 @@ class FedDST(Algorithm):
         share = {name: mask.double().mean().item() for name, mask in masks.items()}
         batches = client.training_batches(round)
         # Half of the epochs: what is grown has to be trained before it is judged by its size.
-        before = client.local.epochs // 2 * client.batches_per_epoch() if self.adjusts(round) else None
-        losses, cost = [], Cost(paper_macs=dense_paper_macs(client, share))
+        length = client.batches_per_epoch()
+        before = client.planned_steps // length // 2 * length if self.adjusts(round) else None
+        losses, cost = [], Cost()
         if before is not None:
             if before:
                 loss, part = self._sgd(client, round, masks, itertools.islice(batches, before))
@@ -126,6 +127,7 @@ class FedDST(Algorithm):
             cost += part
         loss, part = self._sgd(client, round, masks, batches)
         losses, cost = [*losses, (loss, part.steps)], cost + part
+        cost += Cost(paper_macs=dense_paper_macs(client, cost.steps, share))
         upload = self._upload(client, masks, self.adjusts(round))
         return Training(upload, sum(v * n for v, n in losses) / max(cost.steps, 1), cost)
 

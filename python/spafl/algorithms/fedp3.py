@@ -132,7 +132,7 @@ class FedP3(Algorithm):
             for name, tensor in m.rest_of(message).items():
                 own[name].copy_(tensor)
         loss, cost = local_sgd(client, round, masked(masks))
-        macs = dense_paper_macs(client, self._shares(client.model, masks))
+        macs = dense_paper_macs(client, cost.steps, self._shares(client.model, masks))
         numbers = layer_numbers(client.model)
         pruned = {numbers[name] for name in masks}
         whole = [name for name, number in numbers.items() if number not in pruned]

@@ -60,7 +60,9 @@ class FedPer(FedAvg):
     def train(self, client: Client, message: Message, round: int) -> Training:
         load_tensors(client.model, message)
         loss, cost = local_sgd(client, round)
-        return Training(snapshot(client.model, message), loss, replace(cost, paper_macs=dense_paper_macs(client)))
+        return Training(
+            snapshot(client.model, message), loss, replace(cost, paper_macs=dense_paper_macs(client, cost.steps))
+        )
 
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
         load_tensors(client.model, message)

@@ -180,7 +180,7 @@ class FedPM(Algorithm):
         for name in sorted(self._scores(message)):  # a message has another order after a run was resumed
             p = torch.sigmoid(client.model.get_parameter(name).detach().cpu())
             upload[m.MASK + name] = m.pack(torch.bernoulli(p, generator=generator) > 0)
-        return Training(upload, loss, replace(cost, paper_macs=dense_paper_macs(client)))
+        return Training(upload, loss, replace(cost, paper_macs=dense_paper_macs(client, cost.steps)))
 
     # -- evaluation and cost
 

@@ -127,7 +127,7 @@ class FedSpa(Algorithm):
         extra = masked({m.weight_name(name): mask for name, mask in masks.items()})
         loss, cost = local_sgd(client, round, extra)
         share = {name: mask.double().mean().item() for name, mask in masks.items()}
-        cost = replace(cost, paper_macs=dense_paper_macs(client, share))
+        cost = replace(cost, paper_macs=dense_paper_macs(client, cost.steps, share))
         weights = m.weight_layers(client.model)
         upload = m.sparse_values(weights, masks) | snapshot(client.model, m.rest_of(message))
         if self.options.search == "static":

@@ -149,7 +149,7 @@ class HeteroFL(Algorithm):
             turn.trainer.loss = partial(_masked_cross_entropy, present.to(device))
         loss, cost = local_sgd(turn, round)
         share = narrow.shares(client.model, {name: t.shape for name, t in message.items()})
-        cost = replace(cost, paper_macs=dense_paper_macs(client, share))
+        cost = replace(cost, paper_macs=dense_paper_macs(client, cost.steps, share))
         return Training(snapshot(turn.model), loss, cost, {"rate": self.options.rates[self._width(client.id)]})
 
     # -- evaluation and cost

@@ -35,7 +35,7 @@ class Local(Algorithm):
 
     def train(self, client: Client, message: Message, round: int) -> Training:
         loss, cost = local_sgd(client, round)
-        return Training({}, loss, replace(cost, paper_macs=dense_paper_macs(client)))
+        return Training({}, loss, replace(cost, paper_macs=dense_paper_macs(client, cost.steps)))
 
     def merge(
         self, server: ServerState, round: int, uploads: Sequence[Upload], clients: int

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from spafl_kernels import to_dense
+from spafl_kernels.training import SGDOptions
 
 from ..cost import Cost
 from ..wire import Message
@@ -197,8 +197,7 @@ def dense_gradients(client: Client, layers: Iterable[str], round: int) -> tuple[
 
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     # A step of length 0 has the trainer's checks and its count.
-    still = replace(client.sgd_options(round), lr=0.0, momentum=0.0, weight_decay=0.0, max_grad_norm=None)
-    client.trainer.begin(still, extra=keep)
+    client.trainer.begin(SGDOptions(lr=0.0), extra=keep)
     client.run_sgd(round, [(x, y.to(x.device))])
     result = client.trainer.finish()
     with torch.no_grad():

@@ -40,10 +40,12 @@ def split(message: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     return model, {n.removeprefix(PREFIX): t for n, t in message.items() if n.startswith(PREFIX)}
 
 
-def steps_of_momentum(steps: int, momentum: float) -> float:
+def steps_of_momentum(steps: int, momentum: float, nesterov: bool = False) -> float:
     """How many times ``lr g`` SGD from fresh momentum moves in so many steps of a constant gradient ``g``."""
     if not momentum:
         return steps
+    if nesterov:  # every step is what plain momentum does one step later
+        return steps_of_momentum(steps + 1, momentum) - 1
     return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
@@ -64,6 +66,14 @@ class Scaffold(FedAvg):
     Options = ScaffoldOptions  # type: ignore[assignment]
     options: ScaffoldOptions  # type: ignore[assignment]
 
+    def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
+        if self.local is not None and self.local.optimizer != "sgd":
+            raise ValueError(
+                "control variates are mean gradients, read off how far SGD has moved; they need "
+                f"training.optimizer = sgd, got {self.local.optimizer}"
+            )
+        return super().prepare_model(model, sample)
+
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:
         return {PREFIX + name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
@@ -80,12 +90,13 @@ class Scaffold(FedAvg):
         with torch.enable_grad():
             loss, cost = local_sgd(client, round, correction(own, common))
         upload = snapshot(client.model)
-        moved = client.local.lr_at(round) * steps_of_momentum(cost.steps, client.local.momentum)
+        local = client.local
+        moved = local.lr_at(round) * steps_of_momentum(cost.steps, local.momentum, local.nesterov)
         for name, p in client.model.named_parameters():
             change = (start[name] - p) / moved - common[name] if moved else torch.zeros_like(p)
             own[name].add_(change)
             upload[PREFIX + name] = change.cpu()
-        return Training(upload, loss, replace(cost, paper_macs=dense_paper_macs(client)))
+        return Training(upload, loss, replace(cost, paper_macs=dense_paper_macs(client, cost.steps)))
 
     def merge(
         self, server: ServerState, round: int, uploads: Sequence[Upload], clients: int

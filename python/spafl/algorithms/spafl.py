@@ -33,7 +33,7 @@ from spafl_kernels import ThresholdLinear, convert, to_dense
 from spafl_kernels.functional import importance_update_, threshold_layers
 from spafl_kernels.layers import ThresholdLayer
 from spafl_kernels.reference import Estimator, filter_scores
-from spafl_kernels.training import SGDOptions
+from spafl_kernels.training import Options
 
 from ..cost import Cost
 from ..wire import Message
@@ -100,7 +100,7 @@ class SpaFLOptions(AggregationOptions):
     """When and for whom: sampled clients before they train, or every client after aggregation."""
     importance_normaliser: Literal["kernel", "row"]
     momentum_lifetime: Literal["run", "round"]
-    """``run``: a client's momentum survives from one of its rounds to its next."""
+    """``run``: the state of a client's optimiser (momentum, Adam's moments) survives from one turn to its next."""
     collapse_floor: float | None = Field(ge=0, le=1)
     """A layer at or below this density gets all thresholds set to 0 at its next training step; None: never."""
     count_threshold_macs: bool
@@ -205,7 +205,10 @@ class SpaFL(Algorithm):
         state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         if self.options.momentum_lifetime == "run":
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            state |= {f"momentum.{name}": torch.zeros_like(p) for name, p in trained.items()}
+            fresh = {name: torch.zeros_like(p) for name, p in trained.items()}
+            if self.local is not None:
+                fresh = self.local.options_at(0).fresh_state(trained)
+            state |= {f"momentum.{name}": tensor for name, tensor in fresh.items()}
         if self.options.collapse_floor is not None:
             # Density of each layer in its previous forward pass, which the guard looks at.
             state["density"] = torch.ones(len(list(threshold_layers(model))), dtype=torch.float64)
@@ -274,7 +277,7 @@ class SpaFL(Algorithm):
         if self.options.exchange:
             upload = {f"{name}.threshold": layer.threshold.detach().cpu().clone() for name, layer in layers.items()}
         figures = {"density": sum(result.densities.values()) / len(result.densities)}
-        macs = self._paper_macs(client, result.densities)
+        macs = self._paper_macs(client, result.densities, steps)
         return Training(upload, loss, Cost(steps=steps, paper_macs=macs, executed_macs=result.macs), figures)
 
     def receive(self, client: Client, announcement: Message, round: int) -> None:
@@ -283,7 +286,7 @@ class SpaFL(Algorithm):
             normaliser: Any = self.options.importance_normaliser
             importance_update_(layer.weight, delta.to(layer.weight.device), normaliser, layer.transposed_groups)
 
-    def _sgd_options(self, client: Client, round: int) -> SGDOptions:
+    def _sgd_options(self, client: Client, round: int) -> Options:
         penalty, floor = penalty_at(self.options, round), self.options.collapse_floor
         return replace(client.sgd_options(round), penalty=penalty, collapse_floor=floor)
 
@@ -310,11 +313,11 @@ class SpaFL(Algorithm):
 
     # -- cost
 
-    def _paper_macs(self, client: Client, densities: dict[str, float]) -> float:
+    def _paper_macs(self, client: Client, densities: dict[str, float], steps: int) -> float:
         """The published counter: the masks of the last batch stand for the whole round, inputs count as dense."""
         per_sample = sum(density * client.macs[name] for name, density in densities.items())
         layers = client.layers.values()
-        total = 3.0 * client.local.epochs * len(client.train) * per_sample
+        total = 3.0 * client.epochs_of(steps) * len(client.train) * per_sample
         if self.options.count_threshold_macs:
             total += sum(layer.weight.numel() for layer in layers)  # type: ignore[misc, operator]
             total += sum(len(layer.threshold) for layer in layers) * client.batches_per_epoch()  # type: ignore[arg-type]
