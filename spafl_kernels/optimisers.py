@@ -32,8 +32,9 @@ class _Checked:
             raise ValueError(f"{name} must be {allowed}; got {value!r}")
 
     def _check_common(self) -> None:
-        for name in ("lr", "weight_decay", "penalty"):
+        for name in ("lr", "weight_decay"):
             self._check(name, "a finite number >= 0", lambda v: v >= 0)
+        self._check("penalty", "a finite number", lambda v: True)
         if self.threshold_lr is not None:
             self._check("threshold_lr", "None or a finite number >= 0", lambda v: v >= 0)
         if self.max_grad_norm is not None:
@@ -51,7 +52,8 @@ class SGDOptions(_Checked):
         momentum: in [0, 1).
         weight_decay: finite, >= 0; applies to thresholds too, as one parameter group of ``torch.optim.SGD`` does.
         max_grad_norm: largest global gradient norm over all parameters including thresholds, > 0; None does not clip.
-        penalty: coefficient of ``sum exp(-tau)``, finite, >= 0; any warm-up is already in it.
+        penalty: coefficient of ``sum exp(-tau)``, finite; any warm-up is already in it. A negative one pulls thresholds
+            down, which a controller of the density needs.
         collapse_floor: density in [0, 1) at or below which a layer's thresholds are reset to 0 before its next
             forward (published code: 0.01); None switches the guard off.
         nesterov: Nesterov's momentum: ``p -= lr * (g + momentum * v)``; needs momentum.

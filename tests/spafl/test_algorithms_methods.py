@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from spafl.algorithms import ALGORITHMS, Client, Samples, Upload, find_algorithm, narrow
 from spafl.algorithms import masks as m
-from spafl.algorithms.scaffold import steps_of_momentum
+from spafl.algorithms.client import steps_of_momentum
 from spafl.config import deep_merge, resolve_config
 from spafl.data import Transform
 from spafl.errors import UserError

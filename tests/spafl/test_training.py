@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from spafl.algorithms import Client, LocalTraining, Samples
+from spafl.algorithms.client import steps_of_momentum
 from spafl.algorithms.dense import dense_paper_macs
-from spafl.algorithms.scaffold import steps_of_momentum
 from spafl.config import RunConfig, deep_merge, resolve_config
 from spafl.data import Transform
 from spafl.errors import UserError

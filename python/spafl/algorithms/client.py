@@ -130,6 +130,15 @@ class LocalTraining:
         )
 
 
+def steps_of_momentum(steps: int, momentum: float, nesterov: bool = False) -> float:
+    """How many times ``lr g`` SGD from fresh momentum moves in so many steps of a constant gradient ``g``."""
+    if not momentum:
+        return steps
+    if nesterov:  # every step is what plain momentum does one step later
+        return steps_of_momentum(steps + 1, momentum) - 1
+    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+
+
 class EarlyStop:
     """Watches the mean losses of the passes of a turn.
 

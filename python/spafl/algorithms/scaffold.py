@@ -20,7 +20,7 @@ from spafl_kernels.training import Extra
 
 from ..wire import Message
 from .base import BaseOptions, ServerState, Training, Upload
-from .client import Client
+from .client import Client, steps_of_momentum
 from .dense import averaged, dense_paper_macs, load_state, local_sgd, snapshot
 from .fedavg import FedAvg
 
@@ -38,15 +38,6 @@ def split(message: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     """The model's tensors, and the control variates by the name of their parameter."""
     model = {name: t for name, t in message.items() if not name.startswith(PREFIX)}
     return model, {n.removeprefix(PREFIX): t for n, t in message.items() if n.startswith(PREFIX)}
-
-
-def steps_of_momentum(steps: int, momentum: float, nesterov: bool = False) -> float:
-    """How many times ``lr g`` SGD from fresh momentum moves in so many steps of a constant gradient ``g``."""
-    if not momentum:
-        return steps
-    if nesterov:  # every step is what plain momentum does one step later
-        return steps_of_momentum(steps + 1, momentum) - 1
-    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
 def correction(own: Mapping[str, Tensor], common: Mapping[str, Tensor]) -> Extra:

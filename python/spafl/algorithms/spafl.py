@@ -313,11 +313,15 @@ class SpaFL(Algorithm):
 
     # -- cost
 
-    def _paper_macs(self, client: Client, densities: dict[str, float], steps: int) -> float:
-        """The published counter: the masks of the last batch stand for the whole round, inputs count as dense."""
+    def _paper_macs(self, client: Client, densities: dict[str, float], steps: int | None = None) -> float:
+        """The published counter: the masks of the last batch stand for the whole round, inputs count as dense.
+
+        ``steps``: that were done; by default the epochs that are set.
+        """
+        epochs = client.local.epochs if steps is None else client.epochs_of(steps)
         per_sample = sum(density * client.macs[name] for name, density in densities.items())
         layers = client.layers.values()
-        total = 3.0 * client.epochs_of(steps) * len(client.train) * per_sample
+        total = 3.0 * epochs * len(client.train) * per_sample
         if self.options.count_threshold_macs:
             total += sum(layer.weight.numel() for layer in layers)  # type: ignore[misc, operator]
             total += sum(len(layer.threshold) for layer in layers) * client.batches_per_epoch()  # type: ignore[arg-type]

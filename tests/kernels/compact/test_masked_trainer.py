@@ -142,7 +142,7 @@ def test_a_model_without_thresholds_is_plain_sgd():
         ({"momentum": 1.0}, r"momentum must be a number in \[0, 1\); got 1.0"),
         ({"weight_decay": float("inf")}, "weight_decay must be"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be None or a finite number > 0; got 0.0"),
-        ({"penalty": -0.1}, "penalty must be"),
+        ({"penalty": float("nan")}, "penalty must be"),
         ({"collapse_floor": 1.0}, "collapse_floor must be"),
     ],
 )
