@@ -33,7 +33,7 @@ from spafl_kernels import ThresholdLinear, convert, to_dense
 from spafl_kernels.functional import importance_update_, threshold_layers
 from spafl_kernels.layers import ThresholdLayer
 from spafl_kernels.reference import Estimator, filter_scores
-from spafl_kernels.training import Options
+from spafl_kernels.training import Options as TrainerOptions
 
 from ..cost import Cost
 from ..wire import Message
@@ -286,7 +286,7 @@ class SpaFL(Algorithm):
             normaliser: Any = self.options.importance_normaliser
             importance_update_(layer.weight, delta.to(layer.weight.device), normaliser, layer.transposed_groups)
 
-    def _sgd_options(self, client: Client, round: int) -> Options:
+    def _sgd_options(self, client: Client, round: int) -> TrainerOptions:
         penalty, floor = penalty_at(self.options, round), self.options.collapse_floor
         return replace(client.sgd_options(round), penalty=penalty, collapse_floor=floor)
 
