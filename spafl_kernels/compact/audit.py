@@ -105,23 +105,14 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
     if repeats < 1:
         raise ValueError(f"repeats must be >= 1; got {repeats}")
     flow = trace_flow(model, tuple(x.shape[1:]))
-    keep = {}
-    for name, op in flow.layers.items():
-        if isinstance(op.module, ThresholdLayer):
-            grouped = op.dense and getattr(op.module, "groups", 1) > 1
-            keep[name] = torch.ones_like(op.module.mask()) if grouped else op.module.mask()
+    keep = {name: op.module.mask() for name, op in flow.layers.items() if isinstance(op.module, ThresholdLayer)}
     exact, padded = Plan(flow, keep, multiple=1), Plan(flow, keep)
     found = []
     for name, op in flow.layers.items():
-        m = op.module
-        source = flow.ops[op.sources[0]]
+        m, source = op.module, flow.source(op)
         shape_in, shape_out = (len(x), *(source.shape or ())[1:]), (len(x), *(op.shape or ())[1:])
-        rows, stored = len(m.weight), len(m.weight)
-        columns = width = m.weight.shape[1]
-        if name in keep:
-            rows, stored = len(exact.rows[name].kept), padded.rows[name].stored
-        if op.columns is not None:
-            columns, width = len(exact.channels(op.columns).kept), padded.channels(op.columns).stored
+        rows, columns, _ = op.product(exact, padded=False)
+        stored, width, groups = op.product(padded, padded=True)
         kernel = m.weight[0, 0].numel()
         positions = 1
         for size in (shape_out[0], *(shape_out[2:] if isinstance(m, nn.Conv2d) else shape_out[1:-1])):
@@ -129,12 +120,12 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
         passes = 3 if source.grad else 2
         macs = [passes * positions * kernel * a * b for a, b in ((len(m.weight), m.weight.shape[1]), (rows, columns))]
         small = copy.copy(m.__dict__)
-        dense = _timer(m, shape_in, m.weight.shape, source.grad, small, mask=True)
+        dense = _timer(m, shape_in, m.weight.shape, source.grad, small, getattr(m, "groups", 1), mask=True)
         dim = 1 if isinstance(m, nn.Conv2d) else -1
         narrow = list(shape_in)
-        narrow[dim] = width if op.dense else stored
+        narrow[dim] = width * groups
         weight_shape = (stored, width, *m.weight.shape[2:])
-        compact = _timer(m, tuple(narrow), weight_shape, source.grad, small, mask=False)
+        compact = _timer(m, tuple(narrow), weight_shape, source.grad, small, groups, mask=False)
         times: tuple[list[float], list[float]] = ([], [])
         for run in (dense, compact):
             run()
@@ -149,7 +140,13 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
 
 
 def _timer(
-    m: nn.Module, shape: tuple[int, ...], weight_shape: tuple[int, ...], input_grad: bool, settings: dict, mask: bool
+    m: nn.Module,
+    shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    input_grad: bool,
+    settings: dict,
+    groups: int,
+    mask: bool,
 ) -> Callable[[], None]:
     """Forward and backward of one layer on random numbers of these shapes."""
     like = next(m.parameters())
@@ -162,7 +159,6 @@ def _timer(
         w = mask_weight_and_bias(weight, tau, None, settings.get("estimator", "identity"), False)[0] if mask else weight
         if isinstance(m, nn.Conv2d):
             padding = settings["padding"] if settings["padding_mode"] == "zeros" else 0
-            groups = 1 if m.groups == 1 else weight_shape[0] if m.groups == m.in_channels else m.groups
             y = F.conv2d(x, w, None, m.stride, padding, m.dilation, groups)
         else:
             y = F.linear(x, w)

@@ -33,7 +33,7 @@ class Condition:
     ) -> None:
         self.layer, self.proof, self.noisy = layer, proof, noisy
         # The answer cannot change while the masks stay.
-        self.fixed = layer.all_rows or (proof is None and not noisy)
+        self.fixed = proof is None and not noisy
 
     @classmethod
     def of(cls, flow: Flow, layer: LayerState) -> Condition | None:
@@ -48,15 +48,13 @@ class Condition:
                 for name in flow.norms
                 if (layout := flow.layout_in(name)) is not None and layer.name in layout.sources
             ]
-        if proof is not None and not bias and not layer.all_rows and all(not norm for norm, _ in proof):
+        if proof is not None and not bias and all(not norm for norm, _ in proof):
             return None
         return cls(layer, proof, noisy)
 
     @property
     def reason(self) -> str:
         """Why rows may be computed although they are pruned."""
-        if self.layer.all_rows:
-            return "a convolution in groups keeps its rows"
         if not self.layer.window or self.proof is None:
             where = "" if self.proof is not None else ": no ReLU behind the layer makes it 0"
             rule = (
@@ -72,8 +70,6 @@ class Condition:
         """
         layer = self.layer
         device = layer.module.weight.device
-        if layer.all_rows:
-            return torch.ones(layer.rows, dtype=torch.bool, device=device)
         result: Tensor | None = None
         if not layer.window or far is not None:
             if self.proof is None:

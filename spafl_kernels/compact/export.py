@@ -13,7 +13,8 @@ from .flow import Flow
 from .follow import trace_flow
 from .kinds.base import Op
 from .kinds.ends import Output
-from .kinds.layers import Depthwise, Layer
+from .kinds.grouped import Depthwise, Grouped
+from .kinds.layers import Layer
 from .kinds.norms import BatchNorm
 from .plan import Plan
 from .small import Small
@@ -53,7 +54,7 @@ def _compared(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if t.is_floating_point() and not bool(t.isfinite().all()):
             raise Unsupported(f"{name!r} is not finite")
-    flow = trace_flow(model, image, check_traceable(model, "eval", gradients=False))
+    flow = trace_flow(model, image, check_traceable(model, "eval", gradients=False), stored=True)
     try:
         small = _small(flow)
     except Unsupported:
@@ -66,7 +67,7 @@ def _compared(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
         x = torch.randn(batch, *image, dtype=torch.float64, device=next(model.parameters()).device)
 
         def ours(twin: nn.Module, t: Tensor) -> Any:
-            return _small(trace_flow(twin, image, trace.on(twin)))(t)
+            return _small(trace_flow(twin, image, trace.on(twin), stored=True))(t)
 
         if (found := differs(flow, x, ours, gradients=False, rounds=(round,))) is not None:
             raise Unsupported(f"the exported model is not the model: {found}")
@@ -80,7 +81,7 @@ def _compared(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
 
 
 def _exported(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
-    return _small(trace_flow(model, image, check_traceable(model, "eval", gradients=False)))
+    return _small(trace_flow(model, image, check_traceable(model, "eval", gradients=False), stored=True))
 
 
 def _small(flow: Flow) -> nn.Module:
@@ -100,7 +101,12 @@ def _folded(flow: Flow) -> dict[str, BatchNorm]:
     found = {}
     for norm in flow.norms.values():
         layer = flow.source(norm)
-        if isinstance(layer, Layer) and flow.single_reader(layer) and norm.reads == layer.layout:
+        if (
+            isinstance(layer, Layer)
+            and not isinstance(layer, Grouped)
+            and flow.single_reader(layer)
+            and norm.reads == layer.layout
+        ):
             found[layer.name] = norm
     return found
 
@@ -128,7 +134,7 @@ def _only_read_whole(flow: Flow, op: Op) -> bool:
     """Whether nobody works on the kept channels of a result alone."""
     for user in flow.users(op):
         if isinstance(user, (Layer, BatchNorm)):
-            if user.reads is not None or isinstance(user, Depthwise):
+            if user.reads is not None or isinstance(user, (Depthwise, Grouped)):
                 return False
         elif user.layout is not None and not _only_read_whole(flow, user):
             return False

@@ -44,6 +44,7 @@ class Flow:
         apart: threshold layers that are not in ``layers``, and why: they run as they are.
         whole: modules that run as they are though their kind is known, and why.
         writers: names of nodes that write to their first argument, which must be a copy.
+        stored: what becomes of dropped channels must be a number before the model runs, for an exported model.
         output, outputs: the first node that is returned, and all of them as ``forward`` returns them.
         trace: what was read, and what it holds good for.
     """
@@ -63,6 +64,7 @@ class Flow:
     output: str = ""
     outputs: Any = None
     trace: Trace | None = None
+    stored: bool = False
 
     def __post_init__(self) -> None:
         # A module registered under two names is one module: name it as named_modules does.

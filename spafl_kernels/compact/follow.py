@@ -21,7 +21,11 @@ from .trace import Shapes, Trace, check_traceable, copy_of, kept_random_state
 
 
 def trace_flow(
-    model: nn.Module, image: tuple[int, ...], trace: Trace | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    image: tuple[int, ...],
+    trace: Trace | None = None,
+    dtype: torch.dtype | None = None,
+    stored: bool = False,
 ) -> Flow:
     """Trace ``model`` and follow its channels.
 
@@ -30,13 +34,14 @@ def trace_flow(
         image: shape of one input sample, without the batch.
         trace: of this model; by default one for training and evaluation is made.
         dtype: of the input; by default that of the parameters.
+        stored: see :class:`~spafl_kernels.compact.Flow`.
 
     Raises:
         Unsupported: the model cannot be traced, or does something a compact engine cannot do exactly.
     """
     trace = check_traceable(model) if trace is None else trace
     with torch.inference_mode(False):
-        flow = Flow(model, tuple(image), trace=trace)
+        flow = Flow(model, tuple(image), trace=trace, stored=stored)
         _Follower(flow, trace.graph, dtype).run()
     return flow
 
@@ -56,12 +61,17 @@ def trace_thresholds(model: nn.Module, image: tuple[int, ...], trace: Trace, dty
     return flow
 
 
+def whole(op: Op) -> Whole:
+    return Whole(op.node, module=op.module, sources=tuple(n.name for n in op.node.all_input_nodes))
+
+
 class _Follower:
     def __init__(self, flow: Flow, graph: fx.Graph, dtype: torch.dtype | None = None) -> None:
         self.flow, self.graph, self.model, self.dtype = flow, graph, flow.model, dtype
         assert flow.trace is not None
         self.trace: Trace = flow.trace
         self.modules = dict(self.model.named_modules())
+        self.inside: dict[str, tuple[str, ...]] = {}  # the nodes of what is several
 
     def run(self) -> None:
         flow = self.flow
@@ -76,6 +86,7 @@ class _Follower:
             for op, inner in kind.in_graph(flow):
                 if not any(isinstance(flow.ops[name], Inner) for name in (op.name, *inner)):
                     self.put(op)
+                    self.inside[op.name] = inner
                     for name in inner:
                         was = flow.ops[name]
                         self.put(Inner(was.node, module=was.module))
@@ -105,7 +116,10 @@ class _Follower:
             if str(stop):
                 flow.stop(op, str(stop))
             if not isinstance(op, Whole):
-                self.put(Whole(op.node, module=op.module, sources=op.sources))
+                self.put(whole(op))
+            # What it was made of runs as it stands too.
+            for name in self.inside.get(op.name, ()):
+                self.put(whole(flow.ops[name]))
 
     def shapes(self) -> Shapes:
         """Run the trace on a copy of the model."""
@@ -178,7 +192,7 @@ class _Follower:
             for after in self.flow.users(op):
                 if after.sign is Sign.BLOCKS:
                     found.append(norm)
-                elif isinstance(after, BatchNorm) and not norm[0] and after.layout is not None:
+                elif isinstance(after, BatchNorm) and not norm[0] and after.layout is not None and after.levels:
                     if not walk(after, (self.flow.names[id(after.module)], after.layout)):
                         return False
                 elif after.sign is Sign.UNREAD:

@@ -13,7 +13,7 @@ from ..ops.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, DirectReluPool
 from .flow import Flow
 from .kinds.base import Op
 from .kinds.channelwise import Relu
-from .kinds.layers import Depthwise, Layer
+from .kinds.layers import Layer
 from .kinds.norms import BatchNorm
 from .kinds.pools import Pool
 
@@ -42,7 +42,7 @@ def _reads_kept_bias(flow: Flow, norm: BatchNorm) -> bool:
         seen.add(op.name)
         if isinstance(op.module, ThresholdLayer) and op.module.bias is not None and not op.module.mask_bias:
             return True
-        if not isinstance(op, Layer) or isinstance(op, Depthwise):
+        if not isinstance(op, Layer) or not op.dense:
             nodes += op.node.all_input_nodes
     return False
 
@@ -88,7 +88,7 @@ def _conv_tails(flow: Flow) -> dict[str, Tail]:
     found = {}
     for op in flow.layers.values():
         m = op.module
-        if not isinstance(m, nn.Conv2d) or isinstance(op, Depthwise):
+        if not isinstance(m, nn.Conv2d) or not op.dense:
             continue
         if m.stride != (1, 1) or m.dilation != (1, 1) or m.groups != 1 or m.padding_mode != "zeros":
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -61,6 +62,22 @@ class Layout:
                 parts.append(s.part((low - at) // s.repeat, (high - low) // s.repeat))
             at += s.width
         return Layout(self.dim, tuple(parts))
+
+    def take(self, index: Sequence[int], merge: bool = True) -> tuple[Segment, ...]:
+        """What the channels ``index`` are made of; neighbours are put together, unless ``merge`` is False."""
+        every = [
+            tuple((name, first + k // s.repeat) for name, first in s.sources)
+            for s in self.segments
+            for k in range(s.width)
+        ]
+        runs: list[list[tuple[tuple[str, int], ...]]] = []
+        for sources in (every[i] for i in index):
+            run = runs[-1] if runs and merge else []
+            if run and sources == tuple((name, first + 1) for name, first in run[-1]):
+                run.append(sources)
+            else:
+                runs.append([sources])
+        return tuple(Segment(run[0], len(run)) for run in runs)
 
     def plus(self, other: Layout) -> Layout | None:
         """The layout of a sum of equally wide tensors, or None if their channels are not repeated alike."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .flow import Flow
 from .layout import Layout, Segment
 
-__all__ = ["Channels", "Plan", "keeps_all_rows", "padding_for"]
+__all__ = ["Channels", "Plan", "padding_for"]
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,11 @@ def padding_for(kept: int, width: int, multiple: int) -> int:
     return max(min(-(-kept // multiple) * multiple, width), 1) - kept
 
 
-def keeps_all_rows(module: Any) -> bool:
-    """A convolution in groups needs its rows where they are, pruned or not."""
-    if not isinstance(module, nn.Conv2d):
-        return False
-    return (module.groups > 1 and module.weight.shape[1] > 1) or module.groups not in (1, module.out_channels)
-
-
 class Plan:
     """Kept filters of every threshold layer, and what that means for every layout.
 
     Args:
-        keep: by threshold layer, bool ``(filters,)``: which filters are computed; those of :func:`keeps_all_rows` all.
+        keep: by threshold layer, bool ``(filters,)``: which filters are computed.
         device: where the indices of channels go, if ``keep`` is on the CPU so that nothing waits for a device; None:
             where ``keep`` is.
         multiple: convolutions keep a multiple of this many channels, filled with zero rows; oneDNN computes blocks of
@@ -93,10 +85,7 @@ class Plan:
     ) -> None:
         self._device = next(iter(keep.values())).device if device is None else device
         keep = {name: mask.cpu() for name, mask in keep.items()}
-        self.keep = keep = {
-            name: torch.ones_like(mask) if keeps_all_rows(flow.layers[name].module) else mask
-            for name, mask in keep.items()
-        }
+        self.keep, self.names = keep, flow.names
         self.multiple = multiple
         self._cache: dict[Layout, Channels] = {}
         self.rows: dict[str, Channels] = {}

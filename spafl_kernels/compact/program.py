@@ -26,7 +26,7 @@ class Program:
         flow, index = scope.flow, scope.index
         ops = [op for op in flow.ops.values() if scope.runs(op)]
         outputs = [s for op in flow.ops.values() if isinstance(op, Output) for s in op.sources]
-        self._channels_last, self._places, self._scope = scope.channels_last, len(index), scope
+        self._channels_last, self._scope = scope.channels_last, scope
         self._input = next(index[op.name] for op in flow.ops.values() if isinstance(op, Input))
         self._names = [op.name for op in ops]
         last = {index[s]: op.name for op in ops for s in op.sources} | {index[s]: "" for s in outputs}
@@ -34,7 +34,7 @@ class Program:
         for op in ops:
             frees = (i for i in dict.fromkeys(index[s] for s in op.sources) if last[i] == op.name)
             self._calls.append((op.build(scope, index[op.name]), tuple(frees)))
-        self._outputs = flow.outputs
+        self._outputs, self._places = flow.outputs, scope.places
         self._reads = {s: scope.full(s) for s in outputs}
         self.macs, self.macs_fixed = scope.macs, scope.macs_fixed
 

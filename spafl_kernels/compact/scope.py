@@ -50,6 +50,7 @@ class Scope:
     Attributes:
         index: where the value of every operation is; those that are one call have one place.
         tails: by layer or norm, what is a part of its call.
+        places: how many values there are.
         deferred: the ReLUs that wait for the max-pool behind them.
     """
 
@@ -76,6 +77,7 @@ class Scope:
             self.tails = {op.name: found[op.name] for op in heads if op.name in found and op.takes_tail(self)}
         self.deferred = deferred(flow, self.tails)
         self.index = {name: i for i, name in enumerate(flow.ops)}
+        self.places = len(self.index)
         for head, tail in self.tails.items():
             self.index.update(dict.fromkeys(tail.names, self.index[head]))
         for name, relu in self.deferred.items():
@@ -94,9 +96,14 @@ class Scope:
     def op(self, name: str) -> Op:
         return self.flow.ops[name]
 
-    def full(self, name: str) -> Callable[[Values], Any]:
-        """Reads a value at full width."""
-        op, j = self.op(name), self.index[name]
+    def extra_place(self) -> int:
+        """A place for a value that no operation of the trace has; who takes it clears it."""
+        self.places += 1
+        return self.places - 1
+
+    def full(self, name: str, place: int | None = None) -> Callable[[Values], Any]:
+        """Reads a value at full width; ``place``: where it is, if not in its own."""
+        op, j = self.op(name), self.index[name] if place is None else place
         channels = self.channels(op)
         if channels is None or channels.full:
             return lambda env: env.kept[j]

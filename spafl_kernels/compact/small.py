@@ -124,6 +124,10 @@ class Small:
         """So many channels of zeros behind the others."""
         return self.call(F.pad, node, [0, 0] * (ndim - 1 - dim) + [0, pads]) if pads else node
 
+    def known(self, name: str) -> Tensor:
+        """A parameter or buffer that is read, by the name of its operation."""
+        return self.flow.attribute(str(self.flow.ops[name].node.target)).detach()
+
     def constant_maps(self, op: Any) -> Tensor | None:
         """The constants of what ``op`` reads at every position, for one sample."""
         value, source = self.source(op), self.flow.ops[op.sources[0]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layers import ThresholdLayer
 from .layout import Layout
-from .plan import Channels, keeps_all_rows
+from .plan import Channels
 from .slots import LayerSlot, NormSlot
 
 __all__ = [
@@ -42,7 +42,6 @@ class LayerState:
         self.mask_bias = self.is_threshold and module.mask_bias
         self.begin = begin
         self.part = slice(begin, begin + self.rows)  # of its thresholds among all
-        self.all_rows = keeps_all_rows(module)
         self.slot = LayerSlot(module.weight)
         # Set by each plan.
         self.row_channels: Channels | None = None

@@ -29,7 +29,7 @@ __all__ = ["KINDS", "recognise"]
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-KINDS: tuple[type[Op], ...] = tuple(k for k in kinds_of(Op) if not inspect.isabstract(k))  # type: ignore[type-abstract]
+KINDS: tuple[type[Op], ...] = tuple(k for k in kinds_of(Op) if not inspect.isabstract(k) and hasattr(k, "kind"))  # type: ignore[type-abstract]
 
 _MODULES: dict[type, type[Op]] = {}
 _CALLS: dict[Any, tuple[type[Op], Signature | None]] = {}

@@ -15,9 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..heads import Heads, attend
-from ..plan import Channels
 from ..small import Value
-from ..spread import Pick, Spread
+from ..spread import Pick, packed
 from .base import Op
 from .whole import as_it_stands
 
@@ -94,7 +93,7 @@ class Attention(Op):
         places = Heads([c and c.host for c in known], widths, heads, scope.plan.multiple > 1)
         after, width = scope.channels(self), places.width * heads
         reads: list[Callable[[Values], Tensor]] = [
-            _pack(scope, source, channels, pick, place, width)
+            packed(scope, source, channels, pick, place, width, 2)
             for source, channels, pick, place in zip(ops, known, places.picks, places.places)
         ]
         unpack, stored = None, shape[2] if after is None else after.stored
@@ -114,21 +113,6 @@ class Attention(Op):
     def export(self, small: Small) -> Value:
         """As it stands, at full width; then the channels that are kept."""
         return small.narrowed(self, as_it_stands(self, small))
-
-
-def _pack(
-    scope: Scope, source: Op, channels: Channels | None, pick: Tensor, place: Tensor, width: int
-) -> Callable[[Values], Tensor]:
-    """Reads the channels ``pick`` of a value, in their places among ``width``; both on the CPU."""
-    j, stored = scope.index[source.name], (source.shape or ())[2] if channels is None else channels.stored
-    read = scope.full(source.name) if channels is None else lambda env: env.kept[j]
-    if len(pick) == width == stored:
-        return read
-    spread = Spread(place, width, 2, scope.native, scope.device)
-    if len(pick) == (stored if channels is None else len(channels.kept)):
-        return lambda env: spread(read(env), None, None)
-    take = Pick(pick, max(len(pick), 1), 2, scope.native, scope.device)
-    return lambda env: spread(take(read(env)), None, None)
 
 
 class _Mismatch(Exception):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..calls import Bound, Call, Signature, bound
 from ..small import Value, out_of_place
+from ..spread import zero_pads
 from .base import Const, Op, Sign
 
 if TYPE_CHECKING:
@@ -94,16 +95,21 @@ class Elementwise(Channelwise):
         inside = apply
         if apply is F.relu and source.fresh and scope.flow.single_reader(source):
             inside = torch.relu_
-        # What is 0 stays so, mostly, and costs nothing.
-        silent = not self.at_zero
+        if self.at_zero and channels is not None:
+            assert self.layout is not None
+            dim = self.layout.dim
+
+            def shifted(env: Values, training: bool) -> None:
+                y = env.kept[i] = zero_pads(apply, env.kept[j], channels, dim)
+                env.constants[i] = self.constants(env.constants[j], count, y)
+
+            return shifted
 
         def run(env: Values, training: bool) -> None:
-            y = env.kept[i] = inside(env.kept[j])
+            env.kept[i] = inside(env.kept[j])
             c = env.constants[j]
             if c is not None:
                 env.constants[i] = apply(c)
-            elif not silent:
-                env.constants[i] = self.constants(None, count, y)
 
         return run
 
@@ -129,6 +135,7 @@ def exported_function(op: Any, small: Small, node: fx.Node) -> fx.Node:
 
 _INPLACE = Signature("input inplace", inplace=False)
 _ALONE = Signature("input")
+_HARDTANH = Signature("input min_val max_val inplace", min_val=-1.0, max_val=1.0, inplace=False)
 
 
 @dataclass(eq=False)
@@ -136,10 +143,10 @@ class Relu(Elementwise):
     """``f(x) = f'(x) = 0`` for ``x <= 0``: a proof that the gradient of a pruned row is 0."""
 
     kind = "relu"
-    modules = (nn.ReLU, nn.ReLU6)
+    modules = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
     calls: ClassVar[Mapping[Any, Any]] = {
         F.relu: _INPLACE, torch.relu: _ALONE, F.relu_: _INPLACE, torch.relu_: _ALONE, "relu": _ALONE,
-        "relu_": _ALONE, F.relu6: _INPLACE,
+        "relu_": _ALONE, F.relu6: _INPLACE, F.hardtanh: _HARDTANH,
     }  # fmt: skip
 
     @property
@@ -152,12 +159,17 @@ class Relu(Elementwise):
 
     @classmethod
     def of_module(cls, node: Any, m: Any, flow: Flow) -> Op | None:
+        if type(m) is nn.Hardtanh:
+            return _hardtanh(node, m.min_val, m.max_val)
         return cls(node, apply=F.relu if type(m) is nn.ReLU else F.relu6)
 
     @classmethod
     def of_call(cls, call: Call, flow: Flow) -> Op | None:
-        if not isinstance(call.values["input"], fx.Node) or call.literals("input") is None:
+        rest = call.literals("input")
+        if not isinstance(call.values["input"], fx.Node) or rest is None:
             return None
+        if call.target is F.hardtanh:
+            return _hardtanh(call.node, rest["min_val"], rest["max_val"])
         return cls(call.node, apply=F.relu6 if call.target is F.relu6 else F.relu)
 
 
@@ -174,6 +186,12 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Signature, tuple[Any, ...]]] 
     "hardswish": (F.hardswish, _INPLACE, (F.hardswish,)),
     "mish": (F.mish, _INPLACE, (F.mish,)),
     "softsign": (F.softsign, _ALONE, (F.softsign,)),
+    "sigmoid": (torch.sigmoid, _ALONE, (F.sigmoid, torch.sigmoid, "sigmoid", "sigmoid_")),
+    "hardsigmoid": (F.hardsigmoid, _INPLACE, (F.hardsigmoid,)),
+    "softplus": (F.softplus, Signature("input beta threshold", beta=1, threshold=20), (F.softplus,)),
+    "selu": (F.selu, _INPLACE, (F.selu, torch.selu)),
+    "celu": (F.celu, Signature("input alpha inplace", alpha=1.0, inplace=False), (F.celu,)),
+    "logsigmoid": (F.logsigmoid, _ALONE, (F.logsigmoid,)),
 }
 _OF_MODULES: dict[type, Callable[[Any], Callable[..., Tensor]]] = {
     nn.GELU: lambda m: partial(F.gelu, approximate=m.approximate),
@@ -184,6 +202,12 @@ _OF_MODULES: dict[type, Callable[[Any], Callable[..., Tensor]]] = {
     nn.Hardswish: lambda m: F.hardswish,
     nn.Mish: lambda m: F.mish,
     nn.Softsign: lambda m: F.softsign,
+    nn.Sigmoid: lambda m: torch.sigmoid,
+    nn.Hardsigmoid: lambda m: F.hardsigmoid,
+    nn.Softplus: lambda m: partial(F.softplus, beta=m.beta, threshold=m.threshold),
+    nn.SELU: lambda m: F.selu,
+    nn.CELU: lambda m: partial(F.celu, alpha=m.alpha),
+    nn.LogSigmoid: lambda m: F.logsigmoid,
 }
 
 
@@ -210,3 +234,8 @@ class Activation(Elementwise):
     @classmethod
     def of_function(cls, node: Any, apply: Callable[..., Tensor]) -> Op:
         return cls(node, apply=apply, at_zero=float(apply(torch.zeros((), dtype=torch.float64))))
+
+
+def _hardtanh(node: Any, low: float, high: float) -> Op:
+    apply = partial(F.hardtanh, min_val=low, max_val=high)
+    return Relu(node, apply=apply) if low == 0 < high else Activation.of_function(node, apply)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..calls import Call, Signature
 from ..small import Value
-from .base import Op, Stop
+from .base import Op
 from .channelwise import Same
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Dropout(Op):
         F.dropout: Signature("input p training inplace", p=0.5, training=True, inplace=False)
     }
     by_mode = True
+    stands = True
 
     p: float = 0.5
     drops: tuple[bool, ...] = ()
@@ -61,25 +62,27 @@ class Dropout(Op):
 
     def follow(self, flow: Flow) -> None:
         before = flow.source(self)
-        if before.layout is None:
-            raise Stop
         if before.const:
-            raise Stop("dropout of pruned channels that are not zero")
-        self.layout = before.layout
+            flow.stop(self, "dropout of pruned channels that are not zero")
+        else:
+            self.layout = before.layout
 
     def build(self, scope: Scope, i: int) -> Run:
         p, drops, j = self.p, self.drops, scope.index[self.sources[0]]
-        channels = scope.channels(self)
-        assert channels is not None and self.layout is not None
-        dim = self.layout.dim
+        channels, read = scope.channels(self), scope.full(self.sources[0])
+        dim = 0 if self.layout is None else self.layout.dim
 
         def run(env: Values, training: bool) -> None:
-            x = env.kept[j]
+            x = env.kept[j] if channels is not None else read(env)
             if drops[0 if training else -1] if self.module is None else self.module.training:
                 shape = list(x.shape)
-                shape[dim] = channels.width
-                noise = F.dropout(x.new_ones(shape), p, True).index_select(dim, channels.kept)
-                if channels.pads:
+                if channels is not None:
+                    shape[dim] = channels.width
+                # In this order, in which the masked model's tensor lies.
+                noise = F.dropout(x.new_ones(shape), p, True)
+                if channels is not None:
+                    noise = noise.index_select(dim, channels.kept)
+                if channels is not None and channels.pads:
                     shape[dim] = channels.pads
                     noise = torch.cat([noise, noise.new_zeros(shape)], dim)
                 x = x * noise
@@ -91,6 +94,8 @@ class Dropout(Op):
         """Nothing, unless it is on in eval mode; then the same numbers are drawn as at full width."""
         source = small.source(self)
         (on,) = self.drops
-        if not on:
+        if not on and self.layout is not None:
             return Value(source.node, small.channels(self), source.constants)
+        if not on:
+            return Value(small.full(self.sources[0]), None)
         return small.narrowed(self, small.call(F.dropout, small.full(self.sources[0]), self.p, True))

@@ -76,12 +76,13 @@ class Inner(Op):
 
 @dataclass(eq=False)
 class Shape(Op):
-    """``x.shape``, ``x.size()``: as they are at full width."""
+    """``x.shape``, ``x.size()``, as they are at full width; ``x.dtype``, ``x.device``, ``x.ndim``."""
 
     kind = "shape"
     calls: ClassVar[Mapping[Any, Any]] = {getattr: None, "size": Signature("input dim", dim=None)}
 
     dim: int | None = None
+    name_of: str = "shape"
 
     @property
     def sign(self) -> Sign:
@@ -90,7 +91,9 @@ class Shape(Op):
     @classmethod
     def of_call(cls, call: Call, flow: Flow) -> Op | None:
         if call.target is getattr:
-            return cls(call.node) if call.node.args[1:] == ("shape",) else None
+            (what,) = call.node.args[1:] if len(call.node.args) == 2 else ("",)
+            known = what in ("shape", "dtype", "device", "ndim")
+            return cls(call.node, name_of=str(what)) if known else None
         dim = call.values["dim"]
         return cls(call.node, dim=dim) if dim is None or isinstance(dim, int) else None
 
@@ -98,8 +101,14 @@ class Shape(Op):
         """It has no channels."""
 
     def build(self, scope: Scope, i: int) -> Run:
-        source, dim = scope.op(self.sources[0]), self.dim
+        source, dim, what = scope.op(self.sources[0]), self.dim, self.name_of
         j, layout = scope.index[source.name], source.layout
+        if what != "shape":
+
+            def asked(env: Values, training: bool) -> None:
+                env.kept[i] = getattr(env.kept[j], what)
+
+            return asked
 
         def run(env: Values, training: bool) -> None:
             shape: Any = list(env.kept[j].shape)

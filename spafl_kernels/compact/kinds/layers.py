@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,12 +17,12 @@ from ...ops.channels import is_channels_last
 from ...ops.conv_pool import MAX_IN_CHANNELS, DirectConvReluPool
 from ...ops.image_conv import DirectImageConv, Passes, image_passes
 from ...training import Unsupported
-from ..constants import typed
+from ..constants import all_places, typed
 from ..layout import Layout, Segment
-from ..plan import Channels
+from ..plan import Channels, Plan
 from ..small import Value, take_rows_of
 from ..spread import pixels
-from .base import Const, Op
+from .base import Const, Op, kinds_of
 
 if TYPE_CHECKING:
     from ..flow import Flow
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..slots import LayerSlot
     from ..small import Small
 
-__all__ = ["Depthwise", "Layer"]
+__all__ = ["Layer", "under_mask"]
 
 
 @dataclass(eq=False)
@@ -47,10 +47,15 @@ class Layer(Op):
 
     @classmethod
     def of_module(cls, node: Any, m: Any, flow: Flow) -> Op | None:
-        depthwise = isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups == m.in_channels == m.out_channels
-        op = Depthwise(node, grad=True) if depthwise else Layer(node, grad=True)
-        flow.layers[flow.names[id(m)]] = op
+        kinds: Iterator[Any] = kinds_of(Layer)
+        kind = next((k for k in kinds if k.fits(m)), Layer)
+        flow.layers[flow.names[id(m)]] = op = kind(node, grad=True)
         return op
+
+    @classmethod
+    def fits(cls, m: Any) -> bool:
+        """Whether a layer is of a kind of its own."""
+        return False
 
     @property
     def columns(self) -> Layout | None:
@@ -80,7 +85,7 @@ class Layer(Op):
         if before.layout is not None:
             if before.layout.dim != dim:
                 flow.stop(self, "channels are not where the layer reads them")
-            elif (reason := self.unread()) is not None:
+            elif (reason := self.unread(before)) is not None:
                 flow.stop(self, reason)
             else:
                 self.reads = before.layout
@@ -90,9 +95,17 @@ class Layer(Op):
             self.layout = Layout(dim, (Segment(((flow.names[id(m)], 0),), m.weight.shape[0]),))
             self.const = Const.SAME if m.bias is not None and not m.mask_bias else Const.ZERO
 
-    def unread(self) -> str | None:
-        """Why kept channels alone cannot be read."""
-        return "grouped convolution" if self.is_conv and self.module.groups > 1 else None
+    def unread(self, before: Op) -> str | None:
+        """Why the kept channels of ``before`` cannot be read alone."""
+        return None
+
+    def product(self, plan: Plan, padded: bool) -> tuple[int, int, int]:
+        """What is computed at every position: rows, inputs of each, and groups; with the zeros that fill it up."""
+        m = self.module
+        rows, columns = plan.rows.get(plan.names[id(m)]), None if self.columns is None else plan.channels(self.columns)
+        count = len(m.weight) if rows is None else rows.stored if padded else len(rows.kept)
+        width = m.weight.shape[1] if columns is None else columns.stored if padded else len(columns.kept)
+        return count, width, 1
 
     # -- the call --------------------------------------------------------------------------------------------------
 
@@ -165,12 +178,7 @@ class Layer(Op):
                 if extra is not None:
                     y = y + extra
             if mask is not None:
-                shape = (1, -1, 1, 1) if conv else (-1,)
-                if late is not None and mask_bias:
-                    y = y + late.view(shape).to(y.dtype)
-                y = y * mask.view(shape).to(y.dtype)
-                if late is not None and not mask_bias:
-                    y = y + late.view(shape).to(y.dtype)
+                y = under_mask(y, mask, late, mask_bias, (1, -1, 1, 1) if conv else (-1,))
             c = typed(slot.bias_dropped, y) if const_out else None
             if tail is not None:
                 y, c = tail(y), None if c is None else torch.relu(c)
@@ -199,7 +207,10 @@ class Layer(Op):
     def count_macs(self, scope: Scope, source: Op, slot: LayerSlot, const_in: bool, as_map: bool) -> None:
         scope.macs += (3 if source.grad else 2) * slot.weight.numel() * self.positions
         if const_in and (dropped := slot.weight_dropped) is not None:
-            scope.macs_fixed += 3 * dropped.numel()
+            if source.const == Const.SAMPLE:
+                scope.macs += 3 * dropped.numel()
+            else:
+                scope.macs_fixed += 3 * dropped.numel() * (self.positions if source.const == Const.PLACE else 1)
             if as_map:  # forward, and the gradient of what the constants make of each tap
                 scope.macs_fixed += 2 * dropped[:, 0].numel() * self.positions
 
@@ -209,18 +220,7 @@ class Layer(Op):
         m, source = self.module, small.source(self)
         name, conv = small.flow.names[id(m)], self.is_conv
         rows, columns = small.plan.rows.get(name), None if self.columns is None else small.plan.channels(self.columns)
-        weight, bias = m.weight.detach(), None if m.bias is None else m.bias.detach()
-        if isinstance(m, ThresholdLayer):
-            mask = m.mask().to(weight.dtype)
-            weight = weight * mask.view(-1, *(1,) * (weight.dim() - 1))
-            if bias is not None and m.mask_bias:
-                bias = bias * mask
-        dropped_bias = None
-        if rows is not None:
-            if bias is not None and not m.mask_bias and len(rows.dropped):
-                dropped_bias = bias[rows.dropped]
-            weight = take_rows_of(weight, rows)
-            bias = None if bias is None else take_rows_of(bias, rows)
+        weight, bias, dropped_bias = self.exported_rows(rows)
         node = self.exported_input(small, rows)
         border: Tensor | None = None
         if columns is not None:
@@ -238,33 +238,57 @@ class Layer(Op):
             weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
             bias = shift if bias is None else bias * scale + shift
             border = None if border is None else border * scale.view(1, -1, 1, 1)
-        made: Any
         if conv:
-            groups, padding = self.exported_groups(weight), m.padding
-            if isinstance(padding, str):
-                # In numbers: ONNX Runtime refuses "same" with dilation.
-                total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(m.dilation, m.kernel_size)]
-                padding = tuple(t // 2 for t in total)
-                if any(t % 2 for t in total):
-                    (top, left), padding = padding, 0
-                    sides = [left, total[1] - left, top, total[0] - top]
-                    mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
-                    node = small.call(F.pad, node, sides, mode)
-            made = nn.Conv2d(
-                weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.dilation, groups,
-                bias is not None, m.padding_mode, weight.device, weight.dtype,
-            )  # fmt: skip
+            out = self.exported_conv(small, name, node, weight, bias, self.exported_groups(weight))
         else:
             made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
-        made.weight.copy_(weight)
-        if bias is not None:
-            made.bias.copy_(bias)
-        out = small.module(name, made, node)
+            made.weight.copy_(weight)
+            if bias is not None:
+                made.bias.copy_(bias)
+            out = small.module(name, made, node)
         if border is not None:
             out = small.call(torch.add, out, small.buffer(f"{name}_border", border))
         value = Value(out, small.channels(result), out_constants)
         small.values[result.name] = value
         return value
+
+    def exported_rows(self, rows: Channels | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight and bias of the kept rows under the mask, and what a dropped row's result is."""
+        m = self.module
+        weight, bias = m.weight.detach(), None if m.bias is None else m.bias.detach()
+        if isinstance(m, ThresholdLayer):
+            mask = m.mask().to(weight.dtype)
+            weight = weight * mask.view(-1, *(1,) * (weight.dim() - 1))
+            if bias is not None and m.mask_bias:
+                bias = bias * mask
+        if rows is None:
+            return weight, bias, None
+        dropped = bias[rows.dropped] if bias is not None and not m.mask_bias and len(rows.dropped) else None
+        return take_rows_of(weight, rows), None if bias is None else take_rows_of(bias, rows), dropped
+
+    def exported_conv(
+        self, small: Small, name: str, node: fx.Node, weight: Tensor, bias: Tensor | None, groups: int
+    ) -> fx.Node:
+        m = self.module
+        padding: Any = m.padding
+        if isinstance(padding, str):
+            # In numbers: ONNX Runtime refuses "same" with dilation.
+            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(m.dilation, m.kernel_size)]
+            padding = tuple(t // 2 for t in total)
+            if any(t % 2 for t in total):
+                (top, left), padding = padding, 0
+                sides = [left, total[1] - left, top, total[0] - top]
+                mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+                node = small.call(F.pad, node, sides, mode)
+        made = nn.Conv2d(
+            weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.dilation, groups,
+            bias is not None, m.padding_mode, weight.device, weight.dtype,
+        )  # fmt: skip
+        made.weight.copy_(weight)
+        if bias is not None:
+            assert made.bias is not None
+            made.bias.copy_(bias)
+        return small.module(name, made, node)
 
     def exported_input(self, small: Small, rows: Channels | None) -> fx.Node:
         return small.full(self.sources[0]) if self.columns is None else small.source(self).node
@@ -289,6 +313,14 @@ class Layer(Op):
         return bias, F.conv2d(maps, lost, None, m.stride, padding, m.dilation)
 
 
+def under_mask(y: Tensor, mask: Tensor, bias: Tensor | None, mask_bias: bool, shape: tuple[int, ...]) -> Tensor:
+    """A result without bias, masked, and the bias inside or outside the mask."""
+    if bias is not None and mask_bias:
+        y = y + bias.view(shape).to(y.dtype)
+    y = y * mask.view(shape).to(y.dtype)
+    return y + bias.view(shape).to(y.dtype) if bias is not None and not mask_bias else y
+
+
 class _ConvConstants:
     """What the constants of dropped input channels add to a convolution's result.
 
@@ -299,6 +331,7 @@ class _ConvConstants:
     def __init__(self, op: Layer, shape: tuple[int, ...]) -> None:
         m = op.module
         self.settings = m.stride, m.padding, m.dilation
+        self.shape = shape
         self.pad_first, padding = op.outer_padding()
         self.mode = m.padding_mode
         self.kernel = prod(m.kernel_size)
@@ -316,6 +349,7 @@ class _ConvConstants:
                 return _plus_product(weights.flatten(1), c, bias), None
             return bias, _through(c, weights.flatten(2)) @ self.taps  # (rows, kernel) by (kernel, positions)
         if c.shape[2:].numel() > 1:
+            c = all_places(c, self.shape, 1)
             if self.pad_first is not None:
                 c = F.pad(c, self.pad_first, mode=self.mode)
                 return bias, F.conv2d(c, weights, None, self.settings[0], 0, self.settings[2])
@@ -345,88 +379,6 @@ def _through(constants: Tensor, weights: Tensor) -> Tensor:
         return torch.matmul(constants, weights)
     # matmul would copy the weights, forward and backward, to have one product; elsewhere a call is what costs.
     return torch.bmm(constants.expand(len(weights), 1, -1), weights).squeeze(1)
-
-
-@dataclass(eq=False)
-class Depthwise(Layer):
-    """Channel by channel: only the kept filters' input channels are read, constants included."""
-
-    kind = "depthwise"
-    modules: ClassVar[tuple[type, ...]] = ()
-
-    @property
-    def columns(self) -> Layout | None:
-        return None
-
-    @property
-    def dense(self) -> bool:
-        return False
-
-    def unread(self) -> str | None:
-        return None
-
-    def takes_tail(self, scope: Scope) -> bool:
-        return False
-
-    def build(self, scope: Scope, i: int) -> Run:
-        m = self.module
-        name = scope.flow.names[id(m)]
-        slot, source = scope.layers[name], scope.op(self.sources[0])
-        self.count_macs(scope, source, slot, False, False)
-        rows = scope.plan.rows.get(name)
-        before = None if self.reads is None else scope.plan.channels(self.reads)
-        read, j = scope.full(source.name), scope.index[source.name]
-        mask_bias = isinstance(m, ThresholdLayer) and m.mask_bias
-        const_out = bool(self.const) and rows is not None and len(rows.dropped) > 0
-        # Without constants a dropped input channel is 0; then only channels kept on both sides are moved.
-        select = None if rows is None or rows.full else rows.kept
-        direct = before is not None and rows is not None and torch.equal(before.host.kept, rows.host.kept)
-
-        def run(env: Values, training: bool) -> None:
-            if direct:
-                assert rows is not None and before is not None
-                x = env.kept[j].narrow(1, 0, len(before.kept)) if before.pads else env.kept[j]
-            else:
-                x = read(env)
-                if select is not None:
-                    x = x.index_select(1, select)
-            weight, bias, _ = slot.masked(mask_bias)
-            mask = slot.mask
-            if rows is not None and rows.pads:
-                x = F.pad(x, (0, 0, 0, 0, 0, rows.pads))
-            padding: Any = m.padding
-            if m.padding_mode != "zeros":
-                x = F.pad(x, list(m._reversed_padding_repeated_twice), mode=m.padding_mode)
-                padding = 0
-            y = F.conv2d(x, weight, bias if mask is None else None, m.stride, padding, m.dilation, weight.shape[0])
-            if mask is not None:
-                if bias is not None and mask_bias:
-                    y = y + bias.view(1, -1, 1, 1).to(y.dtype)
-                y = y * mask.view(1, -1, 1, 1).to(y.dtype)
-                if bias is not None and not mask_bias:
-                    y = y + bias.view(1, -1, 1, 1).to(y.dtype)
-            env.kept[i] = y
-            if const_out:
-                env.constants[i] = typed(slot.bias_dropped, y)
-
-        return run
-
-    def exported_groups(self, weight: Tensor) -> int:
-        return weight.shape[0]
-
-    def exported_input(self, small: Small, rows: Channels | None) -> fx.Node:
-        source, name = small.source(self), self.sources[0]
-        if rows is None:
-            return small.full(name)
-        before = source.channels
-        if before is not None and torch.equal(before.kept, rows.kept) and before.pads == rows.pads:
-            return source.node
-        if before is not None and not before.full:
-            node = small.relayout(name, rows.kept)
-        else:
-            index = small.buffer(f"{self.name}_inputs", rows.kept)
-            node = small.call(torch.index_select, source.node, 1, index)
-        return small.padded(node, rows.pads, 1, 4)
 
 
 class _AddMap(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +19,7 @@ from ..layout import Layout, Segment
 from ..small import Value
 from .base import Const, Op, Sign, Stop
 from .channelwise import Same
+from .reshapes import Reshape, Slice
 
 if TYPE_CHECKING:
     from ..flow import Flow
@@ -33,10 +35,13 @@ class Flatten(Op):
     """``(N, C, ...)`` to ``(N, C * ...)``."""
 
     kind = "flatten"
-    modules = (nn.Flatten,)
+    modules = (nn.Flatten, nn.Unflatten)
     _FLATTEN = Signature("input start_dim end_dim", start_dim=0, end_dim=-1)
+    _DIM, _SIZES = Signature("input dim"), Signature("input dim sizes")
     calls: ClassVar[Mapping[Any, Any]] = {
-        "flatten": _FLATTEN, torch.flatten: _FLATTEN, "view": None, "reshape": None, torch.reshape: None
+        "flatten": _FLATTEN, torch.flatten: _FLATTEN, "view": None, "reshape": None, torch.reshape: None,
+        "squeeze": _DIM, torch.squeeze: _DIM, "unsqueeze": _DIM, torch.unsqueeze: _DIM, "unflatten": _SIZES,
+        torch.unflatten: _SIZES,
     }  # fmt: skip
     passes_channels = True
 
@@ -44,20 +49,31 @@ class Flatten(Op):
     def sign(self) -> Sign:
         return Sign.KEEPS
 
+    # A dimension that goes if it is 1, which a batch may be.
+    squeezed: int | None = None
+
     @classmethod
     def of_module(cls, node: Any, m: Any, flow: Flow) -> Op | None:
-        return cls(node) if m.start_dim == 1 and m.end_dim == -1 else None
+        return cls(node)
 
     @classmethod
     def of_call(cls, call: Call, flow: Flow) -> Op | None:
-        if call.values:
-            fits = isinstance(call.values["input"], fx.Node)
-            return cls(call.node) if fits and (call.values["start_dim"], call.values["end_dim"]) == (1, -1) else None
-        return cls(call.node) if _is_plain_reshape(call.node) else None
+        if not call.values:
+            return cls(call.node) if _is_plain_reshape(call.node) else None
+        dim = call.values.get("dim", 1)
+        if not isinstance(call.values["input"], fx.Node) or type(dim) is not int:
+            return None
+        return cls(call.node, squeezed=dim if call.target in ("squeeze", torch.squeeze) else None)
 
     def refine(self, flow: Flow) -> Op:
         before = flow.source(self)
-        return Same(self.node, module=self.module) if before.layout and self.shape == before.shape else self
+        if before.layout is None or self.shape is None:
+            return self
+        if self.squeezed is not None and self.squeezed % len(before.shape or (0,)) == 0:
+            return self
+        if self.shape == before.shape:
+            return Same(self.node, module=self.module)
+        return Reshape.between(self.node, self.module, before, self.shape) or self
 
     def follow(self, flow: Flow) -> None:
         before = flow.source(self)
@@ -65,6 +81,8 @@ class Flatten(Op):
         rest = prod(shape[2:])
         if before.layout is None:
             raise Stop
+        if self.squeezed is not None:
+            raise Stop("a batch of one that goes")
         if len(result) == 2 and result[0] == shape[0] and before.layout.dim == 1:
             self.layout = before.layout.repeated(rest, 1)
             # What varies over positions is a number per channel now.
@@ -218,11 +236,15 @@ class Split(Op):
 
     kind = "split"
     _CHUNK = Signature("input chunks dim", dim=0)
-    calls: ClassVar[Mapping[Any, Any]] = {"chunk": _CHUNK, torch.chunk: _CHUNK}
+    calls: ClassVar[Mapping[Any, Any]] = {
+        "chunk": _CHUNK, torch.chunk: _CHUNK, "split": Signature("input split_size dim", dim=0),
+        torch.split: Signature("tensor split_size_or_sections dim", dim=0),
+    }  # fmt: skip
     passes_channels = True
 
     dim: int = 0
-    chunks: int = 1
+    chunks: int = 0
+    sizes: tuple[int, ...] = ()
     pieces: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -231,10 +253,12 @@ class Split(Op):
 
     @classmethod
     def of_call(cls, call: Call, flow: Flow) -> Op | None:
-        rest = call.literals("input")
-        if not isinstance(call.values["input"], fx.Node) or rest is None or not isinstance(rest["dim"], int):
+        x, how, dim = call.values.values()
+        sizes = tuple(how) if isinstance(how, (list, tuple)) else (how,)
+        if not isinstance(x, fx.Node) or not all(type(s) is int for s in (*sizes, dim)):
             return None
-        return cls(call.node, dim=rest["dim"], chunks=rest["chunks"]) if isinstance(rest["chunks"], int) else None
+        chunks = how if call.target in ("chunk", torch.chunk) else 0
+        return cls(call.node, dim=dim, chunks=chunks, sizes=() if chunks else sizes)
 
     def follow(self, flow: Flow) -> None:
         before = flow.source(self)
@@ -244,9 +268,12 @@ class Split(Op):
             raise Stop("chunks along another dimension")
         if not all(target_of(user) is operator.getitem and isinstance(user.args[1], int) for user in self.node.users):
             raise Stop("chunks that are not taken one by one")
-        width = before.layout.width
-        size = -(-width // self.chunks)
-        self.pieces = tuple((low, min(low + size, width)) for low in range(0, width, size))
+        width, sizes = before.layout.width, self.sizes
+        if len(sizes) < 2:
+            size = -(-width // self.chunks) if self.chunks else sizes[0]
+            sizes = tuple(min(size, width - low) for low in range(0, width, size))
+        ends = list(accumulate(sizes))
+        self.pieces = tuple(zip([0, *ends], ends))
         if any(before.layout.narrow(*piece) is None for piece in self.pieces):
             raise Stop("a chunk cuts through a flattened channel")
 
@@ -286,6 +313,12 @@ class Item(Op):
 
     index: Any = 0
     piece: tuple[int, int] = (0, 0)
+
+    def refine(self, flow: Flow) -> Op:
+        before = flow.source(self)
+        if isinstance(before, Split) or before.layout is None:
+            return self
+        return Slice.of_index(self.node, self.index) or self
 
     @property
     def sign(self) -> Sign:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ...ops.norm import DirectBatchNormRelu
 from ...ops.norm import pools as takes_pool
-from ..constants import typed
+from ..constants import like_value, typed
 from ..layout import Layout
 from ..plan import Channels
 from ..small import Value, take_rows_of
@@ -29,7 +29,7 @@ __all__ = ["BatchNorm"]
 
 @dataclass(eq=False)
 class BatchNorm(Op):
-    """``reads``: layout of what it normalises, None at full width."""
+    """``reads``: layout of what it normalises, None at full width. ``levels``: what is dropped is beta in training."""
 
     kind = "norm"
     modules = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -37,6 +37,7 @@ class BatchNorm(Op):
     fresh = True
 
     reads: Layout | None = None
+    levels: bool = True
 
     @classmethod
     def of_module(cls, node: Any, m: Any, flow: Flow) -> Op | None:
@@ -57,11 +58,12 @@ class BatchNorm(Op):
             return flow.stop(self, "channels are not where the norm reads them")
         self.reads = self.layout = before.layout
         if before.layout is not None:
-            self.const = Const.SAME
+            self.const = before.const | Const.SAME
+            self.levels = self.const == Const.SAME
 
     def takes_tail(self, scope: Scope) -> bool:
         """Whether ReLU and max-pool can be a part of the call."""
-        return True
+        return self.levels
 
     def build(self, scope: Scope, i: int) -> Run:
         m = self.module
@@ -90,9 +92,15 @@ class BatchNorm(Op):
             env.kept[i] = y
             if not drops:
                 return
+            out: Tensor | None
             c, mean, var, bias = env.constants[j], slot.mean_dropped, slot.var_dropped, slot.bias_dropped
             assert mean is not None and var is not None
-            if training:
+            if c is not None and c.dim() > 1:
+                count = x.numel() // x.shape[1]
+                out = _of_maps(
+                    c, mean, var, slot.weight_dropped, bias, (momentum, eps, count) if training else (None, eps, 0)
+                )
+            elif training:
                 # A constant has batch variance 0, and its normalised value is 0.
                 out = bias
                 with torch.no_grad():
@@ -101,11 +109,12 @@ class BatchNorm(Op):
                         mean.add_(c, alpha=momentum)
                     var.mul_(1 - momentum)
             else:
-                out = -mean if c is None else c - mean
-                out = out * torch.rsqrt(var + eps)
+                level = -mean if c is None else c - mean
+                level = level * torch.rsqrt(var + eps)
                 if bias is not None:
                     weight = slot.weight_dropped
-                    out = torch.addcmul(bias, out, weight) if weight is not None else out + bias
+                    level = torch.addcmul(bias, level, weight) if weight is not None else level + bias
+                out = level
             out = typed(out, y)
             env.constants[i] = out if tail is None or out is None else torch.relu(out)
 
@@ -125,7 +134,10 @@ class BatchNorm(Op):
         if channels is not None and len(channels.dropped):
             after = shift[channels.dropped]
             if constants is not None:
-                after = after + constants * scale[channels.dropped]
+                factor = scale[channels.dropped]
+                if constants.dim() > 1:
+                    factor, after = like_value(factor, 1, constants.dim()), like_value(after, 1, constants.dim())
+                after = after + constants * factor
         if channels is not None:
             scale, shift = take_rows_of(scale, channels), take_rows_of(shift, channels)
         return scale, shift, after
@@ -141,3 +153,25 @@ class BatchNorm(Op):
             target = getattr(made, key)
             target.copy_(take_rows_of(value, channels) if channels is not None and value.dim() else value)
         return Value(small.module(small.flow.names[id(m)], made, node), channels, after)
+
+
+def _of_maps(
+    c: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, settings: tuple[Any, float, int]
+) -> Tensor:
+    """Constants that vary over samples or positions, normalised; in training the statistics are updated.
+
+    ``settings``: momentum (None in eval), eps, and how many numbers a channel has.
+    """
+    momentum, eps, count = settings
+    ndim = c.dim()
+    if momentum is None:
+        center, spread = mean, var
+    else:
+        over = [d for d in range(ndim) if d != 1]
+        spread, center = torch.var_mean(c, over, correction=0)
+        with torch.no_grad():
+            mean.lerp_(center.to(mean.dtype), momentum)
+            var.lerp_(spread.to(var.dtype) * count / (count - 1), momentum)
+    out = (c - like_value(center, 1, ndim)) * like_value(torch.rsqrt(spread + eps), 1, ndim)
+    out = out if weight is None else out * like_value(weight, 1, ndim)
+    return out if bias is None else out + like_value(bias, 1, ndim)

@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 from ...ops.conv_pool import POOLS, DirectReluPool
 from ..calls import Call, Signature, bound
+from ..constants import all_places
 from ..layout import Layout
 from ..small import Value
 from .base import Sign, Stop
 from .channelwise import Channelwise, exported_function
+from .spatial import Spatial
 
 if TYPE_CHECKING:
     from ..flow import Flow
@@ -36,13 +38,11 @@ _AVERAGE = Signature(
 
 
 @dataclass(eq=False)
-class Pool(Channelwise):
+class Pool(Spatial):
     """A pool over the positions of images.
 
     Args:
-        apply: the pool.
         is_max: it takes maxima.
-        keeps: of a constant channel it makes the same constant; else it is linear, and 0 of 0.
         window: of a max-pool without overlap, padding or dilation that a compiled kernel knows.
     """
 
@@ -55,11 +55,8 @@ class Pool(Channelwise):
         F.adaptive_avg_pool2d: Signature("input output_size"),
         F.adaptive_max_pool2d: Signature("input output_size return_indices", return_indices=False),
     }
-    fresh = True
 
-    apply: Callable[..., Tensor] = F.max_pool2d
     is_max: bool = False
-    keeps: bool = True
     window: int | None = None
 
     @property
@@ -86,43 +83,27 @@ class Pool(Channelwise):
         )
         return cls(call.node, apply=bound(function, rest), is_max=function is F.max_pool2d, keeps=keeps)
 
-    def follow(self, flow: Flow) -> None:
-        super().follow(flow)
-        if self.layout is not None and not self.keeps and self.const:
-            raise Stop("a pool that does not keep constants")
-
-    def constants(self, c: Tensor, shape: Any) -> Tensor:
-        """What becomes of constants of a value of this shape."""
-        return c
-
     def build(self, scope: Scope, i: int) -> Run:
         apply, j = self.apply, scope.index[self.sources[0]]
         # A ReLU that waits for this pool: the same function with the same gradient, on a quarter of the elements.
         relu = scope.deferred.get(self.sources[0])
         if relu is None:
-
-            def run(env: Values, training: bool) -> None:
-                env.kept[i], env.constants[i] = apply(env.kept[j]), env.constants[j]
-
-            return run
+            return super().build(scope, i)
         after: Any = torch.relu_ if relu.plain else relu.apply
         outside, window = relu.apply, self.window
         direct = relu.plain and scope.native and window is not None
 
         def pooled(env: Values, training: bool) -> None:
             y, c = env.kept[j], env.constants[j]
+            shape = y.shape
             if direct and y.is_contiguous():
                 assert window is not None
                 env.kept[i] = DirectReluPool.apply(y, window)
             else:
                 env.kept[i] = after(apply(y))
-            env.constants[i] = None if c is None else outside(c)
+            env.constants[i] = None if c is None else outside(self.constants(c, len(c), y, shape))
 
         return pooled
-
-    def export(self, small: Small) -> Value:
-        source = small.source(self)
-        return Value(exported_function(self, small, source.node), small.channels(self), source.constants)
 
 
 def _keeps_constants(padding: Any, counted: bool, divisor: Any) -> bool:
@@ -139,11 +120,12 @@ def _plain_window(m: Any) -> int | None:
 
 @dataclass(eq=False)
 class Reduction(Channelwise):
-    """A mean over some dimensions. ``dims``, ``keep``: as the call has them."""
+    """A mean or the largest over some dimensions. ``function``, ``dims``, ``keep``: as the call has them."""
 
     kind = "reduction"
     _MEAN = Signature("input dim keepdim dtype out", dim=None, keepdim=False, dtype=None, out=None)
-    calls: ClassVar[Mapping[Any, Any]] = {"mean": _MEAN, torch.mean: _MEAN}
+    _AMAX = Signature("input dim keepdim out", dim=None, keepdim=False, out=None)
+    calls: ClassVar[Mapping[Any, Any]] = {"mean": _MEAN, torch.mean: _MEAN, "amax": _AMAX, torch.amax: _AMAX}
     fresh = True
 
     function: Callable[..., Tensor] = torch.mean
@@ -166,7 +148,8 @@ class Reduction(Channelwise):
         dims = (rest["dim"],) if isinstance(rest["dim"], int) else rest["dim"]
         if not dims or not all(isinstance(d, int) for d in dims):
             return None
-        return cls(call.node, dims=tuple(dims), keep=bool(rest["keepdim"]))
+        function = torch.amax if "dtype" not in rest else torch.mean
+        return cls(call.node, function=function, dims=tuple(dims), keep=bool(rest["keepdim"]))
 
     def follow(self, flow: Flow) -> None:
         before = flow.source(self)
@@ -174,18 +157,28 @@ class Reduction(Channelwise):
             return
         dim, dims = before.layout.dim, sorted(d % len(before.shape or ()) for d in self.dims)
         if 0 in dims or dim in dims:
-            raise Stop("mean over channels or batch")
+            raise Stop("reduction over channels or batch")
         left = dim if self.keep else dim - sum(d < dim for d in dims)
         self.layout, self.const = Layout(left, before.layout.segments), before.const
 
     def build(self, scope: Scope, i: int) -> Run:
         apply, j = self.apply, scope.index[self.sources[0]]
 
+        layout = scope.op(self.sources[0]).layout
+        dim = 0 if layout is None else layout.dim
+
         def run(env: Values, training: bool) -> None:
-            env.kept[i], env.constants[i] = apply(env.kept[j]), env.constants[j]
+            x, c = env.kept[j], env.constants[j]
+            env.kept[i], env.constants[i] = apply(x), self.constants(c, x.shape, dim)
 
         return run
 
+    def constants(self, c: Tensor | None, shape: Any, dim: int) -> Tensor | None:
+        """What becomes of the constants of a value of this shape."""
+        return c if c is None or c.dim() == 1 else self.apply(all_places(c, shape, dim))
+
     def export(self, small: Small) -> Value:
-        source = small.source(self)
-        return Value(exported_function(self, small, source.node), small.channels(self), source.constants)
+        source, before = small.source(self), small.flow.source(self)
+        dim = 0 if before.layout is None else before.layout.dim
+        c = self.constants(source.constants, (1, *(before.shape or ())[1:]), dim)
+        return Value(exported_function(self, small, source.node), small.channels(self), c)

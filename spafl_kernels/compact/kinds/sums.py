@@ -16,6 +16,7 @@ from ..plan import Channels
 from ..small import Value
 from ..spread import Spread, Summand
 from .base import Const, Op, Stop
+from .numbers import with_number
 
 if TYPE_CHECKING:
     from ..flow import Flow
@@ -26,26 +27,36 @@ if TYPE_CHECKING:
 __all__ = ["Sum"]
 
 
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
 @dataclass(eq=False)
 class Sum(Op):
-    """``terms``: names of the two tensors, which may be one."""
+    """``terms``: names of the two tensors, which may be one. ``weight``: what the second is multiplied by."""
 
     kind = "sum"
     _ADD = Signature("input other alpha out", alpha=1, out=None)
     calls: ClassVar[Mapping[Any, Any]] = {
-        operator.add: _ADD, operator.iadd: _ADD, torch.add: _ADD, "add": _ADD, "add_": _ADD
+        operator.add: _ADD, operator.iadd: _ADD, torch.add: _ADD, "add": _ADD, "add_": _ADD,
+        operator.sub: _ADD, operator.isub: _ADD, torch.sub: _ADD, torch.subtract: _ADD, "sub": _ADD, "sub_": _ADD,
     }  # fmt: skip
     passes_channels = True
     fresh = True
 
     terms: tuple[str, str] = ("", "")
+    weight: float = 1
 
     @classmethod
     def of_call(cls, call: Call, flow: Flow) -> Op | None:
-        a, b = call.values["input"], call.values["other"]
-        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or call.values["alpha"] != 1:
+        a, b, alpha = call.values["input"], call.values["other"], call.values["alpha"]
+        function = torch.add if call.target in _SUMS else torch.sub
+        if not isinstance(alpha, (int, float)):
             return None
-        return cls(call.node, terms=(a.name, b.name))
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+            return cls(call.node, terms=(a.name, b.name), weight=alpha if function is torch.add else -alpha)
+        if alpha != 1:
+            return with_number(call.node, function, a, b, alpha=alpha) if isinstance(a, fx.Node) else None
+        return with_number(call.node, function, a, b)
 
     def follow(self, flow: Flow) -> None:
         a, b = (flow.ops[name] for name in self.terms)
@@ -68,7 +79,22 @@ class Sum(Op):
 
     def build(self, scope: Scope, i: int) -> Run:
         a, b = (scope.op(name) for name in self.terms)
-        ja, jb = scope.index[a.name], scope.index[b.name]
+        if self.weight == 1:
+            return self.added(scope, i, a, b, scope.index[b.name])
+        jb, k, weight = scope.index[b.name], scope.extra_place(), self.weight
+        add = self.added(scope, i, a, b, k)
+
+        def run(env: Values, training: bool) -> None:
+            c = env.constants[jb]
+            env.kept[k], env.constants[k] = env.kept[jb] * weight, None if c is None else c * weight
+            add(env, training)
+            env.kept[k] = env.constants[k] = env.wide[k] = None
+
+        return run
+
+    def added(self, scope: Scope, i: int, a: Op, b: Op, jb: int) -> Run:
+        """``a`` and what is at ``jb``, which has the channels of ``b``."""
+        ja = scope.index[a.name]
         after, ndim = scope.channels(self), len(self.shape or ())
         if a.layout == b.layout and (after is not None or a.layout is None):
             dim = 0 if self.layout is None else self.layout.dim
@@ -79,8 +105,8 @@ class Sum(Op):
 
             return run
         if after is not None:
-            return self._channels(scope, a, b, after, i)
-        fa, fb = scope.full(a.name), scope.full(b.name)
+            return self._channels(scope, a, b, ja, jb, after, i)
+        fa, fb = scope.full(a.name), scope.full(b.name, jb)
         ca, cb = scope.channels(a), scope.channels(b)
         # Add a compact operand into the channels it has.
         if cb is not None and not cb.full:
@@ -93,10 +119,10 @@ class Sum(Op):
 
         return wide
 
-    def _channels(self, scope: Scope, a: Op, b: Op, after: Channels, i: int) -> Run:
+    def _channels(self, scope: Scope, a: Op, b: Op, ja: int, jb: int, after: Channels, i: int) -> Run:
         """A sum of different channels: it has those that one of the operands has."""
         assert self.layout is not None
-        ja, jb, dim, ndim = scope.index[a.name], scope.index[b.name], self.layout.dim, len(self.shape or ())
+        dim, ndim = self.layout.dim, len(self.shape or ())
         first, second = (_summand(scope, op, after) for op in (a, b))
         if second.spread is None:
             ja, jb, first, second = jb, ja, second, first
@@ -111,7 +137,7 @@ class Sum(Op):
     def export(self, small: Small) -> Value:
         after = small.channels(self)
         if after is None:
-            return Value(small.call(torch.add, *(small.full(n) for n in self.terms)), None)
+            return Value(self.exported([small.full(n) for n in self.terms], small), None)
         assert self.layout is not None
         nodes, constants, dim, ndim = [], None, self.layout.dim, len(self.shape or ())
         for name in self.terms:
@@ -121,8 +147,12 @@ class Sum(Op):
             nodes.append(value.node if same else small.relayout(name, after.kept, after.pads))
             if value.constants is not None and len(after.dropped):
                 stay = torch.isin(value.channels.dropped, after.dropped).nonzero().flatten()
-                constants = summed(constants, chosen(value.constants, stay, dim), dim, ndim)
-        return Value(small.call(torch.add, *nodes), after, constants)
+                left = chosen(value.constants, stay, dim)
+                constants = summed(constants, left if len(nodes) == 1 else left * self.weight, dim, ndim)
+        return Value(self.exported(nodes, small), after, constants)
+
+    def exported(self, nodes: list[fx.Node], small: Small) -> fx.Node:
+        return small.call(torch.add, *nodes, **({} if self.weight == 1 else {"alpha": self.weight}))
 
 
 def _into(scope: Scope, full: Callable[[Values], Any], j: int, part: Op, channels: Channels, i: int) -> Run:

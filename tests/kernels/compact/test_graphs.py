@@ -87,8 +87,8 @@ def test_the_layout_of_a_sum():
     "name, text",
     [
         ("chunks", "full width at conv2 -> chunk_1: chunks that are not taken one by one"),
-        ("grouped", "grouped convolution"),
-        ("grouped", "GroupNorm is not followed"),
+        ("grouped", "multiplication of pruned channels by what varies over samples and over positions"),
+        ("encoder", "LayerNorm is not followed"),
         ("encoder", "full width at q, k, v -> flatten_1: attention over pruned channels that are not zero"),
     ],
 )

@@ -1,6 +1,7 @@
 """The engine checks itself: faults put into its rules on purpose do not reach a number that anybody sees."""
 
 import copy
+import dataclasses
 import time
 
 import pytest
@@ -23,7 +24,6 @@ from spafl_kernels.compact import (
     follow,
     layout,
     module,
-    plan,
     session,
     state,
     trace,
@@ -33,11 +33,13 @@ from spafl_kernels.compact.calls import Call
 from spafl_kernels.compact.dropped import DroppedRows
 from spafl_kernels.compact.flow import Flow
 from spafl_kernels.compact.kinds import dropout as dropouts
+from spafl_kernels.compact.kinds import grouped as groups
 from spafl_kernels.compact.kinds import pools
 from spafl_kernels.compact.kinds.attention import Attention
 from spafl_kernels.compact.kinds.base import Const
 from spafl_kernels.compact.kinds.channelwise import Activation, Relu
-from spafl_kernels.compact.kinds.layers import Depthwise, Layer
+from spafl_kernels.compact.kinds.grouped import Depthwise
+from spafl_kernels.compact.kinds.layers import Layer
 from spafl_kernels.compact.kinds.moves import Concatenation, Flatten, Item
 from spafl_kernels.compact.kinds.norms import BatchNorm
 from spafl_kernels.compact.kinds.pools import Pool
@@ -72,8 +74,8 @@ def padded(estimator, **kwargs):
 
 
 def grouped():
-    layers = [ThresholdConv2d(3, 9, 3, groups=3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return with_estimator(nn.Sequential(*layers, ThresholdLinear(9, 5)), "window"), (3, 6, 6)
+    layers = [ThresholdConv2d(6, 8, 3, groups=2, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return with_estimator(nn.Sequential(*layers, ThresholdLinear(8, 5)), "window"), (6, 6, 6)
 
 
 def far():
@@ -239,7 +241,7 @@ FAULTS = {
         ("module",),
     ),
     "groups lose their places": (
-        lambda patch: [patch.setattr(m, "keeps_all_rows", lambda m: False) for m in (plan, state)],
+        instead(groups, "_packing", lambda f: lambda *a: _mixed(f(*a))),
         grouped,
         every,
     ),
@@ -346,6 +348,10 @@ def _without(of, name, value):
         return call
 
     return staticmethod(wrong)
+
+
+def _mixed(packing):
+    return dataclasses.replace(packing, rows=packing.rows.roll(1))
 
 
 def _minus(f):

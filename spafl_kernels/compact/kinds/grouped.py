@@ -1,0 +1,314 @@
+"""Convolutions in groups: filters that read their group's channels only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ...layers import ThresholdLayer
+from ..constants import all_places, like_value, typed
+from ..layout import Layout
+from ..plan import Channels, Plan
+from ..small import Small, Value
+from ..spread import Pick, packed
+from .base import Const, Op
+from .layers import Layer, under_mask
+
+if TYPE_CHECKING:
+    from ..program import Values
+    from ..scope import Run, Scope
+
+__all__ = ["Depthwise", "Grouped"]
+
+
+@dataclass(eq=False)
+class Depthwise(Layer):
+    """One input by group: the channels of the kept filters are read, constants included."""
+
+    kind = "depthwise"
+    modules: ClassVar[tuple[type, ...]] = ()
+
+    @classmethod
+    def fits(cls, m: Any) -> bool:
+        return isinstance(m, nn.Conv2d) and m.groups > 1 and m.weight.shape[1] == 1
+
+    @property
+    def times(self) -> int:
+        """Filters by channel."""
+        return self.module.out_channels // self.module.in_channels
+
+    @property
+    def columns(self) -> Layout | None:
+        return None
+
+    @property
+    def dense(self) -> bool:
+        return False
+
+    def product(self, plan: Plan, padded: bool) -> tuple[int, int, int]:
+        count, width, _ = super().product(plan, padded)
+        return count, width, count
+
+    def takes_tail(self, scope: Scope) -> bool:
+        return False
+
+    def build(self, scope: Scope, i: int) -> Run:
+        m = self.module
+        name = scope.flow.names[id(m)]
+        slot, source = scope.layers[name], scope.op(self.sources[0])
+        self.count_macs(scope, source, slot, False, False)
+        rows = scope.plan.rows.get(name)
+        before = None if self.reads is None else scope.plan.channels(self.reads)
+        read, j = scope.full(source.name), scope.index[source.name]
+        mask_bias = isinstance(m, ThresholdLayer) and m.mask_bias
+        const_out = bool(self.const) and rows is not None and len(rows.dropped) > 0
+        # Without constants a dropped input channel is 0; then only channels kept on both sides are moved.
+        every = rows is None or rows.full
+        select = None if rows is None or every else rows.kept // self.times
+        alike = self.times == 1 and before is not None and rows is not None
+        direct = alike and torch.equal(before.host.kept, rows.host.kept)  # type: ignore[union-attr]
+
+        def run(env: Values, training: bool) -> None:
+            if direct:
+                assert rows is not None and before is not None
+                x = env.kept[j].narrow(1, 0, len(before.kept)) if before.pads else env.kept[j]
+            else:
+                x = read(env)
+                if select is not None:
+                    x = x.index_select(1, select)
+            weight, bias, _ = slot.masked(mask_bias)
+            mask = slot.mask
+            if rows is not None and rows.pads:
+                x = F.pad(x, (0, 0, 0, 0, 0, rows.pads))
+            padding: Any = m.padding
+            if m.padding_mode != "zeros":
+                x = F.pad(x, list(m._reversed_padding_repeated_twice), mode=m.padding_mode)
+                padding = 0
+            groups = m.groups if every else len(weight)
+            y = F.conv2d(x, weight, bias if mask is None else None, m.stride, padding, m.dilation, groups)
+            if mask is not None:
+                y = under_mask(y, mask, bias, mask_bias, (1, -1, 1, 1))
+            env.kept[i] = y
+            if const_out:
+                env.constants[i] = typed(slot.bias_dropped, y)
+
+        return run
+
+    def exported_groups(self, weight: Tensor) -> int:
+        return weight.shape[0]
+
+    def exported_input(self, small: Small, rows: Channels | None) -> fx.Node:
+        source, name = small.source(self), self.sources[0]
+        kept = torch.arange(len(self.module.weight)) if rows is None else rows.kept
+        pads, wanted = 0 if rows is None else rows.pads, kept // self.times
+        before = source.channels
+        if self.times == 1 and rows is None:
+            return small.full(name)
+        if self.times == 1 and before is not None and torch.equal(before.kept, kept) and before.pads == pads:
+            return source.node
+        if before is not None and not before.full:
+            node = small.relayout(name, wanted)
+        else:
+            index = small.buffer(f"{self.name}_inputs", wanted)
+            node = small.call(torch.index_select, source.node, 1, index)
+        return small.padded(node, pads, 1, 4)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Where kept rows and inputs go in a convolution of as many groups as have a kept row, all of them equally large.
+
+    Args:
+        groups: which groups those are; at least one.
+        height, width: rows and inputs of each.
+        rows: by row of the packed weight, the stored row, or ``stored`` for a row of zeros.
+        inputs: by input of the packed weight, the channel of the source, or -1 for one of zeros.
+        result: where in the packed result the kept rows are.
+    """
+
+    groups: Tensor
+    height: int
+    width: int
+    rows: Tensor
+    inputs: Tensor
+    result: Tensor
+
+
+def _packing(m: Any, rows: Channels | None, inputs: Channels | None) -> _Packing:
+    """All on the CPU. Small groups seldom shrink, for all are as large as the largest; what is read of them does."""
+    size, width = m.out_channels // m.groups, m.in_channels // m.groups
+    kept = torch.arange(m.out_channels) if rows is None else rows.host.kept
+    there = torch.arange(m.in_channels) if inputs is None else inputs.host.kept
+    by_row = torch.bincount(kept // size, minlength=m.groups)
+    groups = by_row.nonzero().flatten() if len(kept) else torch.zeros(1, dtype=torch.int64)
+    by_input = torch.bincount(there // width, minlength=m.groups)
+    high, wide = max(1, int(by_row.max())), max(1, int(by_input[groups].max()))
+    stored = m.out_channels if rows is None else rows.stored
+    order = torch.full((m.groups,), -1).index_copy(0, groups, torch.arange(len(groups)))
+
+    def place(members: Tensor, of: int, counts: Tensor, largest: int) -> Tensor:
+        """In the packed order; ``members`` ascend."""
+        group = members // of
+        first = counts.cumsum(0) - counts
+        return order[group] * largest + torch.arange(len(members)) - first[group]
+
+    result = place(kept, size, by_row, high)
+    all_rows = torch.full((len(groups) * high,), stored).index_copy(0, result, torch.arange(len(kept)))
+    used = order[there // width] >= 0
+    all_inputs = torch.full((len(groups) * wide,), -1)
+    all_inputs[place(there, width, by_input, wide)[used]] = there[used]
+    return _Packing(groups, high, wide, all_rows, all_inputs, result)
+
+
+@dataclass(eq=False)
+class Grouped(Layer):
+    """Several inputs by group. Kept rows and inputs are packed, and zeros make the groups equally large."""
+
+    kind = "grouped"
+    modules: ClassVar[tuple[type, ...]] = ()
+
+    @classmethod
+    def fits(cls, m: Any) -> bool:
+        return isinstance(m, nn.Conv2d) and m.groups > 1 and m.weight.shape[1] > 1
+
+    @property
+    def columns(self) -> Layout | None:
+        return None
+
+    @property
+    def dense(self) -> bool:
+        return False
+
+    def unread(self, before: Op) -> str | None:
+        return (
+            "a grouped convolution of pruned channels that vary over samples" if before.const == Const.SAMPLE else None
+        )
+
+    def takes_tail(self, scope: Scope) -> bool:
+        return False
+
+    def packing(self, plan: Plan) -> _Packing:
+        reads = None if self.reads is None else plan.channels(self.reads)
+        return _packing(self.module, plan.rows.get(plan.names[id(self.module)]), reads)
+
+    def product(self, plan: Plan, padded: bool) -> tuple[int, int, int]:
+        p = self.packing(plan)
+        return len(p.groups) * p.height, p.width, len(p.groups)
+
+    def build(self, scope: Scope, i: int) -> Run:
+        m, source = self.module, scope.op(self.sources[0])
+        name = scope.flow.names[id(m)]
+        slot, rows, p = scope.layers[name], scope.plan.rows.get(name), self.packing(scope.plan)
+        before = None if self.reads is None else scope.plan.channels(self.reads)
+        mask_bias = isinstance(m, ThresholdLayer) and m.mask_bias
+        const_out = bool(self.const) and rows is not None and len(rows.dropped) > 0
+        const_in = bool(source.const) and before is not None and len(before.dropped) > 0
+        stored, group_count = m.out_channels if rows is None else rows.stored, len(p.groups)
+        kernel = m.kernel_size[0] * m.kernel_size[1]
+        scope.macs += (3 if source.grad else 2) * len(p.rows) * p.width * kernel * self.positions
+        used = (p.inputs >= 0).nonzero().flatten()
+        wanted = p.inputs[used] if before is None else before.host.order[p.inputs[used]]
+        read = packed(scope, source, before, wanted, used, len(p.inputs), 1)
+        taken, every = self.weights(p, stored), self.all_inputs(p)
+        row_index = p.rows.to(scope.device)
+        alike = len(p.result) == len(p.rows) == stored
+        unpack = None if alike else Pick(p.result, stored, 1, scope.native, scope.device)
+        pad_first, padding = self.outer_padding()
+        inputs, dropped = every.to(scope.device), None if before is None else before.dropped
+
+        def conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if pad_first is not None:
+                x = F.pad(x, pad_first, mode=m.padding_mode)
+            return F.conv2d(x, weight, bias, m.stride, padding, m.dilation, group_count)
+
+        def run(env: Values, training: bool) -> None:
+            weight, bias, _ = slot.masked(mask_bias)
+            mask, c = slot.mask, env.constants[j] if const_in else None
+            filled = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, 1)).index_select(0, row_index)
+            inside = None
+            if bias is not None and mask is None:
+                inside = F.pad(bias, (0, 1)).index_select(0, row_index)
+            y = conv(read(env), taken(filled), inside)
+            if c is not None:
+                assert dropped is not None
+                c = like_value(c, 1, 4)
+                shape = [c.shape[0], m.in_channels, *c.shape[2:]]
+                whole = c.new_zeros(shape).index_copy(1, dropped, c).index_select(1, inputs)
+                size = (source.shape or ())[2:]
+                y = y + conv(all_places(whole, (1, len(inputs), *size), 1), filled, None)
+            if unpack is not None:
+                y = unpack(y)
+            if mask is not None:
+                y = under_mask(y, mask, bias, mask_bias, (1, -1, 1, 1))
+            env.kept[i] = y
+            if const_out:
+                env.constants[i] = typed(slot.bias_dropped, y)
+
+        j = scope.index[source.name]
+        return run
+
+    def all_inputs(self, p: _Packing) -> Tensor:
+        """The channels of the groups that are there."""
+        width = self.module.weight.shape[1]
+        return (p.groups.unsqueeze(1) * width + torch.arange(width)).flatten()
+
+    def weights(self, p: _Packing, stored: int) -> _Columns:
+        width = self.module.weight.shape[1]
+        local = torch.where(p.inputs >= 0, p.inputs % width, width).view(len(p.groups), p.width)
+        return _Columns(local, width, p.height, self.module.weight.device)
+
+    def export(self, small: Small) -> Value:
+        m, source = self.module, small.source(self)
+        name = small.flow.names[id(m)]
+        rows, p = small.plan.rows.get(name), self.packing(small.plan)
+        before = None if self.reads is None else small.plan.channels(self.reads)
+        weight, bias, dropped_bias = self.exported_rows(rows)
+        filled = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, 1))[p.rows]
+        inside = None if bias is None else F.pad(bias, (0, 1))[p.rows]
+        if before is None:
+            node, order, count = small.full(self.sources[0]), torch.arange(m.in_channels), m.in_channels
+        else:
+            node, order, count = source.node, before.host.order, before.stored
+        index = torch.where(p.inputs >= 0, order[p.inputs.clamp(min=0)], count)
+        if not torch.equal(index, torch.arange(count)):
+            node = small.padded(node, int((index == count).any()), 1, 4)
+            node = small.call(torch.index_select, node, 1, small.buffer(f"{self.name}_inputs", index.to(weight.device)))
+        packed_weight = self.weights(p, len(weight))(filled)
+        out = self.exported_conv(small, name, node, packed_weight, inside, len(p.groups))
+        if before is not None and (maps := small.constant_maps(self)) is not None:
+            whole = maps.new_zeros(1, m.in_channels, *maps.shape[2:]).index_copy(1, before.dropped, maps)
+            whole = whole[:, self.all_inputs(p)]
+            pad_first, padding = self.outer_padding()
+            if pad_first is not None:
+                whole = F.pad(whole, pad_first, mode=m.padding_mode)
+            border = F.conv2d(whole, filled, None, m.stride, padding, m.dilation, len(p.groups))
+            out = small.call(torch.add, out, small.buffer(f"{self.name}_border", border))
+        if not torch.equal(p.result, torch.arange(len(p.rows))):
+            out = small.call(torch.index_select, out, 1, small.buffer(f"{self.name}_rows", p.result.to(weight.device)))
+            out = small.padded(out, 0 if rows is None else rows.pads, 1, 4)
+        return Value(out, small.channels(self), dropped_bias)
+
+
+class _Columns:
+    """Takes the kept inputs of every group: ``(groups * height, inputs, ...)`` to ``(groups * height, width, ...)``.
+
+    ``index``: ``(groups, width)``: which, or ``count`` for zeros.
+    """
+
+    def __init__(self, index: Tensor, count: int, height: int, device: torch.device) -> None:
+        whole = torch.equal(index, torch.arange(count).expand_as(index)) if index.shape[1] == count else False
+        rows = index.repeat_interleave(height, 0)
+        flat = rows + torch.arange(len(rows)).unsqueeze(1) * (count + 1)
+        self.flat = None if whole else flat.flatten().to(device)
+        self.width = index.shape[1]
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        if self.flat is None:
+            return weight
+        shape = weight.shape
+        padded = F.pad(weight, (0, 0, 0, 0, 0, 1))
+        return padded.flatten(0, 1).index_select(0, self.flat).view(shape[0], self.width, *shape[2:])
