@@ -52,6 +52,9 @@ class Small:
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         module = fx.GraphModule(self.root, self.graph, class_name=f"{type(self.flow.model).__name__}Small")
         module.delete_all_unused_submodules()
+        # The TorchScript exporter to ONNX takes what has a graph for a scripted module, and asks that for its names.
+        for names in ("inputs", "outputs"):
+            setattr(module.graph, names, list)
         return module.eval()
 
     def source(self, op: Any) -> Value:
@@ -93,22 +96,29 @@ class Small:
         channels, layout = value.channels, op.layout
         assert channels is not None and layout is not None
         ndim = len(op.shape or ())
-        # One more channel of zeros is where dropped channels are read from.
-        place = torch.full((channels.width,), channels.stored, device=channels.kept.device)
+        # Dropped channels are read from any place, and then replaced; padding the value first would be another copy,
+        # behind which the TorchScript exporter to ONNX does not know the size of an image.
+        place = torch.zeros(channels.width, dtype=torch.int64, device=channels.kept.device)
         place[channels.kept] = torch.arange(len(channels.kept), device=place.device)
-        node = self.call(F.pad, value.node, [0, 0] * (ndim - 1 - layout.dim) + [0, 1])
+        there = torch.zeros(channels.width, dtype=torch.bool, device=place.device).index_fill_(0, channels.kept, True)
         self._moved += 1
-        index = F.pad(place[wanted], (0, zeros), value=channels.stored)
-        node = self.call(torch.index_select, node, layout.dim, self.buffer(f"{name}_channels_{self._moved}", index))
-        if value.constants is not None:
-            # The same way: constants and one more channel of zeros.
-            c = like_value(value.constants, layout.dim, ndim)
-            place = torch.full((channels.width,), len(channels.dropped), device=place.device)
-            place[channels.dropped] = torch.arange(len(channels.dropped), device=place.device)
-            c = F.pad(c, [0, 0] * (ndim - 1 - layout.dim) + [0, 1])
-            base = chosen(c, F.pad(place[wanted], (0, zeros), value=len(channels.dropped)), layout.dim)
-            node = self.call(torch.add, node, self.buffer(f"{name}_constants_{self._moved}", base))
-        return node
+        index = F.pad(place[wanted], (0, zeros))
+        node = self.call(
+            torch.index_select, value.node, layout.dim, self.buffer(f"{name}_channels_{self._moved}", index)
+        )
+        mask = F.pad(there[wanted], (0, zeros))
+        if bool(mask.all()):
+            return node
+        like = next(self.flow.model.parameters())
+        c = like.new_zeros(len(channels.dropped)) if value.constants is None else value.constants
+        c = like_value(c, layout.dim, ndim)
+        # The same way: constants and one more channel of zeros.
+        place = torch.full((channels.width,), len(channels.dropped), device=place.device)
+        place[channels.dropped] = torch.arange(len(channels.dropped), device=place.device)
+        c = F.pad(c, [0, 0] * (ndim - 1 - layout.dim) + [0, 1])
+        base = chosen(c, F.pad(place[wanted], (0, zeros), value=len(channels.dropped)), layout.dim)
+        which = self.buffer(f"{name}_kept_{self._moved}", like_value(mask, layout.dim, ndim))
+        return self.call(torch.where, which, node, self.buffer(f"{name}_constants_{self._moved}", base))
 
     def narrowed(self, op: Any, node: fx.Node) -> Value:
         """The channels of ``op`` that are kept, of a value at full width."""

@@ -108,3 +108,20 @@ def test_onnx(name):
 def test_what_cannot_be_traced_is_refused():
     with pytest.raises(Unsupported, match="cannot be traced"):
         export(Branch(), (4,))
+
+
+@pytest.mark.parametrize("middle", [torch.nn.PReLU(), torch.nn.Softmax2d()], ids=["followed", "expanded"])
+def test_onnx_of_an_adaptive_pool(middle):
+    """Named inputs alone, and a size that the exporter must know behind channels at full width."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), middle, torch.nn.AdaptiveAvgPool2d((3, 2))]
+    model = prune(convert(torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(48, 5))), 0.5).eval()
+    x, file = torch.randn(3, 3, 8, 8), io.BytesIO()
+    torch.onnx.export(
+        export(model, (3, 8, 8)), (x[:1],), file, input_names=["x"], dynamic_axes={"x": {0: "n"}}, dynamo=False
+    )
+    (y,) = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-4)
