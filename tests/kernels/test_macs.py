@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spafl_kernels import convert, threshold_layers
+from spafl_kernels import convert
+from spafl_kernels.compact import CompactTrainer
 from spafl_kernels.engines import make_trainer
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
@@ -132,17 +134,48 @@ def test_lstm():
     assert trainer.finish().macs == 4 * 3 * (7 * 4 * 16 * (8 + 16) + 80)
 
 
-@pytest.mark.parametrize("groups", [1, 8])
-def test_pruned_filters_that_fill_up_or_have_a_gradient_are_counted(groups):
-    """The last layer of an ``identity`` model computes every row."""
+class Products(TorchDispatchMode):
+    """Adds up the products that PyTorch is asked for, by the shapes of the tensors it is given."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        match func.overloadpacket:
+            case torch.ops.aten.convolution:
+                out = func(*args, **(kwargs or {}))
+                self.total += out[:, 0].numel() * args[1].numel()
+                return out
+            case torch.ops.aten.convolution_backward:
+                gradient, _, weight = args[:3]
+                self.total += sum(args[-1][:2]) * gradient[:, 0].numel() * weight.numel()
+            case torch.ops.aten.mm:
+                self.total += args[0].numel() * args[1].shape[1]
+            case torch.ops.aten.addmm:
+                self.total += args[1].numel() * args[2].shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+# Filters 0 to 15; those of a group are neighbours, and zeros make the groups equally large. Where a group has one
+# input, every kept filter is given that for its own.
+@pytest.mark.parametrize(
+    ("groups", "kept", "rows"),
+    [(1, range(0, 16, 2), 8), (8, range(0, 16, 2), 8), (8, range(15), 15), (4, (0, 4, 5, 8), 6), (2, (2, 3), 2)],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pruned_filters_that_fill_up_or_have_a_gradient_are_counted(groups, kept, rows, compiled):
+    """Groups without kept filters are not there. The last layer of an ``identity`` model computes every row."""
     torch.manual_seed(0)
     layers = nn.Conv2d(8, 16, 3, groups=groups, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(144, 6)
     model = convert(nn.Sequential(*layers))
     with torch.no_grad():
-        for _, layer in threshold_layers(model):
-            layer.threshold[::2] = 9.0
-    trainer = make_trainer(model, "compact", strict=True)
+        model[0].threshold.fill_(9.0)[list(kept)] = 0.0
+        model[3].threshold[::2] = 9.0
+    trainer = CompactTrainer(model, compiled=compiled, strict=True, verify="never")
     trainer.begin(SGDOptions(lr=0.0))
-    trainer.step(torch.randn(4, 8, 5, 5), torch.arange(4))
-    rows = 8 if groups == 1 else 16  # filters in groups keep their places
-    assert trainer.finish().macs == 4 * (2 * rows * 8 // groups * 9 * 9 + 3 * 6 * 9 * rows)
+    x, y = torch.randn(4, 8, 5, 5), torch.arange(4)
+    trainer.evaluate(x, y)  # reads the model, which runs it once
+    with Products() as executed:
+        trainer.step(x, y)
+    inputs = 9 * (len(kept) if groups > 1 else -(-len(kept) // 8) * 8)
+    by_hand = 4 * (2 * rows * 8 // groups * 9 * 9 + 3 * 6 * inputs)
+    assert trainer.finish().macs == executed.total == by_hand
