@@ -39,7 +39,7 @@ def give_writes_a_value(graph: fx.Graph, places: Mapping[str, tuple[Any, ...]], 
     writers: set[str] = set()
     for node in nodes:
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if "out" in node.kwargs:
+        if "out" in node.kwargs and not isinstance(node.target, type):
             raise Unsupported(f"{node.name} writes to a tensor that is given as out")
         if target_of(node) is operator.setitem or (node.op == "call_method" and node.target == "__setitem__"):
             raise Unsupported(f"in-place operation at {node.name}")

@@ -66,10 +66,10 @@ def _compared(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
     for round, batch in enumerate((3, 1)):
         x = torch.randn(batch, *image, dtype=torch.float64, device=next(model.parameters()).device)
 
-        def ours(twin: nn.Module, t: Tensor) -> Any:
-            return _small(trace_flow(twin, image, trace.on(twin), stored=True))(t)
+        def ours(twin: nn.Module, tensors: list[Tensor]) -> Any:
+            return _small(trace_flow(twin, image, trace.on(twin), stored=True))(*tensors)
 
-        if (found := differs(flow, x, ours, gradients=False, rounds=(round,))) is not None:
+        if (found := differs(flow, [x], ours, gradients=False, rounds=(round,))) is not None:
             raise Unsupported(f"the exported model is not the model: {found}")
     with torch.no_grad():
         twin = copy_of(model).eval()

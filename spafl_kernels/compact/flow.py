@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .inputs import Input
 from .layout import Layout
 from .trace import Trace
 
@@ -33,6 +34,8 @@ class Flow:
     """A traced model: ``ops`` in order, and what was found about its layers.
 
     Args:
+        inputs: what is known of the tensors that the model is called with.
+        batch: samples in the shapes of ``ops``.
         layers, norms: op of every compactable layer (convolution, linear) and BatchNorm, by module name.
         proofs: by threshold layer, why the gradient of its pruned rows is zero although the estimator lets it pass:
             ``None`` if it need not be, else the norms between the layer and the ReLU that blocks it, each
@@ -50,7 +53,7 @@ class Flow:
     """
 
     model: nn.Module
-    image: tuple[int, ...]
+    inputs: tuple[Input, ...]
     ops: dict[str, Op] = field(default_factory=dict)
     layers: dict[str, Layer] = field(default_factory=dict)
     norms: dict[str, BatchNorm] = field(default_factory=dict)
@@ -65,6 +68,7 @@ class Flow:
     outputs: Any = None
     trace: Trace | None = None
     stored: bool = False
+    batch: int = 2
 
     def __post_init__(self) -> None:
         # A module registered under two names is one module: name it as named_modules does.

@@ -10,6 +10,7 @@ from ..training import Unsupported
 from .aliases import give_writes_a_value
 from .calls import target_of
 from .flow import Flow
+from .inputs import Input
 from .kinds import KINDS, recognise
 from .kinds.base import Op, Sign, Stop
 from .kinds.ends import Inner
@@ -27,7 +28,7 @@ def trace_flow(
     dtype: torch.dtype | None = None,
     stored: bool = False,
 ) -> Flow:
-    """Trace ``model`` and follow its channels.
+    """Trace ``model``, which takes one tensor, and follow its channels.
 
     Args:
         model: the model; not changed, and its ``forward`` does not run.
@@ -40,9 +41,21 @@ def trace_flow(
         Unsupported: the model cannot be traced, or does something a compact engine cannot do exactly.
     """
     trace = check_traceable(model) if trace is None else trace
+    dtype = next(model.parameters(), torch.zeros(())).dtype if dtype is None else dtype
+    return follow_inputs(model, (Input(tuple(image), dtype),), trace, stored=stored)
+
+
+def follow_inputs(
+    model: nn.Module, inputs: tuple[Input, ...], trace: Trace, batch: int = 2, stored: bool = False
+) -> Flow:
+    """:func:`trace_flow` of a model that is called with these tensors.
+
+    ``batch``: the number of samples they have, which is taken where the model does not run with two: tensors that have
+    as many rows as there are samples by chance are taken to be by sample.
+    """
     with torch.inference_mode(False):
-        flow = Flow(model, tuple(image), trace=trace, stored=stored)
-        _Follower(flow, trace.graph, dtype).run()
+        flow = Flow(model, inputs, trace=trace, stored=stored, batch=batch)
+        _Follower(flow, trace.graph).run()
     return flow
 
 
@@ -52,9 +65,9 @@ def check_has_thresholds(model: nn.Module) -> None:
         raise Unsupported("the model has no threshold layers")
 
 
-def trace_thresholds(model: nn.Module, image: tuple[int, ...], trace: Trace, dtype: torch.dtype) -> Flow:
-    """:func:`trace_flow`; raises Unsupported too where no threshold layer can be followed."""
-    flow = trace_flow(model, image, trace, dtype)
+def follow_thresholds(model: nn.Module, inputs: tuple[Input, ...], trace: Trace, batch: int) -> Flow:
+    """:func:`follow_inputs`; raises Unsupported too where no threshold layer can be followed."""
+    flow = follow_inputs(model, inputs, trace, batch)
     if not any(isinstance(op.module, ThresholdLayer) for op in flow.layers.values()):
         reasons = "; ".join(f"{name}: {why}" for name, why in flow.apart.items())
         raise Unsupported(f"no threshold layer can be followed ({reasons})")
@@ -66,8 +79,8 @@ def whole(op: Op) -> Whole:
 
 
 class _Follower:
-    def __init__(self, flow: Flow, graph: fx.Graph, dtype: torch.dtype | None = None) -> None:
-        self.flow, self.graph, self.model, self.dtype = flow, graph, flow.model, dtype
+    def __init__(self, flow: Flow, graph: fx.Graph) -> None:
+        self.flow, self.graph, self.model = flow, graph, flow.model
         assert flow.trace is not None
         self.trace: Trace = flow.trace
         self.modules = dict(self.model.named_modules())
@@ -122,20 +135,26 @@ class _Follower:
                 self.put(whole(flow.ops[name]))
 
     def shapes(self) -> Shapes:
-        """Run the trace on a copy of the model."""
-        reference = next(self.model.parameters(), torch.zeros(()))
-        dtype = self.dtype or reference.dtype
-        zeros = torch.zeros((2, *self.flow.image), dtype=dtype, device=reference.device)
+        """Run the trace on a copy of the model: with two samples, else with as many as there are."""
+        given, flow = self.flow.batch, self.flow
+        for flow.batch in dict.fromkeys((2, given)):
+            try:
+                return self.shapes_of(flow.batch)
+            except Exception as error:
+                text = str(error).splitlines() or [type(error).__name__]
+                sizes = ", ".join(str(tuple(i.shape)) for i in flow.inputs)
+                refusal = Unsupported(f"input of shape {sizes} does not fit: {text[0]}")
+                refusal.__cause__ = error
+        raise refusal
+
+    def shapes_of(self, batch: int) -> Shapes:
+        device = next(self.model.parameters(), torch.zeros(())).device
         with kept_random_state(), torch.no_grad():
             twin = copy_of(self.model).eval()
             for name, value in self.trace.constants.items():
                 setattr(twin, name, value)
-            shapes = Shapes(fx.GraphModule(twin, self.graph))
-            try:
-                shapes.run(zeros)
-            except Exception as error:
-                text = str(error).splitlines() or [type(error).__name__]
-                raise Unsupported(f"input of shape {tuple(self.flow.image)} does not fit: {text[0]}") from error
+            shapes = Shapes(fx.GraphModule(twin, self.graph), batch)
+            shapes.run(*(i.zeros(batch, device) for i in self.flow.inputs))
         return shapes
 
     def parts_at_full_width(self) -> dict[str, str]:

@@ -28,8 +28,9 @@ def prefers_channels_last(flow: Flow, gpu: bool = False) -> bool:
     """
     norms = [op for op in flow.norms.values() if isinstance(op.module, nn.BatchNorm2d)]
     biased = any(_reads_kept_bias(flow, op) for op in flow.norms.values())
-    worth = gpu or (flow.image[0] > 1 and bool(norms))
-    return len(flow.image) == 3 and worth and not biased
+    images = [i.shape for i in flow.inputs if i.batched and len(i.shape) == 3]
+    worth = gpu or (any(shape[0] > 1 for shape in images) and bool(norms))
+    return bool(images) and worth and not biased
 
 
 def _reads_kept_bias(flow: Flow, norm: BatchNorm) -> bool:

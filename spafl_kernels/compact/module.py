@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,19 +20,22 @@ from ..settings import strict as strict_by_default
 from ..training import Unsupported
 from .conditions import Condition, rows_in_words
 from .flow import Flow
-from .follow import check_has_thresholds, trace_thresholds
+from .follow import check_has_thresholds, follow_thresholds
 from .fusion import always_fused, prefers_channels_last
+from .inputs import Form, Input, inputs_of, usual_form
 from .layout import Layout
 from .plan import Channels, Plan
 from .program import Program
-from .recent import Recent, Refused
+from .recent import MOST, Recent, Refused
 from .scope import Scope
 from .slots import LayerSlot, NormSlot
 from .state import LayerState, all_channels, per_filter, put_rows
-from .trace import Trace, check_traceable, required_inputs
+from .trace import Trace, check_traceable
 from .verify import Verify, check_verify, differs
 
 __all__ = ["CompactModule"]
+
+FOLLOWED = "all channels can be traced"
 
 
 class _Filters(torch.autograd.Function):
@@ -127,8 +131,13 @@ class _Captured:
     made: dict[tuple[bool, bool], tuple[Tensor, tuple[bool, ...], Made]] = field(default_factory=dict)
 
 
-# Shape of a sample, dtype of the input, whether gradients are asked for, mode of the model.
-_Key = tuple[tuple[int, ...], torch.dtype, bool, bool]
+# Whether gradients are asked for, mode of the model, how it is called.
+_TraceKey = tuple[bool, bool, Form]
+# The same, and the tensors it is called with.
+_Key = tuple[bool, bool, Form, tuple[Input, ...]]
+
+# The model is read at most so often in so many calls: what changes at every call would never be done.
+KINDS_READ, AMONG_CALLS = 2 * MOST, 16 * MOST
 
 
 class CompactModule(nn.Module):
@@ -138,9 +147,11 @@ class CompactModule(nn.Module):
     loop works; masks are taken from the parameters at every forward. (The persistent
     :class:`~spafl_kernels.compact.CompactTrainer` saves the gathers too, for SGD.) ``state_dict`` is the model's own.
 
-    It is called as ``model`` is. A call that cannot run compact (another input than one tensor, or a model that cannot
-    be read) runs the model as it is; ``engine`` and ``reason`` are those of the last call. What was read of the model
-    is compared with what it is at every call, and read anew when it has changed.
+    It is called as ``model`` is, with any number of tensors, also in lists and dictionaries and by name; numbers and
+    strings among the arguments are a part of what is read. A call that cannot run compact (with objects of other kinds,
+    with a number that is another one at every call, or of a model that cannot be read) runs the model as it is;
+    ``engine`` and ``reason`` are those of the last call. What was read of the model is compared with what it is at
+    every call, and read anew when it has changed.
 
     Args:
         model: the model; shared, not copied.
@@ -164,21 +175,23 @@ class CompactModule(nn.Module):
         self.model = model
         self.strict = strict_by_default() if strict is None else strict
         self.multiple, self.verify = multiple, check_verify(verify)
-        self.engine, self.reason = "compact", "all channels can be traced"
+        self.engine, self.reason = "compact", FOLLOWED
         self._reset()
         try:
             check_has_thresholds(model)
             if trace is not None:
-                self._traces[trace.gradients[0], model.training] = trace
-            else:
-                self._trace(True)
+                self._traces[trace.gradients[0], model.training, trace.form] = trace
+            elif (form := _form_before_a_call(model)) is not None:
+                self._trace((True, model.training, form))
         except Unsupported as error:
             self._fall_back(error)
 
     def _reset(self) -> None:
         self._captures: Recent[_Key, _Captured] = Recent()
         self._refused: Refused[_Key] = Refused()
-        self._traces: dict[tuple[bool, bool], Trace] = {}
+        self._traces: Recent[_TraceKey, Trace] = Recent()
+        self._calls = 0
+        self._reads: deque[int] = deque(maxlen=KINDS_READ)  # the calls at which a kind of batch was read
         self._warned: set[str] = set()
 
     def _fall_back(self, error: Unsupported) -> None:
@@ -224,50 +237,37 @@ class CompactModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         refuse_transforms("a CompactModule")
         captured = None
+        tensors: list[Tensor] = []
         try:
-            x = self._input(args, kwargs)
-            if x is None:
-                raise Unsupported("it was called with something else than one tensor")
-            if len(x):  # of an empty batch the model itself knows what to say
-                captured = self._capture(x)
+            form, tensors = Form.of(args, kwargs)
+            inputs, batch = inputs_of(tensors)
+            if batch:  # of an empty batch the model itself knows what to say
+                captured = self._capture((torch.is_grad_enabled(), self.model.training, form, inputs), tensors)
         except Unsupported as error:
             self._fall_back(error)
-        if captured is None or x is None:
+        if captured is None:
             return self.model(*args, **kwargs)
-        self.engine, self.reason = "compact", "all channels can be traced"
-        made = self._plan(captured, x, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        self.engine, self.reason = "compact", FOLLOWED
+        made = self._plan(captured, tensors, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         for gather in made.gathers:
             gather()
-        out = made.program(x, True)
+        out = made.program(tensors, True)
         with torch.no_grad():
             for put in made.puts:
                 put()
         made.release()
         return out
 
-    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The one tensor of a call; None if there is more or something else."""
-        if len(args) == 1 and not kwargs:
-            x = args[0]
-        elif len(kwargs) == 1 and not args:
-            ((name, x),) = kwargs.items()
-            if [name] != required_inputs(type(self.model).forward):
-                return None
-        else:
-            return None
-        return x if isinstance(x, Tensor) and x.dim() else None
-
     # -- what was read of the model --------------------------------------------------------------------------------
 
-    def _trace(self, gradients: bool) -> Trace:
-        key = gradients, self.model.training
+    def _trace(self, key: _TraceKey) -> Trace:
         trace = self._traces.get(key)
         if trace is None or trace.watch.changed() is not None:
-            self._traces[key] = trace = check_traceable(self.model, "now", gradients)
+            self._traces[key] = trace = check_traceable(self.model, "now", key[0], form=key[2])
         return trace
 
-    def _capture(self, x: Tensor) -> _Captured:
-        key = tuple(x.shape[1:]), x.dtype, torch.is_grad_enabled(), self.model.training
+    def _capture(self, key: _Key, tensors: list[Tensor]) -> _Captured:
+        self._calls += 1
         captured = self._captures.get(key)
         if captured is not None:
             assert captured.flow.trace is not None
@@ -276,13 +276,17 @@ class CompactModule(nn.Module):
             del self._captures[key]
         if (reason := self._refused.reason(key)) is not None:
             raise Unsupported(reason)
+        if len(self._reads) == KINDS_READ and self._calls - self._reads[0] < AMONG_CALLS:
+            raise Unsupported(f"the model or its arguments have changed {KINDS_READ} times in {AMONG_CALLS} calls")
+        self._reads.append(self._calls)
         watch = None
         with torch.inference_mode(False):
             try:
-                trace = self._trace(key[2])
+                trace = self._trace(key[:3])
                 watch = trace.watch
-                flow = trace_thresholds(self.model, key[0], trace, key[1])
-                self._check(flow, x, key[2])
+                batch = next(len(t) for i, t in zip(key[3], tensors) if i.batched)
+                flow = follow_thresholds(self.model, key[3], trace, batch)
+                self._check(flow, tensors, key[0])
             except Unsupported as error:
                 if watch is not None:
                     self._refused[key] = watch, str(error)
@@ -290,27 +294,27 @@ class CompactModule(nn.Module):
             self._captures[key] = captured = _Captured(flow, conditions_of(flow))
         return captured
 
-    def _check(self, flow: Flow, x: Tensor, gradients: bool) -> None:
+    def _check(self, flow: Flow, tensors: list[Tensor], gradients: bool) -> None:
         if self.verify == "never":
             return
-
         trace = flow.trace
         assert trace is not None
 
-        def ours(model: nn.Module, t: Tensor) -> Any:
-            return CompactModule(model, True, self.multiple, "never", trace.on(model))(t)
+        def ours(model: nn.Module, copies: list[Tensor]) -> Any:
+            args, kwargs = trace.form.call(copies)
+            return CompactModule(model, True, self.multiple, "never", trace.on(model))(*args, **kwargs)
 
-        if (found := differs(flow, x, ours, gradients)) is not None:
+        if (found := differs(flow, tensors, ours, gradients)) is not None:
             raise Unsupported(found)
 
     # -- a plan ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _plan(self, captured: _Captured, x: Tensor, gradients: bool, inference: bool) -> Made:
+    def _plan(self, captured: _Captured, tensors: list[Tensor], gradients: bool, inference: bool) -> Made:
         """Masks of the current parameters, and the program for them (the last one if no mask has changed)."""
         flow = captured.flow
         masks, keep, passes = rows_of(flow, captured.conditions, gradients)
-        compiled = not torch.is_autocast_enabled(x.device.type)
+        compiled = not torch.is_autocast_enabled(tensors[0].device.type)
         passing = tuple(p is not None for p in passes.values())
         state = torch.cat([*masks.values(), *keep.values()])
         # Where the window lets gradients through depends on the margins, not on the masks: such plans are not reused.
@@ -322,12 +326,20 @@ class CompactModule(nn.Module):
             if marks == passing and torch.equal(old, state):
                 return made
         if self.verify == "always":
-            self._check(flow, x, gradients)
+            self._check(flow, tensors, gradients)
         made = Made(flow, masks, keep, passes, self.multiple, compiled)
         captured.made[key] = state, passing, made
         if gradients and self.model.training:
             self._warned |= warn_of_collapse(masks, self._warned)
         return made
+
+
+def _form_before_a_call(model: nn.Module) -> Form | None:
+    """How a model will be called, as far as its signature tells; None where the first call must show."""
+    try:
+        return usual_form(type(model).forward)
+    except Unsupported:
+        return None
 
 
 def conditions_of(flow: Flow) -> list[Condition]:

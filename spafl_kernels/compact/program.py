@@ -7,7 +7,7 @@ The calls themselves are made by the kinds of operation (:mod:`~spafl_kernels.co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Program:
         ops = [op for op in flow.ops.values() if scope.runs(op)]
         outputs = [s for op in flow.ops.values() if isinstance(op, Output) for s in op.sources]
         self._channels_last, self._scope = scope.channels_last, scope
-        self._input = next(index[op.name] for op in flow.ops.values() if isinstance(op, Input))
+        self._inputs = [index[op.name] for op in flow.ops.values() if isinstance(op, Input)]
         self._names = [op.name for op in ops]
         last = {index[s]: op.name for op in ops for s in op.sources} | {index[s]: "" for s in outputs}
         self._calls: list[tuple[Run, tuple[int, ...]]] = []
@@ -38,26 +38,27 @@ class Program:
         self._reads = {s: scope.full(s) for s in outputs}
         self.macs, self.macs_fixed = scope.macs, scope.macs_fixed
 
-    def __call__(self, x: Tensor, training: bool) -> Any:
-        """What the model returns for a batch, at full width.
+    def __call__(self, x: Tensor | Sequence[Tensor], training: bool) -> Any:
+        """What the model returns for a batch, or for the tensors that it is called with, at full width.
 
         ``training``: the first of the trace's patterns rather than the second; modules read their own flag.
         """
         env = Values(self._places)
         kept, constants, wide = env.kept, env.constants, env.wide
-        if self._channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        kept[self._input] = x
+        for i, t in zip(self._inputs, (x,) if isinstance(x, Tensor) else x, strict=True):
+            images = self._channels_last and t.dim() == 4
+            kept[i] = t.contiguous(memory_format=torch.channels_last) if images else t
         for run, frees in self._calls:
             run(env, training)
             for i in frees:
                 kept[i] = constants[i] = wide[i] = None
         return _filled(self._outputs, lambda node: self._reads[node.name](env))
 
-    def values(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def values(self, tensors: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor on the way, at full width, by the name of its node; those inside a fused call are left out."""
         env = Values(self._places)
-        env.kept[self._input] = x
+        for i, t in zip(self._inputs, tensors, strict=True):
+            env.kept[i] = t
         for name, (run, _) in zip(self._names, self._calls):
             run(env, True)
             value = self._scope.full(name)(env)
@@ -70,7 +71,8 @@ def _filled(value: Any, read: Callable[[fx.Node], Any]) -> Any:
     if isinstance(value, fx.Node):
         return read(value)
     if isinstance(value, tuple):
-        return tuple(_filled(v, read) for v in value)
+        parts = [_filled(v, read) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, list):
         return [_filled(v, read) for v in value]
     if isinstance(value, dict):

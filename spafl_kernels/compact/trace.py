@@ -7,11 +7,12 @@ would freeze, is refused.
 
 from __future__ import annotations
 
-import inspect
+import collections
+import dataclasses
 import operator
 import random
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from ..layers import ThresholdLayer
 from ..ops.flops import counter
 from ..training import Unsupported
 from .calls import target_of, writes_in_place
+from .inputs import ONE, Form, usual_form
 from .watch import HOOKS, Modes, Watch, frozen, modes_of, set_modes
 
 __all__ = ["Patterns", "Shapes", "Trace", "check_traceable", "copy_of", "kept_random_state", "plain", "target_of"]
@@ -66,6 +68,22 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and type(a) is not dict:
+            return self._dictionary(a)
+        return super().create_arg(a)
+
+    def _dictionary(self, a: dict[Any, Any]) -> Any:
+        """A dictionary of a class of its own is made by a call, so that it is of that class again."""
+        if type(a) is collections.OrderedDict:
+            return self.create_node("call_function", type(a), (self.create_arg(list(a.items())),), {})
+        fields = {k: self.create_arg(v) for k, v in a.items()}
+        if dataclasses.is_dataclass(type(a)) and all(isinstance(k, str) for k in fields):
+            return self.create_node("call_function", type(a), (), fields)
+        if type(a).__module__.startswith("torch.fx."):
+            return super().create_arg(a)
+        raise Unsupported(f"forward makes a {type(a).__name__}")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _surroundings() != self._around:
@@ -120,6 +138,7 @@ class Trace:
         constants: tensors that ``forward`` makes, by the name the graph has for them.
         watch: what else the graph depends on.
         reads: by module, the attributes that its ``forward`` was asked for.
+        form: how the model is called.
     """
 
     graph: fx.Graph
@@ -128,11 +147,11 @@ class Trace:
     watch: Watch
     constants: dict[str, Tensor] = field(default_factory=dict)
     reads: Mapping[str, Collection[str]] = field(default_factory=dict)
+    form: Form = ONE
 
     def on(self, twin: nn.Module) -> Trace:
         """The same for a copy of the model."""
-        watch = Watch(twin, self.reads, self.modes)
-        return Trace(self.graph, self.modes, self.gradients, watch, self.constants, self.reads)
+        return dataclasses.replace(self, watch=Watch(twin, self.reads, self.modes))
 
     @property
     def trains(self) -> bool:
@@ -148,12 +167,17 @@ class Trace:
 class Shapes(fx.Interpreter):
     """Runs the trace once on zeros; keeps every shape, what memory a value has, and the MACs of what is not a layer.
 
+    Args:
+        module: the trace.
+        batch: samples in the zeros.
+
     Attributes:
         places: ``(storage, offset, shape, stride)`` of every tensor; a storage is one number as long as this lives.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, batch: int) -> None:
         super().__init__(module)
+        self.batch = batch
         self.shapes: dict[str, tuple[int, ...] | None] = {}
         self.places: dict[str, tuple[Any, ...]] = {}
         self.macs: dict[str, int] = {}
@@ -163,7 +187,7 @@ class Shapes(fx.Interpreter):
         with counter() as counted:
             result = super().run_node(n)
         self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
-        self.macs[n.name] = counted.get_total_flops() // 4  # two FLOPs each, two samples
+        self.macs[n.name] = counted.get_total_flops() // (2 * self.batch)  # two FLOPs each
         tensors = (
             [result]
             if isinstance(result, Tensor)
@@ -239,7 +263,7 @@ def kept_random_state() -> Iterator[None]:
 class _Reader:
     """Lets the modules of a copy note what they are asked for."""
 
-    def __init__(self, model: nn.Module, tracer: Tracer) -> None:
+    def __init__(self, model: nn.Module, tracer: Tracer, form: Form | None) -> None:
         self.seen: dict[int, set[str]] = {}
         self.names = {id(m): name for name, m in model.named_modules()}
         self._inside = 0
@@ -253,7 +277,7 @@ class _Reader:
                 m.__class__ = kinds[type(m)]
         if type(model) not in kinds.values():
             model.__class__ = self._kind(type(model))
-        self._take_one_input(type(model))
+        self.form = self._take_tensors(type(model), form)
 
     def reads(self) -> dict[str, set[str]]:
         return {self.names[i]: asked | {"forward"} for i, asked in self.seen.items()}
@@ -278,26 +302,16 @@ class _Reader:
         space = {"__getattribute__": __getattribute__, "__getattr__": __getattr__}
         return type(cls.__name__, (cls,), {**space, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
-    def _take_one_input(self, cls: type) -> None:
-        """Further arguments of the model's ``forward`` have their defaults."""
+    def _take_tensors(self, cls: type, form: Form | None) -> Form:
+        """Let the model's ``forward`` take the tensors of a call alone; all other arguments are what they were."""
         original: Any = cls.forward  # type: ignore[attr-defined]
-        inputs = required_inputs(original)
-        if len(inputs) != 1:
-            raise Unsupported(f"forward takes {len(inputs)} inputs; one is needed")
-        space: dict[str, Any] = {"original": original}
-        by_name = inspect.signature(original).parameters[inputs[0]].kind is inspect.Parameter.KEYWORD_ONLY
-        passed = f"{inputs[0]}={inputs[0]}" if by_name else inputs[0]
-        exec(f"def forward(self, {inputs[0]}):\n    return original(self, {passed})", space)
+        form = usual_form(original) if form is None else form
+        names = ", ".join(form.names(original))
+        space: dict[str, Any] = {"original": original, "call": form.call}
+        lines = f"def forward(self, {names}):", f"    args, kwargs = call([{names}])"
+        exec("\n".join((*lines, "    return original(self, *args, **kwargs)")), space)
         cls.forward = space["forward"]  # type: ignore[attr-defined]
-
-
-def required_inputs(forward: Callable[..., Any]) -> list[str]:
-    """Names of the arguments, after ``self``, that have no default; of the first one if all have."""
-    kinds = inspect.Parameter
-    everything = list(inspect.signature(forward).parameters.values())[1:]
-    named = [p for p in everything if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
-    required = [p.name for p in named if p.default is kinds.empty]
-    return required or [p.name for p in named[:1]]
+        return form
 
 
 class _Before:
@@ -341,7 +355,11 @@ def _equal(now: Any, then: Any) -> bool:
 
 
 def check_traceable(
-    model: nn.Module, patterns: Patterns = "training", gradients: bool = True, modes: Modes | None = None
+    model: nn.Module,
+    patterns: Patterns = "training",
+    gradients: bool = True,
+    modes: Modes | None = None,
+    form: Form | None = None,
 ) -> Trace:
     """The trace of ``model``, as far as it is known without an input; raises :class:`Unsupported`.
 
@@ -351,6 +369,7 @@ def check_traceable(
             have; ``"eval"``: those of ``eval()``.
         gradients: whether gradients will be asked for; under ``"training"`` they are in the first pattern.
         modes: instead of those that ``train()`` gives.
+        form: how the model is called; by default with one tensor.
     """
     _check_model(model)
     with torch.inference_mode(False), kept_random_state():
@@ -362,15 +381,17 @@ def check_traceable(
         if patterns == "training":
             found.append(modes_of(twin.train()) if modes is None else modes)
         found.append(modes_of(model) if patterns == "now" else modes_of(twin.eval()))
-        return _traced(model, twin, tuple(found), (True, False) if len(found) == 2 else (gradients,))
+        return _traced(model, twin, tuple(found), (True, False) if len(found) == 2 else (gradients,), form)
 
 
-def _traced(model: nn.Module, twin: nn.Module, modes: tuple[Modes, ...], gradients: tuple[bool, ...]) -> Trace:
+def _traced(
+    model: nn.Module, twin: nn.Module, modes: tuple[Modes, ...], gradients: tuple[bool, ...], form: Form | None
+) -> Trace:
     before, random_state = _Before(twin), _random_state()
     constants: list[dict[str, Tensor]] = []
     graphs = []
     try:
-        reader = _Reader(twin, Tracer())
+        reader = _Reader(twin, Tracer(), form)
         for pattern in modes:
             set_modes(twin, pattern)
             tracer = Tracer()
@@ -403,7 +424,7 @@ def _traced(model: nn.Module, twin: nn.Module, modes: tuple[Modes, ...], gradien
         if value.requires_grad:
             raise Unsupported(f"forward computes {key!r} from a parameter where a trace does not see it")
     reads = reader.reads()
-    return Trace(graph, modes, gradients, Watch(model, reads, modes), constants[0], reads)
+    return Trace(graph, modes, gradients, Watch(model, reads, modes), constants[0], reads, reader.form)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from ..executed import Executed
 from ..training import Extra, Loss, MaskedTrainer, Options, SGDOptions, Trainer, TrainResult, Unsupported
 from .flow import Flow
-from .follow import check_has_thresholds, trace_thresholds
+from .follow import check_has_thresholds, follow_thresholds
+from .inputs import Input
 from .memory import pages
 from .momentum import OwnMomentum
 from .recent import Recent, Refused
@@ -266,7 +267,7 @@ class CompactTrainer(Trainer):
         try:
             if (name := self._trace.watch.hooked()) is not None:
                 raise Unsupported(f"parameter {name!r} has a gradient hook")
-            flow = trace_thresholds(self.model, key[0], self._trace, key[1])
+            flow = follow_thresholds(self.model, (Input(*key),), self._trace, 2)
         except Unsupported as error:
             self._refused[key] = self._trace.watch, str(error)
             raise

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from .flow import Flow
-from .follow import trace_flow
-from .trace import Trace, copy_of
+from .follow import follow_inputs
+from .trace import copy_of
 from .watch import set_modes
 
 __all__ = ["first_difference"]
@@ -30,28 +32,29 @@ class _Values(fx.Interpreter):
 
 
 @torch.no_grad()
-def first_difference(flow: Flow, twin: nn.Module, x: Tensor, tolerance: float) -> str | None:
+def first_difference(flow: Flow, twin: nn.Module, tensors: Sequence[Tensor], tolerance: float) -> str | None:
     """Name and kind of the first operation of which a plain program makes another value than ``twin``, a copy of the
-    model of ``flow``; None if there is none."""
+    model of ``flow`` that is called with ``tensors``; None if there is none."""
     from .module import Made, conditions_of, rows_of
 
     assert flow.trace is not None
     was = flow.trace
-    trace = Trace(was.graph, was.modes[:1], was.gradients[:1], was.watch, was.constants, was.reads)
+    trace = replace(was, modes=was.modes[:1], gradients=was.gradients[:1])
     set_modes(twin, was.modes[0])
     other = copy_of(twin)
     for name, value in flow.trace.constants.items():
         setattr(twin, name, value)
     right = _Values(fx.GraphModule(twin, flow.trace.graph))
     torch.manual_seed(1)
-    right.run(x)
+    right.run(*tensors)
     gradients = flow.trace.gradients[0]
-    here = trace_flow(other, tuple(x.shape[1:]), trace.on(other), x.dtype)
+    inputs = tuple(i.like(t) for i, t in zip(flow.inputs, tensors))
+    here = follow_inputs(other, inputs, trace.on(other), flow.batch)
     made = Made(here, *rows_of(here, conditions_of(here), gradients), multiple=8, compiled=False)
     for gather in made.gathers:
         gather()
     torch.manual_seed(1)
-    for name, value in made.program.values(x):
+    for name, value in made.program.values(tensors):
         op = here.ops[name]
         if name in right.values:
             want = right.values[name]

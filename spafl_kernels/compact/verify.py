@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -96,17 +97,24 @@ def twins(model: nn.Module, seed: int, density: float, far: bool) -> nn.Module:
     return twin
 
 
-def _sample(x: Tensor, seed: int) -> Iterator[Tensor]:
-    """A few samples of the batch, then all of it if the model does not take those."""
+def _samples(flow: Flow, tensors: Sequence[Tensor], seed: int) -> Iterator[list[Tensor]]:
+    """A few samples of the batch, then all of it if the model does not take those.
+
+    All of it at once where there are several tensors, for it is a guess which of them are by sample.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for part in (x.detach()[:SAMPLES], x.detach()):
-        if part.is_floating_point():
-            part = torch.nan_to_num(part.double(), 0.0, 0.0, 0.0)
-            size = part.std() if part.numel() > 1 else part.new_ones(())
-            size = torch.where(size > 0, size, torch.ones_like(size))
-            noise = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.device)
-            part = part + 0.1 * size * noise  # no ties in a max-pool
-        yield part.clone()
+    for count in (SAMPLES, None) if len(tensors) == 1 else (None,):
+        yield [_moved(t.detach()[:count] if i.batched else t.detach(), generator) for i, t in zip(flow.inputs, tensors)]
+
+
+def _moved(part: Tensor, generator: torch.Generator) -> Tensor:
+    if part.is_floating_point():
+        part = torch.nan_to_num(part.double(), 0.0, 0.0, 0.0)
+        size = part.std() if part.numel() > 1 else part.new_ones(())
+        size = torch.where(size > 0, size, torch.ones_like(size))
+        noise = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.device)
+        part = part + 0.1 * size * noise  # no ties in a max-pool
+    return part.clone()
 
 
 def _floats(value: Any) -> list[Tensor]:
@@ -114,6 +122,8 @@ def _floats(value: Any) -> list[Tensor]:
         return [value] if value.is_floating_point() else []
     if isinstance(value, dict):
         value = list(value.values())
+    elif dataclasses.is_dataclass(value):
+        value = list(vars(value).values())
     return [t for v in value for t in _floats(v)] if isinstance(value, (list, tuple)) else []
 
 
@@ -169,25 +179,26 @@ def _masked(run: Callable[[], Any], losses: list[_Functional]) -> tuple[Any, flo
 
 def _over_rounds(
     flow: Flow,
-    x: Tensor,
+    tensors: Sequence[Tensor],
     gradients: bool,
-    compare: Callable[[nn.Module, Tensor, int], str | None],
+    compare: Callable[[nn.Module, list[Tensor], int], str | None],
     which: tuple[int, ...] | None = None,
 ) -> str | None:
     """The first thing that ``compare`` finds, with copies under random masks and a part of the batch."""
-    if not len(x):
+    if any(not len(t) for i, t in zip(flow.inputs, tensors) if i.batched):
         return None
     macs = sum(op.macs for op in flow.ops.values())
     macs += sum(op.module.weight.numel() * op.positions for op in flow.layers.values())
     which = which or ((0,) if macs > LARGE else (0, 1))
     rounds = [((1, 0.5, True), (2, 0.3, False))[i] for i in which]
     plain: Any = contextlib.nullcontext()
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        plain = torch.autocast(x.device.type, enabled=False)
+    kind = tensors[0].device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        plain = torch.autocast(kind, enabled=False)
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), kept_random_state(), plain:
         for seed, density, far in rounds:
             twin, found = twins(flow.model, seed, density, far), ""
-            for part in _sample(x, seed):
+            for part in _samples(flow, tensors, seed):
                 try:
                     result = compare(twin, part, seed)
                 except _NotComparable as error:
@@ -215,8 +226,8 @@ def differs_in_training(flow: Flow, x: Tensor, multiple: int, compiled: bool, pa
     assert flow.trace is not None
     trace, modes = flow.trace, flow.trace.modes[0]
 
-    def compare(twin: nn.Module, part: Tensor, seed: int) -> str | None:
-        losses = [_Functional(seed), _Functional(seed)]
+    def compare(twin: nn.Module, parts: list[Tensor], seed: int) -> str | None:
+        losses, (part,) = [_Functional(seed), _Functional(seed)], parts
         model, other = copy.deepcopy(twin), copy.deepcopy(twin)
         masked = MaskedTrainer(model, losses[0])
         masked.counts_macs = False  # nobody asks for them, and to count takes as long as the step
@@ -228,18 +239,18 @@ def differs_in_training(flow: Flow, x: Tensor, multiple: int, compiled: bool, pa
         except Exception as error:
             return f"it fails where the masked model does not: {error}"
         if (found := _outputs(losses[0].outputs, losses[1].outputs, tolerance)) is not None:
-            return f"{found}{_where(flow, twin, part, tolerance)}"
+            return f"{found}{_where(flow, twin, parts, tolerance)}"
         gradients = (_apart(f"the gradient of {n!r}", velocity.get(n), v, tolerance) for n, v in momentum.items())
         states = (_apart(f"{n!r} after a step", ours.get(n), v, tolerance) for n, v in state.items())
         return next((found for found in (*gradients, *states) if found is not None), None)
 
-    return _over_rounds(flow, x, True, compare)
+    return _over_rounds(flow, [x], True, compare)
 
 
 def differs(
     flow: Flow,
-    x: Tensor,
-    ours: Callable[[nn.Module, Tensor], Any],
+    tensors: Sequence[Tensor],
+    ours: Callable[[nn.Module, list[Tensor]], Any],
     gradients: bool,
     rounds: tuple[int, ...] | None = None,
 ) -> str | None:
@@ -247,40 +258,44 @@ def differs(
 
     Args:
         flow: of the model.
-        x: a batch.
-        ours: gives the program's output for a copy of the model and a batch.
+        tensors: those that the model is called with.
+        ours: gives the program's output for a copy of the model and such tensors.
         gradients: compare gradients too.
         rounds: which sets of masks; by default both, of a large model the first.
     """
     assert flow.trace is not None
-    (modes,) = flow.trace.modes
+    (modes,), form = flow.trace.modes, flow.trace.form
 
-    def compare(twin: nn.Module, part: Tensor, seed: int) -> str | None:
+    def compare(twin: nn.Module, parts: list[Tensor], seed: int) -> str | None:
         losses = [_Functional(seed), _Functional(seed)]
         models = [copy.deepcopy(twin), copy.deepcopy(twin)]
-        inputs = [part.clone().requires_grad_(gradients and part.is_floating_point()) for _ in models]
+        inputs = [[t.clone().requires_grad_(gradients and t.is_floating_point()) for t in parts] for _ in models]
         for model in models:
             set_modes(model, modes)
 
-        def run(i: int, forward: Callable[[Tensor], Any]) -> None:
+        def right(tensors: list[Tensor]) -> Any:
+            args, kwargs = form.call(tensors)
+            return models[0](*args, **kwargs)
+
+        def run(i: int, forward: Callable[[list[Tensor]], Any]) -> None:
             torch.manual_seed(seed)
             value = losses[i](forward(inputs[i]), None)
             if gradients and value.requires_grad:
                 value.backward()
 
-        _, tolerance = _masked(lambda: run(0, models[0]), losses)
+        _, tolerance = _masked(lambda: run(0, right), losses)
         try:
             run(1, lambda t: ours(models[1], t))
         except Exception as error:
             return f"it fails where the model itself does not: {error}"
         if (found := _outputs(losses[0].outputs, losses[1].outputs, tolerance)) is not None:
-            return f"{found}{_where(flow, twin, part, tolerance)}"
+            return f"{found}{_where(flow, twin, parts, tolerance)}"
         pairs = [(f"the gradient of {n!r}", q.grad, p.grad) for (n, p), q in _pairs(models, "named_parameters")]
-        pairs.append(("the gradient of the input", inputs[1].grad, inputs[0].grad))
+        pairs += [("the gradient of the input", b.grad, a.grad) for a, b in zip(*inputs)]
         pairs += [(f"buffer {n!r}", u, t) for (n, t), u in _pairs(models, "named_buffers")]
         return next((found for p in pairs if (found := _apart(*p, tolerance)) is not None), None)
 
-    return _over_rounds(flow, x, gradients, compare, rounds)
+    return _over_rounds(flow, tensors, gradients, compare, rounds)
 
 
 def _pairs(models: list[nn.Module], kind: str) -> Iterator[tuple[tuple[str, Tensor], Tensor]]:
@@ -324,12 +339,12 @@ def _train(trainer: Trainer, modes: Modes, x: Tensor, seed: int) -> tuple[dict[s
     return state, momentum
 
 
-def _where(flow: Flow, twin: nn.Module, x: Tensor, tolerance: float) -> str:
+def _where(flow: Flow, twin: nn.Module, tensors: Sequence[Tensor], tolerance: float) -> str:
     """The first operation whose value differs, if that shows in a plain run."""
     from .values import first_difference  # it runs what calls this
 
     try:
-        name = first_difference(flow, twin, x, tolerance)
+        name = first_difference(flow, twin, tensors, tolerance)
     except Exception:  # no more than a help for the reader
         name = None
     return "" if name is None else f", first at {name}"

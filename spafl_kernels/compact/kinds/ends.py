@@ -35,7 +35,8 @@ class Input(Op):
         raise AssertionError("an input is not computed")
 
     def export(self, small: Small) -> Value:
-        return Value(small.graph.placeholder("x"), None)
+        one = len(small.flow.inputs) == 1
+        return Value(small.graph.placeholder("x" if one else self.name), None)
 
 
 @dataclass(eq=False)
