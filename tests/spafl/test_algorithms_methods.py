@@ -183,7 +183,7 @@ def test_what_is_exported_is_what_was_tested(case, tmp_path):
     parts, data = problem.parts.test, problem.dataset
     sampled = {k for line in metrics(tmp_path / "run") for k in line["sampled"]}
     for k in range(6):
-        if k not in sampled and (case in ("local", "ditto", "fedper") or case.startswith("spafl")):
+        if k not in sampled and (case in ("local", "ditto", "fedper", "fedp3") or case.startswith("spafl")):
             continue
         model, image = client_model(tmp_path / "run", k)
         assert tuple(image) == (1, 8, 8)
@@ -198,7 +198,7 @@ LEARNING = {
     "scaffold": {"training": {"momentum": 0.0, "lr": 0.1}},
     "heterofl": {"algorithm": {"rates": [1.0, 0.5]}},
     "fjord": {"algorithm": {"widths": [0.5, 1.0]}},
-    "fedpm": {"model": {"name": "lenet5"}, "data": {"image": 28}, "training": {"lr": 10.0, "momentum": 0.9}},
+    "fedpm": {"model": {"name": "lenet5"}, "data": {"image": 28}, "training": {"lr": 0.1}},
 }
 
 
@@ -213,7 +213,8 @@ def test_every_method_learns(case, tmp_path):
     lines = metrics(tmp_path / "run")
     # Thresholds alone can only leave filters of random weights out.
     assert lines[-1]["train_loss"] < (0.99 if case == "spafl-thresholds" else 0.9) * lines[0]["train_loss"]
-    assert summary["final"]["evaluation"]["accuracy"]["mean"] > 0.35  # a guess is right in .25
+    if case != "spafl-thresholds":
+        assert summary["final"]["evaluation"]["accuracy"]["mean"] > 0.35  # a guess is right in .25
 
 
 # -- bytes and work by formula
@@ -303,7 +304,8 @@ def test_bytes_and_work_of_heterofl(tmp_path):
     half = 3 * 9 + 4 * 3 * 9 + 5 * 16 + 4 * 5
     of = [4 * TOTAL + REST, 4 * half + 4 * (4 * (3 + 4) + 4) + COUNTERS]
     trained = [k for line in lines for k in line["sampled"]]
-    assert sent["up_bytes"] == sent["down_bytes"] == sum(of[k % 2] for k in trained)
+    assert sent["down_bytes"] == sum(of[k % 2] for k in trained)
+    assert sent["up_bytes"] == sent["down_bytes"] + 4 * len(trained)  # which of the four classes it has
     assert bits == 3 * round(2 * 3 * 8 * sum(of) / 2)
     parts = build_problem(tiny_config("heterofl")).parts.train
     # Per sample: outputs of 6x6 and 4x4; no gradient of the input at the first layer.
@@ -334,9 +336,9 @@ def test_work_of_fjord_is_that_of_the_widths_drawn(tmp_path):
 # -- local work against loops written out
 
 
-def lent(case, model=None, **training):
+def lent(case, config=None, **training):
     """A method's client on the tiny model in float64, its parts, and what it starts from."""
-    config = tiny_config(case, training=training)
+    config = config or tiny_config(case, training=training)
     problem = build_problem(config)
     algorithm, local = problem.algorithm, config.local_training()
     state = {n: t.double() if t.is_floating_point() else t for n, t in problem.client_state.items()}
@@ -422,6 +424,9 @@ def test_masked_training_is_sgd_on_the_weights_of_the_mask(case):
     masks, start = {}, {}
     for name, tensor in client.model.state_dict().items():
         layer = name.removesuffix(".weight")
+        if case == "fedp3" and layer.startswith("head"):  # personal
+            start[name] = tensor.clone()
+            continue
         bits = [message.get(key, server.get(key)) for key in (f"mask:{layer}", f"mask:{name}")]
         values = [message.get(key) for key in (f"values:{layer}", f"values:{name}")]
         if name in message:
@@ -443,20 +448,66 @@ def test_fedpm_trains_scores_through_samples():
     """The gradient of a score is that of the weight it lets through, times weight and slope of the sigmoid."""
     _, client, _ = lent("fedpm")
     layer = client.model.head
-    c = math.sqrt(2) / math.sqrt(10)
+    c = math.e / math.sqrt(10)
     torch.testing.assert_close(layer.weight.abs(), torch.full_like(layer.weight, c))
     client.model.train()
     x = torch.randn(6, 10, dtype=torch.float64)
     torch.manual_seed(5)
     out = layer(x)
     torch.manual_seed(5)
-    sampled = torch.bernoulli(torch.full_like(layer.scores, 0.5))
+    p = 1 / (1 + torch.exp(-layer.scores.detach()))
+    sampled = (torch.rand(p.shape, dtype=torch.float64) < p).double()
     torch.testing.assert_close(out, x @ (layer.weight * sampled).T)
     upstream = torch.randn_like(out)
     (grad,) = torch.autograd.grad(out, layer.scores, upstream)
-    torch.testing.assert_close(grad, (upstream.T @ x) * layer.weight * 0.25)
+    torch.testing.assert_close(grad, (upstream.T @ x) * layer.weight * p * (1 - p))
+    scores = torch.cat([q.flatten() for q in client.model.parameters() if q.requires_grad])
+    assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.1  # standard normal
     trained = {name for name, p in client.model.named_parameters() if p.requires_grad}
     assert trained == {f"{name}.scores" for name in ("conv1", "conv2", "hidden", "head")}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_fedpm_trains_scores_with_adam_unless_told_otherwise(optimizer):
+    """Against a loop with ``torch.optim``, which meets the same random masks."""
+    other = {} if optimizer == "adam" else {"optimizer": optimizer}
+    config = tiny_config("fedpm", training={"lr": 0.1, "max_grad_norm": 0.01, **other})
+    algorithm, client, server = lent("fedpm", config=config)
+    message = algorithm.broadcast(server, 0, 0)
+    model = copy.deepcopy(client.model).train()
+    model.load_state_dict(message, strict=False)
+    scores = [p for p in model.parameters() if p.requires_grad]
+    if optimizer == "adam":
+        steps = torch.optim.Adam(scores, lr=0.1)
+    else:
+        steps = torch.optim.SGD(scores, lr=0.1, momentum=0.5)
+    for x, y in client.training_batches(0):
+        steps.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        nn.utils.clip_grad_norm_(scores, 0.01)
+        steps.step()
+    algorithm.train(client, message, 0)
+    assert_same(client.model.state_dict(), model.state_dict())
+
+
+def test_heterofl_tests_the_global_model_without_the_classes_that_a_client_does_not_have():
+    config = tiny_config("heterofl", algorithm={"rates": [0.5, 1.0]})
+    algorithm, client, server = lent("heterofl", config=config)
+    client.train = Samples(client.train.x[:8], torch.arange(8) % 2)  # classes 0 and 1 of four
+    whole = algorithm.client_model(copy.deepcopy(client.model), server, {}, 0).eval()
+    assert whole.hidden.weight.shape == (10, 32)
+    before = algorithm.evaluate(client, server, False)
+    x, y = client.test[:]
+    torch.testing.assert_close(before.loss, F.cross_entropy(whole(x), y).item())
+    upload = algorithm.train(client, algorithm.broadcast(server, 0, 0), 0).message
+    assert upload["hidden.weight"].shape == (5, 16) and upload["classes:head"].tolist() == [1, 1, 0, 0]
+    logits = whole(x).masked_fill(torch.tensor([False, False, True, True]), 0.0)
+    after = algorithm.evaluate(client, server, False)
+    torch.testing.assert_close(after.loss, F.cross_entropy(logits, y).item())
+    exported = algorithm.client_model(copy.deepcopy(client.model), server, client.memory, 0).eval()
+    torch.testing.assert_close(exported(x), logits)
+    own = find_algorithm("heterofl")(find_algorithm("heterofl").Options(rates=(0.5, 1.0), tested="rate"))
+    assert own.client_model(copy.deepcopy(client.model), server, {}, 0).hidden.weight.shape == (5, 16)
 
 
 # -- merging by hand
@@ -505,6 +556,8 @@ def test_parts_of_a_tensor_are_averaged_where_somebody_has_them():
     parts = [torch.tensor([[10.0, 20.0]]), torch.tensor([[40.0], [50.0]])]
     assert narrow.merged_parts(old, parts, [1, 1]).tolist() == [[25.0, 20.0, 3.0], [50.0, 5.0, 6.0]]
     assert narrow.merged_parts(old, parts, [3, 1]).tolist() == [[17.5, 20.0, 3.0], [50.0, 5.0, 6.0]]
+    rows = [torch.tensor([True]), torch.tensor([False, True])]
+    assert narrow.merged_parts(old, parts, [1, 1], rows).tolist() == [[10.0, 20.0, 3.0], [50.0, 5.0, 6.0]]
     assert [narrow.part_of(5, 0.2), narrow.part_of(5, 0.21), narrow.part_of(64, 0.0625), narrow.part_of(1, 0.1)] == [
         1,
         2,
@@ -517,8 +570,11 @@ def test_heterofl_merges_entries_alike_and_fjord_by_samples():
     for case, weights in (("heterofl", [1, 1]), ("fjord", [1, 3])):
         problem = build_problem(tiny_config(case))
         algorithm, server = problem.algorithm, problem.algorithm.server_state(problem.model)
-        sent = [algorithm.broadcast(server, 0, k) for k in (0, 1)]
+        sent = [algorithm.expected_upload(server, 0, k) for k in (0, 1)]
         moved = [{n: t + k + 1 if t.is_floating_point() else t for n, t in msg.items()} for k, msg in enumerate(sent)]
+        if case == "heterofl":
+            for message, classes in zip(moved, ([1, 1, 0, 0], [0, 1, 1, 0]), strict=True):
+                message["classes:head"] = torch.tensor(classes, dtype=torch.uint8)
         merged, _ = algorithm.merge(server, 0, uploads(*moved), 6)
         assert merged.keys() == server.keys()
         old, new = server["hidden.weight"], merged["hidden.weight"]
@@ -527,6 +583,12 @@ def test_heterofl_merges_entries_alike_and_fjord_by_samples():
         torch.testing.assert_close(new, narrow.merged_parts(old, parts, weights))
         with pytest.raises(AssertionError):
             torch.testing.assert_close(new, narrow.merged_parts(old, parts, [2, 1]))
+        if case == "heterofl":  # rows of a class by those who have it: by +1, +1 and +2, +2, nobody
+            change = merged["head.bias"] - server["head.bias"]
+            torch.testing.assert_close(change, torch.tensor([1.0, 1.5, 2.0, 0.0]))
+            whole = merged["head.weight"] - server["head.weight"]
+            torch.testing.assert_close(whole[:, 0], change)
+            torch.testing.assert_close(whole[2, 5:], torch.zeros(5))  # the second client has half of the columns
 
 
 def test_feddst_averages_over_those_who_have_a_weight_and_keeps_the_largest():
@@ -572,24 +634,26 @@ def test_fedpm_counts_ones_and_zeros_since_the_reset():
     for round, (bits, ones) in enumerate(zip(rounds, totals, strict=True)):
         sent = uploads(*({"mask:a.scores": m.pack(torch.tensor(b).bool())} for b in bits))
         server, _ = algorithm.merge(server, round, sent, 6)
-        theta = (ones / (3 * (round + 1))).clamp(0.01, 0.99)
+        theta = 0.01 + 0.98 * ones / (3 * (round + 1))  # a bit counts as .01 or .99
         torch.testing.assert_close(torch.sigmoid(server["a.scores"]), theta)
     server, _ = algorithm.merge(server, 2, sent, 6)
-    torch.testing.assert_close(torch.sigmoid(server["a.scores"]), torch.tensor([2 / 3, 2 / 3, 1 / 3, 1 / 3]))
+    theta = 0.01 + 0.98 * torch.tensor([2 / 3, 2 / 3, 1 / 3, 1 / 3])
+    torch.testing.assert_close(torch.sigmoid(server["a.scores"]), theta)
 
 
 def test_fedp3_averages_layers_over_those_who_sent_them():
     problem = build_problem(tiny_config("fedp3"))
     algorithm, server = problem.algorithm, problem.algorithm.server_state(problem.model)
     expected = [algorithm.expected_upload(server, 0, k) for k in range(3)]
-    for message in expected:
-        layers = {name.split(".")[0] for name in message}
-        assert "head" in layers and len(layers & {"conv1", "conv2", "hidden"}) == 1
-        assert ("bn1" in layers) == ("conv1" in layers)
+    own = [{"conv1", "bn1"}, {"conv2", "bn2"}, {"hidden"}]
+    assert [{name.split(".")[0] for name in message} for message in expected] == own
+    assert not any(name.startswith("head") for k in range(3) for name in algorithm.broadcast(server, 0, k))
+    two = find_algorithm("fedp3")(find_algorithm("fedp3").Options(layers=2))
+    assert {name.split(".")[0] for name in two.expected_upload(server, 0, 5)} == own[2] | own[0]
     sent = [{n: t + k + 1 if t.is_floating_point() else t for n, t in msg.items()} for k, msg in enumerate(expected)]
-    merged, _ = algorithm.merge(server, 0, uploads(*sent), 6)
+    merged, _ = algorithm.merge(server, 0, uploads(*sent[:2]), 6)  # nobody sent "hidden"
     for name, old in server.items():
-        holders = [k + 1 for k, message in enumerate(expected) if name in message]
+        holders = [k + 1 for k, message in enumerate(expected[:2]) if name in message]
         if old.is_floating_point():
             torch.testing.assert_close(merged[name], old + (np.mean(holders) if holders else 0.0))
 
@@ -615,10 +679,17 @@ def test_prune_and_grow_keeps_the_count():
     weight = torch.tensor([5.0, 1.0, -3.0, 0.0, 0.0, 0.0])
     mask = torch.tensor([1, 1, 1, 0, 0, 0]).bool()
     gradient = torch.tensor([0.0, 0.0, 0.0, 2.0, -9.0, 1.0])
-    assert m.prune_and_grow(weight, mask, gradient, 1 / 3).int().tolist() == [1, 0, 1, 0, 1, 0]
-    assert m.prune_and_grow(weight, mask, gradient, 2 / 3).int().tolist() == [1, 0, 0, 1, 1, 0]
-    assert m.prune_and_grow(weight, mask, gradient, 0.0).int().tolist() == mask.int().tolist()
-    assert m.prune_and_grow(weight, torch.ones(6).bool(), gradient, 0.5).all()
+    for share, stays, new in (
+        (1 / 3, [1, 0, 1, 0, 0, 0], [1, 0, 1, 0, 1, 0]),
+        (2 / 3, [1, 0, 0, 0, 0, 0], [1, 0, 0, 1, 1, 0]),
+        (0.0, [1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0]),
+    ):
+        assert [t.int().tolist() for t in m.prune_and_grow(weight, mask, gradient, share)] == [stays, new]
+    # What was dropped may come back, and is told from what stayed.
+    gradient[1] = 20.0
+    stays, new = m.prune_and_grow(weight, mask, gradient, 1 / 3)
+    assert new.int().tolist() == [1, 1, 1, 0, 0, 0] and stays.int().tolist() == [1, 0, 1, 0, 0, 0]
+    assert m.prune_and_grow(weight, torch.ones(6).bool(), gradient, 0.5)[1].all()
     assert m.cosine(0.5, 0, 10) == 0.5 and m.cosine(0.5, 5, 10) == pytest.approx(0.25) and m.cosine(0.5, 10, 10) == 0
 
 

@@ -1,10 +1,19 @@
 """FedP3 (Yi et al., ICLR 2024): a client gets some layers whole and the others pruned, and sends back the whole ones.
 
-The server prunes its model by magnitude, layer by layer, to ``global_keep``. A client's own layers (``layers`` of the
-hidden ones, drawn once, and the classifier) come dense and travel back; the pruned ones are trained with their mask for
-the client's sake and forgotten. A layer's new value is the mean over the clients that sent it.
+The server prunes its model by magnitude, layer by layer, to ``global_keep``. Client ``k`` has ``layers`` hidden layers
+whole: the ``(k mod hidden layers)``-th and those that follow, around the end; they come dense and travel back. The
+others come pruned, are trained with their mask for the client's sake, and stay there, as does the classifier, which
+never travels. A layer's new value is the mean over the clients that sent it, each counting alike. A client is tested
+with its own model, as its last local training left it.
 
-The published code lacks its main program: this is our reading of the paper, see docs/algorithms.md.
+Sources are the paper and its code (SonyResearch/FedP3 at 6dfa933). What is otherwise here, and why:
+
+* the code trains all clients in every round; here a client keeps its model between its turns;
+* the code shares layers out among four blocks of clients by number; ``k mod hidden layers`` does so for any number;
+* the code uploads and averages classifiers too, and nobody reads the average: here it does not travel;
+* the code does not keep the mask during local training (so that nothing is pruned after a step); the paper's local
+  pruning "fixed" does;
+* the code clips gradients to a norm of 10; here the run says.
 """
 
 from __future__ import annotations
@@ -16,23 +25,23 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .. import rng
 from ..wire import Message
 from . import masks as m
 from .base import Algorithm, BaseOptions, ServerState, Training, Upload
 from .client import Client, Evaluation
-from .dense import averaged, dense_paper_macs, load_state, local_sgd, masked, snapshot
+from .dense import averaged, dense_paper_macs, local_sgd, masked, snapshot
 
-SEED, OF_LAYER = "seed:", "layer:"
+OF_LAYER = "layer:"
 
 
 class FedP3Options(BaseOptions):
     """Settings of FedP3."""
 
     layers: int = Field(default=2, ge=1)
-    """Hidden layers that a client trains whole and sends back (the paper's OPU2); all if there are no more."""
+    """Hidden layers that a client trains whole and sends back: 1 is the paper's LowerB, 2 its OPU2, 3 its OPU3; all if
+    there are no more."""
     global_keep: float = Field(default=0.9, gt=0, le=1)
-    """Share of the weights of every other layer that the server sends."""
+    """Share of the weights of every other hidden layer that the server sends, as in the published code."""
 
 
 def layer_numbers(model: nn.Module) -> dict[str, int]:
@@ -63,47 +72,40 @@ class FedP3(Algorithm):
         return model
 
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:
-        return {}
+        return snapshot(model)
 
     def server_state(self, model: nn.Module) -> ServerState:
-        """The model, the number of the layer that each tensor goes with, and the seed of the draws."""
-        numbers = {OF_LAYER + name: torch.tensor(number) for name, number in layer_numbers(model).items()}
-        return snapshot(model) | numbers | {SEED: torch.tensor(m.seed_of(model))}
+        """All but the last layer, and the number of the layer that each tensor goes with."""
+        numbers = layer_numbers(model)
+        hidden = {name: number for name, number in numbers.items() if number < max(numbers.values())}
+        return snapshot(model, hidden) | {OF_LAYER + name: torch.tensor(number) for name, number in hidden.items()}
 
     # -- who has what
 
     @staticmethod
-    def _model(server: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t for name, t in server.items() if name != SEED and not name.startswith(OF_LAYER)}
+    def _hidden(server: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t for name, t in server.items() if not name.startswith(OF_LAYER)}
 
-    def _whole(self, server: Mapping[str, Tensor], client: int) -> set[int]:
-        """Numbers of the layers that a client has whole."""
-        last = max(int(t) for name, t in server.items() if name.startswith(OF_LAYER))
-        draw = rng.numpy_stream(int(server[SEED]), "layers of a client", 0, client)
-        return {last, *draw.permutation(last)[: self.options.layers].tolist()}
+    def _whole(self, numbers: Mapping[str, int], client: int) -> set[int]:
+        """Numbers of the hidden layers that a client has whole."""
+        hidden = max(numbers.values()) + 1
+        return {(client + at) % hidden for at in range(min(self.options.layers, hidden))}
 
     def _uploaded(self, server: Mapping[str, Tensor], client: int) -> list[str]:
-        whole = self._whole(server, client)
-        return [name for name in self._model(server) if int(server[OF_LAYER + name]) in whole]
-
-    def _view(self, server: Mapping[str, Tensor], client: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The tensors of a client's model, dense, and the masks of those that are pruned, by name."""
-        whole, tensors, masks = self._whole(server, client), {}, {}
-        for name, tensor in self._model(server).items():
-            tensors[name] = tensor
-            if name.endswith("weight") and tensor.dim() >= 2 and int(server[OF_LAYER + name]) not in whole:
-                count = max(1, round(self.options.global_keep * tensor.numel()))
-                masks[name] = m.largest(tensor.abs(), count)
-                tensors[name] = tensor * masks[name]
-        return tensors, masks
+        numbers = {name: int(server[OF_LAYER + name]) for name in self._hidden(server)}
+        whole = self._whole(numbers, client)
+        return [name for name, number in numbers.items() if number in whole]
 
     # -- messages
 
     def broadcast(self, server: ServerState, round: int, client: int) -> Message:
-        tensors, masks = self._view(server, client)
-        message = {name: t for name, t in tensors.items() if name not in masks}
-        for name, mask in masks.items():
-            message[m.VALUES + name] = tensors[name][mask]
+        whole, message = set(self._uploaded(server, client)), {}
+        for name, tensor in self._hidden(server).items():
+            if name in whole or not (name.endswith("weight") and tensor.dim() >= 2):
+                message[name] = tensor
+                continue
+            mask = m.largest(tensor.abs(), max(1, int(self.options.global_keep * tensor.numel())))
+            message[m.VALUES + name] = tensor[mask]
             message[m.MASK + name] = m.pack(mask)
         return message
 
@@ -114,7 +116,7 @@ class FedP3(Algorithm):
         self, server: ServerState, round: int, uploads: Sequence[Upload], clients: int
     ) -> tuple[ServerState, Message]:
         merged = dict(server)
-        for name, old in self._model(server).items():
+        for name, old in self._hidden(server).items():
             values = [upload.message[name] for upload in uploads if name in upload.message]
             if values:
                 merged[name] = averaged(old, values, [1.0] * len(values))
@@ -134,9 +136,10 @@ class FedP3(Algorithm):
         loss, cost = local_sgd(client, round, masked(masks))
         macs = dense_paper_macs(client, cost.steps, self._shares(client.model, masks))
         numbers = layer_numbers(client.model)
-        pruned = {numbers[name] for name in masks}
-        whole = [name for name, number in numbers.items() if number not in pruned]
-        return Training(snapshot(client.model, whole), loss, replace(cost, paper_macs=macs))
+        hidden = {name: number for name, number in numbers.items() if number < max(numbers.values())}
+        whole = self._whole(hidden, client.id)
+        upload = snapshot(client.model, [name for name, number in hidden.items() if number in whole])
+        return Training(upload, loss, replace(cost, paper_macs=macs))
 
     @staticmethod
     def _shares(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, float]:
@@ -145,35 +148,23 @@ class FedP3(Algorithm):
 
     # -- evaluation and cost
 
-    def evaluation_message(self, server: ServerState, round: int) -> Message:
-        return server
-
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
-        tensors, masks = self._view(message, client.id)
-        load_state(client.model, tensors)
         evaluation = client.evaluate_model(train_data)[0]
-        evaluation.densities = self._shares(client.model, masks)
+        weights = m.weight_layers(client.model)
+        # A weight is 0 where it was pruned, and nowhere else but by chance.
+        evaluation.densities = {layer: w.count_nonzero().item() / w.numel() for layer, w in weights.items()}
         return evaluation
 
-    def client_model(
-        self, model: nn.Module, server: ServerState, own: Mapping[str, Tensor], client: int
-    ) -> nn.Module | None:
-        load_state(model, self._view(server, client)[0])
-        return model
-
     def paper_bits(self, server: ServerState, sampled: int) -> int:
-        """Expected for a client whose hidden layers are drawn: its own layers both ways, of the others what is kept."""
+        """Expected for a client whose layers are drawn: its own layers both ways, of the others what is kept."""
         bits: dict[int, int] = {}
         down: dict[int, float] = {}
-        for name, tensor in self._model(server).items():
+        for name, tensor in self._hidden(server).items():
             number, size = int(server[OF_LAYER + name]), 8 * tensor.numel() * tensor.element_size()
             pruned = name.endswith("weight") and tensor.dim() >= 2
             bits[number] = bits.get(number, 0) + size
             # A mask is one bit for a weight.
             kept = self.options.global_keep * size + tensor.numel() if pruned else size
             down[number] = down.get(number, 0.0) + kept
-        last = max(bits)
-        chance = min(self.options.layers, last) / last
-        up = bits[last] + chance * sum(n for number, n in bits.items() if number != last)
-        others = (1 - chance) * sum(n for number, n in down.items() if number != last)
-        return round(sampled * (2 * up + others))
+        chance = min(self.options.layers, len(bits)) / len(bits)
+        return round(sampled * (2 * chance * sum(bits.values()) + (1 - chance) * sum(down.values())))

@@ -1,11 +1,19 @@
 """FedPM (Isik et al., ICLR 2023): weights stay as they were drawn; what is learned and sent is which of them to use.
 
-Every weight is ``+c`` or ``-c`` (its first sign; ``c = weight_scale / sqrt(fan in)``) and has a score ``s``: it is used
-with probability ``sigmoid(s)``. A client trains scores through samples of the mask (straight through the sampling), and
-uploads one sample of its mask, a bit for a weight. The server counts: ``theta = (alpha - 1) / (alpha + beta - 2)`` with
-``alpha`` and ``beta`` one plus the ones and zeros received since the last reset, and sends ``logit(theta)``.
+Every weight is ``+c`` or ``-c`` (its first sign; ``c = weight_scale / sqrt(fan in)``) and has a score ``s``, at first
+from a standard normal distribution: it is used with probability ``sigmoid(s)``. A client trains scores with Adam,
+through samples of the mask (straight through the sampling), and uploads one sample of its mask, a bit for a weight.
+The server counts: ``theta = (alpha - 1) / (alpha + beta - 2)`` with ``alpha`` and ``beta`` one plus the ones and zeros
+received since the last reset, and sends ``logit(theta)``. All clients are tested with one sample of the global mask.
 
-Biases and the scale and shift of norms are not learned: 0, 1 and 0. Running statistics travel and are averaged.
+Sources are the paper and its code (BerivanIsik/sparse-random-networks at cf6b549). What is otherwise here, and why:
+
+* a score's gradient is that of its probability times ``sigmoid'``, as the paper derives it; the code multiplies it by
+  the probability once more (``Bern.backward``), which Adam mostly takes out again;
+* Adam's moments start fresh in every round, as those of all methods here; the code keeps them at the client,
+  which would be two more floats for each weight and client;
+* biases and the scale and shift of norms are not learned: 0, 1 and 0. The code draws and masks biases like weights (its
+  networks have no norms). Running statistics travel and are averaged.
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,14 +36,17 @@ from .dense import averaged, dense_paper_macs, load_tensors, local_sgd, snapshot
 
 SCORES, ONES, ZEROS, SEED = ".scores", "ones:", "zeros:", "seed:"
 NEVER = 0.01
-"""Probabilities are kept this far from 0 and 1, where no gradient could bring them back."""
+"""A received bit counts as this or as one minus this (published code): no probability gets stuck at 0 or 1."""
 
 
 class FedPMOptions(BaseOptions):
     """Settings of FedPM."""
 
-    weight_scale: float = Field(default=math.sqrt(2), gt=0, allow_inf_nan=False)
-    """Weights are this divided by ``sqrt(fan in)``, with their sign. Published code: e; LeNet-5 learns badly so."""
+    variant: Literal["published"] = "published"
+    """Presets ``training``: Adam at a learning rate of .1, as the published code trains scores. Their gradients are
+    small: SGD needs a learning rate of about 10."""
+    weight_scale: float = Field(default=math.e, gt=0, allow_inf_nan=False)
+    """Weights are this divided by ``sqrt(fan in)``, with their sign; e as in the published code."""
     reset_every: int = Field(default=1, ge=1)
     """Rounds after which the server forgets its counts; 1 as in the published code: the mean of the sampled masks."""
 
@@ -44,7 +56,7 @@ class _Sampled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, p: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.bernoulli(p)
+        return (torch.rand_like(p) < p).to(p.dtype)  # as torch.bernoulli, in a third of the time
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
@@ -60,13 +72,13 @@ class _Scored(nn.Module):
     weight: Tensor
     scores: nn.Parameter
 
-    def freeze(self, scale: float) -> None:
-        """Fix the weight at +-scale / sqrt(fan in) by its sign, drop the bias, and give every weight an even chance."""
+    def freeze(self, scale: float, generator: torch.Generator) -> None:
+        """Fix the weight at +-scale / sqrt(fan in) by its sign, drop the bias, and draw scores."""
         weight = self._parameters.pop("weight")
         assert weight is not None
         c = scale / math.sqrt(weight[0].numel())
         self.register_buffer("weight", torch.where(weight.detach() >= 0, c, -c).to(weight.dtype))
-        self.scores = nn.Parameter(torch.zeros_like(weight.detach()))
+        self.scores = nn.Parameter(torch.randn(weight.shape, generator=generator).to(weight))
         if self._parameters.get("bias") is not None:
             self._parameters["bias"] = None
 
@@ -91,13 +103,14 @@ _CLASSES: dict[type, type[_Scored]] = {nn.Conv2d: ScoredConv2d, nn.Linear: Score
 
 def scored(model: nn.Module, scale: float) -> nn.Module:
     """A dense model, in place, with scores on every convolution and linear layer and nothing else to train."""
+    generator = torch.Generator().manual_seed(m.seed_of(model))
     for p in model.parameters():
         p.requires_grad_(False)
     for module in model.modules():
         if type(module) in _CLASSES:
             module.__class__ = _CLASSES[type(module)]
             assert isinstance(module, _Scored)
-            module.freeze(scale)
+            module.freeze(scale, generator)
         elif (
             isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm))
             and module.weight is not None
@@ -112,6 +125,7 @@ class FedPM(Algorithm):
 
     Options = FedPMOptions
     options: FedPMOptions
+    presets: ClassVar = {"published": {"training": {"optimizer": "adam", "lr": 0.1}}}
     macs_are_seconds = False
 
     def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
@@ -163,7 +177,7 @@ class FedPM(Algorithm):
             if not fresh:
                 ones, zeros = ones + server[ONES + name], zeros + server[ZEROS + name]
             merged[ONES + name], merged[ZEROS + name] = ones, zeros
-            theta = (ones / (ones + zeros)).clamp(NEVER, 1 - NEVER)
+            theta = NEVER + (1 - 2 * NEVER) * ones / (ones + zeros)
             merged[name] = torch.logit(theta)
         equal = [1.0] * len(uploads)
         for name, tensor in self._statistics(server).items():

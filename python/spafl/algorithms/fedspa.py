@@ -5,7 +5,11 @@ weights and grows as many by the size of the gradient of one batch; the new mask
 server knows what to send next time. The server adds the mean of the clients' changes to its dense model; a weight that
 a client does not have counts as unchanged there.
 
-All clients start with one random mask. There is no official code; see docs/algorithms.md for what was decided here.
+All clients start with one random mask. A client is tested with its mask on the global model.
+
+No code of the authors' was found. Masks are searched as in the code of the related DisPFL (rong-dai/DisPFL at e2f47d4):
+density .5 by ERK, one first mask for all, a share of ``adjust_share / 2 (1 + cos(pi round / rounds))`` from .5 on, and
+the gradient of one batch. DisPFL clips gradients to a norm of 10; here the run says.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ class FedSpaOptions(BaseOptions):
     adjust_share: float = Field(default=0.5, ge=0, le=1)
     """Share of the kept weights that a client replaces after its training at first; it falls to 0 as a cosine."""
     adjust_until: int = Field(default=500, ge=1)
-    """Round from which masks stay."""
+    """Round from which masks stay; in DisPFL the last one of a run."""
 
 
 def _of_client(client: int, layer: str) -> str:
@@ -135,7 +139,7 @@ class FedSpa(Algorithm):
         gradients, of_batch = m.dense_gradients(client, masks, round)
         replaced = m.cosine(self.options.adjust_share, round, self.options.adjust_until)
         for name, weight in weights.items():
-            bits = m.pack(m.prune_and_grow(weight, masks[name], gradients[name], replaced))
+            bits = m.pack(m.prune_and_grow(weight, masks[name], gradients[name], replaced)[1])
             client.memory[m.MASK + name].copy_(bits)
             upload[m.MASK + name] = bits
         return Training(upload, loss, cost + of_batch)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from spafl_kernels import to_dense
 
 from ..cost import Cost
-from ..wire import Message, payload_bytes
+from ..wire import Message
 from . import narrow
 from .base import Algorithm, BaseOptions, ServerState, Training, Upload
 from .client import Client, Evaluation
@@ -228,6 +228,4 @@ class FjORD(Algorithm):
 
     def paper_bits(self, server: ServerState, sampled: int) -> int:
         """Expected for clients whose width is drawn: what they hold, both ways."""
-        widths = range(len(self.options.widths))
-        of_all = sum(payload_bytes(self._part(server, k)) for k in widths)
-        return round(2 * sampled * 8 * of_all / len(widths))
+        return narrow.both_ways(sampled, [self._part(server, k) for k in range(len(self.options.widths))])

@@ -3,10 +3,19 @@
 Client ``k`` has the rate ``rates[k mod len(rates)]``: the first ``ceil(rate * channels)`` outputs of each hidden layer,
 as a model that really is that small. In training the output of a hidden layer is divided by the rate, and the logits of
 classes that a client does not have are 0 in its loss. The server averages every entry over the clients that have it,
-each counting alike.
+each counting alike; the classifier's rows over the clients that have the class too, for which they say which they have.
 
-A client is tested with the sub-model of its own rate. BatchNorm's running statistics are kept and averaged for each
-rate by itself (the paper does without them and gathers statistics from all clients' data before a test).
+As in the paper, whose point is one global model for inference, all clients are tested with the whole global model, and
+with 0 for the logits of classes that they did not train (none before a client's first turn).
+
+Sources are the paper and its code (diaoenmao/HeteroFL-Computation-and-Communication-Efficient-Federated-Learning-for-
+Heterogeneous-Clients at 405aa15). What is otherwise here, and why:
+
+* rates are fixed to clients (the code's mode "fix"; its other mode draws them anew in every round);
+* BatchNorm's running statistics are kept and averaged for each rate by itself; the code has none and gathers them from
+  all clients' data before a test, which would be traffic that no table has;
+* the scaler is on only where there are norms, see :class:`HeteroFLOptions`; the code clips gradients to a norm of 1,
+  here the run says.
 """
 
 from __future__ import annotations
@@ -23,13 +32,13 @@ from torch.nn import functional as F
 
 from spafl_kernels import to_dense
 
-from ..wire import Message, payload_bytes
+from ..wire import Message
 from . import narrow
 from .base import Algorithm, BaseOptions, ServerState, Training, Upload
 from .client import Client, Evaluation
 from .dense import dense_paper_macs, load_state, local_sgd, snapshot
 
-SHAPES = "shapes:"
+SHAPES, CLASSES = "shapes:", "classes:"
 
 
 class HeteroFLOptions(BaseOptions):
@@ -41,7 +50,10 @@ class HeteroFLOptions(BaseOptions):
     """Whether outputs of hidden layers are divided by the rate in training; ``auto``: where the model has BatchNorms.
     Without, a rate of 1/16 makes the logits of LeNet-5 4,096 times as large, and training diverges."""
     masked_loss: bool = True
-    """Whether classes without training samples at the client are left out of its loss."""
+    """Whether classes without training samples at the client are left out of its loss, its part of the average and its
+    tests."""
+    tested: Literal["global", "rate"] = "global"
+    """Whether clients are tested with the whole model, as in the paper, or with the part of their own rate."""
 
     @field_validator("rates")
     @classmethod
@@ -73,7 +85,7 @@ class HeteroFL(Algorithm):
 
     def prepare_model(self, model: nn.Module, sample: Tensor) -> nn.Module:
         model = to_dense(model)
-        *hidden, _ = narrow.layers_called(model, sample)
+        *hidden, model.narrow_head = narrow.layers_called(model, sample)  # type: ignore[assignment]
         model.narrow_shapes = [narrow.shapes_at(model, sample, rate) for rate in self.options.rates]  # type: ignore[assignment]
         normalised = any(isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) for module in model.modules())
         scaler = normalised if self.options.scaler == "auto" else self.options.scaler
@@ -83,17 +95,25 @@ class HeteroFL(Algorithm):
             layer.register_forward_hook(_scaled)
         return model
 
+    def _no_classes(self, model: nn.Module) -> dict[str, Tensor]:
+        """Which classes a client has, by the name of the classifier; none are known."""
+        if not self.options.masked_loss:
+            return {}
+        head: str = model.narrow_head  # type: ignore[assignment]
+        return {CLASSES + head: torch.zeros(len(model.get_submodule(head).weight), dtype=torch.uint8)}  # type: ignore[arg-type]
+
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:
-        return {}
+        return self._no_classes(model)
 
     def server_state(self, model: nn.Module) -> ServerState:
-        """Parameters by name, buffers of each rate under ``RATE:name``, and the table of shapes."""
+        """Parameters by name, buffers of each rate under ``RATE:name``, shapes, and the form of what clients say of
+        their classes."""
         shapes: list[narrow.Shapes] = model.narrow_shapes  # type: ignore[assignment]
         state: ServerState = snapshot(model, [name for name, _ in model.named_parameters()])
         for at, width in enumerate(shapes):
             for name, buffer in snapshot(model, [name for name, _ in model.named_buffers()]).items():
                 state[f"{at}:{name}"] = buffer[narrow.box(width[name])].clone()
-        return state | {SHAPES: narrow.as_table(list(model.state_dict()), shapes)}
+        return state | {SHAPES: narrow.as_table(list(model.state_dict()), shapes)} | self._no_classes(model)
 
     def _width(self, client: int) -> int:
         return client % len(self.options.rates)
@@ -111,12 +131,22 @@ class HeteroFL(Algorithm):
     def broadcast(self, server: ServerState, round: int, client: int) -> Message:
         return self._tensors(server, self._width(client))
 
+    def expected_upload(self, server: ServerState, round: int, client: int) -> Message:
+        said = {name: t for name, t in server.items() if name.startswith(CLASSES)}
+        return {**self.broadcast(server, round, client), **said}
+
     def merge(
         self, server: ServerState, round: int, uploads: Sequence[Upload], clients: int
     ) -> tuple[ServerState, Message]:
         merged = dict(server)
         parameters = {name: t for name, t in server.items() if ":" not in name}
-        merged |= narrow.merged_tensors(parameters, uploads, [1.0] * len(uploads))
+        rows = {}
+        for name in server:
+            if name.startswith(CLASSES):
+                own = [upload.message[name] > 0 for upload in uploads]
+                layer = name.removeprefix(CLASSES)
+                rows = {n: own for n in parameters if n.rpartition(".")[0] == layer}
+        merged |= narrow.merged_tensors(parameters, uploads, [1.0] * len(uploads), rows)
         for at in range(len(self.options.rates)):
             of_width = [u for u in uploads if self._width(u.client) == at]
             buffers = {n.partition(":")[2]: t for n, t in server.items() if n.startswith(f"{at}:")}
@@ -126,9 +156,8 @@ class HeteroFL(Algorithm):
 
     # -- client
 
-    def _turn(self, client: Client, message: Message) -> Client:
-        """The client on a model as small as the message."""
-        at = self._width(client.id)
+    def _turn(self, client: Client, message: Message, at: int) -> Client:
+        """The client on a model as small as the message, which is of the ``at``-th rate."""
 
         def build(model: nn.Module) -> nn.Module:
             small = narrow.resized(model, {name: t.shape for name, t in message.items()})
@@ -141,16 +170,17 @@ class HeteroFL(Algorithm):
         return turn
 
     def train(self, client: Client, message: Message, round: int) -> Training:
-        turn = self._turn(client, message)
-        if self.options.masked_loss:
-            classes = next(reversed([m for m in turn.model.modules() if isinstance(m, nn.Linear)])).out_features
-            present = torch.bincount(client.train.y, minlength=classes) > 0
-            device = next(turn.model.parameters()).device
-            turn.trainer.loss = partial(_masked_cross_entropy, present.to(device))
+        at = self._width(client.id)
+        turn = self._turn(client, message, at)
+        for classes in self._said(client.memory).values():
+            present = torch.bincount(client.train.y, minlength=len(classes)) > 0
+            classes.copy_(present)
+            turn.trainer.loss = partial(_masked_cross_entropy, present.to(next(turn.model.parameters()).device))
         loss, cost = local_sgd(turn, round)
         share = narrow.shares(client.model, {name: t.shape for name, t in message.items()})
         cost = replace(cost, paper_macs=dense_paper_macs(client, cost.steps, share))
-        return Training(snapshot(turn.model), loss, cost, {"rate": self.options.rates[self._width(client.id)]})
+        said = {name: classes.cpu().clone() for name, classes in self._said(client.memory).items()}
+        return Training(snapshot(turn.model) | said, loss, cost, {"rate": self.options.rates[at]})
 
     # -- evaluation and cost
 
@@ -158,19 +188,38 @@ class HeteroFL(Algorithm):
         return server
 
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:
-        turn = self._turn(client, self._tensors(message, self._width(client.id)))
+        at = self._tested(client.id)
+        turn = self._turn(client, self._tested_tensors(message, client.memory, at), at)
         return turn.evaluate_model(train_data)[0]
+
+    @staticmethod
+    def _said(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t for name, t in memory.items() if name.startswith(CLASSES)}
+
+    def _tested(self, client: int) -> int:
+        return self._width(client) if self.options.tested == "rate" else self.options.rates.index(1.0)
+
+    def _tested_tensors(self, server: Mapping[str, Tensor], own: Mapping[str, Tensor], at: int) -> dict[str, Tensor]:
+        """A sub-model's tensors for a client's test; the logits of classes that it does not have come out as 0."""
+        tensors = self._tensors(server, at)
+        for name, classes in self._said(own).items():
+            absent = (classes == 0).cpu()
+            if absent.all():  # it has not had a turn yet
+                continue
+            for kind in ("weight", "bias"):
+                if (row := f"{name.removeprefix(CLASSES)}.{kind}") in tensors:
+                    tensors[row] = tensors[row].clone()
+                    tensors[row][absent] = 0
+        return tensors
 
     def client_model(
         self, model: nn.Module, server: ServerState, own: Mapping[str, Tensor], client: int
     ) -> nn.Module | None:
-        tensors = self._tensors(server, self._width(client))
+        tensors = self._tested_tensors(server, own, self._tested(client))
         small = narrow.resized(model, {name: t.shape for name, t in tensors.items()})
         load_state(small, tensors)
         return small
 
     def paper_bits(self, server: ServerState, sampled: int) -> int:
         """Expected for clients whose rate is drawn: their sub-models both ways."""
-        widths = range(len(self.options.rates))
-        of_all = sum(payload_bytes(self._tensors(server, at)) for at in widths)
-        return round(2 * sampled * 8 * of_all / len(widths))
+        return narrow.both_ways(sampled, [self._tensors(server, at) for at in range(len(self.options.rates))])

@@ -84,15 +84,16 @@ def largest(values: Tensor, count: int) -> Tensor:
     return mask.view(values.shape)
 
 
-def prune_and_grow(weight: Tensor, mask: Tensor, gradient: Tensor, share: float) -> Tensor:
-    """The mask after the ``share`` of smallest kept weights was dropped and as many were grown by ``|gradient|``.
+def prune_and_grow(weight: Tensor, mask: Tensor, gradient: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Drop the ``share`` of smallest kept weights, and grow as many by ``|gradient|``, dropped ones among them.
 
-    A dropped weight may be grown again, and then keeps its value. The number of ones stays.
+    Returns:
+        What of the mask stays, and the new mask: this and what is grown, together as many ones as before.
     """
     kept = int(mask.sum())
     stay = kept - min(round(share * kept), mask.numel() - kept)
-    new = largest(torch.where(mask, weight.abs(), -1.0), stay)
-    return new | largest(torch.where(new, -1.0, gradient.abs()), kept - stay)
+    stays = largest(torch.where(mask, weight.abs(), -1.0), stay)
+    return stays, stays | largest(torch.where(stays, -1.0, gradient.abs()), kept - stay)
 
 
 def cosine(start: float, round: int, end: int) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..wire import payload_bytes
 from .base import Upload
 from .dense import averaged
 
@@ -171,31 +172,49 @@ def from_table(table: Tensor, names: Sequence[str], width: int) -> Shapes:
     return {name: tuple(row[1 : 1 + row[0]]) for name, row in zip(sorted(names), rows, strict=True) if row[0] >= 0}
 
 
-def merged_parts(old: Tensor, parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def merged_parts(
+    old: Tensor, parts: Sequence[Tensor], weights: Sequence[float], rows: Sequence[Tensor] | None = None
+) -> Tensor:
     """Every entry as the average over the parts that have it; where none has, as it was.
 
     Args:
         old: whole.
         parts: each the first entries of it along every axis.
         weights: one for each part.
+        rows: for each part, which of its rows (along the first axis) it is to be taken to have, bool; all by default.
     """
-    if all(part.shape == old.shape for part in parts):
+    if rows is None and all(part.shape == old.shape for part in parts):
         return averaged(old, parts, weights)
     total = torch.zeros(old.shape, dtype=torch.float64)
     held = torch.zeros_like(total)
-    for part, weight in zip(parts, weights, strict=True):
-        total[box(part.shape)] += part.double() * weight
-        held[box(part.shape)] += weight
+    for at, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        has = torch.ones(len(part), dtype=torch.float64) if rows is None else rows[at].double()
+        has = weight * has.view(-1, *[1] * (part.dim() - 1))
+        total[box(part.shape)] += part.double() * has
+        held[box(part.shape)] += has
     return torch.where(held > 0, total / held.clamp_min(1e-300), old.double()).to(old.dtype)
 
 
 def merged_tensors(
-    server: Mapping[str, Tensor], uploads: Sequence[Upload], weights: Sequence[float]
+    server: Mapping[str, Tensor],
+    uploads: Sequence[Upload],
+    weights: Sequence[float],
+    rows: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """:func:`merged_parts` of every tensor of the server's that somebody sent."""
+    """:func:`merged_parts` of every tensor of the server's that somebody sent.
+
+    Args:
+        rows: by the name of a tensor that all uploads have; see there.
+    """
     merged = {}
     for name, old in server.items():
         holders = [(u.message[name], w) for u, w in zip(uploads, weights, strict=True) if name in u.message]
         if holders:
-            merged[name] = merged_parts(old, [part for part, _ in holders], [w for _, w in holders])
+            parts, of_parts = [part for part, _ in holders], [w for _, w in holders]
+            merged[name] = merged_parts(old, parts, of_parts, (rows or {}).get(name))
     return merged
+
+
+def both_ways(sampled: int, widths: Sequence[Mapping[str, Tensor]]) -> int:
+    """Bits that are expected of clients whose width is drawn, and who send and receive what it holds."""
+    return round(2 * sampled * 8 * sum(payload_bytes(dict(tensors)) for tensors in widths) / len(widths))
