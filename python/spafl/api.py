@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .client_results import listed_in, results_path
 from .config import RunConfig, deep_merge, load_run_config, read_toml, resolve_config
 from .errors import UserError
 from .export import Exported, client_model, export_client
@@ -193,21 +194,19 @@ def _resolve(config: Configuration, settings: Mapping[str, Any]) -> RunConfig:
 
 def client_values(folder: Path) -> list[tuple[int, int, dict[str, Any]]]:
     """``(round, client, values)`` of every evaluated round, rounds from 0 as recorded."""
+    names = ("accuracy", "loss", "train_accuracy", "density")
     found = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if record["evaluation"] is None:
             continue
-        evaluation, density = record["evaluation"], record["density"]
-        columns = {
-            "accuracy": evaluation["accuracy"]["clients"],
-            "loss": evaluation["loss"]["clients"],
-            "train_accuracy": evaluation["train_accuracy"],
-            "density": density["clients"] if density else None,
-        }
-        count = len(columns["accuracy"])
-        for client in range(count):
-            found.append((record["round"], client, {n: v[client] if v else None for n, v in columns.items()}))
+        round, listed = record["round"], listed_in(record)
+        if listed is None:
+            clients = [json.loads(text) for text in results_path(folder, round).read_text().splitlines()]
+        else:
+            count = len(listed["accuracy"])
+            clients = [{"client": k} | {n: listed[n][k] for n in names if n in listed} for k in range(count)]
+        found += [(round, values["client"], {n: values.get(n) for n in names}) for values in clients]
     return found
 
 

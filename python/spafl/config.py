@@ -179,9 +179,18 @@ class CommunicationConfig(_Section):
 
 class EvaluationConfig(_Section):
     every: int = Field(default=1, ge=1, le=MANY)
-    """Evaluate all clients every so many rounds, and after the last."""
+    """Evaluate every so many rounds, and after the last."""
+    clients: Any = "all"
+    """How many clients are tested then: ``all``, or a number, drawn anew for each evaluation."""
     train_data: Literal["final", "always", "never"] = "final"
     """When to measure accuracy on the training data too (for the generalisation gap)."""
+
+    @field_validator("clients")
+    @classmethod
+    def _all_or_some(cls, value: Any) -> Any:
+        if value == "all" or (type(value) is int and 1 <= value <= MANY):
+            return value
+        raise PydanticCustomError("clients", f"all, or a whole number from 1 to {MANY}")
 
 
 class SimulationConfig(_Section):
@@ -473,6 +482,11 @@ def _check_names(config: RunConfig) -> None:
     if config.sampling.clients_per_round > config.partition.clients:
         raise UserError(
             f"sampling.clients_per_round: {config.sampling.clients_per_round} clients cannot be sampled from "
+            f"partition.clients = {config.partition.clients}"
+        )
+    if config.evaluation.clients != "all" and config.evaluation.clients > config.partition.clients:
+        raise UserError(
+            f"evaluation.clients: {config.evaluation.clients} clients cannot be drawn from "
             f"partition.clients = {config.partition.clients}"
         )
     if config.sampling.min_uploads > config.sampling.clients_per_round:

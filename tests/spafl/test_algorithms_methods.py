@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from spafl.algorithms import ALGORITHMS, Client, Samples, Upload, find_algorithm, narrow
 from spafl.algorithms import masks as m
 from spafl.algorithms.client import steps_of_momentum
+from spafl.client_results import results_path
 from spafl.config import deep_merge, resolve_config
 from spafl.data import Transform
 from spafl.errors import UserError
@@ -178,7 +179,7 @@ def test_what_is_exported_is_what_was_tested(case, tmp_path):
     """Also where a client's tensors are split between it and the server, or its model is smaller."""
     config = tiny_config(case, rounds=3)
     run(config, tmp_path / "run")
-    accuracy = metrics(tmp_path / "run")[-1]["evaluation"]["accuracy"]["clients"]
+    accuracy = [json.loads(text)["accuracy"] for text in results_path(tmp_path / "run", 2).read_text().splitlines()]
     problem = build_problem(config)
     parts, data = problem.parts.test, problem.dataset
     sampled = {k for line in metrics(tmp_path / "run") for k in line["sampled"]}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spafl.client_results import results_path
 from spafl.errors import UserError
 from spafl.simulation import run, sample_clients
 from spafl.simulation.checkpoint import load_latest
@@ -72,10 +73,12 @@ def test_the_metrics_hold_what_they_promise(small_config, tmp_path):
     assert last["payload"] == {"up_bytes": 9 * 4 * thresholds, "down_bytes": (3 + 6 + 6) * 4 * thresholds}
     assert last["framed"]["up_bytes"] > last["payload"]["up_bytes"]
     evaluation = lines[2]["evaluation"]
-    assert len(evaluation["accuracy"]["clients"]) == 5 and evaluation["train_accuracy"] is not None
-    assert evaluation["accuracy"]["worst_10pct"] == min(evaluation["accuracy"]["clients"])
+    results = [json.loads(text) for text in results_path(tmp_path / "run", 2).read_text().splitlines()]
+    assert [result["client"] for result in results] == list(range(5)) and evaluation["clients"] == 5
+    assert evaluation["accuracy"]["worst_10pct"] == min(result["accuracy"] for result in results)
+    assert evaluation["train_accuracy"] == pytest.approx(sum(result["train_accuracy"] for result in results) / 5)
     assert set(lines[2]["density"]["layers"]) == {"conv1", "conv2", "fc3", "fc4"}
-    assert [len(mask) for mask in lines[2]["first_layer"]["masks"]] == [20] * 5
+    assert lines[2]["first_layer"] == {"name": "conv1"} and all(len(r["first_layer"]) == 20 for r in results)
     assert summary["final"] == lines[2] and summary["completed"]
     assert not (tmp_path / "run" / ".scratch").exists() and not (tmp_path / "run" / ".lock").exists()
 
@@ -201,3 +204,27 @@ def test_published_sampling_ignores_the_seed(small_config):
     ]
     assert streams[0] == streams[1] and streams[2] != streams[3]
     assert all(len(set(chosen)) == 3 for chosen in streams[2])
+
+
+def test_a_sample_of_the_clients_is_tested_in_every_evaluation(small_config, tmp_path):
+    from spafl.api import client_values
+    from spafl.report.run_data import load_run
+    from spafl.simulation.sampling import evaluated_clients
+
+    config = small_config(evaluation={"clients": 2})
+    run(config, tmp_path / "some", quiet=True)
+    run(small_config(), tmp_path / "all", quiet=True)
+    some, every = client_values(tmp_path / "some"), client_values(tmp_path / "all")
+    assert [(r, k) for r, k, _ in some] == [(r, k) for r in range(3) for k in evaluated_clients(config, r)]
+    assert len({tuple(evaluated_clients(config, r)) for r in range(20)}) > 5  # drawn anew
+    assert all(result in every for result in some) and len(every) == 15  # the same results, for fewer clients
+    loaded = load_run(tmp_path / "some")
+    assert loaded.accuracies.tolist() == [values["accuracy"] for r, _, values in some if r == 2]
+    assert loaded.history is None and loaded.masks is None and len(loaded.gaps.gap) == 2
+    assert load_run(tmp_path / "all").history[1].shape == (3, 5)
+
+
+@pytest.mark.parametrize("clients", [0, 6, 2.0, True, "some", -1])
+def test_how_many_are_tested_is_all_or_a_number(small_config, clients):
+    with pytest.raises(UserError, match=r"evaluation\.clients: (all, or a whole number|6 clients cannot be drawn)"):
+        small_config(evaluation={"clients": clients})

@@ -12,6 +12,7 @@ import torch
 from folders import assert_same_folders, contents, count_changes, full_from, killed_at
 
 from spafl.cli import main
+from spafl.client_results import results_path
 from spafl.errors import UserError, WriteError
 from spafl.simulation import RunFolder, run, sample_clients
 
@@ -179,6 +180,17 @@ def test_an_extended_run_is_the_long_run(small_config, tmp_path, changes):
     assert_same_folders(tmp_path / "run", tmp_path / "long")
 
 
+def test_an_extended_run_forgets_what_only_its_last_round_measured(small_config, tmp_path):
+    """Accuracies on training data of clients, and results of rounds that a long run does not evaluate."""
+    for every in (1, 2):
+        folder, changes = tmp_path / f"run{every}", {"evaluation": {"every": every, "clients": 2}}
+        run(small_config(rounds=1, **changes), folder, quiet=True)
+        assert json.loads(results_path(folder, 0).read_text().splitlines()[0])["train_accuracy"] is not None
+        run(small_config(rounds=2, **changes), folder, resume=True, quiet=True)
+        run(small_config(rounds=2, **changes), tmp_path / f"long{every}", quiet=True)
+        assert_same_folders(folder, tmp_path / f"long{every}")
+
+
 def test_fewer_rounds_than_done_are_refused_and_nothing_changes(three_rounds, tmp_path):
     config, whole = three_rounds
     shutil.copytree(whole, tmp_path / "run")
@@ -279,14 +291,14 @@ def test_an_export_is_the_client_that_was_tested(small_config, tmp_path):
     config = config.model_copy(update={"rounds": 4})
     run(config, tmp_path / "run", quiet=True)
     problem = build_problem(config)
-    accuracies = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["evaluation"]["accuracy"]
+    accuracies = [json.loads(text)["accuracy"] for text in results_path(tmp_path / "run", 3).read_text().splitlines()]
     trained = {k for r in range(4) for k in sample_clients(config, r)}
     for k in sorted(trained):
         model, _ = client_model(tmp_path / "run", k)
         chosen = problem.parts.test[k]
         x = problem.dataset.transform(torch.from_numpy(problem.dataset.test_x[chosen]), torch.float32, None)
         right = model(x).argmax(1) == torch.from_numpy(problem.dataset.test_y[chosen])
-        assert right.float().mean().item() == pytest.approx(accuracies["clients"][k])
+        assert right.float().mean().item() == pytest.approx(accuracies[k])
     if missing := set(range(5)) - trained:
         with pytest.raises(UserError, match="has not trained"):
             client_model(tmp_path / "run", missing.pop())

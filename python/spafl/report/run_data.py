@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..client_results import FIELDS, results_path
 from ..cost import RECORDED, Cost
 
 __all__ = ["ClientGaps", "FilterMasks", "Point", "ReportError", "Run", "labels", "load_run", "seed_groups"]
@@ -66,9 +67,9 @@ class FilterMasks:
 
 @dataclass(frozen=True)
 class Run:
-    """A loaded run folder. ``train`` and ``test`` count samples ``(clients, classes)``; ``accuracies`` ``(clients,)``
-    belong to ``evaluated``, the last evaluated round; ``history`` holds the evaluated rounds ``(r,)`` and the clients'
-    accuracies in them, float32 ``(r, clients)``; ``notes`` say what was incomplete."""
+    """A loaded run folder. ``train`` and ``test`` count samples ``(clients, classes)``; ``accuracies`` ``(tested,)``
+    belong to ``evaluated``, the last evaluated round; ``history`` holds the rounds ``(r,)`` in which all clients were
+    tested and their accuracies, float32 ``(r, clients)``; ``notes`` say what was incomplete."""
 
     folder: Path
     name: str
@@ -130,6 +131,10 @@ class _Value:
         if key not in self.value:
             raise ReportError(f"{self.where}: {path} is missing")
         return _Value(self.value[key], self.where, path)
+
+    def holds(self, key: str) -> bool:
+        """Whether this is a table with ``key``."""
+        return isinstance(self.value, dict) and key in self.value
 
     def __bool__(self) -> bool:
         return self.value is not None
@@ -281,13 +286,14 @@ def _metrics(path: Path, clients: int) -> tuple[list[Point], dict[str, Any], lis
                 raise
             notes.append(f"the last line of metrics.jsonl (line {number}) is half written and was ignored")
             continue
-        point, of_clients = _line(value, clients)
+        point, of_clients = _line(value, clients, path.parent)
         if points:
             _follows(points[-1], point, where)
         trained.update(client.integer() for client in value["sampled"].list())
         points.append(replace(point, trained=len(trained)))
+        everybody = of_clients.pop("everybody", False)
         details.update(of_clients)
-        if "accuracies" in of_clients:
+        if everybody:
             history.append((point.round, of_clients["accuracies"].astype(np.float32)))
     if not points:
         raise ReportError(f"{path}: holds no complete round yet")
@@ -296,7 +302,7 @@ def _metrics(path: Path, clients: int) -> tuple[list[Point], dict[str, Any], lis
     return points, details, notes
 
 
-def _line(line: _Value, clients: int) -> tuple[Point, dict[str, Any]]:
+def _line(line: _Value, clients: int, folder: Path) -> tuple[Point, dict[str, Any]]:
     """One metrics line as its point on the curves and those of its per-client values that are there."""
     number, cost = line["round"].integer(), line["cost"]
     amounts: dict[str, Any] = {}
@@ -305,37 +311,78 @@ def _line(line: _Value, clients: int) -> tuple[Point, dict[str, Any]]:
         amounts[name] = value.number() if value or name != "executed_macs" else None
     costs = Cost(**amounts)
     fields: dict[str, Any] = {}
-    of_clients: dict[str, Any] = {}
-    density, client_density = line["density"], None
+    density, evaluation = line["density"], line["evaluation"]
     if density:
-        client_density = density["clients"].fractions(clients)
         fields["density"] = density["layer_mean"].number(high=1)
         fields["density_parameters"] = density["parameters"].number(high=1)
         fields["layer_density"] = {name: value.number(high=1) for name, value in density["layers"].items()}
-    evaluation = line["evaluation"]
-    if evaluation:
-        accuracy, train_accuracy = evaluation["accuracy"], evaluation["train_accuracy"]
-        of_clients["accuracies"] = accuracy["clients"].fractions(clients)
-        fields["accuracy"] = accuracy["mean"].number(high=1)
-        fields["accuracy_std"] = accuracy["std"].number(high=1)
-        fields["accuracy_worst"] = accuracy["worst_10pct"].number(high=1)
-        if train_accuracy:
-            gap = train_accuracy.fractions(clients) - of_clients["accuracies"]
-            of_clients["gaps"] = ClientGaps(number, gap, client_density)
-    if line["first_layer"]:
-        of_clients["masks"] = _masks(line["first_layer"], number, clients)
-    return Point(number, costs, **fields), of_clients
+    if not evaluation:
+        return Point(number, costs, **fields), {}
+    accuracy = evaluation["accuracy"]
+    fields["accuracy"] = accuracy["mean"].number(high=1)
+    fields["accuracy_std"] = accuracy["std"].number(high=1)
+    fields["accuracy_worst"] = accuracy["worst_10pct"].number(high=1)
+    return Point(number, costs, **fields), _of_clients(line, number, clients, folder)
 
 
-def _masks(value: _Value, number: int, clients: int) -> FilterMasks:
-    rows = value["masks"].list(clients)
+def _of_clients(line: _Value, number: int, clients: int, folder: Path) -> dict[str, Any]:
+    """What the clients got that were tested in a round; what needs all of them is left out where some were not."""
+    evaluation, density, first = line["evaluation"], line["density"], line["first_layer"]
+    lists: dict[str, _Value | None]
+    if evaluation["accuracy"].holds("clients"):  # a run of an earlier version
+        tested = clients
+        lists = {
+            "accuracy": evaluation["accuracy"]["clients"],
+            "train_accuracy": evaluation["train_accuracy"] or None,
+            "density": density["clients"] if density else None,
+            "first_layer": first["masks"] if first else None,
+        }
+    else:
+        tested = evaluation["clients"].integer()
+        lists = _results(results_path(folder, number), tested, clients)
+    accuracies = lists["accuracy"].fractions(tested)  # type: ignore[union-attr]
+    trained, densities, masks = lists["train_accuracy"], lists["density"], lists["first_layer"]
+    found: dict[str, Any] = {"accuracies": accuracies, "everybody": tested == clients}
+    kept = densities.fractions(tested) if densities is not None else None
+    if trained:
+        found["gaps"] = ClientGaps(number, trained.fractions(tested) - accuracies, kept)
+    if masks and first and tested == clients:
+        found["masks"] = _masks(masks, first["name"].text(), number, clients)
+    return found
+
+
+def _results(path: Path, tested: int, clients: int) -> dict[str, _Value | None]:
+    """The columns of a file of :mod:`spafl.client_results`; None where nothing was measured."""
+    columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
+    last = -1
+    for number, text in _lines(path):
+        where = f"{path} line {number}"
+        record = _json(text, where)
+        client = record["client"].integer()
+        if not last < client < clients:
+            raise ReportError(f"{where}: client must be above {last} and below {clients}; got {client}")
+        last = client
+        for name, values in columns.items():
+            values.append(record[name].value)
+    if len(columns["accuracy"]) != tested:
+        raise ReportError(
+            f"{path}: holds {len(columns['accuracy'])} clients; metrics.jsonl says that {tested} were tested"
+        )
+    return {
+        name: None if all(v is None for v in values) else _Value(values, str(path), name)
+        for name, values in columns.items()
+    }
+
+
+def _masks(rows_of: _Value, layer: str, number: int, clients: int) -> FilterMasks:
+    rows = rows_of.list(clients)
     width = len(rows[0].text())
     for row in rows:
         if len(row.text()) != width or set(row.value) - {"0", "1"}:
             raise row.fail(f"a string of {width} zeros and ones, as for the first client")
     bits = np.frombuffer("".join(row.value for row in rows).encode(), dtype=np.uint8)
     kept = bits.reshape(clients, width) == ord("1")
-    return FilterMasks(number, value["name"].text(), kept)
+    return FilterMasks(number, layer, kept)
 
 
 def _follows(before: Point, after: Point, where: str) -> None:

@@ -12,7 +12,7 @@ from ..algorithms import Evaluation, Training
 from ..config import RunConfig
 from ..cost import Cost
 from ..merge import Rejection
-from .metrics import density_summary, evaluation_summary, first_layer_masks
+from .metrics import density_summary, evaluation_summary
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FinishedRound:
         trainings: the local work of those whose uploads were merged, in that order; messages are empty.
         rejected: uploads that were left out.
         cost: of this round alone.
-        evaluations: of all clients, or None if the round was not evaluated.
+        evaluations: of the clients that were tested, or None if the round was not evaluated.
     """
 
     round: int
@@ -72,7 +72,8 @@ class Ledger:
             self._add(line, cost)
         line["evaluation"] = evaluation_summary(evaluations)
         line["density"] = density_summary(evaluations, self._layer_weights)
-        line["first_layer"] = first_layer_masks(evaluations)
+        masks = evaluations[0].masks
+        line["first_layer"] = {"name": next(iter(masks))} if masks and all(e.masks for e in evaluations) else None
 
     def _add(self, line: dict[str, Any], cost: Cost) -> None:
         self.cost += cost

@@ -23,7 +23,7 @@ from .announcements import AnnouncementLog
 from .checkpoint import Checkpoint, Checkpoints, State, saved_rounds
 from .files import write_atomic
 from .ledger import FinishedRound, Ledger, run_summary, without_final_evaluation
-from .metrics import environment
+from .metrics import client_record, environment
 from .placement import pick_device, pick_workers
 from .pool import Pool, WorkerDied
 from .problem import build_problem
@@ -32,7 +32,7 @@ from .resident import ClientSetting
 from .rows import ClientRows, Turn
 from .runfolder import RunFolder
 from .same_run import first_difference, run_digest
-from .sampling import sample_clients
+from .sampling import evaluated_clients, sample_clients
 from .spool import write_data
 from .tasks import EvaluateOutcome, EvaluateTask, TrainOutcome, TrainTask, WorkerSetup
 
@@ -291,17 +291,20 @@ class Simulation:
         return tasks, messages, sent
 
     def evaluate(self, pool: Pool, round: int, train_data: bool) -> list[Evaluation]:
-        """Test every client as it would start its next turn; nothing of the run changes."""
+        """Test clients as they would start their next turn, and record what each got; nothing of the run changes."""
+        chosen = evaluated_clients(self.config, round)
         frame = self._encode(self.algorithm.evaluation_message(self.server, round), round)
         tasks, weights = [], []
-        for first in range(0, self.clients, _CLIENTS_PER_TASK):
-            chunk = tuple(range(first, min(first + _CLIENTS_PER_TASK, self.clients)))
+        for first in range(0, len(chosen), _CLIENTS_PER_TASK):
+            chunk = tuple(chosen[first : first + _CLIENTS_PER_TASK])
             announced = tuple(self.log.missed(k) for k in chunk)
             turns = tuple(self._turn(k, changes=False) for k in chunk)
             tasks.append(EvaluateTask(round, chunk, announced, turns, frame, train_data))
             weights.append(float(sum(len(self.problem.parts.test[k]) for k in chunk)))
         outcomes: list[EvaluateOutcome] = pool.run(tasks, weights)
-        return [evaluation for outcome in outcomes for evaluation in outcome.evaluations]
+        evaluations = [evaluation for outcome in outcomes for evaluation in outcome.evaluations]
+        self.folder.write_results(round, (client_record(k, e) for k, e in zip(chosen, evaluations, strict=True)))
+        return evaluations
 
     def _evaluate_last(self, pool: Pool) -> None:
         """Make up for the last evaluation, where a run of more rounds, which has none there, was cut to these."""

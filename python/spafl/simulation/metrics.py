@@ -19,18 +19,32 @@ def worst_tenth(values: Sequence[float]) -> float:
 
 
 def evaluation_summary(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """Accuracy over clients: unweighted mean, standard deviation, worst 10 %, and every client's."""
+    """Number of clients tested, and accuracy over them: unweighted mean, standard deviation, worst 10 %."""
     accuracies = [e.accuracy for e in evaluations]
-    trained = [e.train_accuracy for e in evaluations]
+    trained = [e.train_accuracy for e in evaluations if e.train_accuracy is not None]
     return {
+        "clients": len(evaluations),
         "accuracy": {
             "mean": float(np.mean(accuracies)),
             "std": float(np.std(accuracies)),
             "worst_10pct": worst_tenth(accuracies),
-            "clients": accuracies,
         },
-        "loss": {"mean": float(np.mean([e.loss for e in evaluations])), "clients": [e.loss for e in evaluations]},
-        "train_accuracy": None if None in trained else trained,
+        "loss": {"mean": float(np.mean([e.loss for e in evaluations]))},
+        "train_accuracy": float(np.mean(trained)) if len(trained) == len(evaluations) else None,
+    }
+
+
+def client_record(client: int, evaluation: Evaluation) -> dict[str, Any]:
+    """A client's line of :mod:`spafl.client_results`."""
+    densities = evaluation.densities
+    return {
+        "client": client,
+        "samples": evaluation.samples,
+        "accuracy": evaluation.accuracy,
+        "loss": evaluation.loss,
+        "train_accuracy": evaluation.train_accuracy,
+        "density": None if densities is None else float(np.mean(list(densities.values()))),
+        "first_layer": next(iter(evaluation.masks.values())) if evaluation.masks else None,
     }
 
 
@@ -51,17 +65,7 @@ def density_summary(evaluations: Sequence[Evaluation], sizes: dict[str, int]) ->
         "layer_mean": float(np.mean(clients)),
         "parameters": sum(layers[name] * sizes[name] for name in names) / sum(sizes[name] for name in names),
         "layers": layers,
-        "clients": clients,
     }
-
-
-def first_layer_masks(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
-    """Which filters of the first layer that has masks every client keeps."""
-    masks = [e.masks for e in evaluations]
-    if not masks or not masks[0] or None in masks:
-        return None
-    name = next(iter(masks[0]))
-    return {"name": name, "masks": [of_client[name] for of_client in masks]}  # type: ignore[index]
 
 
 def environment(device: torch.device, workers: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 ``config.toml``      the resolved configuration
 ``partition.json``   how many samples of each class every client has
 ``metrics.jsonl``    one line per finished round
+``evaluations/``     what every tested client got, a file per evaluated round
 ``summary.json``     written when the run is complete; removed while it is being continued
 ``checkpoints/``     what ``--resume`` starts from
 ``report/``          pictures and ``report.html``
@@ -17,11 +18,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from ..client_results import results_path
 from ..errors import UserError, WriteError
 from .files import write_atomic, write_together, writing
 
@@ -132,6 +134,37 @@ class RunFolder:
             self.metrics: _as_text(metrics),
         }
         write_together(files, remove=[self.summary])
+        self._keep_results_of(metrics)
+
+    def write_results(self, round: int, records: Iterable[dict[str, Any]]) -> None:
+        """Write what each client got in the evaluation of a round; see :mod:`spafl.client_results`."""
+        path = results_path(self.path, round)
+        with writing(path.parent):
+            path.parent.mkdir(exist_ok=True)
+        write_atomic(path, _as_text(records))
+
+    def _keep_results_of(self, metrics: Sequence[dict[str, Any]]) -> None:
+        """Bring the results of clients in line with metrics that became fewer, or were evaluated less."""
+        evaluated = {line["round"]: line["evaluation"] for line in metrics if line["evaluation"] is not None}
+        kept = {results_path(self.path, round): value for round, value in evaluated.items()}
+        folder = results_path(self.path, 0).parent
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path not in kept:
+                with writing(path):
+                    path.unlink()
+            elif kept[path]["train_accuracy"] is None:
+                self._forget_train_accuracies(path)
+
+    @staticmethod
+    def _forget_train_accuracies(path: Path) -> None:
+        try:
+            records = [json.loads(text) for text in path.read_bytes().splitlines()]
+            if all(record["train_accuracy"] is None for record in records):
+                return
+            text = _as_text({**record, "train_accuracy": None} for record in records)
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: nothing is computed from it
+            return
+        write_atomic(path, text)
 
     def rewrite_metrics(self, lines: Sequence[dict[str, Any]]) -> None:
         """Replace all metrics."""
@@ -163,5 +196,5 @@ class RunFolder:
         self._lock = None
 
 
-def _as_text(lines: Sequence[dict[str, Any]]) -> str:
+def _as_text(lines: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)

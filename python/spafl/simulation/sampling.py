@@ -1,4 +1,4 @@
-"""Which clients train in a round."""
+"""Which clients train in a round, and which are tested."""
 
 from __future__ import annotations
 
@@ -14,3 +14,12 @@ def sample_clients(config: RunConfig, round: int) -> list[int]:
     if config.sampling.stream == "published-cifar100":
         return np.random.RandomState(round).choice(clients, count, replace=False).tolist()
     return rng.numpy_stream(config.seed, "sampling", round).choice(clients, count, replace=False).tolist()
+
+
+def evaluated_clients(config: RunConfig, round: int) -> list[int]:
+    """Clients that are tested after a round, ascending."""
+    clients, count = config.partition.clients, config.evaluation.clients
+    if count == "all":
+        return list(range(clients))
+    chosen = rng.numpy_stream(config.seed, "evaluation", round).choice(clients, count, replace=False, shuffle=False)
+    return sorted(chosen.tolist())
