@@ -6,6 +6,7 @@ times; then the best draw is repaired by moving samples. So a partition always e
 
 from __future__ import annotations
 
+import heapq
 import json
 import reprlib
 from collections.abc import Callable, Sequence
@@ -60,7 +61,9 @@ class Partition:
         if part not in ("train", "test"):
             raise ValueError(f"part must be 'train' or 'test'; got {part!r}")
         parts: list[np.ndarray] = getattr(self, part)
-        return np.stack([np.bincount(labels[index], minlength=classes) for index in parts])
+        client = np.repeat(np.arange(self.clients), [len(index) for index in parts])
+        entry = client * classes + labels[np.concatenate(parts)]
+        return np.bincount(entry, minlength=self.clients * classes).reshape(self.clients, classes)
 
 
 @dataclass(frozen=True)
@@ -270,30 +273,65 @@ def _repair(labels: Owners, owners: Owners, clients: int, minimum: tuple[int, in
     for y, owner, least in zip(labels, owners, minimum):
         table = np.bincount(owner * classes + y, minlength=clients * classes).reshape(clients, classes)
         likes = table > 0 if liked is None else liked
-        before = owner.copy()
-        for receiver in np.flatnonzero(table.sum(1) < least):
-            while (lack := least - table[receiver].sum()) > 0:
-                total = table.sum(1)
-                can_give = total > least
-                own = np.where(likes[receiver], table, 0)
-                if not (can_give & own.any(1)).any():
-                    own = table
-                donor = int(np.where(can_give & own.any(1), total, -1).argmax())
-                label = int(own[donor].argmax())
-                amount = int(min(lack, total[donor] - least, table[donor, label]))
-                owner[np.flatnonzero((owner == donor) & (y == label))[-amount:]] = receiver
-                table[donor, label] -= amount
-                table[receiver, label] += amount
-        moved.append(int((owner != before).sum()))
+        moved.append(_give(y, owner, table, likes, least))
         liked = table > 0
     return moved[0], moved[1]
 
 
+def _give(y: np.ndarray, owner: np.ndarray, table: np.ndarray, likes: np.ndarray, least: int) -> int:
+    """:func:`_repair` of one part; keeps ``table``, (clients, classes), and returns how many samples were moved.
+
+    The richest donor is found in a heap per class, whose outdated entries are dropped when they come up: looking
+    through the table for every sample took seconds with 10,000 clients. Who received never gives.
+    """
+    classes = table.shape[1]
+    total = table.sum(1).tolist()
+    held = np.argsort(owner * classes + y, kind="stable")  # samples by client and class, in stored order
+    ends = np.cumsum(table.ravel())
+    richest = [[(-total[k], int(k)) for k in np.flatnonzero(column) if total[k] > least] for column in table.T]
+    for heap in richest:
+        heapq.heapify(heap)
+
+    def donor_of(wanted: Sequence[int]) -> tuple[int, int] | None:
+        found = []
+        for label in wanted:
+            heap = richest[label]
+            while heap and (-heap[0][0] != total[heap[0][1]] or not table[heap[0][1], label]):
+                heapq.heappop(heap)
+            if heap:
+                found.append(heap[0])
+        return min(found, default=None)
+
+    moved = 0
+    for receiver in np.flatnonzero(table.sum(1) < least).tolist():
+        own = np.flatnonzero(likes[receiver]).tolist()
+        while (lack := least - total[receiver]) > 0:
+            wanted, found = own, donor_of(own)
+            if found is None:
+                wanted = range(classes)
+                found = donor_of(wanted)
+            assert found is not None, "there are samples for everybody"
+            donor = found[1]
+            label = max(wanted, key=lambda c: table[donor, c])  # the first of equals
+            amount = min(lack, total[donor] - least, int(table[donor, label]))
+            end = ends[donor * classes + label]
+            owner[held[end - amount : end]] = receiver
+            ends[donor * classes + label] -= amount
+            table[donor, label] -= amount
+            table[receiver, label] += amount
+            total[donor] -= amount
+            total[receiver] += amount
+            moved += amount
+            if total[donor] > least:
+                for other in np.flatnonzero(table[donor]):
+                    heapq.heappush(richest[other], (-total[donor], donor))
+    return moved
+
+
 def _cut(shares: np.ndarray, n: int) -> np.ndarray:
     """Owners of n shuffled samples cut at ``int(cumsum(shares) * n)``; the last client takes the rest."""
-    cuts = np.minimum((np.cumsum(shares) * n).astype(np.int64), n)  # a sum may round to just over 1
-    cuts[-1] = n
-    return np.repeat(np.arange(len(shares)), np.diff(cuts, prepend=0))
+    cuts = np.minimum((np.cumsum(shares[:-1]) * n).astype(np.int64), n)  # a sum may round to just over 1
+    return np.cumsum(np.bincount(cuts, minlength=n + 1)[:n])  # a sample's owner: the number of cuts before it
 
 
 def _iid(labels: Owners, clients: int, rng: np.random.Generator) -> Owners:
@@ -303,12 +341,21 @@ def _iid(labels: Owners, clients: int, rng: np.random.Generator) -> Owners:
 
 def _dirichlet(labels: Owners, clients: int, rng: np.random.Generator, alpha: float) -> Owners:
     owners = tuple(np.empty(len(y), dtype=np.int64) for y in labels)
-    for label in np.union1d(*labels):
-        shares = rng.dirichlet(np.full(clients, alpha))
-        for y, owner in zip(labels, owners):
-            index = np.flatnonzero(y == label)
+    concentration = np.full(clients, alpha)
+    members = [_by_class(y, 1 + max(int(y.max()) for y in labels)) for y in labels]
+    for of_class in zip(*members):
+        if not any(map(len, of_class)):
+            continue
+        shares = rng.dirichlet(concentration)
+        for index, owner in zip(of_class, owners):
             owner[rng.permutation(index)] = _cut(shares, len(index))
     return owners[0], owners[1]
+
+
+def _by_class(y: np.ndarray, classes: int) -> list[np.ndarray]:
+    """The samples of each class, in stored order."""
+    narrow = y.astype(np.uint16) if classes <= 1 << 16 else y  # which NumPy sorts by counting, ten times as fast
+    return np.split(np.argsort(narrow, kind="stable"), np.cumsum(np.bincount(y, minlength=classes))[:-1])
 
 
 def _pathological(labels: Owners, clients: int, rng: np.random.Generator, classes_per_client: int) -> Owners:
@@ -322,8 +369,11 @@ def _pathological(labels: Owners, clients: int, rng: np.random.Generator, classe
             f"{clients} clients with classes_per_client={classes_per_client} cannot hold all {len(present)} classes"
         )
     takers = np.zeros((clients, len(present)), dtype=bool)
+    count = np.zeros(len(present), dtype=np.int64)
     for client in range(clients):  # the classes with the fewest takers so far, ties at random
-        takers[client, np.lexsort((rng.random(len(present)), takers.sum(0)))[:classes_per_client]] = True
+        taken = np.lexsort((rng.random(len(present)), count))[:classes_per_client]
+        takers[client, taken] = True
+        count[taken] += 1
     owners = tuple(np.empty(len(y), dtype=np.int64) for y in labels)
     for column, label in enumerate(present):
         holders = rng.permutation(np.flatnonzero(takers[:, column]))

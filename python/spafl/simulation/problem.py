@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,8 +56,8 @@ class Problem(Method):
             "classes": data.classes,
             "image": list(data.shape),
             "dtype": str(data.train_x.dtype),
-            "train": [np.bincount(data.train_y[i], minlength=data.classes).tolist() for i in parts.train],
-            "test": [np.bincount(data.test_y[i], minlength=data.classes).tolist() for i in parts.test],
+            "train": parts.counts(data.train_y, data.classes).tolist(),
+            "test": parts.counts(data.test_y, data.classes, "test").tolist(),
         }
 
 

@@ -33,15 +33,23 @@ def write_data(folder: Path, dataset: Dataset, parts: Partition) -> None:
         np.savez(folder / "partition.npz", **arrays)
 
 
-def map_samples(folder: Path) -> dict[str, list[Samples]]:
+class Parts:
+    """The clients' samples of one split by number, made when asked for: a hundred thousand take long, and memory."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, index: np.ndarray, cuts: np.ndarray) -> None:
+        self._x, self._y, self._index = x, y, torch.from_numpy(index)
+        self._ends = [0, *cuts.tolist(), len(index)]
+
+    def __getitem__(self, client: int) -> Samples:
+        return Samples(self._x, self._y, self._index[self._ends[client] : self._ends[client + 1]])
+
+
+def map_samples(folder: Path) -> dict[str, Parts]:
     """The samples of every client by split (``"train"``, ``"test"``), mapped from what :func:`write_data` wrote."""
     # Copy-on-write maps: shared between processes, and torch may call them writable.
     data = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in _DATA}
     parts = np.load(folder / "partition.npz")
     return {
-        split: [
-            Samples(data[f"{split}_x"], data[f"{split}_y"], torch.from_numpy(index))
-            for index in np.split(parts[f"{split}_index"], parts[f"{split}_cut"])
-        ]
+        split: Parts(data[f"{split}_x"], data[f"{split}_y"], parts[f"{split}_index"], parts[f"{split}_cut"])
         for split in ("train", "test")
     }

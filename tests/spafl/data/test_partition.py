@@ -123,6 +123,62 @@ def test_repair_moves_no_more_than_is_lacking_and_prefers_the_clients_own_classe
     assert (after[~poor] <= before[~poor]).all()
 
 
+def repaired_by_looking_everywhere(labels, owners, clients, minimum):
+    """The rule of the repair, written out: every donor of every sample is looked for in the whole table."""
+    classes = 1 + max(int(y.max()) for y in labels)
+    liked, moved = None, []
+    for y, owner, least in zip(labels, owners, minimum):
+        table = np.bincount(owner * classes + y, minlength=clients * classes).reshape(clients, classes)
+        likes = table > 0 if liked is None else liked
+        before = owner.copy()
+        for receiver in np.flatnonzero(table.sum(1) < least):
+            while (lack := least - table[receiver].sum()) > 0:
+                total = table.sum(1)
+                own = np.where(likes[receiver], table, 0)
+                if not ((total > least) & own.any(1)).any():
+                    own = table
+                donor = int(np.where((total > least) & own.any(1), total, -1).argmax())
+                label = int(own[donor].argmax())
+                amount = int(min(lack, total[donor] - least, table[donor, label]))
+                owner[np.flatnonzero((owner == donor) & (y == label))[-amount:]] = receiver
+                table[donor, label] -= amount
+                table[receiver, label] += amount
+        moved.append(int((owner != before).sum()))
+        liked = table > 0
+    return tuple(moved)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_repair_moves_the_samples_that_its_rule_names(data):
+    """Recorded partitions depend on it, sample by sample."""
+    clients, classes = data.draw(st.integers(1, 30), "clients"), data.draw(st.integers(1, 8), "classes")
+    minimum = data.draw(st.integers(1, 5), "min_train"), data.draw(st.integers(0, 3), "min_test")
+    draw = rng(data.draw(st.integers(0, 10_000), "seed"))
+    sizes = [max(1, clients * least) + data.draw(st.integers(0, 80)) for least in minimum]
+    y = tuple(np.sort(draw.integers(0, classes, n)) if n % 2 else draw.integers(0, classes, n) for n in sizes)
+    owners = tuple(np.minimum(draw.geometric(0.2, n) - 1, clients - 1) for n in sizes)
+    expected = tuple(owner.copy() for owner in owners)
+    moved = repaired_by_looking_everywhere(y, expected, clients, minimum)
+    register_scheme("hand", Scheme(lambda labels, clients, rng: tuple(owner.copy() for owner in owners)))
+    try:
+        made = partition(*y, "hand", clients, rng(), min_train=minimum[0], min_test=minimum[1], max_draws=1)
+    finally:
+        del SCHEMES["hand"]
+    assert made.moved == moved
+    for parts, owner in zip((made.train, made.test), expected):
+        assert all(np.array_equal(part, np.flatnonzero(owner == k)) for k, part in enumerate(parts))
+
+
+def test_ten_thousand_clients_are_cut_without_looking_everywhere():
+    """The rule written out takes four seconds and more."""
+    y = labels(60_000, 10, 1), labels(10_000, 10, 2)
+    begin = time.process_time()
+    made = partition(*y, "dirichlet", 10_000, rng(), alpha=0.2, max_draws=3)
+    assert time.process_time() - begin < 1.5
+    assert made.moved[1] > 3000 and min(map(len, made.test)) == 1
+
+
 def test_repaired_test_parts_follow_training_classes():
     train_y = np.repeat([0, 1], 50)
     test_y = np.repeat([0, 1], 10)
