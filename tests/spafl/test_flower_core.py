@@ -7,6 +7,7 @@ import torch
 from test_simulation import metrics
 
 from spafl.algorithms import ALGORITHMS as REGISTERED
+from spafl.api import client_values
 from spafl.config import deep_merge, resolve_config
 from spafl.errors import UserError
 from spafl.flower.client import ClientSide, Site, run_digest
@@ -120,7 +121,10 @@ ALGORITHMS = {
 def test_a_distributed_run_has_the_bits_of_the_simulator(small, problem, tmp_path, name):
     small["algorithm"].clear()
     encoding = "int8" if name in ("fmnist", "fedavg") else "fp32"
-    config = problem(algorithm=ALGORITHMS[name], rounds=2, communication={"encoding": encoding})
+    tested = 2 if name == "local" else "all"
+    config = problem(
+        algorithm=ALGORITHMS[name], rounds=2, communication={"encoding": encoding}, evaluation={"clients": tested}
+    )
     _, summary = serve(config, tmp_path / "flower", tmp_path / "state")
     run(config, tmp_path / "simulator", quiet=True)
     assert_same_thresholds(tmp_path / "flower", tmp_path / "simulator")
@@ -136,6 +140,10 @@ def test_a_distributed_run_has_the_bits_of_the_simulator(small, problem, tmp_pat
         assert a["cost"]["payload"]["up_bytes"] == b["cost"]["payload"]["up_bytes"]
         assert a["cost"]["paper"] == b["cost"]["paper"] and a["cost"]["executed"] == b["cost"]["executed"]
     assert summary["final"]["evaluation"]["train_accuracy"] == theirs[-1]["evaluation"]["train_accuracy"]
+    told = [
+        [(k, values["accuracy"]) for _, k, values in client_values(tmp_path / who)] for who in ("flower", "simulator")
+    ]
+    assert told[0] == told[1]
 
 
 @pytest.mark.slow

@@ -24,13 +24,13 @@ from ..simulation.announcements import AnnouncementLog
 from ..simulation.checkpoint import Checkpoints, State
 from ..simulation.files import write_atomic
 from ..simulation.ledger import FinishedRound, Ledger, run_summary, without_final_evaluation
-from ..simulation.metrics import environment
+from ..simulation.metrics import client_record, environment
 from ..simulation.placement import CPU
 from ..simulation.problem import build_method
 from ..simulation.runfolder import RunFolder
 from ..simulation.same_run import first_difference
 from ..simulation.same_run import run_digest as decisive_digest
-from ..simulation.sampling import sample_clients
+from ..simulation.sampling import evaluated_clients, sample_clients
 from ..wire import Message, WireError, decode, encode, payload_bytes
 from .client import cost_of
 from .link import Link
@@ -235,17 +235,19 @@ class Coordinator:
         self.roster.seats[client] = replace(self.roster.seats[client], heard=count)
 
     def ask_evaluation(self, line: Mapping[str, Any]) -> dict[int, bytes]:
-        """What all clients that are there are sent to be tested after the round of ``line``, and brought up to date."""
+        """What clients are sent to be tested after the round of ``line``, and brought up to date."""
         round = line["round"]
-        present = self.link.gather(range(self.clients), self.config.flower.patience)
+        chosen = evaluated_clients(self.config, round)
+        present = self.link.gather(chosen, self.config.flower.patience)
         message = self.method.algorithm.evaluation_message(self.server, round)
         train_data = self.config.tests_training_data(round)
-        return {k: self._parcel(k, round, message, train_data=train_data)[0] for k in sorted(present)}
+        return {k: self._parcel(k, round, message, train_data=train_data)[0] for k in chosen if k in present}
 
     def take_evaluation(self, line: dict[str, Any], answers: Mapping[int, bytes | str]) -> None:
-        """Enter what clients told; an evaluation is of all clients or none."""
+        """Enter what clients told; an evaluation is of all that were to be tested or none."""
         evaluations: list[Evaluation] = []
-        for k in range(self.clients):
+        chosen = evaluated_clients(self.config, line["round"])
+        for k in chosen:
             raw = answers.get(k, "not there")
             try:
                 if isinstance(raw, str):
@@ -261,7 +263,9 @@ class Coordinator:
             except WireError as error:
                 line["lost"].append({"client": k, "reason": f"evaluation: {error}"})
                 self.link.say(f"round {line['round']}: evaluation of client {k}: {error}")
-        if len(evaluations) == self.clients:
+        if len(evaluations) == len(chosen):
+            records = (client_record(k, e) for k, e in zip(chosen, evaluations, strict=True))
+            self.folder.write_results(line["round"], records)
             self.ledger.evaluated(line, evaluations)
         self._replace_last(line)
 
