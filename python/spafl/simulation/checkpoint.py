@@ -301,8 +301,7 @@ class Checkpoints:
             raise
         sync(self.folder)
         self.newest = target, manifest
-        with writing(self.folder):
-            self._tidy(state.round)
+        self.tidy(state.round)
 
     def _write(
         self, work: Path, state: State, server: Mapping[str, Tensor], store: ClientRows | None, dirty: set[int] | None
@@ -350,15 +349,17 @@ class Checkpoints:
             return None
         return self.newest[1].files[name]
 
-    def _tidy(self, round: int) -> None:
+    def tidy(self, round: int) -> None:
+        """Keep what a run without interruptions has when it has saved ``round``, and nothing else."""
         saved = saved_rounds(self.folder)
         due = [r for r in saved if r < round and (r + 1) % self.every == 0]
         kept = {round, *due[max(0, len(due) - self.keep + 1) :]}
-        for other in saved:
-            if other not in kept:
-                _remove(_path(self.folder, other))
-        for left in self.folder.glob(".round-*"):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        with writing(self.folder):
+            for other in saved:
+                if other not in kept:
+                    _remove(_path(self.folder, other))
+            for left in self.folder.glob(".round-*"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

@@ -173,6 +173,7 @@ class Simulation:
                         for round in range(self.round + 1, self.config.rounds):
                             self._finish(self.run_round(pool, round), progress)
                         self._evaluate_last(pool)
+                    self.checkpoints.tidy(self.saved)  # after a process that was killed when only this was left to do
                 except WriteError:
                     raise  # not again
                 except BaseException as error:
