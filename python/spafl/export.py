@@ -68,10 +68,15 @@ def _client_model(run: Path, client: int, code: Code | None) -> tuple[nn.Module,
     Raises:
         UserError: no run or good checkpoint there, no such client, or a client that has not trained yet.
     """
-    config = load_run_config(run, Code.only(()) if code is None else code)
+    code = Code.only(()) if code is None else code
+    from .flower.export import holds_clients, kept_model  # which needs this module
+
+    if holds_clients(run):
+        return kept_model(run, client, code)
+    config = load_run_config(run, code)
     if not 0 <= client < config.partition.clients:
         raise UserError(f"--client must be 0 to {config.partition.clients - 1} in this run; got {client}")
-    classes, shape, dtype = _described(run / "partition.json")
+    classes, shape, dtype = described(run / "partition.json")
     checkpoint = load_latest(run / "checkpoints", run_digest(config), client)
     if checkpoint is None:
         raise UserError(f"run folder {run} has no checkpoint yet")
@@ -82,16 +87,21 @@ def _client_model(run: Path, client: int, code: Code | None) -> tuple[nn.Module,
     tensors = checkpoint.client(client) or {}
     try:
         if tensors:
-            _hear(algorithm, model, config, client, tensors, checkpoint.state.log.missed(client))
+            hear(algorithm, model, config, client, tensors, checkpoint.state.log.missed(client))
         own = algorithm.client_model(model, checkpoint.server, tensors, client)
     except RuntimeError as error:  # shapes: the model's code is not that of the run
         raise UserError(f"{checkpoint.path} does not fit model {config.model.name}: {one_line(error)}") from None
+    if own is None and (run / "flower.json").exists():
+        raise UserError(
+            f"client {client} keeps its model to itself: export it on its machine, spafl export STATE-DIR/"
+            f"{json.loads((run / 'flower.json').read_text())['run']} --client {client}"
+        )
     if own is None:
         raise UserError(f"client {client} has not trained up to round {checkpoint.state.round}")
     return own.eval(), sample
 
 
-def _described(path: Path) -> tuple[int, tuple[int, ...], str]:
+def described(path: Path) -> tuple[int, tuple[int, ...], str]:
     """Number of classes, and shape and dtype of one input, as ``partition.json`` records them."""
     try:
         found = json.loads(path.read_bytes())
@@ -105,7 +115,7 @@ def _described(path: Path) -> tuple[int, tuple[int, ...], str]:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
 
 
-def _hear(
+def hear(
     algorithm: Algorithm,
     model: nn.Module,
     config: RunConfig,

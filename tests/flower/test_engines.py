@@ -29,7 +29,7 @@ from cryptography.x509.oid import NameOID
 from spafl.config import resolve_config
 from spafl.flower.__main__ import main
 from spafl.flower.bundle import write_app
-from spafl.flower.demo import stop_local_link
+from spafl.flower.local import simulation_link
 from spafl.simulation import loop, run
 from spafl.simulation.checkpoint import load_latest
 
@@ -256,11 +256,10 @@ def test_flowers_simulation_engine_has_the_bits_of_the_simulator(tmp_path, monke
     config = configured(algorithm=algorithm, rounds=2, communication={"encoding": "int8"})
     (tmp_path / "run.toml").write_text(config.to_toml())
     out = tmp_path / "run"
-    try:
-        size = f"num-supernodes={CLIENTS} client-resources-num-cpus=1"
-        assert main([str(tmp_path / "run.toml"), "--out", str(out), "--", "--federation-config", size]) == 0
-    finally:
-        stop_local_link(tmp_path / "home")
+    size = f"num-supernodes={CLIENTS} client-resources-num-cpus=1"
+    with simulation_link(tmp_path / "home") as link:
+        command = [str(tmp_path / "run.toml"), "--out", str(out), "--federation", link]
+        assert main([*command, "--", "--federation-config", size]) == 0
     assert_simulator_bits(config, out, tmp_path, monkeypatch)
 
 

@@ -10,23 +10,24 @@ from spafl.algorithms import ALGORITHMS as REGISTERED
 from spafl.api import client_values
 from spafl.config import deep_merge, resolve_config
 from spafl.errors import UserError
-from spafl.flower.client import ClientSide, Site, run_digest
+from spafl.flower.client import ClientSide, Site, refusal, run_digest
 from spafl.flower.disk import ClientDisk, ClientState
 from spafl.flower.link import Link
 from spafl.flower.parcel import pack, unpack
 from spafl.flower.roster import Roster, check_start
-from spafl.flower.server import Coordinator, run_identity
+from spafl.flower.server import open_run, run_identity, telling_why
 from spafl.merge import TooFewUploads
 from spafl.simulation import RunFolder, run
 from spafl.simulation.checkpoint import load_latest
 from spafl.wire import WireError, encode
+from spafl_kernels import __version__
 
 
 class Memory(Link):
     """Nodes of this process: a client side each, made anew for every message, as a process of its own would be.
 
     Attributes:
-        online: node to client number and state folder.
+        online: node to configuration, client number, state folder and :class:`Site`'s ``metrics``.
         script: called before and after each delivery with (when, kind, node, round): may raise to lose it.
     """
 
@@ -39,10 +40,10 @@ class Memory(Link):
         return set(self.online)
 
     def side(self, node):
-        config, client, state, metrics = self.online[node]
+        config, client, state, metrics, *data = self.online[node]
         key = (run_digest(config), client, state, metrics)
         if key not in self.sides:
-            self.sides[key] = ClientSide(Site(config, None, state, metrics), client)
+            self.sides[key] = ClientSide(Site(config, data[0] if data else None, state, metrics), client)
         self.sides[key]._resident = None  # nothing but the disk survives
         return self.sides[key]
 
@@ -52,12 +53,18 @@ class Memory(Link):
             round = unpack(raw)[0].get("round")
             try:
                 self.script("before", kind, node, round)
-                replies[node] = self.side(node).answer(kind, raw)
+                replies[node] = self.answer(kind, node, raw)
                 self.traffic.append((kind, node, raw, replies[node]))
                 self.script("after", kind, node, round)
             except ConnectionError as lost:
                 replies[node] = str(lost)
         return replies
+
+    def answer(self, kind, node, raw):
+        try:
+            return self.side(node).answer(kind, raw)
+        except UserError as error:
+            return refusal(str(error))
 
     def say(self, text):
         self.said.append(text)
@@ -81,16 +88,15 @@ def online(config, state, metrics=True):
     return {100 + k: (config, k, state, metrics) for k in range(config.partition.clients)}
 
 
-def serve(config, out, state, script=None, nodes=None, resume=False):
+def serve(config, out, state, script=None, nodes=None, resume=False, link=Memory):
     """A server from start to end (or until the script kills it); returns link and summary."""
     folder = RunFolder(out, resume)
     try:
         roster = Roster(config, run_identity(folder))
-        link = Memory(roster, online(config, state) if nodes is None else nodes)
+        link = link(roster, online(config, state) if nodes is None else nodes)
         link.script = script or link.script
-        link.gather(range(config.partition.clients), 0)
-        check_start(roster)
-        return link, Coordinator(config, folder, roster, link).run()
+        with telling_why(link):
+            return link, open_run(config, folder, link).run()
     finally:
         folder.close()
 
@@ -168,7 +174,7 @@ def test_nothing_leaves_a_client_but_what_its_algorithm_sends(problem, tmp_path)
 
     for kind, _, _, reply in link.traffic:
         header, frames = unpack(reply)
-        allowed = {"protocol", "config", "client", "round", "heard"}
+        allowed = {"protocol", "version", "config", "client", "round", "heard"}
         allowed |= {"train": {"samples", "cost"}, "evaluate": set()}.get(
             kind, {"instance", "trained", "classes", "image", "dtype", "model", "samples", "cpu", "torch"}
         )
@@ -286,6 +292,7 @@ def test_what_a_client_refuses(pair):
         b"junk": "not a SpaFL parcel",
         good[:-1]: "damaged or cut off",
         pack({**unpack(good)[0], "protocol": 9}, [frame]): "the server speaks protocol 9; this client speaks 1",
+        pack({**unpack(good)[0], "version": "9"}, [frame]): "the server runs version 9 of spafl; this client has",
         pack({**unpack(good)[0], "config": "f" * 16}, [frame]): "another configuration",
         pack({**unpack(good)[0], "client": 2}, [frame]): "a message for client 2 came to client 0",
         pack({**unpack(good)[0], "run": "../../etc"}, [frame]): "run must be 32 hexadecimal digits",
@@ -334,13 +341,15 @@ def test_what_a_server_refuses(problem, tmp_path):
     with pytest.raises(UserError, match=r"3 clients are needed to start; 1 came within .* refused: the client refuses"):
         check_start(roster)
     assert roster.meet(7, b"noise") == "not a SpaFL parcel"
-    told = {"protocol": 1, "config": roster.digest, "client": 1, "instance": "x", "heard": 0, "samples": 5,
+    told = {"protocol": 1, "version": __version__, "config": roster.digest, "client": 1, "instance": "x", "heard": 0,
+            "samples": 5,
             "classes": 10, "image": [1, 28, 28], "dtype": roster.form[2], "model": "0" * 16}  # fmt: skip
     for change, said in [
         ({}, "differs from the run in model"), ({"classes": 9}, "differs from the run in classes: 9 instead of 10"),
         ({"client": 3}, "client 3 in a run of clients 0 to 2"),
         ({"samples": 0}, "samples must be a whole number from 1"),
         ({"image": "big"}, "no shape"), ({"protocol": 2}, "speaks protocol 2; this server speaks 1"),
+        ({"version": "0.1"}, "the client runs version 0.1 of spafl; this server has"),
     ]:  # fmt: skip
         assert said in roster.meet(8, pack({**told, **change}))
 

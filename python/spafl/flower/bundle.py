@@ -9,12 +9,12 @@ import tomli_w
 
 from ..config import RunConfig
 
+# One module each: a client's process does not import the server.
 _APP = '''"""Made by spafl.flower; the code is the installed package's."""
 
-from spafl.flower.client_app import app as client
-from spafl.flower.server_app import app as server
+from spafl.flower.{side}_app import app
 
-__all__ = ["client", "server"]
+__all__ = ["app"]
 '''
 
 
@@ -30,7 +30,8 @@ def write_app(folder: Path, config: RunConfig, out: Path) -> Path:
         ``folder``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spafl_app.py").write_text(_APP)
+    for side in ("client", "server"):
+        (folder / f"spafl_{side}.py").write_text(_APP.format(side=side))
     project = {
         # Nothing to install at run time: nodes have what they need, and may be offline.
         "project": {
@@ -44,7 +45,7 @@ def write_app(folder: Path, config: RunConfig, out: Path) -> Path:
             "flwr": {
                 "app": {
                     "publisher": "spafl",
-                    "components": {"serverapp": "spafl_app:server", "clientapp": "spafl_app:client"},
+                    "components": {"serverapp": "spafl_server:app", "clientapp": "spafl_client:app"},
                     "config": {"spafl-config": config.to_toml(), "spafl-out": str(out.resolve())},
                 }
             }

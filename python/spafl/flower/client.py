@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 
+from spafl_kernels import __version__
+
 from .. import plugins
 from ..algorithms import Client, Samples
 from ..config import RunConfig
 from ..cost import Cost
 from ..data import Dataset
 from ..errors import UserError
+from ..simulation.placement import pick_device
 from ..simulation.problem import Method, build_method, cut_data, load_data
 from ..simulation.resident import ClientSetting, Resident
 from ..wire import WireError, decode
@@ -30,7 +33,7 @@ from .disk import ClientDisk, ClientState, digest
 from .parcel import number, pack, unpack
 
 PROTOCOL = 1
-"""Of the headers; a server and a client of different ones refuse each other."""
+"""Of the headers; a server and a client of different ones, or of different releases, refuse each other."""
 
 # Of a configuration, what the machines of a run may have different from one another.
 _OWN = {"rounds", "simulation", "flower"}
@@ -99,7 +102,7 @@ class ClientSide:
     """Client number ``client`` of a run; see :meth:`answer`.
 
     Raises:
-        UserError: no such client, or data or model that do not fit; see :class:`Site`.
+        UserError: no such client, a device that is not there, or data or model that do not fit; see :class:`Site`.
     """
 
     def __init__(self, site: Site, client: int) -> None:
@@ -107,6 +110,7 @@ class ClientSide:
         if not 0 <= client < clients:
             raise UserError(f"client-id must be 0 to {clients - 1} in this run; got {client}")
         self.site, self.client = site, client
+        self.device, _ = pick_device(site.config)
         self.digest = run_digest(site.config)
         self.dataset, self._train, self._test = site.samples(client)
         self.method: Method = build_method(
@@ -133,7 +137,10 @@ class ClientSide:
             self._check(kind, header)
             disk = ClientDisk(self.site.state, _run_name(header), self.client)
             with disk.turn():
-                return acts[kind](header, frames, disk)
+                reply = acts[kind](header, frames, disk)
+                if kind == "evaluate":
+                    disk.keep_test(pack(header, frames))
+                return reply
         except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
             # One line, and no traceback: paths and values of this machine are nobody else's business.
             text = str(error) if isinstance(error, ValueError | ArithmeticError) else f"{type(error).__name__}: {error}"
@@ -143,6 +150,12 @@ class ClientSide:
 
     def _query(self, header: dict[str, Any], frames: list[bytes], disk: ClientDisk) -> bytes:
         state = disk.load(self.method.client_state)
+        samples = {
+            "classes": self.dataset.classes,
+            "image": list(self.dataset.shape),
+            "dtype": str(self.dataset.train_x.dtype),
+        }
+        disk.describe(self.site.config.to_toml(), json.dumps(samples))
         if not disk.path.exists():
             disk.save(state)  # from here on the client has its instance
         return self._reply(
@@ -150,9 +163,7 @@ class ClientSide:
                 "instance": state.instance,
                 "heard": state.heard,
                 "trained": state.trained,
-                "classes": self.dataset.classes,
-                "image": list(self.dataset.shape),
-                "dtype": str(self.dataset.train_x.dtype),
+                **samples,
                 "model": f"{self.method.uplink.model:016x}",
                 "samples": len(self._train),
                 "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -211,6 +222,8 @@ class ClientSide:
     def _check(self, kind: str, header: Mapping[str, Any]) -> None:
         if header.get("protocol") != PROTOCOL:
             raise WireError(f"the server speaks protocol {header.get('protocol')}; this client speaks {PROTOCOL}")
+        if header.get("version") != __version__:
+            raise WireError(f"the server runs version {header.get('version')} of spafl; this client has {__version__}")
         if header.get("config") != self.digest:
             raise WireError(
                 f"the server runs another configuration ({header.get('config')}) than client {self.client} has "
@@ -218,18 +231,20 @@ class ClientSide:
             )
         if "refused" in header:
             raise UserError(f"the server refused this client: {header['refused']}")
+        if "stopped" in header:
+            raise UserError(f"the server stopped the run: {header['stopped']}")
         if kind != "query" and header.get("client") != self.client:
             raise WireError(f"a message for client {header.get('client')} came to client {self.client}")
 
     def _reply(self, told: dict[str, Any], frames: Sequence[bytes] = ()) -> bytes:
-        return pack({"protocol": PROTOCOL, "config": self.digest, "client": self.client, **told}, frames)
+        who = {"protocol": PROTOCOL, "version": __version__, "config": self.digest, "client": self.client}
+        return pack({**who, **told}, frames)
 
     def _lend(self, state: ClientState) -> Client:
         if self._resident is None:
             config = self.site.config
-            device = torch.device("cuda" if config.simulation.device == "cuda" else "cpu")
             setting = ClientSetting(
-                config.local_training(), self.dataset.transform, self.method.macs, config.seed, device
+                config.local_training(), self.dataset.transform, self.method.macs, config.seed, self.device
             )
             self._resident = Resident(
                 self.method.algorithm,
@@ -246,17 +261,28 @@ class ClientSide:
 
     def _listen(self, client: Client, state: ClientState, header: Mapping[str, Any], frames: list[bytes]) -> None:
         """Announcements the client has missed, oldest first, each once."""
-        first = number(header, "first")
-        if first > state.heard:
-            raise WireError(
-                f"announcements {state.heard} to {first - 1} are missing: the server has to send them again"
-            )
-        rounds = header.get("rounds")
-        if not isinstance(rounds, list) or len(rounds) != len(frames):
-            raise WireError(f"rounds must name the rounds of {len(frames)} announcements; got {rounds!r}")
-        for round, frame in list(zip(rounds, frames, strict=True))[state.heard - first :]:
+        for round, frame in missed(state.heard, header, frames):
             self.method.algorithm.receive(client, decode(frame, round, self.method.uplink.model), round)
-        state.heard = max(state.heard, first + len(frames))
+            state.heard += 1
+
+
+def refusal(reason: str) -> bytes:
+    """The reply of a client that cannot even be made: no data, a wrong setting."""
+    return pack({"protocol": PROTOCOL, "version": __version__, "error": reason})
+
+
+def missed(heard: int, header: Mapping[str, Any], frames: Sequence[bytes]) -> list[tuple[int, bytes]]:
+    """Of the announcements in a message, with their rounds, those after the first ``heard`` of the run.
+
+    Raises:
+        WireError: some are not there.
+    """
+    first, rounds = number(header, "first"), header.get("rounds")
+    if first > heard:
+        raise WireError(f"announcements {heard} to {first - 1} are missing: the server has to send them again")
+    if not isinstance(rounds, list) or len(rounds) != len(frames):
+        raise WireError(f"rounds must name the rounds of {len(frames)} announcements; got {rounds!r}")
+    return list(zip(rounds, frames, strict=True))[heard - first :]
 
 
 def _run_name(header: Mapping[str, Any]) -> str:

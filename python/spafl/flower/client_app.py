@@ -9,7 +9,7 @@ Settings of the node (``flower-supernode --node-config 'client-id=3 state-dir="/
                  client's part of the data that the run's configuration names
 ``data-root``    where that data lies on this machine
 ``engine``       ``auto``, ``masked`` or ``compact``; by default as configured
-``device``       ``cpu`` or ``cuda``
+``device``       ``cpu`` (the default), ``cuda`` or ``auto``
 ``metrics``      ``false``: loss, accuracies and densities are not told
 ===============  ====================================================================================================
 """
@@ -19,19 +19,18 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from ..config import deep_merge, resolve_config
-from ..errors import UserError
-from .client import PROTOCOL, ClientSide, Site
-from .parcel import pack, unpack
-from .server_app import configured
-from .strategy import unwrap, wrap
+from .lean import without_triton
+from .message import config_text, unwrap, wrap
+
+if TYPE_CHECKING:
+    from .client import ClientSide
 
 app = ClientApp()
 LOG = logging.getLogger("flwr")
@@ -43,12 +42,16 @@ _KEPT = 16
 @functools.lru_cache(maxsize=_KEPT)
 def _side(config: str, node: tuple[tuple[str, Any], ...]) -> ClientSide:
     """The client side of a configuration (TOML) and a node's settings."""
-    import tomllib
+    from ..config import deep_merge, resolve_config
+    from ..errors import UserError
+    from .client import ClientSide, Site
 
     own = dict(node)
     client = own.get("client-id", own.get("partition-id"))
     if not isinstance(client, int) or isinstance(client, bool):
         raise UserError(f"the node's configuration needs client-id, a whole number; got {client!r}")
+    if not config:
+        raise UserError("the app's configuration lacks spafl-config; start runs with python -m spafl.flower")
     local: dict[str, Any] = {"simulation": {"device": own.get("device", "cpu")}}
     if "engine" in own:
         local["simulation"]["engine"] = own["engine"]
@@ -61,13 +64,23 @@ def _side(config: str, node: tuple[tuple[str, Any], ...]) -> ClientSide:
 
 
 def _answer(kind: str, message: Message, context: Context) -> Message:
+    if context.node_config.get("device", "cpu") == "cpu":
+        without_triton()
+    # Only now: whether Triton is there is asked once, when the engines are imported.
+    import torch
+
+    from ..errors import UserError
+    from .client import refusal
+    from .parcel import unpack
+
     torch.set_num_threads(1)  # the same arithmetic as everywhere else
     try:
-        configured(context)
-        side = _side(str(context.run_config["spafl-config"]), tuple(sorted(context.node_config.items())))
+        side = _side(config_text(context), tuple(sorted(context.node_config.items())))
         raw = side.answer(kind, unwrap(message))
+    except tomllib.TOMLDecodeError as error:
+        raw = refusal(f"spafl-config is not valid TOML: {error}")
     except UserError as error:
-        raw = pack({"protocol": PROTOCOL, "error": str(error)})
+        raw = refusal(str(error))
     refused = unpack(raw)[0].get("error")
     if refused:
         LOG.error("spafl: %s", refused)

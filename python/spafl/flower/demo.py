@@ -6,26 +6,17 @@ python -m spafl.flower.demo [--rounds 10] [--clients 10] [--out runs/flower-demo
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
 
 from ..config import deep_merge
 from ..demo import demo_config
+from ..errors import UserError
 from .__main__ import main as start
-
-
-def stop_local_link(home: Path) -> None:
-    """End the SuperLink that ``flwr run`` leaves behind: the one of this Flower home, and no other."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            mine = f"FLWR_HOME={home}".encode() in (entry / "environ").read_bytes().split(b"\0")
-            if mine and b"flower-superlink" in (entry / "cmdline").read_bytes():
-                os.kill(int(entry.name), signal.SIGTERM)
+from .local import simulation_link
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.rounds < 1 or args.clients < 2:
         parser.error(f"--rounds must be at least 1 and --clients at least 2; got {args.rounds} and {args.clients}")
     out = args.out.resolve()
-    if out.exists() and not (out / "run" / "config.toml").exists() and any(out.iterdir()):
+    if out.exists() and not (out / "demo.toml").exists() and any(out.iterdir()):
         print(f"spafl: error: --out {out} is not empty and not a demo's; choose another", file=sys.stderr)
         return 2
     shutil.rmtree(out, ignore_errors=True)
@@ -48,18 +39,22 @@ def main(arguments: list[str] | None = None) -> int:
         "partition": {"clients": args.clients},
         "sampling": {"clients_per_round": max(1, args.clients // 2)},
         "evaluation": {"every": 5},
+        "flower": {"patience": 600.0},  # Flower's engine starts by importing PyTorch in several processes
     }
     (out / "demo.toml").write_text(type(config).model_validate(deep_merge(config.model_dump(), changes)).to_toml())
     home = out / "flower"
     os.environ |= {"FLWR_HOME": str(home), "SPAFL_STATE": str(out / "clients")}
     begin = time.monotonic()
+    size = f"num-supernodes={args.clients} client-resources-num-cpus=1"
     try:
-        size = f"num-supernodes={args.clients} client-resources-num-cpus=1"
-        status = start([str(out / "demo.toml"), "--out", str(out / "run"), "--", "--federation-config", size])
-    finally:
-        stop_local_link(home)
+        with simulation_link(home) as link:
+            run = [str(out / "demo.toml"), "--out", str(out / "run"), "--federation", link]
+            status = start([*run, "--", "--federation-config", size])
+    except UserError as error:
+        print(f"spafl: error: {error}", file=sys.stderr)
+        return 1
     if status or not (out / "run" / "summary.json").exists():
-        print(f"spafl: error: the run did not end well; {home / 'local-superlink'} holds Flower's log", file=sys.stderr)
+        print(f"spafl: error: the run did not end well; {home / 'superlink.log'} is Flower's log", file=sys.stderr)
         return status or 1
     from ..report import comparison_table  # pictures need matplotlib, which a client does not
 

@@ -1,4 +1,8 @@
-"""A client's private state on its own disk: one file, written whole or not at all, verified when it is read."""
+"""A client's private state on its own disk: one file, written whole or not at all, verified when it is read.
+
+Three files beside it only serve ``spafl export``: ``config.toml`` is the run's, ``client-K.json`` says what its samples
+look like, ``client-K.tested`` is the newest message it was tested with. Nothing of a run depends on them.
+"""
 
 from __future__ import annotations
 
@@ -138,15 +142,42 @@ class ClientDisk:
             "instance": state.instance,
         }
         told["digest"] = _digest(told, tensors)
-        part = self.path.with_suffix(".part")
+        self._write(self.path, save(tensors, told))
+
+    def describe(self, config: str, samples: str) -> None:
+        """Write down which run this is (TOML) and what the client's samples look like (JSON).
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        for path, text in ((self.path.parent / "config.toml", config), (self.path.with_suffix(".json"), samples)):
+            if not path.exists() or path.read_text() != text:
+                self._write(path, text.encode())
+
+    def keep_test(self, raw: bytes) -> None:
+        """Keep the parcel that the client was tested with last.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self._write(self.path.with_suffix(".tested"), raw)
+
+    def last_test(self) -> bytes | None:
+        """The parcel that the client was tested with last, or None before the first test."""
+        path = self.path.with_suffix(".tested")
+        return path.read_bytes() if path.exists() else None
+
+    def _write(self, path: Path, raw: bytes) -> None:
+        # Clients of one machine share a folder, and one file in it.
+        part = self.path.with_suffix(f"{path.suffix}.part")
         try:
             with part.open("wb") as file:
-                file.write(save(tensors, told))
+                file.write(raw)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
+            os.replace(part, path)
+            folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
         except OSError as error:
-            raise UserError(f"client state {self.path} cannot be written: {error.strerror}") from None
+            raise UserError(f"client state {path} cannot be written: {error.strerror}") from None

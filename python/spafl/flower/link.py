@@ -10,6 +10,7 @@ from .roster import Roster
 
 # Between two looks at who is there.
 _PAUSE = 0.5
+_FAREWELL = 30.0  # seconds for clients to hear why a run was stopped
 
 
 class Link(ABC):
@@ -68,6 +69,11 @@ class Link(ABC):
                 refused[node] = self.roster.parcel({"refused": reason})
         if refused:  # they should know why, too
             self.send("query", refused, seconds)
+
+    def stop(self, reason: str) -> None:
+        """Tell all clients why there will be no further round."""
+        farewell = self.roster.parcel({"stopped": reason})
+        self.send("query", {seat.node: farewell for seat in self.roster.seats.values()}, _FAREWELL)
 
     def exchange(self, kind: str, parcels: Mapping[int, bytes], seconds: float) -> dict[int, bytes | str]:
         """Send each client its parcel; its reply, or in words why there is none after ``seconds``."""

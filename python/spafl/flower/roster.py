@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from spafl_kernels import __version__
+
 from ..config import RunConfig
 from ..errors import UserError
 from ..wire import WireError
@@ -51,7 +53,8 @@ class Roster:
 
     def parcel(self, header: dict[str, Any], frames: Collection[bytes] = ()) -> bytes:
         """A message of this run."""
-        return pack({"protocol": PROTOCOL, "config": self.digest, "run": self.run, **header}, list(frames))
+        who = {"protocol": PROTOCOL, "version": __version__, "config": self.digest, "run": self.run}
+        return pack({**who, **header}, list(frames))
 
     def strangers(self, nodes: Collection[int]) -> list[int]:
         """Nodes that have not been asked who they are, ascending; who has left is forgotten."""
@@ -103,13 +106,15 @@ def read_reply(raw: object, digest: str) -> tuple[dict[str, Any], list[bytes]]:
     """Header and frames of a client's reply.
 
     Raises:
-        WireError: it is damaged, a refusal, or of another protocol or configuration.
+        WireError: it is damaged, a refusal, or of another protocol, release or configuration.
     """
     told, frames = unpack(raw)
     if told.get("protocol") != PROTOCOL:
         raise WireError(f"the client speaks protocol {told.get('protocol')}; this server speaks {PROTOCOL}")
     if "error" in told:
         raise WireError("the client refuses: " + " ".join(str(told["error"]).split())[:300])
+    if told.get("version") != __version__:
+        raise WireError(f"the client runs version {told.get('version')} of spafl; this server has {__version__}")
     if told.get("config") != digest:
         raise WireError(f"the client has another configuration ({told.get('config')}) than the server ({digest})")
     return told, frames

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +20,8 @@ from torch import Tensor
 from ..algorithms import Evaluation, Training
 from ..config import RunConfig, load_config
 from ..cost import Cost
-from ..errors import UserError
-from ..merge import Rejection, Reply, merge_replies
+from ..errors import UserError, WriteError
+from ..merge import Rejection, Reply, TooFewUploads, merge_replies
 from ..simulation.announcements import AnnouncementLog
 from ..simulation.checkpoint import Checkpoints, State
 from ..simulation.files import write_atomic
@@ -35,7 +37,9 @@ from ..wire import Message, WireError, decode, encode, payload_bytes
 from .client import cost_of
 from .link import Link
 from .parcel import number
-from .roster import Roster, read_reply
+from .roster import Roster, check_start, read_reply
+
+_PAUSE = 1.0  # seconds between two looks at who has come
 
 
 def run_identity(folder: RunFolder) -> str:
@@ -287,6 +291,30 @@ class Coordinator:
             summary |= {"final": lines[-1], "best": {}, "environment": where}
         write_atomic(self.folder.summary, json.dumps(summary, indent=1))
         return summary
+
+
+@contextmanager
+def telling_why(link: Link) -> Iterator[None]:
+    """Have clients know why a run stopped, too."""
+    try:
+        yield
+    except (UserError, TooFewUploads, WriteError) as error:
+        link.stop(str(error))
+        raise
+
+
+def open_run(config: RunConfig, folder: RunFolder, link: Link) -> Coordinator:
+    """The server of a run, once ``flower.start_clients`` clients are there.
+
+    Raises:
+        UserError: too few came within ``flower.patience``, or see :class:`Coordinator`.
+    """
+    wanted = config.flower.start_clients or config.partition.clients
+    end = time.monotonic() + config.flower.patience
+    while len(link.gather((), config.flower.patience)) < wanted and time.monotonic() < end:
+        time.sleep(_PAUSE)
+    check_start(link.roster)
+    return Coordinator(config, folder, link.roster, link)
 
 
 def _training(header: Mapping[str, Any]) -> Training:

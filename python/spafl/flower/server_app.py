@@ -9,9 +9,10 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from ..config import RunConfig, resolve_config
+from ..config import resolve_config
 from ..errors import UserError, WriteError
 from ..merge import TooFewUploads
+from .message import config_text
 from .strategy import SpaFLStrategy
 
 
@@ -23,21 +24,6 @@ app = ServerApp()
 LOG = logging.getLogger("flwr")
 
 
-def configured(context: Context) -> RunConfig:
-    """The configuration in ``spafl-config``, the text of a TOML file.
-
-    Raises:
-        UserError: it is missing or wrong.
-    """
-    text = context.run_config.get("spafl-config")
-    if not isinstance(text, str) or not text:
-        raise UserError("the app's configuration lacks spafl-config; start runs with python -m spafl.flower")
-    try:
-        return resolve_config(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"spafl-config is not valid TOML: {error}") from None
-
-
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run to the end.
@@ -46,7 +32,12 @@ def main(grid: Grid, context: Context) -> None:
         Stopped: wrong configuration, too few clients or uploads, or a run folder that cannot be used.
     """
     try:
-        config = configured(context)
+        text = config_text(context)
+        if not text:
+            raise UserError("the app's configuration lacks spafl-config; start runs with python -m spafl.flower")
+        config = resolve_config(tomllib.loads(text))
         SpaFLStrategy(config, Path(str(context.run_config["spafl-out"])), LOG.info).start(grid)
+    except tomllib.TOMLDecodeError as error:
+        raise Stopped(f"spafl-config is not valid TOML: {error}") from None
     except (UserError, TooFewUploads, WriteError) as error:
         raise Stopped(str(error)) from None  # Flower logs it, and marks the run as failed

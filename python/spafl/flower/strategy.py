@@ -7,31 +7,18 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from ..config import RunConfig
 from ..simulation.runfolder import RunFolder
 from .link import Link
-from .roster import Roster, check_start
-from .server import Coordinator, TrainingRound, run_identity
-
-RECORD, FIELD = "spafl", "parcel"
-"""Where a message holds its bytes."""
+from .message import unwrap, wrap
+from .roster import Roster
+from .server import Coordinator, TrainingRound, open_run, run_identity, telling_why
 
 _POLL = 0.25  # seconds between looks for replies; Flower's own loop looks every three
-
-
-def wrap(parcel: bytes) -> RecordDict:
-    """A message's content: one field of bytes."""
-    return RecordDict({RECORD: ConfigRecord({FIELD: parcel})})
-
-
-def unwrap(message: Message) -> object:
-    """The bytes of a message, or None where it has none."""
-    record = message.content.get(RECORD) if message.has_content() else None
-    return record.get(FIELD) if isinstance(record, ConfigRecord) else None
 
 
 class GridLink(Link):
@@ -112,25 +99,18 @@ class SpaFLStrategy(Strategy):
         Raises:
             UserError: too few clients came, or the run folder holds another run or damaged files.
             TooFewUploads: fewer good uploads than ``sampling.min_uploads`` came back in a round.
+            WriteError: the disk is full, say.
         """
         self.summary()
         folder = RunFolder(self.out, resume=(self.out / "config.toml").exists())
         try:
-            self._open(grid, folder).run()
+            link = GridLink(Roster(self.config, run_identity(folder)), grid, self.say)
+            with telling_why(link):
+                self.coordinator = open_run(self.config, folder, link)
+                self.coordinator.run()
         finally:
             folder.close()
         return Result()
-
-    def _open(self, grid: Grid, folder: RunFolder) -> Coordinator:
-        roster = Roster(self.config, run_identity(folder))
-        link = GridLink(roster, grid, self.say)
-        wanted = self.config.flower.start_clients or self.config.partition.clients
-        end = time.monotonic() + self.config.flower.patience
-        while len(link.gather((), self.config.flower.patience)) < wanted and time.monotonic() < end:
-            time.sleep(1.0)
-        check_start(roster)
-        self.coordinator = Coordinator(self.config, folder, roster, link)
-        return self.coordinator
 
     # -- Flower's terms
 
