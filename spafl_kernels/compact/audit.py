@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -10,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..layers import ThresholdLayer
-from ..reference import mask_weight_and_bias
+from ..reference import Estimator, mask_weight_and_bias
 from .follow import trace_flow
+from .kinds.layers import Layer
 from .plan import Plan
 
 __all__ = ["Audit", "LayerAudit", "audit"]
@@ -110,22 +109,18 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
     found = []
     for name, op in flow.layers.items():
         m, source = op.module, flow.source(op)
-        shape_in, shape_out = (len(x), *(source.shape or ())[1:]), (len(x), *(op.shape or ())[1:])
+        shape_in = (len(x), *(source.shape or ())[1:])
         rows, columns, _ = op.product(exact, padded=False)
         stored, width, groups = op.product(padded, padded=True)
-        kernel = m.weight[0, 0].numel()
-        positions = 1
-        for size in (shape_out[0], *(shape_out[2:] if isinstance(m, nn.Conv2d) else shape_out[1:-1])):
-            positions *= size
+        kernel, positions = m.weight[0, 0].numel(), len(x) * op.positions
         passes = 3 if source.grad else 2
-        macs = [passes * positions * kernel * a * b for a, b in ((len(m.weight), m.weight.shape[1]), (rows, columns))]
-        small = copy.copy(m.__dict__)
-        dense = _timer(m, shape_in, m.weight.shape, source.grad, small, getattr(m, "groups", 1), mask=True)
-        dim = 1 if isinstance(m, nn.Conv2d) else -1
+        macs = [passes * positions * kernel * a * b for a, b in (op.weight.shape[:2], (rows, columns))]
+        dense = _timer(op, shape_in, tuple(op.weight.shape), source.grad, getattr(m, "groups", 1), mask=True)
+        dim = 1 if op.is_conv else -1
         narrow = list(shape_in)
         narrow[dim] = width * groups
         weight_shape = (stored, width, *m.weight.shape[2:])
-        compact = _timer(m, tuple(narrow), weight_shape, source.grad, small, groups, mask=False)
+        compact = _timer(op, tuple(narrow), weight_shape, source.grad, groups, mask=False)
         times: tuple[list[float], list[float]] = ([], [])
         for run in (dense, compact):
             run()
@@ -140,28 +135,24 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
 
 
 def _timer(
-    m: nn.Module,
+    op: Layer,
     shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
     input_grad: bool,
-    settings: dict,
     groups: int,
     mask: bool,
 ) -> Callable[[], None]:
     """Forward and backward of one layer on random numbers of these shapes."""
-    like = next(m.parameters())
+    like: Tensor = op.module.weight
+    estimator: Estimator = getattr(op.module, "estimator", "identity")
     x = torch.randn(shape, dtype=like.dtype, device=like.device, requires_grad=input_grad)
     weight = torch.randn(weight_shape, dtype=like.dtype, device=like.device, requires_grad=True)
     tau = torch.zeros(weight_shape[0], dtype=like.dtype, device=like.device, requires_grad=True)
     wanted = [weight, *([x] if input_grad else []), *([tau] if mask else [])]
 
     def run() -> None:
-        w = mask_weight_and_bias(weight, tau, None, settings.get("estimator", "identity"), False)[0] if mask else weight
-        if isinstance(m, nn.Conv2d):
-            padding = settings["padding"] if settings["padding_mode"] == "zeros" else 0
-            y = F.conv2d(x, w, None, m.stride, padding, m.dilation, groups)
-        else:
-            y = F.linear(x, w)
+        w = mask_weight_and_bias(weight, tau, None, estimator, False)[0] if mask else weight
+        y = op.apply(x, w, None, groups)
         torch.autograd.grad(y.sum(), wanted, allow_unused=True)
         if y.is_cuda:
             torch.cuda.synchronize()

@@ -177,8 +177,6 @@ class _Follower:
                 if p is None:
                     continue
                 owners.setdefault(id(p), []).append(name)
-                if type(m) in Whole.modules:
-                    apart.setdefault(name, f"channels are not followed through a {type(m).__name__}")
                 if not p.requires_grad and self.trace.trains:
                     apart.setdefault(name, f"its {key} is frozen")
         read = {id(self.flow.attribute(str(n.target))) for n in self.graph.nodes if n.op == "get_attr"}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..functional import refuse_transforms, warn_of_collapse
 from ..layers import ThresholdLayer
-from ..reference import WINDOW, filter_scores
+from ..reference import WINDOW
 from ..settings import strict as strict_by_default
 from ..training import Unsupported
 from .conditions import Condition, rows_in_words
@@ -29,7 +29,7 @@ from .program import Program
 from .recent import MOST, Recent, Refused
 from .scope import Scope
 from .slots import LayerSlot, NormSlot
-from .state import LayerState, all_channels, per_filter, put_rows
+from .state import LayerState, all_channels, by_filter, per_filter, put_rows
 from .trace import Trace, check_traceable
 from .verify import Verify, check_verify, differs
 
@@ -48,7 +48,7 @@ class _Filters(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, threshold: Tensor, bias: Tensor | None, spec: _Spec) -> Any:
         rows, cols = spec.rows, spec.columns
-        part = weight.view(weight.shape[0], spec.inputs, -1)
+        part = weight.reshape(weight.shape[0], spec.inputs, -1)
         part = part.index_select(0, rows.kept) if len(rows.dropped) else part
         kept, dropped = part, None
         if len(cols.dropped):
@@ -80,7 +80,7 @@ class _Filters(torch.autograd.Function):
         weight, bias = ctx.saved_tensors
         spec, (g_kept, g_dropped, g_mask, g_bias) = ctx.spec, grads
         rows, cols, live = spec.rows, spec.columns, len(spec.rows.kept)
-        full = weight.view(weight.shape[0], spec.inputs, -1)
+        full = weight.reshape(weight.shape[0], spec.inputs, -1)
         w = full.index_select(0, rows.kept) if len(rows.dropped) else full
         g = torch.zeros_like(w)
         if g_kept is not None:
@@ -363,7 +363,7 @@ def rows_of(
         if not isinstance(m, ThresholdLayer):
             values.append(m.weight.sum().view(1))
             continue
-        score = filter_scores(m.weight)
+        score = m.scores()
         values.append(score)
         masks[name] = keep[name] = score > m.threshold
         passes[name] = None
@@ -435,8 +435,8 @@ class Made:
         for name, op in flow.layers.items():
             m = op.module
             layout = op.columns
-            device, inputs = m.weight.device, m.weight.shape[1]
-            rows = plan.rows.get(name) or all_channels(m.weight.shape[0], device)
+            device, (filters, inputs) = m.weight.device, op.weight.shape[:2]
+            rows = plan.rows.get(name) or all_channels(filters, device)
             columns = all_channels(inputs, device) if layout is None else plan.channels(layout)
             active = (
                 masks[name][rows.kept] if name in masks else torch.ones(rows.width, dtype=torch.bool, device=device)
@@ -444,7 +444,7 @@ class Made:
             spec = _Spec(rows, columns, inputs, active, bool(flow.source(op).const))
             if (p := passes.get(name)) is not None:
                 spec.passes = p[rows.kept]
-            self.layers[name] = slot = LayerSlot(m.weight)
+            self.layers[name] = slot = LayerSlot(op.weight)
             self.gathers.append(_layer_gather(m, slot, spec))
         for name, batch_norm in flow.norms.items():
             m, layout = batch_norm.module, batch_norm.reads
@@ -480,11 +480,13 @@ def _layer_gather(m: Any, slot: LayerSlot, spec: _Spec) -> Any:
     def gather() -> None:
         if threshold:
             bias = m.bias if masked_bias else None
-            slot.weight, slot.weight_dropped, mask, row_bias = _Filters.apply(m.weight, m.threshold, bias, spec)
+            weight = by_filter(m, m.weight)
+            slot.weight, slot.weight_dropped, mask, row_bias = _Filters.apply(weight, m.threshold, bias, spec)
             slot.mask = mask if partial else None
         else:
-            none = m.weight.new_zeros(m.weight.shape[0])
-            slot.weight, slot.weight_dropped, _, row_bias = _Filters.apply(m.weight, none, None, spec)
+            weight = by_filter(m, m.weight)
+            none = weight.new_zeros(len(weight))
+            slot.weight, slot.weight_dropped, _, row_bias = _Filters.apply(weight, none, None, spec)
             slot.mask = None
         slot.bias, slot.bias_dropped = row_bias, None
         if m.bias is not None and not masked_bias:

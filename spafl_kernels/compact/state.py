@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import ThresholdLayer
 from .layout import Layout
@@ -14,8 +14,8 @@ from .plan import Channels
 from .slots import LayerSlot, NormSlot
 
 __all__ = [
-    "LayerState", "NormState", "Tensors", "all_channels", "full_name", "per_filter", "put_rows", "same_channels",
-    "take_rows",
+    "LayerState", "NormState", "Tensors", "all_channels", "by_filter", "full_name", "per_filter", "put_rows",
+    "same_channels", "take_rows",
 ]  # fmt: skip
 
 # Key of a tensor, the tensor at full size, and its momentum.
@@ -33,9 +33,9 @@ class LayerState:
 
     def __init__(self, name: str, module: Any, begin: int, positions: int = 1) -> None:
         self.name, self.module = name, module
-        self.rows = module.weight.shape[0]
-        self.inputs = module.weight.shape[1]
-        self.size = module.weight[0].numel()
+        weight = by_filter(module, module.weight)
+        self.rows, self.inputs = weight.shape[:2]
+        self.size = weight[0].numel()
         self.work = self.size * positions  # multiply-accumulates of a filter for one sample
         self.is_threshold = isinstance(module, ThresholdLayer)
         self.window = self.is_threshold and module.estimator == "window"
@@ -53,7 +53,7 @@ class LayerState:
     def read(self, momentum: Mapping[str, Tensor]) -> None:
         """Take hold of the model's tensors and of their momenta (none if ``momentum`` is empty)."""
         m = self.module
-        self.weight = m.weight.data.view(self.rows, self.inputs, -1)
+        self.weight = by_filter(m, m.weight.data).view(self.rows, self.inputs, -1)
         self.bias = None if m.bias is None else m.bias.data
         if self.is_threshold:
             self.threshold = m.threshold.data
@@ -61,7 +61,8 @@ class LayerState:
         self.bias_momentum: Tensor | None = None
         self.threshold_momentum: Tensor | None = None
         if momentum:
-            self.momentum = momentum[full_name(self.name, "weight")].view(self.rows, self.inputs, -1)
+            full = momentum[full_name(self.name, "weight")]
+            self.momentum = by_filter(m, full).view(self.rows, self.inputs, -1)
             if self.bias is not None:
                 self.bias_momentum = momentum[full_name(self.name, "bias")]
             if self.is_threshold:
@@ -120,6 +121,11 @@ class NormState:
         if len(channels.dropped):
             m.running_mean[channels.dropped] = slot.mean_dropped
             m.running_var[channels.dropped] = slot.var_dropped
+
+
+def by_filter(module: Any, weight: Tensor) -> Tensor:
+    """A view of a layer's weight, or of what has its shape, as ``(filters, inputs, *kernel)``."""
+    return weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else weight
 
 
 def per_filter(value: Tensor, layout: Layout, name: str, count: int) -> Tensor:

@@ -22,6 +22,7 @@ from ..layout import Layout, Segment
 from ..plan import Channels, Plan
 from ..small import Value, take_rows_of
 from ..spread import pixels
+from ..state import by_filter
 from .base import Const, Op, kinds_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,22 @@ class Layer(Op):
 
     @property
     def is_conv(self) -> bool:
-        return isinstance(self.module, nn.Conv2d)
+        return not isinstance(self.module, nn.Linear)
+
+    @property
+    def weight(self) -> Tensor:
+        """``(filters, inputs, *kernel)``, at full size."""
+        return by_filter(self.module, self.module.weight)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+        """The layer with another weight, ``(filters, inputs, *kernel)``."""
+        m = self.module
+        if not self.is_conv:
+            return F.linear(x, weight, bias)
+        pad_first, padding = self.outer_padding()
+        if pad_first is not None:
+            x = F.pad(x, pad_first, mode=m.padding_mode)
+        return F.conv2d(x, weight, bias, m.stride, padding, m.dilation, groups)
 
     @property
     def positions(self) -> int:
@@ -89,10 +105,10 @@ class Layer(Op):
                 flow.stop(self, reason)
             else:
                 self.reads = before.layout
-        if self.is_conv and ndim != 4:
+        if self.is_conv and ndim != self.weight.dim():
             raise Unsupported(f"layer {self.node.target!r} gets an input without a batch dimension")
         if isinstance(m, ThresholdLayer):
-            self.layout = Layout(dim, (Segment(((flow.names[id(m)], 0),), m.weight.shape[0]),))
+            self.layout = Layout(dim, (Segment(((flow.names[id(m)], 0),), len(self.weight)),))
             self.const = Const.SAME if m.bias is not None and not m.mask_bias else Const.ZERO
 
     def unread(self, before: Op) -> str | None:
@@ -103,8 +119,8 @@ class Layer(Op):
         """What is computed at every position: rows, inputs of each, and groups; with the zeros that fill it up."""
         m = self.module
         rows, columns = plan.rows.get(plan.names[id(m)]), None if self.columns is None else plan.channels(self.columns)
-        count = len(m.weight) if rows is None else rows.stored if padded else len(rows.kept)
-        width = m.weight.shape[1] if columns is None else columns.stored if padded else len(columns.kept)
+        count = len(self.weight) if rows is None else rows.stored if padded else len(rows.kept)
+        width = self.weight.shape[1] if columns is None else columns.stored if padded else len(columns.kept)
         return count, width, 1
 
     # -- the call --------------------------------------------------------------------------------------------------
@@ -237,7 +253,7 @@ class Layer(Op):
             scale, shift, out_constants = norm.numbers(rows, dropped_bias)
             weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
             bias = shift if bias is None else bias * scale + shift
-            border = None if border is None else border * scale.view(1, -1, 1, 1)
+            border = None if border is None else border * scale.view(1, -1, *(1,) * (border.dim() - 2))
         if conv:
             out = self.exported_conv(small, name, node, weight, bias, self.exported_groups(weight))
         else:
@@ -255,7 +271,7 @@ class Layer(Op):
     def exported_rows(self, rows: Channels | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weight and bias of the kept rows under the mask, and what a dropped row's result is."""
         m = self.module
-        weight, bias = m.weight.detach(), None if m.bias is None else m.bias.detach()
+        weight, bias = self.weight.detach(), None if m.bias is None else m.bias.detach()
         if isinstance(m, ThresholdLayer):
             mask = m.mask().to(weight.dtype)
             weight = weight * mask.view(-1, *(1,) * (weight.dim() - 1))
@@ -276,11 +292,11 @@ class Layer(Op):
             total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(m.dilation, m.kernel_size)]
             padding = tuple(t // 2 for t in total)
             if any(t % 2 for t in total):
-                (top, left), padding = padding, 0
-                sides = [left, total[1] - left, top, total[0] - top]
+                sides = [n for t in reversed(total) for n in (t // 2, t - t // 2)]
+                padding = 0
                 mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
                 node = small.call(F.pad, node, sides, mode)
-        made = nn.Conv2d(
+        made = (nn.Conv1d if isinstance(m, nn.Conv1d) else nn.Conv2d)(
             weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.dilation, groups,
             bias is not None, m.padding_mode, weight.device, weight.dtype,
         )  # fmt: skip

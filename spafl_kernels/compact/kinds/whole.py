@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
-from ...layers import ThresholdConv1d, ThresholdConvTranspose2d
 from ...training import Unsupported
 from ..small import Value, dense_copy
 from .base import Op, Stop
@@ -27,9 +26,6 @@ class Whole(Op):
     """Any node, on full-width inputs. ``reason``: why it is not of the kind that it could be."""
 
     kind = "whole"
-    # Layers of this package that channels are not followed through.
-    modules: ClassVar[tuple[type, ...]] = (ThresholdConv1d, ThresholdConvTranspose2d)
-
     reason: str = ""
 
     def follow(self, flow: Flow) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spafl_kernels import ThresholdConv2d, ThresholdLinear
+from spafl_kernels import ThresholdConv1d, ThresholdConv2d, ThresholdConvTranspose2d, ThresholdLinear
 from spafl_kernels.compact import trace_flow
 from spafl_kernels.compact.trace import check_traceable
 from spafl_kernels.training import Unsupported
@@ -78,6 +78,11 @@ def depthwise(times, **settings):
         ThresholdConv2d(WIDTH, WIDTH * times, 3, padding=1, groups=WIDTH, **settings),
         nn.Conv2d(WIDTH * times, WIDTH, 1),
     )
+
+
+def line(*layers):
+    """Layers over the positions of an image in a row."""
+    return nn.Sequential(nn.Flatten(2), *layers, nn.Unflatten(2, (6, 6)))
 
 
 # Of the operations of one row, the last is the one that the row is about.
@@ -162,6 +167,22 @@ OPERATIONS = {
         ThresholdConv2d(WIDTH, WIDTH, 1, groups=2, mask_bias=True),
     ],
     "depthwise convolution, with a multiplier too": [depthwise(1), depthwise(2), depthwise(3, mask_bias=True)],
+    "convolution over one dimension": [
+        line(ThresholdConv1d(WIDTH, WIDTH, 3, padding=1)),
+        line(nn.Conv1d(WIDTH, WIDTH, 5, padding=2, padding_mode="circular", bias=False)),
+        line(ThresholdConv1d(WIDTH, WIDTH, 4, padding="same", dilation=2, mask_bias=True)),
+        line(ThresholdConv1d(WIDTH, WIDTH, 1, bias=False), nn.BatchNorm1d(WIDTH)),
+    ],
+    "transposed convolution": [
+        ThresholdConvTranspose2d(WIDTH, WIDTH, 3, 2, 1, 1),
+        nn.ConvTranspose2d(WIDTH, WIDTH, 2, dilation=2, bias=False),
+        ThresholdConvTranspose2d(WIDTH, WIDTH, (1, 3), (2, 1), mask_bias=True),
+        nn.Sequential(ThresholdConvTranspose2d(WIDTH, WIDTH, 2, 2, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU()),
+    ],
+    "both, in groups": [
+        line(ThresholdConv1d(WIDTH, WIDTH, 3, padding=1, groups=2)),
+        ThresholdConvTranspose2d(WIDTH, WIDTH, 2, 2, groups=4),
+    ],
     "Dropout": [nn.Dropout(0.3)],
     "Identity, contiguous, clone": [nn.Identity(), lambda x: x.contiguous().clone()],
     "LayerNorm, InstanceNorm, softmax": [nn.LayerNorm([WIDTH, 6, 6]), nn.InstanceNorm2d(WIDTH), nn.Softmax2d()],
@@ -194,9 +215,9 @@ def between(row, i, front, estimator="window"):
     model = Between(OPERATIONS[row][i], front, estimator).double()
     with torch.no_grad():
         for m in model.modules():
-            if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)) and m.weight is not None:
+            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)) and m.weight is not None:
                 m.weight.uniform_(0.5, 1.5), m.bias.uniform_(-0.5, 0.5)
-            if isinstance(m, nn.BatchNorm2d):
+            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 m.running_mean.uniform_(-0.5, 0.5), m.running_var.uniform_(0.5, 2)
     return model
 

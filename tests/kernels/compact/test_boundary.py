@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, convert, threshold_layers, to_dense
-from spafl_kernels.compact import CompactModule, CompactTrainer, export, trace_flow
+from spafl_kernels.compact import CompactModule, CompactTrainer, audit, export, trace_flow
 from spafl_kernels.engines import make_trainer
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Unsupported
 
@@ -799,7 +799,7 @@ def test_subclasses_of_layers():
 
 
 class AutoEncoder(nn.Module):
-    """Layers whose channels are not followed between those that are."""
+    """A transposed convolution in groups, whose channels are not followed, between layers that are."""
 
     def __init__(self):
         super().__init__()
@@ -813,7 +813,7 @@ class AutoEncoder(nn.Module):
 
 
 @pytest.mark.parametrize("estimator", ["identity", "window"])
-def test_convolutions_of_one_dimension_and_transposed_ones_run_at_full_width(estimator):
+def test_a_transposed_convolution_in_groups_runs_at_full_width(estimator):
     torch.manual_seed(0)
     model = convert(AutoEncoder(), estimator=estimator).double()
     assert len(list(threshold_layers(model))) == 4
@@ -824,6 +824,9 @@ def test_convolutions_of_one_dimension_and_transposed_ones_run_at_full_width(est
     small = export(twin, (2, 8, 8))
     torch.testing.assert_close(small(x), twin(x), rtol=1e-9, atol=1e-11)
     assert not list(threshold_layers(small))
+    assert {a.name: a.compact_macs < a.masked_macs for a in audit(twin, x, 1).layers} == dict.fromkeys(
+        ("down", "line", "head"), True
+    )
     options, results = SGDOptions(lr=0.05, momentum=0.9, weight_decay=1e-3, penalty=0.1, collapse_floor=0.1), []
     for engine in ("masked", "compact"):
         twin = copy.deepcopy(model)
@@ -835,7 +838,9 @@ def test_convolutions_of_one_dimension_and_transposed_ones_run_at_full_width(est
             trainer.step(x, torch.arange(4))
         trainer.evaluate(x, torch.arange(4))
         results.append((trainer.finish(), twin.state_dict()))
-    assert "channels are not followed through a ThresholdConvTranspose2d" in trainer.explain()
+    assert "up: as it stands, at full width: it has groups" in trainer.explain()
+    assert "ThresholdConvTranspose2d runs at full width: it has groups" in trainer.explain()
+    assert "head: input columns from line" in trainer.explain()
     (a, right), (b, ours) = results
     assert a.densities == b.densities and a.macs >= b.macs
     for name, value in right.items():
