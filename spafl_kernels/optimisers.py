@@ -21,9 +21,11 @@ __all__ = ["AdamOptions", "Options", "SGDOptions", "torch_optimiser", "write_bac
 class _Checked:
     """Checks of the settings that all optimisers have."""
 
+    penalty: float
     max_grad_norm: float | None
     collapse_floor: float | None
     threshold_lr: float | None
+    penalty_scales: Mapping[str, float] | None
 
     def _check(self, name: str, allowed: str, ok: Callable[[float], bool]) -> None:
         value = getattr(self, name)
@@ -41,6 +43,13 @@ class _Checked:
             self._check("max_grad_norm", "None or a finite number > 0", lambda v: v > 0)
         if self.collapse_floor is not None:
             self._check("collapse_floor", "None or a number in [0, 1)", lambda v: 0 <= v < 1)
+        for name, value in (self.penalty_scales or {}).items():
+            if not (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)):
+                raise ValueError(f"penalty_scales[{name!r}] must be a finite number; got {value!r}")
+
+    def penalty_of(self, layer: str) -> float:
+        """The penalty's coefficient for a threshold layer."""
+        return self.penalty * (1.0 if self.penalty_scales is None else self.penalty_scales.get(layer, 1.0))
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class SGDOptions(_Checked):
             forward (published code: 0.01); None switches the guard off.
         nesterov: Nesterov's momentum: ``p -= lr * (g + momentum * v)``; needs momentum.
         threshold_lr: learning rate of the thresholds, finite, >= 0; None: that of all else.
+        penalty_scales: factors of the penalty's coefficient by name of threshold layer, finite; 1 for all others.
 
     Raises:
         ValueError: a value outside its range.
@@ -71,6 +81,7 @@ class SGDOptions(_Checked):
     collapse_floor: float | None = None
     nesterov: bool = False
     threshold_lr: float | None = None
+    penalty_scales: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         self._check_common()
@@ -97,7 +108,7 @@ class AdamOptions(_Checked):
         eps: added to the root of the second moment, finite, > 0.
         weight_decay: finite, >= 0; applies to thresholds too. Adam adds it to the gradient; with ``decoupled`` it
             shrinks the parameters instead, which is AdamW.
-        max_grad_norm, penalty, collapse_floor, threshold_lr: as in :class:`SGDOptions`.
+        max_grad_norm, penalty, collapse_floor, threshold_lr, penalty_scales: as in :class:`SGDOptions`.
         decoupled: AdamW (Loshchilov and Hutter, arXiv 1711.05101).
 
     Raises:
@@ -113,6 +124,7 @@ class AdamOptions(_Checked):
     collapse_floor: float | None = None
     decoupled: bool = False
     threshold_lr: float | None = None
+    penalty_scales: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         self._check_common()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from . import reference
 from .executed import Executed
 from .functional import check_thresholds, refuse_transforms, threshold_penalty
 from .inventory import Inventory
@@ -178,8 +179,10 @@ class Trainer:
             raise RuntimeError("begin() was called before the last training was finished; call finish() first")
         self._inventory.refresh()
         self._trainable()
-        check_thresholds(dict(self._inventory.thresholds))
         layers = [name for name, _ in self._inventory.thresholds]
+        if unknown := sorted((options.penalty_scales or {}).keys() - set(layers)):
+            raise ValueError(f"penalty_scales must name threshold layers of the model; {unknown[0]!r} is none")
+        check_thresholds(dict(self._inventory.thresholds))
         if momentum:
             form = options.state_like(self._trainable())
             if wrong := sorted(form.keys() ^ momentum.keys()):
@@ -346,7 +349,7 @@ class MaskedTrainer(Trainer):
             self._trainable()
             raise ValueError("what the model returns does not depend on any parameter that is trained")
         if self._options.penalty and self._layers:
-            objective = loss + self._options.penalty * threshold_penalty(self.model)
+            objective = loss + self._penalty()
         objective.backward()
         if self._extra is not None:
             with torch.no_grad():
@@ -355,6 +358,13 @@ class MaskedTrainer(Trainer):
             nn.utils.clip_grad_norm_(self._params.values(), self._options.max_grad_norm)
         self._optimizer.step()
         return loss.detach()
+
+    def _penalty(self) -> Tensor:
+        options = self._options
+        if options.penalty_scales is None:
+            return options.penalty * threshold_penalty(self.model)
+        parts = [options.penalty_of(name) * reference.penalty([layer.threshold]) for name, layer in self._layers]
+        return torch.stack(parts).sum()
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ with every value spelled out, is saved in the run folder.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 import typing
@@ -26,6 +27,7 @@ from .data import DATASETS, MAX_ALPHA, MIN_ALPHA, SCHEMES
 from .errors import UserError
 from .models import MODELS
 from .plugins import Code
+from .system import PRESETS, Device, System, read_trace
 from .wire import Encoding
 
 # Above what any machine or study needs: past these, memory or time explode, or float32 ends.
@@ -205,6 +207,43 @@ class SimulationConfig(_Section):
     keep_checkpoints: int = Field(default=2, ge=1, le=1000)
 
 
+class DeviceConfig(_Section):
+    """A class of devices; see :class:`spafl.system.Device`."""
+
+    flops: Positive
+    down: Positive
+    up: Positive
+    memory: Positive
+    watts: float = Field(default=0.0, ge=0, le=LARGE)
+    down_watts: float = Field(default=0.0, ge=0, le=LARGE)
+    up_watts: float = Field(default=0.0, ge=0, le=LARGE)
+
+
+class SystemConfig(_Section):
+    """Devices of the clients, and the rules of a round on them (:class:`spafl.system.System`)."""
+
+    devices: dict[str, Positive] = Field(min_length=1)
+    """Share of the clients by class of device, relative to each other."""
+    classes: dict[str, DeviceConfig] = Field(default_factory=dict)
+    """Classes of one's own; they come before presets of the same name."""
+    clients: tuple[str, ...] | None = None
+    """The class of every client, in place of a draw."""
+    spread: float = Field(default=0.0, ge=0, le=3)
+    """Standard deviation of the logarithm of a client's speed around that of its class."""
+    availability: float = Field(default=1.0, gt=0, le=1)
+    trace: str | None = None
+    """A JSON file that says when clients are there (:mod:`spafl.system.trace`)."""
+    failure: float = Field(default=0.0, ge=0, lt=1)
+    deadline: Positive | None = None
+    over_selection: float = Field(default=1.0, ge=1, le=100)
+    idle: Positive = 60.0
+
+    def device(self, name: str) -> Device:
+        """Figures of a class."""
+        own = self.classes.get(name)
+        return PRESETS[name] if own is None else Device(**own.model_dump())
+
+
 class FlowerConfig(_Section):
     """Distributed runs (:mod:`spafl.flower`) alone."""
 
@@ -231,6 +270,8 @@ class RunConfig(_Section):
     communication: CommunicationConfig = CommunicationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     simulation: SimulationConfig = SimulationConfig()
+    system: SystemConfig | None = None
+    """None: clients answer at once, and nothing is modelled."""
     flower: FlowerConfig = FlowerConfig()
 
     @field_validator("name")
@@ -275,6 +316,21 @@ class RunConfig(_Section):
     def local_training(self) -> LocalTraining:
         """The ``[training]`` section as the clients use it."""
         return LocalTraining(**self.training.model_dump())
+
+    def build_system(self) -> System | None:
+        """The model of the clients' devices, if there is one.
+
+        Raises:
+            UserError: the trace cannot be read.
+        """
+        s, clients = self.system, self.partition.clients
+        if s is None:
+            return None
+        trace = None if s.trace is None else read_trace(Path(s.trace).expanduser(), clients)
+        return System(
+            clients, self.seed, {name: s.device(name) for name in s.devices}, s.devices, s.clients, s.spread,
+            s.availability, trace, s.failure, math.inf if s.deadline is None else s.deadline, s.over_selection, s.idle,
+        )  # fmt: skip
 
     def to_toml(self) -> str:
         """The resolved configuration, complete: reading it back gives an equal one."""
@@ -494,10 +550,46 @@ def _check_names(config: RunConfig) -> None:
             f"sampling.min_uploads: {config.sampling.min_uploads} uploads cannot come from "
             f"sampling.clients_per_round = {config.sampling.clients_per_round}"
         )
+    _check_devices(config)
     if (config.flower.start_clients or 1) > config.partition.clients:
         raise UserError(
             f"flower.start_clients: {config.flower.start_clients} clients cannot come from "
             f"partition.clients = {config.partition.clients}"
+        )
+
+
+def _check_devices(config: RunConfig) -> None:
+    """Names of classes of devices, in ``[system]`` and in ``algorithm.target``."""
+    system, target = config.system, config.algorithm.get("target")
+    if system is not None:
+        known = [*system.classes, *PRESETS]
+        for name in system.devices:
+            if name not in known:
+                raise UserError(f"system.devices: unknown class {short(name)}; known: {', '.join(known)}")
+        if unused := sorted(system.classes.keys() - system.devices.keys()):
+            raise UserError(f"system.classes.{unused[0]}: no client has it; name it in system.devices")
+        if system.clients is not None:
+            if len(system.clients) != config.partition.clients:
+                raise UserError(
+                    f"system.clients: one class for each of partition.clients = {config.partition.clients} is needed; "
+                    f"got {len(system.clients)}"
+                )
+            if other := sorted(set(system.clients) - system.devices.keys()):
+                raise UserError(f"system.clients: {short(other[0])} is not in system.devices")
+    if not isinstance(target, Mapping):
+        return
+    by_class = any(isinstance(budget, Mapping) for budget in target.values())
+    there = [] if system is None else list(system.devices)
+    for name in target if by_class else ():
+        if name not in there:
+            words = f"system.devices has {', '.join(there)}" if there else "there is no [system]"
+            raise UserError(f"algorithm.target.{name}: no client has such a device; {words}")
+    kinds = {kind for budget in (target.values() if by_class else [target]) for kind in budget}
+    if "seconds" in kinds and system is None:
+        raise UserError("algorithm.target: seconds are those of modelled devices; they need [system]")
+    if kinds & {"macs", "seconds"} and config.simulation.engine == "masked":
+        raise UserError(
+            "algorithm.target: the masked engine computes pruned filters too; macs and seconds need another"
         )
 
 

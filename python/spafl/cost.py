@@ -20,6 +20,9 @@ RECORDED = {
     "evaluate_seconds": ("seconds", "evaluate"),
 }
 
+# The same, only there where devices are modelled.
+MODELLED = {"modelled_seconds": ("modelled", "seconds"), "modelled_joules": ("modelled", "joules")}
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -43,6 +46,10 @@ class Cost:
     train_seconds: float = 0
     """Wall-clock time."""
     evaluate_seconds: float = 0
+    modelled_seconds: float = 0
+    """Time by the model of the clients' devices; 0 without one."""
+    modelled_joules: float = 0
+    """Energy of the clients by it."""
 
     @property
     def payload_bytes(self) -> int:
@@ -72,4 +79,6 @@ class Cost:
         table: dict[str, dict[str, Any]] = {"seconds": {"total": self.total_seconds}}
         for name, (group, key) in RECORDED.items():
             table.setdefault(group, {})[key] = getattr(self, name)
+        if self.modelled_seconds:
+            table["modelled"] = {key: getattr(self, name) for name, (_, key) in MODELLED.items()}
         return table

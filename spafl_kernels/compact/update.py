@@ -182,6 +182,9 @@ class PlainUpdate:
         if options.penalty:
             torch.neg(arena.tau, out=tau_grad)
             tau_grad.exp_().mul_(-options.penalty)
+            if options.penalty_scales is not None:
+                for f in self._filters:
+                    tau_grad[f.layer.part].mul_(options.penalty_scales.get(f.layer.name, 1.0))
         else:
             tau_grad.zero_()
         if signed:

@@ -119,19 +119,20 @@ def test_the_state_is_carried_from_training_to_training(name, engine):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("own_lr", [None, 0.3])
+@pytest.mark.parametrize("own_lr, scales", [(None, None), (0.3, None), (None, {"conv": 0.1, "hidden": -0.5})])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_the_compact_trainer_equals_the_masked_one(nesterov, own_lr, compiled):
+def test_the_compact_trainer_equals_the_masked_one(nesterov, own_lr, scales, compiled):
     """With masks that change, filters that come back, weight decay and clipping; a second training begins plain."""
     first = SGDOptions(
-        0.1, 0.9, 1e-2, max_grad_norm=1.0, penalty=0.05, collapse_floor=0.1, nesterov=nesterov, threshold_lr=own_lr
-    )
+        0.1, 0.9, 1e-2, max_grad_norm=1.0, penalty=0.05, collapse_floor=0.1, nesterov=nesterov, threshold_lr=own_lr,
+        penalty_scales=scales,
+    )  # fmt: skip
     masked, compact = small(torch.float64), small(torch.float64)
     trainers = (
         MaskedTrainer(masked),
         CompactTrainer(compact, strict=True, verify="never", compiled=compiled, patience=0),
     )
-    flips = set()
+    flips, rebuilds = set(), 0
     for options in (first, SGDOptions(0.05, 0.5), first):
         state = [options.fresh_state(dict(m.named_parameters())) for m in (masked, compact)]
         for trainer, own in zip(trainers, state, strict=True):
@@ -142,11 +143,12 @@ def test_the_compact_trainer_equals_the_masked_one(nesterov, own_lr, compiled):
             flips.add(tuple(trainers[0]._densities.tolist()))
         results = [trainer.finish() for trainer in trainers]
         assert results[0].densities == results[1].densities
+        rebuilds += results[1].rebuilds
         for (n, p), q in zip(masked.state_dict().items(), compact.state_dict().values(), strict=True):
             torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-9, msg=n)
         for n, v in results[0].momentum.items():
             torch.testing.assert_close(results[1].momentum[n], v, rtol=1e-9, atol=1e-9, msg=n)
-    assert trainers[1].engine == "compact" and len(flips) > 4 and results[1].rebuilds > 0
+    assert trainers[1].engine == "compact" and len(flips) > 4 and rebuilds > 0
 
 
 def test_adam_runs_masked_and_says_why():
@@ -183,11 +185,28 @@ def test_batches_of_another_shape_in_the_middle_keep_adams_state():
     assert results[1].momentum["step.0.weight"].item() == 4
 
 
+def test_the_penalty_of_a_layer_is_scaled():
+    model, twin = small(), small()
+    trainer = MaskedTrainer(model)
+    trainer.begin(SGDOptions(LR, penalty=0.02, penalty_scales={"conv": 0.25, "last": -2.0}))
+    (x, y), *_ = data(1)
+    trainer.step(x, y)
+    trainer.finish()
+    parts = {"conv": 0.25, "hidden": 1.0, "last": -2.0}
+    penalty = sum(s * twin.get_submodule(n).threshold.neg().exp().sum() for n, s in parts.items())
+    (F.cross_entropy(twin(x), y) + 0.02 * penalty).backward()
+    for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q - LR * q.grad, msg=n)
+    with pytest.raises(ValueError, match=r"penalty_scales must name threshold layers of the model; 'fc' is none"):
+        trainer.begin(SGDOptions(LR, penalty_scales={"fc": 1.0}))
+
+
 @pytest.mark.parametrize(
     "make, text",
     [
         (lambda: SGDOptions(0.1, nesterov=True), "nesterov needs a momentum > 0; got momentum = 0.0"),
         (lambda: SGDOptions(0.1, threshold_lr=-1.0), "threshold_lr must be None or a finite number >= 0; got -1.0"),
+        (lambda: SGDOptions(0.1, penalty_scales={"a": float("inf")}), r"penalty_scales\['a'\] must be a finite number"),
         (lambda: AdamOptions(0.1, (0.9, 1.0)), r"betas must be two numbers in \[0, 1\); got \(0.9, 1.0\)"),
         (lambda: AdamOptions(0.1, 0.9), "betas must be two numbers"),
         (lambda: AdamOptions(0.1, eps=0.0), "eps must be a finite number > 0; got 0.0"),

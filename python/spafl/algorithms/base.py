@@ -142,6 +142,10 @@ class Algorithm(ABC):
         """What a client does with an announcement of ``round``; called once each, in order."""
         raise NotImplementedError(f"{type(self).__name__} announces but does not receive")
 
+    def timed(self, client: Client, seconds: float) -> dict[str, float]:
+        """What a client does with the modelled time of the turn it has just had; figures of it."""
+        return {}
+
     # -- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluation_message(self, server: ServerState, round: int) -> Message:

@@ -18,6 +18,7 @@ from spafl_kernels.training import AdamOptions, MaskedTrainer, Options, SGDOptio
 
 from .. import rng
 from ..data import Transform
+from ..errors import UserError
 
 
 class Samples:
@@ -139,6 +140,37 @@ def steps_of_momentum(steps: int, momentum: float, nesterov: bool = False) -> fl
     return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
+class SavedBytes:
+    """Counts what a step keeps for its backward pass, every storage once, without the model's own tensors.
+
+    Attributes:
+        bytes: of what was kept.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.bytes = 0
+        self._seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        # A detached alias: a result that is kept for its own derivative would own itself.
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda t: t)
+        self._kept: list[Tensor] = []  # so that no address is used twice while it is counted
+
+    def _keep(self, t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+            self._kept.append(t.detach())
+        return t.detach()
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+        self._kept.clear()
+
+
 class EarlyStop:
     """Watches the mean losses of the passes of a turn.
 
@@ -188,6 +220,8 @@ class Client:
         local: shared settings of local training.
         macs: dense multiply-accumulates per sample of each layer (published counting: a linear layer counts once per
             sample, whatever the number of tokens).
+        device_class: of the device it is on, if devices are modelled.
+        samples_done: samples of the last :meth:`run_sgd`, each as often as it was in a batch.
         evaluation_batch: batch size of evaluations; it only matters for the loss (a mean over batches) and the speed.
     """
 
@@ -208,6 +242,8 @@ class Client:
         layers: Mapping[str, ThresholdLayer] | None = None,
         others: dict[Hashable, tuple[nn.Module, Trainer]] | None = None,
         make_trainer: Callable[[nn.Module], Trainer] = MaskedTrainer,
+        counts: dict[str, float] | None = None,
+        device_class: str | None = None,
     ) -> None:
         self.id = id
         self.model = model
@@ -225,6 +261,9 @@ class Client:
         self._dtype = dtype
         self._others = {} if others is None else others
         self._make_trainer = make_trainer
+        self._counts = {} if counts is None else counts
+        self.device_class = device_class
+        self.samples_done = 0
 
     def stream(self, purpose: str, round: int) -> np.random.Generator:
         """This client's random numbers for a purpose in a round."""
@@ -286,11 +325,18 @@ class Client:
             FloatingPointError: the loss of a batch is not finite; names the client and the round.
         """
         losses: list[Tensor] = []
+        self.samples_done = 0
         stop, length = None, self.batches_per_epoch()
         if self.local.early_stopping is not None:
             stop = EarlyStop(self.local.early_stopping, self.local.min_improvement)
         for x, y in batches or self.training_batches(round):
-            losses.append(self.trainer.step(x, y))
+            if self.device_class is not None and not losses:
+                with SavedBytes(self.trainer.model) as saved:
+                    losses.append(self.trainer.step(x, y))
+                self._counts["saved"] = max(self._counts.get("saved", 0), saved.bytes)
+            else:
+                losses.append(self.trainer.step(x, y))
+            self.samples_done += len(y)
             complete = stop is not None and len(losses) % length == 0
             if complete and stop.due(torch.stack(losses[-length:]).mean().item()):  # type: ignore[union-attr]
                 break
@@ -303,6 +349,57 @@ class Client:
                     "a smaller training.lr or a training.max_grad_norm may help"
                 )
         return math.fsum(values) / len(values), len(losses)
+
+    def travel(self, round: int, moving: bool) -> float:
+        """How far a constant gradient of 1 moves a threshold in a turn of SGD as planned; ``moving``: momentum is there
+        already."""
+        options, steps = self.local.options_at(round), self.planned_steps
+        assert isinstance(options, SGDOptions)
+        rate = options.lr if options.threshold_lr is None else options.threshold_lr
+        if moving:
+            return rate * steps / (1 - options.momentum)
+        return rate * steps_of_momentum(steps, options.momentum, options.nesterov)
+
+    def share_of_dense(self, macs: int) -> float:
+        """Multiply-accumulates of :meth:`run_sgd` as a share of what the unpruned model would have taken.
+
+        Raises:
+            UserError: see :meth:`check_skips`.
+        """
+        self.check_skips()
+        return macs / (self.dense_macs() * self.samples_done)
+
+    def check_skips(self) -> None:
+        """Refuse an engine that computes pruned filters too, where the budget is of what is executed.
+
+        Raises:
+            UserError: it does; says why it runs.
+        """
+        if self.trainer.engine == "masked":
+            raise UserError(
+                "algorithm.target: macs and seconds need an engine that leaves pruned filters out, and the masked one "
+                f"runs ({self.trainer.reason}); density is what it can steer"
+            )
+
+    def peak_bytes(self) -> int:
+        """Bytes that the turn has held at its peak, by count: the model, a gradient and the optimiser's state for every
+        parameter, and what the largest first step kept for its backward pass. Only where devices are modelled."""
+        model = self.trainer.model
+        tensors = [*model.parameters(), *model.buffers()]
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        copies = 1 + {"sgd": int(self.local.momentum > 0), "adam": 2, "adamw": 2}[self.local.optimizer]
+        held = sum(t.numel() * t.element_size() for t in tensors) + copies * trained
+        return held + int(self._counts.pop("saved", 0))
+
+    def dense_macs(self) -> float:
+        """Multiply-accumulates of a training step per sample, forward and backward, of the model without pruning."""
+        if "dense macs" not in self._counts:
+            x, y = self.train[torch.zeros(2, dtype=torch.int64)]
+            counter = MaskedTrainer(copy.deepcopy(self.model), self.trainer.loss)
+            counter.begin(SGDOptions(lr=0.0))
+            counter.step(self.as_input(x), y.to(self._device))
+            self._counts["dense macs"] = counter.finish().macs / 2
+        return self._counts["dense macs"]
 
     def sgd_options(self, round: int) -> Options:
         """The trainer's options for a round."""

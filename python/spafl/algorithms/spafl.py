@@ -23,10 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from spafl_kernels import ThresholdLinear, convert, to_dense
@@ -39,6 +41,19 @@ from ..cost import Cost
 from ..wire import Message
 from .aggregate import AggregationOptions, robust_mean
 from .base import Algorithm, ServerState, Training, Upload
+from .budget import (
+    SPARED,
+    Budget,
+    Steering,
+    asked_for,
+    budget_for,
+    check_target,
+    corrected,
+    densities_of,
+    first_set_point,
+    predicted,
+    push_for,
+)
 from .client import Client, Evaluation
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -112,8 +127,22 @@ class SpaFLOptions(AggregationOptions):
     """What local training changes: ``thresholds`` freezes all else as it was drawn, ``weights`` the thresholds."""
     initial_density: float = Field(default=1.0, gt=0, le=1)
     """Share of each layer's filters that the first thresholds keep, by score; 1: all thresholds are 0."""
+    target: dict[str, Any] | None = None
+    """A budget, for all clients or by class of device, in place of ``penalty`` and its warm-up: ``{density = .3}``,
+    ``{macs = .25}``, ``{seconds = 20}``, ``{phone = {macs = .5}, "raspberry-pi-4" = {seconds = 20}}``. Every client's
+    coefficient is then steered, see :mod:`spafl.algorithms.budget`."""
     prune_head: bool | Literal["as-built"] = "as-built"
     """Whether the classifier (the linear layer registered last) has thresholds; ``as-built``: as the model has it."""
+
+    @field_validator("target")
+    @classmethod
+    def _a_target_is_a_budget(cls, target: dict[str, Any] | None) -> dict[str, Any] | None:
+        if target is not None:
+            try:
+                check_target(target)
+            except ValueError as error:
+                raise PydanticCustomError("together", "{reason}", {"reason": str(error)}) from None
+        return target
 
     @model_validator(mode="after")
     def _ablations_are_possible(self) -> SpaFLOptions:
@@ -189,6 +218,8 @@ class SpaFL(Algorithm):
         if self.options.prune_head != "as-built":
             model = with_pruned_head(model, self.options.prune_head)
         layers = list(threshold_layers(model))
+        if self.options.target is not None:
+            self._check_steerable()
         if not layers:
             raise ValueError("SpaFL needs a model with threshold layers; this one has none (see spafl_kernels.convert)")
         for _, layer in layers:
@@ -201,6 +232,15 @@ class SpaFL(Algorithm):
                 p.requires_grad_((id(p) in thresholds) == (self.options.trained == "thresholds"))
         return model
 
+    def _check_steerable(self) -> None:
+        if self.local is not None and self.local.optimizer != "sgd":
+            raise ValueError(
+                "target steers how far the penalty moves thresholds, which Adam does whatever the coefficient is; it "
+                f"needs training.optimizer = sgd, got {self.local.optimizer}"
+            )
+        if self.options.trained == "weights":
+            raise ValueError("target steers thresholds, which trained = weights freezes")
+
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:
         state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         if self.options.momentum_lifetime == "run":
@@ -212,6 +252,9 @@ class SpaFL(Algorithm):
         if self.options.collapse_floor is not None:
             # Density of each layer in its previous forward pass, which the guard looks at.
             state["density"] = torch.ones(len(list(threshold_layers(model))), dtype=torch.float64)
+        if self.options.target is not None:
+            # The controller's set point (0: not begun), what the last turn was asked for, and whether it was limited.
+            state["budget"] = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
         return state
 
     def server_state(self, model: nn.Module) -> ServerState:
@@ -263,10 +306,12 @@ class SpaFL(Algorithm):
                 if self.options.exchange:
                     layer.threshold.copy_(message[f"{name}.threshold"])  # type: ignore[operator]
         self.receive(client, self._deltas(message), round)
+        budget = budget_for(self.options.target, client.device_class)
+        steering = None if budget is None else self._steer(client, budget, round)
 
         momentum = {n.removeprefix("momentum."): t for n, t in client.memory.items() if n.startswith("momentum.")}
         client.trainer.begin(
-            self._sgd_options(client, round),
+            self._sgd_options(client, round, steering),
             momentum=momentum or None,
             densities=self._densities(client),
         )
@@ -277,6 +322,8 @@ class SpaFL(Algorithm):
         if self.options.exchange:
             upload = {f"{name}.threshold": layer.threshold.detach().cpu().clone() for name, layer in layers.items()}
         figures = {"density": sum(result.densities.values()) / len(result.densities)}
+        if budget is not None and steering is not None:
+            figures |= self._steered(client, budget, steering, figures["density"], result.macs)
         macs = self._paper_macs(client, result.densities, steps)
         return Training(upload, loss, Cost(steps=steps, paper_macs=macs, executed_macs=result.macs), figures)
 
@@ -286,8 +333,56 @@ class SpaFL(Algorithm):
             normaliser: Any = self.options.importance_normaliser
             importance_update_(layer.weight, delta.to(layer.weight.device), normaliser, layer.transposed_groups)
 
-    def _sgd_options(self, client: Client, round: int) -> TrainerOptions:
-        penalty, floor = penalty_at(self.options, round), self.options.collapse_floor
+    def _steer(self, client: Client, budget: Budget, round: int) -> Steering:
+        """The coefficient of a turn, by the client's set point."""
+        set_point, before, _ = client.memory["budget"].tolist()
+        set_point = set_point or first_set_point(budget)
+        layers = client.layers
+        scores = [layer.scores().detach() for layer in layers.values()]
+        thresholds = [layer.threshold.detach() for layer in layers.values()]
+        spent = partial(predicted, budget.kind, macs=[client.macs[name] for name in layers])
+        asked = asked_for(set_point, before, spent(densities_of(scores, thresholds)))
+        spared = max(SPARED, self.options.collapse_floor or 0.0)
+        push = push_for(scores, thresholds, spent, asked, spared)
+        travel = client.travel(round, self.options.momentum_lifetime == "run")
+        coefficient, scales = push.common / travel if travel else 0.0, None
+        if coefficient and any(own != push.common for own in push.layers):
+            scales = {name: own / push.common for name, own in zip(layers, push.layers, strict=True)}
+        return Steering(set_point, asked, push.limited, coefficient, scales)
+
+    def _steered(
+        self, client: Client, budget: Budget, steering: Steering, density: float, macs: int
+    ) -> dict[str, float]:
+        """Correct the set point by what the turn has brought, time apart (:meth:`timed`); figures of it."""
+        figures = {"coefficient": steering.coefficient, "set_point": steering.set_point}
+        set_point = steering.set_point
+        if budget.kind != "seconds":
+            measured = density
+            if budget.kind == "macs":
+                measured = figures["macs_share"] = client.share_of_dense(macs)
+            if not steering.limited:
+                set_point = corrected(set_point, steering.asked, budget, measured)
+        state = [set_point, steering.asked, float(steering.limited)]
+        client.memory["budget"].copy_(torch.tensor(state, dtype=torch.float64))
+        return figures
+
+    def timed(self, client: Client, seconds: float) -> dict[str, float]:
+        budget = budget_for(self.options.target, client.device_class)
+        if budget is None or budget.kind != "seconds":
+            return {}
+        client.check_skips()
+        state = client.memory["budget"]
+        set_point, asked, limited = state.tolist()
+        if not limited:
+            state[0] = corrected(set_point, asked, budget, seconds)
+        return {"turn_seconds": seconds}
+
+    def _sgd_options(self, client: Client, round: int, steering: Steering | None = None) -> TrainerOptions:
+        floor = self.options.collapse_floor
+        if steering is not None:
+            c, scales = steering.coefficient, steering.scales
+            return replace(client.sgd_options(round), penalty=c, penalty_scales=scales, collapse_floor=floor)
+        penalty = penalty_at(self.options, round)
         return replace(client.sgd_options(round), penalty=penalty, collapse_floor=floor)
 
     def evaluate(self, client: Client, message: Message, train_data: bool) -> Evaluation:

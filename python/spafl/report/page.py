@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .devices import devices_html
 from .figures import PICTURES, Picture, in_style
 from .run_data import ReportError, Run, labels, load_run
 from .table import comparison_html, targets_html
@@ -101,6 +102,13 @@ def _page(runs: Sequence[Run], pictures: dict[Picture, bytes]) -> str:
         parts.append(
             f'<h2 id="targets">What an accuracy costs</h2>\n<div class="wide">{prices}</div>\n'
             '<p class="soft">The first evaluated round whose mean accuracy is as high, and the costs up to it.</p>'
+        )
+    devices = devices_html(titles, [run.turns for run in runs])
+    if devices:
+        parts.append(
+            f'<h2 id="devices">Devices</h2>\n{devices}\n'
+            '<p class="soft">Time and energy are modelled, from the operations that were executed and the bytes that '
+            "were sent; no clock was read. Clients count from 0.</p>"
         )
     parts += [_section(picture, runs, titles, png) for picture, png in pictures.items()]
     left_out = [f"{p.title.lower()} ({p.lacking})" for p in PICTURES if p not in pictures]

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from ..client_results import FIELDS, results_path
-from ..cost import RECORDED, Cost
+from ..cost import MODELLED, RECORDED, Cost
+from ..system.model import OUTCOMES
 
-__all__ = ["ClientGaps", "FilterMasks", "Point", "ReportError", "Run", "labels", "load_run", "seed_groups"]
+__all__ = ["ClientGaps", "FilterMasks", "Point", "ReportError", "Run", "Turns", "labels", "load_run", "seed_groups"]
 
 _ROUNDING = 1e-6  # a mean over float32 values may exceed 1 by this much
 
@@ -66,6 +67,31 @@ class FilterMasks:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """Turns of a run's clients.
+
+    Attributes:
+        classes: class of device by client.
+        outcomes: whole numbers ``(clients, len(OUTCOMES))``, how many turns ended how.
+        seconds, joules: ``(clients,)`` in all.
+    """
+
+    classes: Sequence[str]
+    outcomes: np.ndarray
+    seconds: np.ndarray
+    joules: np.ndarray
+
+    def count(self, outcome: str) -> np.ndarray:
+        """Turns that ended so, by client."""
+        return self.outcomes[:, OUTCOMES.index(outcome)]
+
+    @property
+    def absent(self) -> np.ndarray:
+        """Clients none of whose uploads was merged."""
+        return np.flatnonzero(self.count("in time") == 0)
+
+
+@dataclass(frozen=True)
 class Run:
     """A loaded run folder. ``train`` and ``test`` count samples ``(clients, classes)``; ``accuracies`` ``(tested,)``
     belong to ``evaluated``, the last evaluated round; ``history`` holds the rounds ``(r,)`` in which all clients were
@@ -87,6 +113,7 @@ class Run:
     completed: bool
     environment: dict[str, Any]
     notes: tuple[str, ...]
+    turns: Turns | None = None
 
     @property
     def clients(self) -> int:
@@ -178,6 +205,7 @@ def load_run(folder: str | Path) -> Run:
     config, toml = _config(folder / "config.toml")
     train, test = _partition(folder / "partition.json")
     points, details, notes = _metrics(folder / "metrics.jsonl", len(train))
+    details["turns"] = _turns(folder, len(train))
     completed, environment, summary_notes = _summary(folder / "summary.json", points)
     return Run(
         folder=folder,
@@ -309,6 +337,8 @@ def _line(line: _Value, clients: int, folder: Path) -> tuple[Point, dict[str, An
     for name, (group, key) in RECORDED.items():
         value = cost[group][key]
         amounts[name] = value.number() if value or name != "executed_macs" else None
+    if "modelled" in cost.value:
+        amounts |= {name: cost[group][key].number() for name, (group, key) in MODELLED.items()}
     costs = Cost(**amounts)
     fields: dict[str, Any] = {}
     density, evaluation = line["density"], line["evaluation"]
@@ -323,6 +353,30 @@ def _line(line: _Value, clients: int, folder: Path) -> tuple[Point, dict[str, An
     fields["accuracy_std"] = accuracy["std"].number(high=1)
     fields["accuracy_worst"] = accuracy["worst_10pct"].number(high=1)
     return Point(number, costs, **fields), _of_clients(line, number, clients, folder)
+
+
+def _turns(folder: Path, clients: int) -> Turns | None:
+    """What became of the clients' turns, if the run models their devices."""
+    partition = _json(_bytes(folder / "partition.json"), str(folder / "partition.json"))
+    if "devices" not in partition.value:
+        return None
+    classes = [name.text() for name in partition["devices"].list(clients)]
+    outcomes = np.zeros((clients, len(OUTCOMES)), dtype=np.int64)
+    seconds, joules = np.zeros(clients), np.zeros(clients)
+    path = folder / "metrics.jsonl"
+    for number, line in _lines(path):
+        if not line.endswith(b"\n") or not line.strip():
+            continue
+        played = _json(line, f"{path} line {number}")["system"]
+        asked = [k.integer() for k in played["clients"].list()]
+        columns = ((played[name].list(len(asked))) for name in ("outcomes", "client_seconds", "client_joules"))
+        for k, outcome, time, energy in zip(asked, *columns, strict=True):
+            if k >= clients or outcome.value not in OUTCOMES:
+                raise outcome.fail(f"one of {', '.join(OUTCOMES)}, of one of {clients} clients")
+            outcomes[k, OUTCOMES.index(outcome.value)] += 1
+            seconds[k] += time.number()
+            joules[k] += energy.number()
+    return Turns(classes, outcomes, seconds, joules)
 
 
 def _of_clients(line: _Value, number: int, clients: int, folder: Path) -> dict[str, Any]:

@@ -104,19 +104,26 @@ _PRICES: list[tuple[str, _Cell]] = [
     ("executed MACs", lambda p: quantity(p.cost.executed_macs)),
     ("measured time", lambda p: duration(p.cost.total_seconds)),
 ]
+# On the clients' devices, where a run models them.
+_MODELLED: list[tuple[str, _Cell]] = [
+    ("modelled time", lambda p: duration(p.cost.modelled_seconds) if p.cost.modelled_seconds else ABSENT),
+    ("modelled energy", lambda p: quantity(p.cost.modelled_joules, "J") if p.cost.modelled_seconds else ABSENT),
+]
 
 
 def targets_html(runs: Sequence[Run]) -> str:
     """Rounds, bytes, operations and time that each run needed to reach each of :func:`targets`; empty without any."""
     rows = []
+    modelled = any(run.turns is not None for run in runs)
+    prices = _PRICES + (_MODELLED if modelled else [])
     for target in targets(runs):
         for label, run in zip(labels(runs), runs):
             point = reached(run, target)
-            cells = [cell(point) for _, cell in _PRICES] if point else ["not reached"] + [ABSENT] * (len(_PRICES) - 1)
+            cells = [cell(point) for _, cell in prices] if point else ["not reached"] + [ABSENT] * (len(prices) - 1)
             rows.append([f"{100 * target:.0f} %", label, *cells])
     if not rows:
         return ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["accuracy", "run", *(name for name, _ in _PRICES)])
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["accuracy", "run", *(name for name, _ in prices)])
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
 

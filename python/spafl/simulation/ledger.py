@@ -12,6 +12,7 @@ from ..algorithms import Evaluation, Training
 from ..config import RunConfig
 from ..cost import Cost
 from ..merge import Rejection
+from ..system import Played
 from .metrics import density_summary, evaluation_summary
 
 
@@ -25,6 +26,8 @@ class FinishedRound:
         rejected: uploads that were left out.
         cost: of this round alone.
         evaluations: of the clients that were tested, or None if the round was not evaluated.
+        accepted: the clients of ``trainings``.
+        played: what happened on the clients' devices, if they are modelled.
     """
 
     round: int
@@ -33,6 +36,8 @@ class FinishedRound:
     rejected: Sequence[Rejection]
     cost: Cost
     evaluations: Sequence[Evaluation] | None
+    accepted: Sequence[int] = ()
+    played: Played | None = None
 
 
 class Ledger:
@@ -60,7 +65,10 @@ class Ledger:
             **_NOT_EVALUATED,
             "cost": None,
             "figures": mean_figures([t.figures for t in done.trainings]),
+            "turns": turns(done.accepted, [t.figures for t in done.trainings]),
         }
+        if done.played is not None:
+            line["system"] = done.played.record()
         self._add(line, done.cost)
         if done.evaluations is not None:
             self.evaluated(line, done.evaluations)
@@ -113,6 +121,12 @@ def run_summary(name: str, algorithm: str, lines: Sequence[dict[str, Any]], wher
         "best": {"round": best["round"], "accuracy": best["evaluation"]["accuracy"]["mean"]},
         "environment": where,
     }
+
+
+def turns(clients: Sequence[int], figures: Sequence[dict[str, float]]) -> dict[str, list[Any]]:
+    """Figures of single turns: the clients that had them, and by name what each reported (None: nothing)."""
+    names = sorted({name for entry in figures for name in entry})
+    return {"clients": list(clients), **{name: [entry.get(name) for entry in figures] for name in names}}
 
 
 def mean_figures(figures: Sequence[dict[str, float]]) -> dict[str, float]:

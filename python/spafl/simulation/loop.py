@@ -13,11 +13,13 @@ from torch import Tensor
 
 from .. import plugins
 from ..algorithms import Evaluation
+from ..algorithms.budget import budget_for, reached
 from ..config import RunConfig, read_toml, resolve_config
 from ..cost import Cost
 from ..errors import UserError, WriteError
-from ..merge import Reply, merge_replies
+from ..merge import Merged, Reply, merge_replies
 from ..signals import Stopped, catching, held
+from ..system import Usage
 from ..wire import Message, encode, payload_bytes
 from .announcements import AnnouncementLog
 from .checkpoint import Checkpoint, Checkpoints, State, saved_rounds
@@ -67,7 +69,9 @@ class Simulation:
             print(f"spafl: {why}", file=sys.stderr)
         self.workers = pick_workers(config, self.device)
         self.problem = build_problem(config)
+        self.system = config.build_system()
         self.algorithm = self.problem.algorithm
+        self._check_budgets()
         self.clients = config.partition.clients
         s = config.simulation
         self.checkpoints = Checkpoints(folder.checkpoints, run_digest(config), s.checkpoint_every, s.keep_checkpoints)
@@ -92,7 +96,10 @@ class Simulation:
                 saved.restore(self.store)
         self.saved = self.round
         # Nothing in the folder was touched so far; from here on it holds this run.
-        folder.begin(config.to_toml(), json.dumps(self.problem.class_counts()), lines)
+        described = self.problem.class_counts()
+        if self.system is not None:
+            described["devices"] = self.system.classes
+        folder.begin(config.to_toml(), json.dumps(described), lines)
 
     def _continued(self) -> tuple[Checkpoint | None, list[dict[str, Any]]]:
         """What to continue from, and the metrics up to there as this run would have written them."""
@@ -119,6 +126,25 @@ class Simulation:
             print(f"spafl: {saved.path} is used; rounds {done} to {until - 1} are repeated", file=sys.stderr)
         return saved, [without_final_evaluation(line, config) for line in lines[:done]]
 
+    def _check_budgets(self) -> None:
+        """Refuse budgets of time that sending alone exceeds."""
+        target, system = self.config.algorithm.get("target"), self.system
+        if target is None or system is None:
+            return
+        server = self.algorithm.server_state(self.problem.model)
+        for k, name in enumerate(system.classes):
+            budget = budget_for(target, name)
+            if budget is None or budget.kind != "seconds":
+                continue
+            down = payload_bytes(self.algorithm.broadcast(server, 0, k))
+            up = payload_bytes(self.algorithm.expected_upload(server, 0, k))
+            least = system.seconds(Usage(k, 0, down, up, 0))
+            if least >= budget.value:
+                raise UserError(
+                    f"algorithm.target: {budget.value:g} seconds are not enough for client {k} on a {name}, which "
+                    f"takes {least:.3g} to receive and send"
+                )
+
     def _check_same_data(self) -> None:
         """Refuse to go on with other data: a file or a user's loader may give something else than it gave before."""
         now = self.problem.class_counts()
@@ -141,6 +167,7 @@ class Simulation:
             self.problem.macs,
             self.config.seed,
             self.device,
+            system=self.system,
         )
         return WorkerSetup(
             self.algorithm,
@@ -230,19 +257,32 @@ class Simulation:
     def _run_round(self, pool: Pool, round: int) -> FinishedRound:
         config, algorithm = self.config, self.algorithm
         start = time.perf_counter()
-        sampled = sample_clients(config, round)
+        needed, away, clock = config.sampling.clients_per_round, 0, self.ledger.cost.modelled_seconds
+        if self.system is None:
+            sampled = sample_clients(config, round)
+        else:
+            sampled, away = self.system.asked(round, clock, needed)
         tasks, messages, sent = self._broadcast(round, sampled)
         sizes = [len(self.problem.parts.train[k]) for k in sampled]
         outcomes: list[TrainOutcome] = pool.run(tasks, sizes)
+        played, kept, came = None, set(sampled), set(sampled)
+        if self.system is not None:
+            played = self.system.play(round, clock, needed, [o.usage for o in outcomes if o.usage], away)
+            kept, came = played.kept, played.merged
+            sent += Cost(modelled_seconds=played.seconds, modelled_joules=played.joules)
         for task in tasks:
-            self._stage(task.client, task.turn)
+            if task.client in kept:  # a turn that broke off has never been
+                self._stage(task.client, task.turn)
         self.log.forget_heard()
 
-        replies = [Reply(o.client, o.samples, o.frame) for o in outcomes]
-        needed = config.sampling.min_uploads
-        merged = merge_replies(
-            algorithm, self.server, round, messages, replies, self.problem.uplink, self.clients, needed
-        )
+        replies = [Reply(o.client, o.samples, o.frame) for o in outcomes if o.client in came]
+        minimum = config.sampling.min_uploads
+        if played is not None and len(replies) < minimum:  # nothing comes of the round but the time it took
+            merged = Merged(self.server, {}, (), (), 0, 0)
+        else:
+            merged = merge_replies(
+                algorithm, self.server, round, messages, replies, self.problem.uplink, self.clients, minimum
+            )
         sent += Cost(
             paper_bits=algorithm.paper_bits(self.server, len(sampled)),
             up_bytes=merged.up_bytes,
@@ -262,8 +302,9 @@ class Simulation:
             evaluations = self.evaluate(pool, round, config.tests_training_data(round))
         seconds = Cost(train_seconds=trained - start, evaluate_seconds=time.perf_counter() - trained)
         cost = Cost.sum(o.training.cost for o in outcomes) + sent + seconds
-        trainings = [o.training for o in outcomes if o.client in merged.accepted]
-        return FinishedRound(round, sampled, trainings, merged.rejected, cost, evaluations)
+        done = [o for o in outcomes if o.client in merged.accepted]
+        trainings, accepted = [o.training for o in done], [o.client for o in done]
+        return FinishedRound(round, sampled, trainings, merged.rejected, cost, evaluations, accepted, played)
 
     def _turn(self, client: int, changes: bool = True) -> Turn | None:
         return self.store.turn(client, changes) if self.store is not None else None
@@ -288,7 +329,7 @@ class Simulation:
             frame = shared[1]
             if message:
                 sent += Cost(down_bytes=payload_bytes(message), down_frame_bytes=len(frame))
-            tasks.append(TrainTask(round, k, frame, self.log.missed(k), self._turn(k)))
+            tasks.append(TrainTask(round, k, frame, self.log.missed(k), self._turn(k), bool(message)))
         return tasks, messages, sent
 
     def evaluate(self, pool: Pool, round: int, train_data: bool) -> list[Evaluation]:
@@ -328,6 +369,8 @@ class Simulation:
         where = environment(self.device, self.workers)
         lines = self.folder.read_metrics()
         summary = run_summary(self.config.name, self.config.algorithm["name"], lines, where)
+        if (target := self.config.algorithm.get("target")) is not None:
+            summary["budget"] = reached(target, lines, self.system.classes if self.system else None)
         write_atomic(self.folder.summary, json.dumps(summary, indent=1))
         return summary
 

@@ -16,6 +16,7 @@ from spafl_kernels.training import Trainer
 
 from ..algorithms import Algorithm, Client, LocalTraining, Samples
 from ..data import Transform
+from ..system import System
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ClientSetting:
     seed: int
     device: torch.device
     dtype: torch.dtype = torch.float32
+    system: System | None = None
 
 
 class Resident:
@@ -56,6 +58,7 @@ class Resident:
         self._make_trainer = partial(make_trainer, engine=cast(Engine, engine))
         self.trainer: Trainer = self._make_trainer(self.model)
         self._others: dict[Hashable, tuple[nn.Module, Trainer]] = {}
+        self._counts: dict[str, float] = {}
 
     def _bind(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -93,6 +96,8 @@ class Resident:
             self._layers,
             self._others,
             self._make_trainer,
+            self._counts,
+            None if s.system is None else s.system.classes[id],
         )
 
     def take_back(self) -> None:

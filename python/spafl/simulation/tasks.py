@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms import Algorithm, Client, Evaluation, Training
+from ..errors import UserError
+from ..system import Usage
 from ..wire import Uplink, decode
 from .announcements import Announcement
 from .resident import ClientSetting, Resident
@@ -49,6 +51,8 @@ class TrainTask:
     """What the client has not heard yet, oldest first."""
     turn: Turn | None
     """Where its row is and goes, if there are any."""
+    carries: bool = True
+    """Whether there is anything in the frame; an empty one is not sent."""
 
     def __str__(self) -> str:
         return f"the training of client {self.client} in round {self.round}"
@@ -62,6 +66,8 @@ class TrainOutcome:
     training: Training
     """Its message is emptied: the frame carries it."""
     seconds: float
+    usage: Usage | None = None
+    """What the turn took of the client's device, where devices are modelled."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,22 @@ class Worker:
         training = self.algorithm.train(client, self._read(task.frame, task.round), task.round)
         rounding = client.stream("rounding", task.round)
         frame = self.setup.uplink.pack(training.message, task.frame, task.round, client.memory, rounding)
+        usage, figures = None, training.figures
+        if (system := self.setup.setting.system) is not None:
+            usage = self._usage(client, task, len(frame) if training.message else 0, training)
+            figures = figures | self.algorithm.timed(client, system.seconds(usage))
         self.resident.take_back()
         if store and turn:
             store.keep(turn.written)
         seconds = time.perf_counter() - start
-        return TrainOutcome(task.client, len(client.train), frame, replace(training, message={}), seconds)
+        training = replace(training, message={}, figures=figures)
+        return TrainOutcome(task.client, len(client.train), frame, training, seconds, usage)
+
+    def _usage(self, client: Client, task: TrainTask, up: int, training: Training) -> Usage:
+        if training.cost.executed_macs is None:
+            raise UserError("system: this algorithm does not tell how many multiply-accumulates it has executed")
+        down = sum(len(a.frame) for a in task.announced) + (len(task.frame) if task.carries else 0)
+        return Usage(client.id, training.cost.executed_macs, down, up, client.peak_bytes())
 
     def _evaluate(self, task: EvaluateTask) -> EvaluateOutcome:
         start = time.perf_counter()
