@@ -332,6 +332,11 @@ def test_a_restarted_client_is_known_under_its_new_node(problem, tmp_path):
     assert link.gather(range(3), 0) == {0, 1, 2}
 
 
+def test_modelled_devices_are_refused_where_real_ones_take_part(problem):
+    with pytest.raises(UserError, match=r"\[system\] models devices, and a distributed run has real ones"):
+        Roster(problem(system={"devices": {"phone": 1.0}}), "2" * 32)
+
+
 def test_what_a_server_refuses(problem, tmp_path):
     config, other = problem(), problem(training={"lr": 0.5})
     roster = Roster(config, "2" * 32)

@@ -42,9 +42,14 @@ class Roster:
         seats: by client.
         refused: by node: why it takes no part. It is asked again only under another number.
         form: ``(classes, shape, dtype, model)`` of the first client, which all others have to share; None before it.
+
+    Raises:
+        UserError: the configuration models devices, where real ones take part.
     """
 
     def __init__(self, config: RunConfig, run: str) -> None:
+        if config.system is not None:
+            raise UserError("[system] models devices, and a distributed run has real ones; take it out")
         self.config, self.run = config, run
         self.digest = run_digest(config)
         self.seats: dict[int, Seat] = {}

@@ -209,9 +209,10 @@ class Coordinator:
         self.server, self.round = merged.server, round
         if merged.announcement:
             self.log.announce(round, encode(merged.announcement, round, self.method.uplink.model))
-        trainings = [told[k] for k in merged.accepted if not math.isnan(told[k].loss)]
+        trained = [k for k in merged.accepted if not math.isnan(told[k].loss)]
+        trainings = [told[k] for k in trained]
         rejected = [*refused, *merged.rejected]
-        line = self.ledger.book(FinishedRound(round, asked.sampled, trainings, rejected, cost, None))
+        line = self.ledger.book(FinishedRound(round, asked.sampled, trainings, rejected, cost, None, trained))
         line |= {
             "merged": list(merged.accepted),
             "absent": asked.absent,
