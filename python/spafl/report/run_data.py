@@ -20,7 +20,7 @@ import numpy as np
 
 from ..client_results import FIELDS, results_path
 from ..cost import MODELLED, RECORDED, Cost
-from ..system.model import OUTCOMES
+from ..outcomes import OUTCOMES
 
 __all__ = ["ClientGaps", "FilterMasks", "Point", "ReportError", "Run", "Turns", "labels", "load_run", "seed_groups"]
 

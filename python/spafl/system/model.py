@@ -6,18 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from .. import rng
+from ..outcomes import Outcome
 from .devices import Device
 from .trace import Trace
 
-__all__ = ["OUTCOMES", "Played", "System", "Usage", "Visit"]
-
-Outcome = Literal["in time", "late", "failed", "left", "too large"]
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+__all__ = ["Played", "System", "Usage", "Visit"]
 
 
 @dataclass(frozen=True)

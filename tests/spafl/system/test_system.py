@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +11,9 @@ from torch import nn
 from spafl.algorithms.client import SavedBytes
 from spafl.config import deep_merge, resolve_config
 from spafl.errors import UserError
+from spafl.report.devices import devices_html, devices_text
+from spafl.report.run_data import Turns, load_run
+from spafl.report.table import targets_html
 from spafl.simulation import run
 from spafl.system import PRESETS, Device, System, Trace, Usage, read_trace
 
@@ -179,12 +183,33 @@ def test_a_run_on_devices_is_resumed_exactly_and_adds_up(small, tmp_path):
     assert lines[-1]["cost"]["modelled"]["seconds"] == pytest.approx(sum(s["seconds"] for s in whole))
     assert lines[-1]["cost"]["modelled"]["joules"] == pytest.approx(sum(sum(s["client_joules"]) for s in whole))
     assert len({o for s in whole for o in s["outcomes"]}) > 1
+    read = load_run(tmp_path / "whole")
+    assert read.turns is not None and read.turns.outcomes.sum() == 20 and len(read.turns.classes) == 5
+    assert read.turns.joules.sum() == pytest.approx(lines[-1]["cost"]["modelled"]["joules"])
+    assert read.last.cost.modelled_seconds == lines[-1]["cost"]["modelled"]["seconds"]
+    assert "modelled time" in targets_html([read]) and "modelled energy" in targets_html([read])
     for line in lines:
         merged = [
             k for k, o in zip(line["system"]["clients"], line["system"]["outcomes"], strict=True) if o == "in time"
         ]
         assert sorted(line["turns"]["clients"]) == sorted(merged)
         assert len(line["sampled"]) == 5
+
+
+def test_a_report_tells_who_is_late_and_who_never_takes_part():
+    outcomes = np.array([[3, 1, 0, 0, 0], [0, 4, 1, 0, 0], [0, 0, 0, 0, 5], [2, 0, 0, 1, 0]])
+    turns = Turns(["phone", "board", "board", "<b>"], outcomes, np.full(4, 10.0), np.full(4, 2000.0))
+    text = devices_text(turns)
+    assert text == (
+        "Most often late: client 1 (board) in 4 of 5 turns; client 0 (phone) in 1 of 4 turns. "
+        "Never took part: 1 (board), 2 (board)."
+    )
+    page = devices_html(["one"], [turns])
+    assert "<tr><td>board</td><td>2</td><td>10</td><td>0</td><td>4</td><td>1</td><td>5</td><td>2</td>" in page
+    assert "2.0 s" in page and "400 J" in page and "&lt;b&gt;" in page and "<b>" not in page
+    assert devices_html(["one", "two"], [None, None]) == ""
+    fine = Turns(["phone"], np.array([[2, 0, 0, 0, 0]]), np.ones(1), np.ones(1))
+    assert devices_text(fine) == "Nobody was late. Everybody took part."
 
 
 @pytest.mark.slow
