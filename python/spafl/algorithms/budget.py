@@ -11,10 +11,11 @@ then has a smaller coefficient than the other layers.
 
 The model leaves out what the data do to weights and thresholds. So what is asked for is not the budget but a *set
 point* per client that is corrected after every turn by what the turn has brought (:func:`corrected`):
-``p <- p (budget / measured) ** 1/2``, an integral controller in the logarithm, with half of the gain that would correct
-an error in one turn. It is clipped to [1e-3, 1]. A turn asks for at most a factor :data:`RATE` more or less than the
-last one, so that a model is not cut down at once. While this or the layers' last filters limit a turn, the set point
-stands still: it would run away from what can be had.
+``p <- p (budget / measured) ** gain``, an integral controller in the logarithm. The gain is a half for density, half of
+what would correct an error in one turn, and a fifth for operations and time, which are those of the whole turn, its
+beginning included. The set point is clipped to [1e-3, 1]. A turn asks for at most a factor :data:`RATE` more or less
+than the last one, so that a model is not cut down at once. While this or the layers' last filters limit a turn, the set
+point stands still: it would run away from what can be had.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ __all__ = [
 Kind = Literal["density", "macs", "seconds"]
 
 KINDS: tuple[Kind, ...] = ("density", "macs", "seconds")
-GAIN = 0.5
+GAIN: dict[Kind, float] = {"density": 0.5, "macs": 0.2, "seconds": 0.2}
 FIGURES: dict[Kind, str] = {"density": "density", "macs": "macs_share", "seconds": "turn_seconds"}
 """The name of what is measured among a turn's figures."""
 RATE = 0.8
@@ -261,4 +262,4 @@ def corrected(set_point: float, asked: float, budget: Budget, measured: float) -
     """The set point after a turn that was asked for ``asked`` and has brought ``measured`` of what the budget is of."""
     if asked != set_point or not measured > 0:
         return set_point
-    return min(max(set_point * (budget.value / measured) ** GAIN, LOWEST), 1.0)
+    return min(max(set_point * (budget.value / measured) ** GAIN[budget.kind], LOWEST), 1.0)
