@@ -22,7 +22,8 @@ CPU = (
     "training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers", "simulator", "native_cpu",
     "encodings", "layer",
 )  # fmt: skip
-GPU = ("gpu",)
+# What the others need that is not here.
+NEEDS = {"gpu": "a GPU", "side_by_side": "a checkout of the authors' code"}
 
 
 def summary(name: str) -> str:
@@ -59,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.what == "all":
         return run_all(args.quick)
-    for name in (*CPU, *GPU):
-        print(f"{name:14} {summary(name)}{' (needs a GPU)' if name in GPU else ''}")
+    for name in (*CPU, *NEEDS):
+        print(f"{name:14} {summary(name)}{f' (needs {NEEDS[name]})' if name in NEEDS else ''}")
     return 0
 
 

@@ -115,7 +115,7 @@ def draw(rng):
     algorithm = list(ALGORITHMS)[rng.integers(len(ALGORITHMS))]
     raw["algorithm"] = {"name": algorithm}
     if algorithm == "spafl" and rng.random() < 0.7:
-        raw["algorithm"]["variant"] = ["fmnist", "cifar10", "cifar100", "paper"][rng.integers(4)]
+        raw["algorithm"]["variant"] = ["fmnist", "cifar10", "cifar100", "paper", "tuned"][rng.integers(5)]
     known = [*fields(RunConfig), *fields(ALGORITHMS[algorithm].Options, "algorithm.")]
     for at in rng.choice(len(known), rng.integers(0, 8), replace=False):
         path, field = known[at]

@@ -1,0 +1,55 @@
+"""The comparison with the authors' code, as far as it goes without that code."""
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks import side_by_side
+from benchmarks.side_by_side import Shuffled, row_of
+from spafl.algorithms import Client, Samples
+from spafl.config import resolve_config
+from spafl.simulation.problem import build_problem
+
+SMALL = {"data": {"name": "synthetic", "image": 28, "classes": 10, "train": 200, "test": 100},
+         "partition": {"scheme": "dirichlet", "clients": 3, "alpha": 1.0, "min_train": 16, "min_test": 4},
+         "sampling": {"clients_per_round": 2}, "rounds": 2}  # fmt: skip
+
+
+def test_the_other_code_gets_the_batches_of_our_clients():
+    config = resolve_config(side_by_side.SETTINGS | SMALL)
+    problem = build_problem(config)
+    local, device = config.local_training(), torch.device("cpu")
+    for k, part in enumerate(problem.parts.train):
+        x, y = torch.as_tensor(problem.dataset.train_x), torch.as_tensor(problem.dataset.train_y)
+        samples = Samples(x, y, torch.as_tensor(part))
+        client = Client(
+            k, problem.model, {}, samples, samples, None, local, problem.dataset.transform, {}, config.seed, device
+        )
+        order = Shuffled(config.seed, k, len(part))
+        for round in (0, 5):
+            order.begin(round)
+            theirs = itertools.chain.from_iterable(iter(order) for _ in range(local.epochs))
+            ours = torch.cat([batch for batch, _ in client.training_batches(round)])
+            assert torch.equal(ours, samples.x[list(theirs)].float())
+
+
+def test_a_round_agrees_within_half_a_point_and_no_further():
+    assert row_of(0, (2.0, 50.0, 0.5), (9.0, 50.5, 0.504))["wrong"] == ""
+    row = row_of(3, (2.0, 50.0, 0.5), (9.0, 50.6, 0.5))
+    assert row["wrong"] == "accuracy differs by 0.6" and row["round"] == 4 and row["ratio"] == 4.5
+    assert row_of(0, (2.0, 50.0, 0.5), (9.0, 50.0, 0.506))["wrong"] == "density differs by 0.006"
+    assert "accuracy" in row_of(0, (2.0, float("nan"), 0.5), (9.0, 50.0, 0.5))["wrong"]
+
+
+def test_a_folder_that_is_something_else_is_refused(tmp_path, capsys):
+    assert side_by_side.main([str(tmp_path), "--quick"]) == 2
+    assert "is not the FMNIST folder of the authors' repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_the_table_takes_the_largest_difference_and_the_median_time(rounds):
+    rows = [row_of(i, (2.0, 50.0, 0.5), (6.0 + i, 50.0 + 0.1 * i, 0.5)) for i in range(rounds)]
+    text = side_by_side.table([{name: str(value) for name, value in row.items()} for row in rows])
+    assert text.splitlines()[2].startswith(f"| {rounds} | <= {0.1 * (rounds - 1):.2f} | <= 0.0000 |")
+    assert ("3.5x" if rounds == 3 else "3.0x") in text
