@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers import ThresholdLayer
 from ..reference import Estimator, mask_weight_and_bias
 from .follow import trace_flow
 from .kinds.layers import Layer
 from .plan import Plan
+from .rows import Rows
 
 __all__ = ["Audit", "LayerAudit", "audit"]
 
@@ -104,7 +104,7 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
     if repeats < 1:
         raise ValueError(f"repeats must be >= 1; got {repeats}")
     flow = trace_flow(model, tuple(x.shape[1:]))
-    keep = {name: op.module.mask() for name, op in flow.layers.items() if isinstance(op.module, ThresholdLayer)}
+    keep = Rows(flow).of_model(gradients=False).keep
     exact, padded = Plan(flow, keep, multiple=1), Plan(flow, keep)
     found = []
     for name, op in flow.layers.items():

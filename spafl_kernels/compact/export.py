@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import ThresholdLayer
 from ..training import Unsupported
 from .flow import Flow
 from .follow import trace_flow
@@ -17,6 +16,7 @@ from .kinds.grouped import Depthwise, Grouped
 from .kinds.layers import Layer
 from .kinds.norms import BatchNorm
 from .plan import Plan
+from .rows import Rows
 from .small import Small
 from .trace import check_traceable, copy_of, kept_random_state
 from .verify import compared, differs
@@ -87,7 +87,7 @@ def _exported(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
 def _small(flow: Flow) -> nn.Module:
     # Layers draw initial weights when they are made.
     with torch.inference_mode(False), torch.no_grad(), kept_random_state():
-        keep = {name: op.module.mask() for name, op in flow.layers.items() if isinstance(op.module, ThresholdLayer)}
+        keep = Rows(flow).of_model(gradients=False).keep
         keep |= _rows_that_cost_less_than_a_gather(flow, keep)
         small = Small(flow, Plan(flow, keep, multiple=1), _folded(flow))
         for op in flow.ops.values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,21 +14,20 @@ from torch.nn import functional as F
 
 from ..functional import refuse_transforms, warn_of_collapse
 from ..layers import ThresholdLayer
-from ..reference import WINDOW
 from ..settings import strict as strict_by_default
 from ..training import Unsupported
-from .conditions import Condition, rows_in_words
+from .conditions import rows_in_words
 from .flow import Flow
 from .follow import check_has_thresholds, follow_thresholds
 from .fusion import always_fused, prefers_channels_last
 from .inputs import Form, Input, inputs_of, usual_form
-from .layout import Layout
 from .plan import Channels, Plan
 from .program import Program
 from .recent import MOST, Recent, Refused
+from .rows import Chosen, Rows
 from .scope import Scope
 from .slots import LayerSlot, NormSlot
-from .state import LayerState, all_channels, by_filter, per_filter, put_rows
+from .state import all_channels, by_filter, put_rows
 from .trace import Trace, check_traceable
 from .verify import Verify, check_verify, differs
 
@@ -127,7 +125,7 @@ class _Captured:
     """What was read of the model for one kind of input and one set of modes."""
 
     flow: Flow
-    conditions: list[Condition]
+    rows: Rows
     made: dict[tuple[bool, bool], tuple[Tensor, tuple[bool, ...], Made]] = field(default_factory=dict)
 
 
@@ -205,7 +203,7 @@ class CompactModule(nn.Module):
         lines = [f"{self.engine}: {self.reason}"]
         for captured in self._captures.values():
             lines.append(captured.flow.explain())
-            reasons = {c.layer.name: c.reason for c in captured.conditions}
+            reasons = captured.rows.reasons
             for _, _, made in list(captured.made.values())[-1:]:
                 lines += [rows_in_words(n, made.masks[n].cpu(), made.keep[n], reasons.get(n, "")) for n in made.masks]
         return "\n".join(lines)
@@ -298,7 +296,7 @@ class CompactModule(nn.Module):
                 if watch is not None:
                     self._refused[key] = watch, str(error)
                 raise
-            self._captures[key] = captured = _Captured(flow, conditions_of(flow))
+            self._captures[key] = captured = _Captured(flow, Rows(flow))
         return captured
 
     def _check(self, flow: Flow, tensors: list[Tensor], gradients: bool) -> None:
@@ -320,12 +318,13 @@ class CompactModule(nn.Module):
     def _plan(self, captured: _Captured, tensors: list[Tensor], gradients: bool, inference: bool) -> Made:
         """Masks of the current parameters, and the program for them (the last one if no mask has changed)."""
         flow = captured.flow
-        masks, keep, passes = rows_of(flow, captured.conditions, gradients)
+        chosen = captured.rows.of_model(gradients)
+        masks, keep, passes = chosen.masks, chosen.keep, chosen.passes
         compiled = not torch.is_autocast_enabled(tensors[0].device.type)
         passing = tuple(p is not None for p in passes.values())
         state = torch.cat([*masks.values(), *keep.values()])
         # Where the window lets gradients through depends on the margins, not on the masks: such plans are not reused.
-        windowed = any(passing[k] and _is_window(flow, name) for k, name in enumerate(passes))
+        windowed = any(passes[layer.name] is not None for layer in captured.rows.layers if layer.window)
         # Tensors that a program keeps are of one kind only: made in inference mode, or not.
         key = compiled, inference
         if key in captured.made and not windowed:
@@ -334,7 +333,7 @@ class CompactModule(nn.Module):
                 return made
         if self.verify == "always":
             self._check(flow, tensors, gradients)
-        made = Made(flow, masks, keep, passes, self.multiple, compiled)
+        made = Made(flow, chosen, self.multiple, compiled)
         captured.made[key] = state, passing, made
         if gradients and self.model.training:
             self._warned |= warn_of_collapse(masks, self._warned)
@@ -349,91 +348,20 @@ def _form_before_a_call(model: nn.Module) -> Form | None:
         return None
 
 
-def conditions_of(flow: Flow) -> list[Condition]:
-    layers = [LayerState(name, op.module, 0) for name, op in flow.layers.items()]
-    found = (Condition.of(flow, layer) for layer in layers if layer.is_threshold)
-    return [c for c in found if c is not None]
-
-
-@torch.no_grad()
-def rows_of(
-    flow: Flow, conditions: list[Condition], gradients: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor | None]]:
-    """By threshold layer: the masks of the current parameters, the rows to compute, and where the estimator lets a
-    gradient through (as numbers; None: nowhere)."""
-    masks: dict[str, Tensor] = {}
-    keep: dict[str, Tensor] = {}
-    passes: dict[str, Tensor | None] = {}
-    values: list[Tensor] = []
-    for name, op in flow.layers.items():
-        m = op.module
-        if not isinstance(m, ThresholdLayer):
-            values.append(m.weight.sum().view(1))
-            continue
-        score = m.scores()
-        values.append(score)
-        masks[name] = keep[name] = score > m.threshold
-        passes[name] = None
-        if m.estimator == "identity":
-            passes[name] = torch.ones_like(score)
-        else:
-            far = (score - m.threshold).abs() > WINDOW
-            if bool(far.any()):
-                passes[name] = far.to(score.dtype)
-    # A pruned row whose gradient is not 0 must be computed, but only if there is a gradient.
-    if gradients:
-        here = _Constants(flow, passes)
-        for condition in conditions:
-            carried = condition.carry(here, here.far(condition.layer))
-            if carried is not None:
-                name = condition.layer.name
-                keep[name] = keep[name] | carried
-    if not math.isfinite(torch.cat(values).sum().item()):
-        # What is not finite is to spoil the result as it does in the model itself, where 0 * NaN is NaN.
-        keep = {name: torch.ones_like(mask) for name, mask in keep.items()}
-    return masks, keep, passes
-
-
-def _is_window(flow: Flow, name: str) -> bool:
-    return getattr(flow.layers[name].module, "estimator", None) == "window"
-
-
-class _Constants:
-    """The constants in front of norms, for :class:`Condition`, from the model's own parameters."""
-
-    def __init__(self, flow: Flow, passes: dict[str, Tensor | None]) -> None:
-        self.flow, self.passes = flow, passes
-
-    def far(self, layer: LayerState) -> Tensor | None:
-        passes = self.passes[layer.name]
-        return passes.bool() if layer.window and passes is not None else None
-
-    def in_front(self, layer: LayerState, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
-        weight = layer.module.weight
-        if not norm:
-            bias = layer.module.bias
-            return weight.new_zeros(layer.rows) if bias is None or layer.mask_bias else bias.detach()
-        assert layout is not None
-        m = self.flow.norms[norm].module
-        value = weight.new_zeros(layout.width) if m.bias is None else m.bias.detach()
-        return per_filter((value == 0).to(weight.dtype) if zero else value, layout, layer.name, layer.rows)
-
-
 class Made:
     """A program under one plan, and how its slots are filled from the model before a run and emptied after it."""
 
     def __init__(
         self,
         flow: Flow,
-        masks: dict[str, Tensor],
-        keep: dict[str, Tensor],
-        passes: dict[str, Tensor | None],
+        chosen: Chosen,
         multiple: int,
         compiled: bool,
     ) -> None:
+        masks, passes = chosen.masks, chosen.passes
         weight = next(flow.model.parameters())
         exact = always_fused(flow) if compiled and weight.device.type == "cpu" else set()
-        self.plan = plan = Plan(flow, keep, multiple, exact)
+        self.plan = plan = Plan(flow, chosen.keep, multiple, exact)
         self.masks, self.keep = masks, plan.keep
         self.gathers: list[Any] = []
         self.puts: list[Any] = []

@@ -19,7 +19,7 @@ from ..layers import ThresholdLayer
 from ..reference import WINDOW
 from ..training import SGDOptions
 from .arena import Arena, attach, shares_of
-from .conditions import Condition, rows_in_words
+from .conditions import rows_in_words
 from .dropped import DroppedRows
 from .flat_update import FlatUpdate
 from .flow import Flow
@@ -28,6 +28,7 @@ from .layout import Layout
 from .memory import Memory
 from .plan import Channels, Plan
 from .program import Program
+from .rows import Rows, layer_states
 from .scope import Scope
 from .state import LayerState, NormState, Tensors, all_channels, per_filter, same_channels
 from .update import CompiledUpdate, Loose, PlainUpdate, Update
@@ -87,25 +88,20 @@ class Session:
         self._device = p0.device
         known = p0.device.type == "cpu" and p0.dtype in (torch.float32, torch.float64)
         self.compiled = compiled and known and native.available()
-        self._layers: dict[str, LayerState] = {}
-        count = 0
-        for name, op in flow.layers.items():
-            self._layers[name] = layer = LayerState(name, op.module, count, op.positions)
-            count += layer.rows if layer.is_threshold else 0
+        self._layers = layer_states(flow)
+        self._rows = Rows(flow, self._layers.values())
         self._norms = {name: NormState(name, op.module) for name, op in flow.norms.items()}
         self._parts: list[LayerState | NormState] = [*self._layers.values(), *self._norms.values()]
-        self._pruned = [layer for layer in self._layers.values() if layer.is_threshold]
+        self._pruned = self._rows.layers
         # Scores of all filters. Like all vectors over filters it has the threshold layers one after another.
-        self._scores = torch.empty(count, dtype=p0.dtype, device=p0.device)
+        self._scores = torch.empty(sum(layer.rows for layer in self._pruned), dtype=p0.dtype, device=p0.device)
         self._far: Tensor | None = None
         self._window: Tensor | None = None
         if any(layer.window for layer in self._pruned):
             window = [torch.full((la.rows,), la.window, device=self._device) for la in self._pruned]
             self._window = torch.cat(window)
         self._dropped = DroppedRows(self._pruned, self._scores)
-        self._conditions = [c for layer in self._pruned if (c := Condition.of(flow, layer)) is not None]
-        self._conditioned = {c.layer for c in self._conditions}
-        self._steady = all(condition.fixed for condition in self._conditions)
+        self._steady = all(condition.fixed for condition in self._rows.conditions)
         self._exact = always_fused(flow) if self.compiled else set()
         self._gpu = self._device.type != "cpu" if gpu is None else gpu
         self._channels_last = prefers_channels_last(flow, self._gpu)
@@ -157,10 +153,8 @@ class Session:
         # What is not finite is to spoil the result as it does in the masked model, where 0 * NaN is NaN.
         plain = [layer.weight for layer in self._layers.values() if not layer.is_threshold]
         self._spoiled = not math.isfinite(sum(t.sum().item() for t in (self._scores, *plain)))
-        # The compiled step knows one learning rate, plain momentum, and one coefficient of the penalty.
-        self._in_one_call = (
-            self.compiled and not options.nesterov and options.threshold_lr is None and options.penalty_scales is None
-        )
+        # The compiled step knows one learning rate, and plain momentum.
+        self._in_one_call = self.compiled and not options.nesterov and options.threshold_lr is None
         self._dropped.begin(options)
         self._loaded = False
         self._stale = True
@@ -215,7 +209,7 @@ class Session:
         active = scores > tau
         if self._loaded and not self._spoiled:
             self._spoiled = not math.isfinite(scores.sum().item())
-        keep = self._kept_rows(active, self._far_rows(far))
+        keep = self._rows.kept(active, self, self._far_rows(far), self._spoiled)
         made = True
         if not self._loaded:
             made = self._begin(keep)
@@ -244,12 +238,8 @@ class Session:
         """The penalty of threshold layers that run as they are, which the update does not know."""
         if not self._apart or not self.options.penalty:
             return None
-        parts = [
-            self.options.penalty_of(name) * reference.penalty([m.threshold])
-            for name, m in self._apart.items()
-            if m.threshold.requires_grad
-        ]
-        return torch.stack(parts).sum() if parts else None
+        taus = [m.threshold for m in self._apart.values() if m.threshold.requires_grad]
+        return self.options.penalty * reference.penalty(taus) if taus else None
 
     def _observe_apart(self) -> None:
         """Guard and densities of the threshold layers that run as they are."""
@@ -284,7 +274,7 @@ class Session:
             changed |= far if self._far is None else far != self._far
         if not self._steady:
             far_rows = {la.name: la.far for la in self._pruned if la.window and la.signed and la.far is not None}
-            changed |= self._kept_rows(active, far_rows) & ~self._needed
+            changed |= self._rows.kept(active, self, far_rows, self._spoiled) & ~self._needed
         if self._dropped.moving:
             changed |= self._dropped.suspects(tau, ~self._keep, self._window, clock, most)
         return changed.any()
@@ -299,19 +289,6 @@ class Session:
             return {}
         known = far.cpu()
         return {la.name: far[la.part] for la in self._pruned if la.window and bool(known[la.part].any())}
-
-    def _kept_rows(self, active: Tensor, far: Mapping[str, Tensor]) -> Tensor:
-        if self._spoiled:
-            return torch.ones_like(active)
-        keep = active
-        for condition in self._conditions:
-            layer = condition.layer
-            carry = condition.carry(self, far.get(layer.name))
-            if carry is not None:
-                if keep is active:
-                    keep = active.clone()
-                keep[layer.part] |= carry
-        return keep
 
     def in_front(self, layer: LayerState, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
         """See :class:`~spafl_kernels.compact.conditions.Constants`."""
@@ -375,7 +352,7 @@ class Session:
         """Of every threshold layer: how many rows are computed, and why more than are active."""
         if not hasattr(self, "_needed"):
             return []
-        reasons = {c.layer.name: c.reason for c in self._conditions}
+        reasons = self._rows.reasons
         return [
             rows_in_words(la.name, self._active[la.part], self._needed[la.part], reasons.get(la.name, ""))
             for la in self._pruned

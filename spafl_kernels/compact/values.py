@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from .flow import Flow
 from .follow import follow_inputs
+from .rows import Rows
 from .trace import copy_of
 from .watch import set_modes
 
@@ -35,7 +36,7 @@ class _Values(fx.Interpreter):
 def first_difference(flow: Flow, twin: nn.Module, tensors: Sequence[Tensor], tolerance: float) -> str | None:
     """Name and kind of the first operation of which a plain program makes another value than ``twin``, a copy of the
     model of ``flow`` that is called with ``tensors``; None if there is none."""
-    from .module import Made, conditions_of, rows_of
+    from .module import Made
 
     assert flow.trace is not None
     was = flow.trace
@@ -50,7 +51,7 @@ def first_difference(flow: Flow, twin: nn.Module, tensors: Sequence[Tensor], tol
     gradients = flow.trace.gradients[0]
     inputs = tuple(i.like(t) for i, t in zip(flow.inputs, tensors))
     here = follow_inputs(other, inputs, trace.on(other), flow.batch)
-    made = Made(here, *rows_of(here, conditions_of(here), gradients), multiple=8, compiled=False)
+    made = Made(here, Rows(here).of_model(gradients), multiple=8, compiled=False)
     for gather in made.gathers:
         gather()
     torch.manual_seed(1)

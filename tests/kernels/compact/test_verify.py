@@ -24,6 +24,7 @@ from spafl_kernels.compact import (
     follow,
     layout,
     module,
+    rows,
     session,
     state,
     trace,
@@ -236,7 +237,7 @@ FAULTS = {
         ("trainer",),
     ),
     "beta is not looked at by the module": (
-        instead(module._Constants, "in_front", lambda f: _minus(f)),
+        instead(rows.OfParameters, "in_front", lambda f: _minus(f)),
         padded("identity"),
         ("module",),
     ),

@@ -1,0 +1,126 @@
+"""Which rows of the threshold layers are computed: for the trainer, the module, the export and the audit alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..reference import WINDOW
+from .conditions import Condition, Constants
+from .flow import Flow
+from .layout import Layout
+from .state import LayerState, per_filter
+
+__all__ = ["Chosen", "Rows", "layer_states"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """By threshold layer.
+
+    Args:
+        masks: which filters are active, bool.
+        keep: which are computed, bool.
+        passes: where the estimator lets a gradient through, as numbers; None: nowhere.
+    """
+
+    masks: dict[str, Tensor]
+    keep: dict[str, Tensor]
+    passes: dict[str, Tensor | None]
+
+
+def layer_states(flow: Flow) -> dict[str, LayerState]:
+    """All layers, with the place that their filters have in vectors over the filters of all threshold layers."""
+    states: dict[str, LayerState] = {}
+    begin = 0
+    for name, op in flow.layers.items():
+        states[name] = layer = LayerState(name, op.module, begin, op.positions)
+        begin += layer.rows if layer.is_threshold else 0
+    return states
+
+
+class Rows:
+    """An active filter is computed. A pruned one is computed where its gradient may not be 0, and everywhere in a model
+    that holds what is not finite: that is to spoil the result as in the masked model, where ``0 * NaN`` is NaN.
+
+    Args:
+        flow: of the model.
+        layers: its layers; by default new ones.
+
+    Attributes:
+        layers: the threshold layers.
+        conditions: when pruned rows have a gradient.
+    """
+
+    def __init__(self, flow: Flow, layers: Iterable[LayerState] | None = None) -> None:
+        self.flow = flow
+        every = list(layer_states(flow).values() if layers is None else layers)
+        self.layers = [layer for layer in every if layer.is_threshold]
+        self._plain = [layer.module for layer in every if not layer.is_threshold]
+        self.conditions = [c for layer in self.layers if (c := Condition.of(flow, layer)) is not None]
+
+    def kept(self, active: Tensor, constants: Constants, far: Mapping[str, Tensor], spoiled: bool) -> Tensor:
+        """The rows to compute where there are gradients; ``active`` itself if these are all.
+
+        Args:
+            active: bool over all filters.
+            constants: of pruned filters.
+            far: by window layer, where the window lets gradients through; layers without any are left out.
+            spoiled: something is not finite.
+        """
+        if spoiled:
+            return torch.ones_like(active)
+        keep = active
+        for condition in self.conditions:
+            layer = condition.layer
+            carry = condition.carry(constants, far.get(layer.name))
+            if carry is not None:
+                if keep is active:
+                    keep = active.clone()
+                keep[layer.part] |= carry
+        return keep
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """By layer, why rows may be computed although they are pruned."""
+        return {c.layer.name: c.reason for c in self.conditions}
+
+    @torch.no_grad()
+    def of_model(self, gradients: bool) -> Chosen:
+        """From the parameters as they are now; without ``gradients`` only active rows are computed."""
+        scores = [layer.module.scores() for layer in self.layers]
+        values = [*scores, *(m.weight.sum().view(1) for m in self._plain)]
+        spoiled = not math.isfinite(torch.cat(values).sum().item())
+        masks, passes, far = {}, {}, {}
+        for layer, score in zip(self.layers, scores):
+            threshold = layer.module.threshold
+            masks[layer.name] = score > threshold
+            passes[layer.name] = None if layer.window else torch.ones_like(score)
+            if layer.window and bool((beyond := (score - threshold).abs() > WINDOW).any()):
+                passes[layer.name], far[layer.name] = beyond.to(score.dtype), beyond
+        if not masks:
+            return Chosen({}, {}, {})
+        active = torch.cat(list(masks.values()))
+        keep = self.kept(active, OfParameters(self.flow), far, spoiled) if gradients or spoiled else active
+        return Chosen(masks, {layer.name: keep[layer.part] for layer in self.layers}, passes)
+
+
+class OfParameters:
+    """The constants in front of norms, for :class:`Condition`, from the model's own parameters."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+
+    def in_front(self, layer: LayerState, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
+        weight = layer.module.weight
+        if not norm:
+            bias = layer.module.bias
+            return weight.new_zeros(layer.rows) if bias is None or layer.mask_bias else bias.detach()
+        assert layout is not None
+        m = self.flow.norms[norm].module
+        value = weight.new_zeros(layout.width) if m.bias is None else m.bias.detach()
+        return per_filter((value == 0).to(weight.dtype) if zero else value, layout, layer.name, layer.rows)
