@@ -69,6 +69,15 @@ def test_nothing_is_pushed_where_nothing_has_to_change():
     assert push_for(scores, [torch.full((11,), 0.5)], mean, 1.0).common < math.exp(0.1) - math.exp(0.5)
 
 
+def test_above_one_thresholds_are_pulled_harder():
+    scores, high = [torch.linspace(0.1, 0.2, 11)], [torch.full((11,), 0.3)]
+    once, twice = (push_for(scores, high, mean, asked) for asked in (1.0, 2.0))
+    assert twice.common == pytest.approx(2 * once.common) and once.common < 0
+    assert not once.limited and not twice.limited
+    nothing = push_for(scores, [torch.zeros(11)], mean, 2.0)
+    assert nothing.common == 0 and nothing.limited
+
+
 def test_thresholds_are_pulled_down_for_a_higher_density():
     scores, thresholds = layers(1)
     high = [t + 0.11 for t in thresholds]
@@ -138,14 +147,14 @@ def test_the_controller_settles_on_plants_it_does_not_know(name, start):
     set_point, before, density, measured = first_set_point(budget), 1.0, start, []
     for _ in range(60):
         asked = asked_for(set_point, before, density)
-        assert RATE * min(before, density) - 1e-12 <= asked <= min(1.0, max(before, density) / RATE) + 1e-12
+        assert RATE * min(before, density) - 1e-12 <= asked <= max(before, density) / RATE + 1e-12
         before = asked
         noise = 1 + 0.1 * (2 * torch.rand((), generator=generator).item() - 1)
         brought = plant(asked) * noise
         measured.append(brought)
         density = min(1.0, brought if kind == "density" else asked)
         set_point = corrected(set_point, asked, budget, brought)
-        assert 0 < set_point <= 1
+        assert 0 < set_point <= 4
     last = sum(measured[-20:]) / 20
     assert last == pytest.approx(budget.value, rel=0.05)
     steps = [abs(b / a - 1) for a, b in zip(measured[-20:], measured[-19:], strict=False)]

@@ -13,7 +13,8 @@ The model leaves out what the data do to weights and thresholds. So what is aske
 point* per client that is corrected after every turn by what the turn has brought (:func:`corrected`):
 ``p <- p (budget / measured) ** gain``, an integral controller in the logarithm. The gain is a half for density, half of
 what would correct an error in one turn, and a fifth for operations and time, which are those of the whole turn, its
-beginning included. The set point is clipped to [1e-3, 1]. A turn asks for at most a factor :data:`RATE` more or less
+beginning included. The set point is clipped to [1e-3, 4]: above 1, where nothing would be pruned at the end of a turn,
+thresholds are pulled down as many times as far, and earlier. A turn asks for at most a factor :data:`RATE` more or less
 than the last one, so that a model is not cut down at once. While this or the layers' last filters limit a turn, the set
 point stands still: it would run away from what can be had.
 """
@@ -51,7 +52,7 @@ GAIN: dict[Kind, float] = {"density": 0.5, "macs": 0.2, "seconds": 0.2}
 FIGURES: dict[Kind, str] = {"density": "density", "macs": "macs_share", "seconds": "turn_seconds"}
 """The name of what is measured among a turn's figures."""
 RATE = 0.8
-LOWEST = 1e-3
+LOWEST, HIGHEST = 1e-3, 4.0
 SPARED = 0.02
 
 
@@ -207,7 +208,7 @@ def push_for(
     Args:
         scores, thresholds: ``(filters,)`` of every layer.
         spent: increasing in every density.
-        asked: what it should be.
+        asked: what it should be; above 1, the pull that revives all filters is so many times as strong.
         spared: a layer keeps more than this share of its filters, and two of them at least, where it has so many.
     """
     margins = [
@@ -222,6 +223,7 @@ def push_for(
         rest = zip(gone, expendable, margins, strict=True)
         return spent([1 - min(n, most) / len(m) for n, most, m in rest])
 
+    more, asked = max(asked, 1.0), min(asked, 1.0)
     low, high = 0, len(ordered) - 1
     while low < high:
         middle = (low + high) // 2
@@ -230,6 +232,9 @@ def push_for(
     if low and abs(after(low - 1) - asked) < abs(after(low) - asked):
         low -= 1
     common = _push_between(ordered, low)
+    if more > 1:
+        limited |= common >= 0  # nothing is pruned, and nothing more can be had
+        common *= more if common < 0 else 1.0
     own = (_most(m, n) for m, n in zip(margins, expendable, strict=True))
     return Push(common, tuple(min(common, most) for most in own), limited)
 
@@ -255,11 +260,11 @@ def asked_for(set_point: float, before: float, arrived: float) -> float:
         before: what the last turn was asked for; what it has brought may be far from it, where the data resist.
         arrived: with the thresholds it has received.
     """
-    return min(max(set_point, RATE * min(before, arrived)), max(before, arrived) / RATE, 1.0)
+    return min(max(set_point, RATE * min(before, arrived)), max(before, arrived) / RATE, HIGHEST)
 
 
 def corrected(set_point: float, asked: float, budget: Budget, measured: float) -> float:
     """The set point after a turn that was asked for ``asked`` and has brought ``measured`` of what the budget is of."""
     if asked != set_point or not measured > 0:
         return set_point
-    return min(max(set_point * (budget.value / measured) ** GAIN[budget.kind], LOWEST), 1.0)
+    return min(max(set_point * (budget.value / measured) ** GAIN[budget.kind], LOWEST), HIGHEST)
