@@ -88,6 +88,9 @@ class Trainer:
 
     engine: str
     reason: str
+    hits: Callable[[Tensor, Tensor], Tensor]
+    """``hits(model(x), y)``: what :meth:`evaluate` counts as right of a batch, a scalar; by default the samples whose
+    largest output is that of their class. May be set to something else between two evaluations."""
     form: Hashable = None
     """Set it to something else where the model computes something else from one step to the next (another width, say):
     multiply-accumulates are counted once for each form and shape of input."""
@@ -95,6 +98,7 @@ class Trainer:
     def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy) -> None:
         self.model = model
         self.loss = loss
+        self.hits = of_classes
         self._inventory = Inventory(model)
         self._parameters = self._inventory.parameters
         self._open = False
@@ -245,7 +249,12 @@ class Trainer:
         loss = scalar_loss(self.loss(out, y)) * len(y)
         if not isinstance(out, Tensor) or out.dim() < 2:
             raise TypeError(f"evaluate() needs a model that returns (N, classes); this one returned {_words(out)}")
-        return loss, (out.argmax(dim=1) == y).sum()
+        return loss, self.hits(out, y)
+
+
+def of_classes(out: Tensor, y: Tensor) -> Tensor:
+    """How many of the ``(N, classes)`` outputs are largest at their class ``(N,)``."""
+    return (out.argmax(dim=1) == y).sum()
 
 
 def _words(value: Any) -> str:

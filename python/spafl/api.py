@@ -8,13 +8,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
-from .client_results import listed_in, results_path
+from .callbacks import Callback
 from .config import RunConfig, deep_merge, load_run_config, read_toml, resolve_config
 from .errors import UserError
 from .export import Exported, client_model, export_client
 from .plugins import Code
+from .records import client_rows, lines_of, round_row
+from .report.confusion import confusions
 from .report.figures import PICTURES
 from .report.run_data import Run
 from .report.run_data import load_run as read_folder
@@ -67,13 +70,13 @@ class RunResult:
 
     def records(self) -> list[dict[str, Any]]:
         """One flat dict per round: what :meth:`frame` shows."""
-        return [_flat(point) for point in self.data.points]
+        self.data  # noqa: B018  what is damaged is named by file and line
+        return [round_row(line) for line in lines_of(self.folder)]
 
     def frame(self) -> DataFrame:
         """A row per round, in the order of the rounds (pandas).
 
-        ``round`` counts from 1; accuracies and densities are fractions, missing where the round was not evaluated;
-        costs are cumulative, with the names of :class:`spafl.cost.Cost`; ``density.NAME`` is a layer's density.
+        The columns are those of :func:`spafl.records.round_row`.
         """
         return _pandas().DataFrame.from_records(self.records())
 
@@ -86,11 +89,35 @@ class RunResult:
     def client_records(self) -> list[dict[str, Any]]:
         """One dict per client and evaluated round: what :meth:`clients` shows."""
         train, test = self.data.train.sum(1), self.data.test.sum(1)
-        rows = []
-        for round, client, values in client_values(self.folder):
-            row = {"round": round + 1, "client": client, **values}
-            rows.append(row | {"train_samples": int(train[client]), "test_samples": int(test[client])})
-        return rows
+        rows = [row for line in lines_of(self.folder) for row in client_rows(self.folder, line)]
+        return [
+            {**row, "train_samples": int(train[row["client"]]), "test_samples": int(test[row["client"]])}
+            for row in rows
+        ]
+
+    def confusion(self, client: int | None = None, round: int | None = None) -> np.ndarray:
+        """How many test samples of a class were taken for which: int64 ``(classes, classes)``, rows are true classes.
+
+        Args:
+            client: one of them; by default all that were tested, together.
+            round: from 1; by default the last evaluated one.
+
+        Raises:
+            UserError: not recorded (``evaluation.confusion = true`` does), or not of this client or round.
+        """
+        last = self.data.evaluated
+        at = round - 1 if round is not None else -1 if last is None else last.round
+        found = confusions(self.folder, at, self.data.train.shape[1])
+        if not found:
+            which = "the last evaluated round" if round is None else f"round {round}"
+            raise UserError(
+                f"no confusion matrices of {which} in {self.folder}; evaluation.confusion = true records them"
+            )
+        if client is None:
+            return np.sum(list(found.values()), axis=0)
+        if client not in found:
+            raise UserError(f"client must be one of those tested in round {at + 1}; got {client}")
+        return found[client]
 
     def plot(self, picture: str = "accuracy", *others: RunResult) -> Figure:
         """A picture of the report, of this run alone or beside others.
@@ -115,14 +142,24 @@ class RunResult:
         """A client's model as of the last checkpoint, with its threshold layers, in eval mode."""
         return client_model(self.folder, client, self.code)[0]
 
-    def export(self, client: int, out: Path | str | None = None, onnx: bool = False) -> Exported:
+    def export(
+        self,
+        client: int,
+        out: Path | str | None = None,
+        onnx: bool = False,
+        normalise: bool = False,
+        opset: int | None = None,
+    ) -> Exported:
         """Write a client's model as a small dense one; see :func:`spafl.export.export_client`.
 
         Args:
             out: folder; ``export`` in the run folder by default.
             onnx: write an ONNX file too, checked in onnxruntime.
+            normalise: take samples as they are in the source and normalise them in the graph.
+            opset: of ONNX; by default what PyTorch's exporter takes.
         """
-        return export_client(self.folder, client, Path(out) if out else self.folder / "export", onnx, self.code)
+        folder = Path(out) if out else self.folder / "export"
+        return export_client(self.folder, client, folder, onnx, self.code, normalise, opset)
 
     def __repr__(self) -> str:
         return comparison_table([self.folder])
@@ -137,6 +174,7 @@ def run(
     *,
     resume: bool = False,
     quiet: bool = True,
+    callbacks: Iterable[Any] | None = None,
     **settings: Any,
 ) -> RunResult:
     """Run a configuration, or continue it.
@@ -146,6 +184,9 @@ def run(
         out: run folder; ``runs/NAME`` by default.
         resume: continue the run in the folder.
         quiet: no line per round.
+        callbacks: who is told of finished rounds, instead of those of the configuration: names, tables with ``name``
+            and ``options``, or classes, which are stored in the configuration; or objects of
+            :class:`~spafl.callbacks.Callback`, which are not.
         settings: laid over the configuration: ``rounds=20``, ``training={"lr": 0.02}`` or
             ``**{"training.lr": 0.02}``.
 
@@ -153,9 +194,14 @@ def run(
         UserError: a mistake that can be mended, found before work starts.
         FloatingPointError: the training diverged.
     """
+    objects: list[Callback] = []
+    if callbacks is not None:
+        given = list(callbacks)
+        objects = [entry for entry in given if isinstance(entry, Callback)]
+        settings["callbacks"] = [entry for entry in given if not isinstance(entry, Callback)]
     resolved = _resolve(config, settings)
     folder = Path(out) if out is not None else Path("runs") / resolved.name
-    simulate(resolved, folder, resume=resume, quiet=quiet)
+    simulate(resolved, folder, resume=resume, quiet=quiet, callbacks=objects)
     return RunResult(folder, Code.only(resolved.code.values()))
 
 
@@ -190,33 +236,6 @@ def _resolve(config: Configuration, settings: Mapping[str, Any]) -> RunConfig:
             value = {key: value}
         raw = deep_merge(raw, value)
     return resolve_config(raw)
-
-
-def client_values(folder: Path) -> list[tuple[int, int, dict[str, Any]]]:
-    """``(round, client, values)`` of every evaluated round, rounds from 0 as recorded."""
-    names = ("accuracy", "loss", "train_accuracy", "density")
-    found = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["evaluation"] is None:
-            continue
-        round, listed = record["round"], listed_in(record)
-        if listed is None:
-            clients = [json.loads(text) for text in results_path(folder, round).read_text().splitlines()]
-        else:
-            count = len(listed["accuracy"])
-            clients = [{"client": k} | {n: listed[n][k] for n in names if n in listed} for k in range(count)]
-        found += [(round, values["client"], {n: values.get(n) for n in names}) for values in clients]
-    return found
-
-
-def _flat(point: Any) -> dict[str, Any]:
-    row = {"round": point.round + 1}
-    for name in ("accuracy", "accuracy_std", "accuracy_worst", "density", "density_parameters"):
-        row[name] = getattr(point, name)
-    row |= vars(point.cost)
-    row |= {f"density.{layer}": value for layer, value in (point.layer_density or {}).items()}
-    return row
 
 
 def _pandas() -> Any:

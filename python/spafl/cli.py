@@ -39,19 +39,35 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="continue the run in the folder from its last checkpoint")
     run.add_argument("--quiet", action="store_true", help="no progress")
     run.add_argument("--no-report", action="store_true", help="do not write the report at the end")
+    run.add_argument("--callback", action="append", default=[], metavar="NAME",
+                     help="csv, tensorboard, wandb or module:Class, beside those configured (repeatable)")  # fmt: skip
 
     _allow_code(run, "--resume: ")
 
     report = commands.add_parser("report", help="pictures and one HTML page of one or several runs")
     report.add_argument("runs", type=Path, nargs="+", help="run folders; several are compared")
     report.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
+    report.add_argument("--csv", action="store_true", help="tables of rounds, clients and confusions too")
+    report.add_argument("--latex", action="store_true", help="the comparison as a LaTeX table too")
+    report.add_argument("--pdf", action="store_true", help="the pictures, and all of them in one file, as PDF too")
 
     export = commands.add_parser("export", help="a client's model as a small dense one")
     export.add_argument("run", type=Path, help="run folder")
     export.add_argument("--client", type=int, required=True, help="number of the client, from 0")
     export.add_argument("--onnx", action="store_true", help="write an ONNX file too, checked in onnxruntime")
+    export.add_argument("--normalise", action="store_true",
+                        help="take samples as stored (bytes of images) and normalise them in the graph")  # fmt: skip
+    export.add_argument("--opset", type=int, help="version of ONNX's operators")
     export.add_argument("--out", type=Path, help="folder (default: RUN/export)")
     _allow_code(export)
+
+    predict = commands.add_parser("predict", help="what an exported model says of images")
+    predict.add_argument("model", type=Path, help="file that export wrote: .onnx, or .pt2 with --allow-code")
+    predict.add_argument("images", type=Path, nargs="+", help="images, folders of images, .npy arrays of samples")
+    predict.add_argument("--top", type=int, default=1, help="so many classes of each (default: 1)")
+    predict.add_argument("--resize", action="store_true", help="scale images of another size")
+    predict.add_argument("--csv", type=Path, help="write a table to this file instead of lines to the terminal")
+    predict.add_argument("--allow-code", action="store_true", help="load a .pt2, which PyTorch reads with pickle")
 
     for name, does in (
         ("table", "make an experiment's missing runs and its table"),
@@ -81,7 +97,7 @@ def _allow_code(parser: argparse.ArgumentParser, when: str = "") -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .config import load_config
+    from .config import load_config, resolve_config
     from .errors import UserError
     from .plugins import Code
     from .report import comparison_table, write_report
@@ -102,6 +118,10 @@ def _run(args: argparse.Namespace) -> int:
         if not source.exists():
             raise UserError(f"run folder {out} holds no run to resume")
     config = load_config(source, assignments, code)
+    there = [callback.name for callback in config.callbacks]
+    if added := [name for name in args.callback if name not in there]:
+        raw = config.model_dump()
+        config = resolve_config({**raw, "callbacks": [*raw["callbacks"], *added]})
     out = out or Path("runs") / config.name
     run(config, out, resume=args.resume, quiet=args.quiet)
     print(comparison_table([out]))
@@ -115,6 +135,14 @@ def _report(args: argparse.Namespace) -> int:
 
     print(comparison_table(args.runs))
     print(f"report: {write_report(args.runs, args.out)}")
+    if args.csv or args.latex or args.pdf:
+        from .report.formats import write_csv_tables, write_latex, write_pdf
+
+        files = write_csv_tables(args.runs, args.out) if args.csv else []
+        files += [write_latex(args.runs, args.out)] if args.latex else []
+        files += write_pdf(args.runs, args.out)[:1] if args.pdf else []
+        for file in files:
+            print(file)
     return 0
 
 
@@ -125,12 +153,26 @@ def _export(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's exporters warn of their own internals
         code = Code(args.allow_code, frozenset(args.allow_module))
-        done = export_client(args.run, args.client, args.out or args.run / "export", args.onnx, code)
+        out = args.out or args.run / "export"
+        done = export_client(args.run, args.client, out, args.onnx, code, args.normalise, args.opset)
     (weights, small_weights), (macs, small_macs) = done.parameters, done.macs
     print(f"parameters {weights:,} -> {small_weights:,}; multiply-accumulates per sample {macs:,} -> {small_macs:,}")
     print(f"largest difference from the client's model: {done.difference:.1e} of the largest output")
     for file in done.files:
         print(file)
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from .csv_files import write_csv
+    from .predict import Model, as_rows, as_text, predict
+
+    found = predict(Model(args.model, args.allow_code), args.images, args.top, args.resize)
+    if args.csv is None:
+        print(as_text(found))
+    else:
+        write_csv(args.csv, as_rows(found))
+        print(args.csv)
     return 0
 
 
@@ -154,7 +196,7 @@ def _table(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "report": _report, "export": _export, "table": _table, "sweep": _table}
+COMMANDS = {"run": _run, "report": _report, "export": _export, "predict": _predict, "table": _table, "sweep": _table}
 
 
 def _status_of(error: Exception) -> int | None:

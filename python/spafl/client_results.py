@@ -2,7 +2,8 @@
 
 One JSON object per client and line: ``client``, ``samples`` (of its test data), ``accuracy``, ``loss``,
 ``train_accuracy``, ``density`` (mean over layers) and ``first_layer`` (mask of the first layer that has one, a
-character 0 or 1 per filter); null where something was not measured. Runs of earlier versions hold the same as lists in
+character 0 or 1 per filter); null where something was not measured. With ``evaluation.confusion``, also ``confusion``:
+``[class, predicted class, how many]`` of the test samples. Runs of earlier versions hold the same as lists in
 ``metrics.jsonl``, one entry per client.
 """
 

@@ -21,7 +21,8 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 from pydantic_core import PydanticCustomError
 
 from . import plugins
-from .algorithms import Algorithm, LocalTraining, find_algorithm
+from .algorithms import Algorithm, LocalTraining, Loss, Objective, find_algorithm
+from .callbacks.registry import CALLBACKS
 from .checked import CheckedModel, alternatives, short
 from .data import DATASETS, MAX_ALPHA, MIN_ALPHA, SCHEMES
 from .errors import UserError
@@ -141,6 +142,8 @@ class TrainingConfig(_Section):
     """The learning rate rises linearly over so many rounds, to ``lr`` in the next, where the schedule begins."""
     max_grad_norm: Positive | None = None
     drop_last: bool = False
+    loss: Loss = "cross-entropy"
+    """Of classes cross-entropy; of numbers mse, mae or huber."""
 
     @model_validator(mode="after")
     def _settings_that_go_together(self) -> TrainingConfig:
@@ -184,6 +187,10 @@ class EvaluationConfig(_Section):
     """Evaluate every so many rounds, and after the last."""
     clients: Any = "all"
     """How many clients are tested then: ``all``, or a number, drawn anew for each evaluation."""
+    confusion: bool = False
+    """Whether to count, client by client, which class is taken for which."""
+    tolerance: Positive | None = None
+    """Of predicted numbers: each at most so far from its target counts as right."""
     train_data: Literal["final", "always", "never"] = "final"
     """When to measure accuracy on the training data too (for the generalisation gap)."""
 
@@ -244,6 +251,12 @@ class SystemConfig(_Section):
         return PRESETS[name] if own is None else Device(**own.model_dump())
 
 
+class CallbackConfig(_Section):
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of the callback's class."""
+
+
 class FlowerConfig(_Section):
     """Distributed runs (:mod:`spafl.flower`) alone."""
 
@@ -273,6 +286,8 @@ class RunConfig(_Section):
     system: SystemConfig | None = None
     """None: clients answer at once, and nothing is modelled."""
     flower: FlowerConfig = FlowerConfig()
+    callbacks: tuple[CallbackConfig, ...] = ()
+    """Who is told of finished rounds; they change nothing of a run."""
 
     @field_validator("name")
     @classmethod
@@ -315,7 +330,12 @@ class RunConfig(_Section):
 
     def local_training(self) -> LocalTraining:
         """The ``[training]`` section as the clients use it."""
-        return LocalTraining(**self.training.model_dump())
+        return LocalTraining(**self.training.model_dump(exclude={"loss"}))
+
+    def objective(self, classes: int) -> Objective:
+        """What clients learn: ``classes``, or numbers (0)."""
+        e = self.evaluation
+        return Objective(self.training.loss, e.tolerance or 0.0, classes if e.confusion else 0)
 
     def build_system(self) -> System | None:
         """The model of the clients' devices, if there is one.
@@ -347,6 +367,8 @@ def _swap(value: Any, old: Any, new: Any) -> Any:
     """``value`` with every ``old`` inside it replaced by ``new``."""
     if isinstance(value, Mapping):
         return {key: _swap(item, old, new) for key, item in value.items()}
+    if isinstance(value, list | tuple):  # of tables; the words of a list are its own
+        return [_swap(item, old, new) if isinstance(item, Mapping) else item for item in value]
     return new if value == old and type(value) is type(old) else value
 
 
@@ -407,9 +429,9 @@ def load_config(path: Path, assignments: Iterable[str] = (), code: Code | None =
     return resolve_config(raw)
 
 
-def _check_code(what: str, raw: Mapping[str, Any], code: Code, needed: Iterable[str] = plugins.SETTINGS) -> None:
+def _check_code(what: str, raw: Mapping[str, Any], code: Code, needed: Iterable[str] | None = None) -> None:
     for setting, name in plugins.named(raw).items():
-        if setting in needed and not code.allows(name):
+        if (needed is None or setting in needed) and not code.allows(name):
             raise UserError(
                 f"{what} names code ({setting} = {name!r}), which a run folder does not run unasked; allow it with "
                 f"--allow-code, or this module with --allow-module {plugins.module_of(name)}"
@@ -481,6 +503,9 @@ def _with_paths(raw: dict[str, Any]) -> dict[str, Any]:
         table = raw.get(section)
         if isinstance(table, Mapping) and (name := table.get(key)) is not None and callable(name):
             raw = {**raw, section: {**table, key: plugins.path_of(setting, name)}}
+    entries = raw.get("callbacks")
+    if isinstance(entries, list | tuple):
+        raw = {**raw, "callbacks": [_callback(at, entry) for at, entry in enumerate(entries)]}
     algorithm = raw.get("algorithm")
     if isinstance(algorithm, Mapping) and isinstance(algorithm.get("options"), Mapping):
         flat = {key: value for key, value in algorithm.items() if key != "options"}
@@ -488,6 +513,14 @@ def _with_paths(raw: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"algorithm.options.{twice[0]}: it is set in [algorithm] too")
         raw = {**raw, "algorithm": {**flat, **algorithm["options"]}}
     return raw
+
+
+def _callback(at: int, entry: Any) -> Any:
+    """An entry of ``callbacks`` as a table: a name or a class alone will do."""
+    table = entry if isinstance(entry, Mapping) else {"name": entry}
+    if callable(table.get("name")):
+        table = {**table, "name": plugins.path_of(f"callbacks.{at}.name", table["name"])}
+    return table
 
 
 def _resolve(raw: dict[str, Any], imports: bool) -> RunConfig:
@@ -530,6 +563,7 @@ def _check_names(config: RunConfig) -> None:
         ("data.name", config.data.name, DATASETS),
         ("model.name", config.model.name, MODELS),
         ("partition.scheme", config.partition.scheme, SCHEMES),
+        *((f"callbacks.{at}.name", entry.name, CALLBACKS) for at, entry in enumerate(config.callbacks)),
     )
     for where, name, known in names:
         if name not in known and not plugins.is_path(name):

@@ -39,7 +39,7 @@ class Code:
 
 
 SETTINGS = ("model.name", "data.name", "partition.scheme", "algorithm.name")
-"""Where a configuration can name code."""
+"""Where a configuration can name code, beside the entries of ``callbacks``, on which no result depends."""
 
 
 def named(raw: Mapping[str, Any]) -> dict[str, str]:
@@ -51,6 +51,11 @@ def named(raw: Mapping[str, Any]) -> dict[str, str]:
         name = table.get(key) if isinstance(table, Mapping) else None
         if isinstance(name, str) and is_path(name):
             found[setting] = name
+    callbacks = raw.get("callbacks")
+    for at, entry in enumerate(callbacks if isinstance(callbacks, list | tuple) else ()):
+        name = entry.get("name") if isinstance(entry, Mapping) else entry
+        if isinstance(name, str) and is_path(name):
+            found[f"callbacks.{at}.name"] = name
     return found
 
 

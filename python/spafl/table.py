@@ -15,6 +15,7 @@ from scipy import stats  # scikit-learn needs it too
 from .algorithms import find_algorithm
 from .errors import UserError
 from .experiment import Experiment, Job, carry_out, jobs_of
+from .latex import escaped, tabular
 from .report.run_data import Point, Run, load_run
 from .simulation.files import write_atomic
 
@@ -182,23 +183,12 @@ def markdown(experiment: Experiment, lines: Sequence[Line], seeds: Sequence[int]
     return "\n".join([f"# {experiment.title}", "", *text, "", *(f"* {n}" for n in notes_of(lines, seeds)), ""])
 
 
-_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-          "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "±": r"$\pm$", "†": r"$^\dagger$"}  # fmt: skip
-
-
 def latex(experiment: Experiment, lines: Sequence[Line], seeds: Sequence[int]) -> str:
     """A ``tabular`` with rules of the booktabs package, notes as comments."""
-
-    def row(texts: Sequence[str]) -> str:
-        return " & ".join("".join(_LATEX.get(c, c) for c in text) for text in texts) + r" \\"
-
-    body = [row(cells(experiment, line)) for line in lines]
     columns = "l" + "r" * (len(header(experiment)) - 1)
-    return "\n".join([
-        *(f"% {note}" for note in [experiment.title, *notes_of(lines, seeds)]),
-        rf"\begin{{tabular}}{{{columns}}}", r"\toprule", row(header(experiment)), r"\midrule", *body, r"\bottomrule",
-        r"\end{tabular}", "",
-    ])  # fmt: skip
+    head = " & ".join(map(escaped, header(experiment))) + r" \\"
+    notes = [experiment.title, *notes_of(lines, seeds)]
+    return tabular(columns, [head], [cells(experiment, line) for line in lines], notes)
 
 
 def raw_csv(lines: Sequence[Line]) -> str:

@@ -155,6 +155,7 @@ class CompactTrainer(Trainer):
         session = self._ready(x, training=False)
         if session is None:
             assert self._fallback is not None
+            self._fallback.hits = self.hits
             return self._fallback.evaluate(x, y)
         session.refresh()
         out = session.program(x, False)

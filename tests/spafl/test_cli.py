@@ -112,7 +112,7 @@ def test_export_of_a_client(small, tmp_path, capsys, algorithm):
     path.write_text(resolve_config(small).to_toml())
     assert main(["run", str(path), "--out", str(out), "--no-report"]) == 0
     capsys.readouterr()
-    assert main(["export", str(out), "--client", "1", "--onnx"]) == 0
+    assert main(["export", str(out), "--client", "1"]) == 0
     printed = capsys.readouterr().out
     before, after = (int(n.replace(",", "")) for n in printed.split("parameters ")[1].split(";")[0].split(" -> "))
     assert after < before if algorithm == "spafl" else after == before
@@ -120,7 +120,75 @@ def test_export_of_a_client(small, tmp_path, capsys, algorithm):
     x = torch.randn(3, *image)
     loaded = torch.export.load(out / "export" / "client-1.pt2").module()
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
-    assert (out / "export" / "client-1.onnx").stat().st_size > 1000
+    if algorithm == "spafl":
+        check_predictions(out, model, tmp_path, capsys)
+
+
+def check_predictions(run, model, tmp_path, capsys):
+    """Stored bytes, pictures and a table give what the client's model gives; what does not fit is one sentence."""
+    import numpy as np
+    import onnx
+    import torch
+    from PIL import Image
+
+    from spafl.config import load_run_config
+    from spafl.simulation.problem import load_data
+
+    again = ["export", run, "--client", 1, "--out", tmp_path / "bytes", "--onnx", "--normalise", "--opset", 18]
+    assert main([str(a) for a in again]) == 0
+    capsys.readouterr()
+    data = load_data(load_run_config(run, None))
+    x = data.test_x[:20]
+    with torch.no_grad():
+        odds = model(data.transform(torch.from_numpy(x))).softmax(1)
+    np.save(tmp_path / "x.npy", x)
+    (tmp_path / "pictures").mkdir()
+    for at, image in enumerate(x[:3]):
+        Image.fromarray(image[0]).save(tmp_path / "pictures" / f"{at}.png")
+    files = {name: tmp_path / "bytes" / f"client-1.{name}" for name in ("onnx", "pt2")}
+    files["plain"] = run / "export" / "client-1.pt2"
+    for file in files.values():
+        table = tmp_path / "table.csv"
+        allow = ["--allow-code"] if file.suffix == ".pt2" else []
+        command = ["predict", file, tmp_path / "x.npy", tmp_path / "pictures", "--top", 10, "--csv", table, *allow]
+        assert main([str(a) for a in command]) == 0
+        rows = [line.split(",") for line in table.read_text().splitlines()]
+        assert rows[0][:3] == ["sample", "class_1", "probability_1"] and len(rows) == 24
+        for row, expected in zip(rows[1:], [*odds, *odds[:3]]):
+            said = dict(zip(map(int, row[1::2]), map(float, row[2::2])))
+            assert said == pytest.approx(dict(enumerate(expected.tolist())), abs=1e-4)
+            assert next(iter(said)) == expected.argmax()
+    loaded = onnx.load(str(files["onnx"]))
+    assert {o.version for o in loaded.opset_import if o.domain == ""} == {18}
+    said = json.loads(next(p.value for p in loaded.metadata_props if p.key == "spafl"))
+    assert said["opset"] == 18 and said["client"] == 1 and said["output"]["class_names"] == [str(k) for k in range(10)]
+    norm = {"scale": 255.0, "mean": list(data.transform.mean), "std": list(data.transform.std)}
+    assert said["input"] == {"name": "image", "shape": [1, 28, 28], "dtype": "uint8", "stored": "uint8",
+                             "normalisation": norm, "normalised_in_graph": True}  # fmt: skip
+
+    file, small = files["onnx"], tmp_path / "small.png"
+    Image.fromarray(x[0, 0, :20, :24]).save(small)
+    (tmp_path / "no.png").write_text("no picture")
+    np.save(tmp_path / "wrong.npy", x[:, :, :7])
+    for words, *arguments in (
+        ("has 24x20 pixels, the model takes 28x28; --resize", file, small),
+        ("not a readable image", file, tmp_path / "no.png"),
+        ("no such file", file, tmp_path / "nothing.png"),
+        ("takes an array (n, 1, 28, 28)", file, tmp_path / "wrong.npy"),
+        ("--top must be 1 to 10", file, small, "--top", 11),
+        ("--allow-code permits it", files["pt2"], small),
+        ("a .onnx or .pt2 file", small, small),
+        ("no such file", tmp_path / "none.onnx", small),
+    ):
+        assert words in fails(capsys, "predict", *arguments)
+    assert main(["predict", str(file), str(small), "--resize"]) == 0
+    assert capsys.readouterr().out.startswith(f"{small}\t")
+    assert "--opset must be 18 to 23" in fails(capsys, "export", run, "--client", 1, "--onnx", "--opset", 9)
+    assert "--opset needs --onnx" in fails(capsys, "export", run, "--client", 1, "--opset", 18)
+    described = json.loads((run / "partition.json").read_text())
+    del described["normalisation"]
+    (run / "partition.json").write_text(json.dumps(described))
+    assert "does not record" in fails(capsys, "export", run, "--client", 1, "--normalise")
 
 
 def test_export_mistakes(tmp_path, capsys):

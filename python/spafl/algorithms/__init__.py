@@ -21,6 +21,7 @@ from .fedspa import FedSpa
 from .fjord import FjORD
 from .heterofl import HeteroFL
 from .local import Local
+from .objective import Loss, Objective
 from .scaffold import Scaffold
 from .spafl import SpaFL
 
@@ -31,6 +32,8 @@ __all__ = [
     "Client",
     "Evaluation",
     "LocalTraining",
+    "Loss",
+    "Objective",
     "Samples",
     "ServerState",
     "Training",

@@ -23,6 +23,7 @@ from ..checked import CheckedModel
 from ..cost import Cost
 from ..wire import Message
 from .client import Client, Evaluation, LocalTraining
+from .objective import Objective
 
 ServerState = dict[str, Tensor]
 
@@ -91,6 +92,10 @@ class Algorithm(ABC):
                 sentence.
         """
         return model
+
+    def objective_fault(self, objective: Objective) -> str | None:
+        """Why the algorithm cannot learn this, in words; None: it can."""
+        return None
 
     @abstractmethod
     def client_state(self, model: nn.Module) -> dict[str, Tensor]:

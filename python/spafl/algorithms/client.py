@@ -19,6 +19,7 @@ from spafl_kernels.training import AdamOptions, MaskedTrainer, Options, SGDOptio
 from .. import rng
 from ..data import Transform
 from ..errors import UserError
+from .objective import CLASSES, Confusion, Objective
 
 
 class Samples:
@@ -26,7 +27,7 @@ class Samples:
 
     Args:
         x: ``(m, channels, height, width)`` as stored.
-        y: ``(m,)`` int64.
+        y: ``(m,)`` int64 classes, or float32 numbers ``(m, outputs)``.
         index: ``(n,)`` int64, the rows that are meant; all by default.
     """
 
@@ -48,7 +49,7 @@ class Samples:
 
     @property
     def y(self) -> Tensor:
-        """All classes ``(n,)``."""
+        """All targets: classes ``(n,)``, or numbers ``(n, outputs)``."""
         return self._y if self._index is None else self._y[self._index]
 
 
@@ -205,6 +206,8 @@ class Evaluation:
     """Share of each layer that the client's model keeps, or None for a method that prunes nothing."""
     masks: dict[str, str] | None = None
     """Which filters of a layer are kept, one character 0 or 1 each, where whole filters are pruned."""
+    confusion: list[list[int]] | None = None
+    """``[class, predicted class, how many]`` of the test samples, where they are counted."""
 
 
 class Client:
@@ -218,6 +221,7 @@ class Client:
         trainer: runs SGD steps on ``model``.
         layers: the threshold layers of ``model`` by name, in registration order.
         local: shared settings of local training.
+        objective: what is learned, by which loss.
         macs: dense multiply-accumulates per sample of each layer (published counting: a linear layer counts once per
             sample, whatever the number of tokens).
         device_class: of the device it is on, if devices are modelled.
@@ -244,6 +248,7 @@ class Client:
         make_trainer: Callable[[nn.Module], Trainer] = MaskedTrainer,
         counts: dict[str, float] | None = None,
         device_class: str | None = None,
+        objective: Objective = CLASSES,
     ) -> None:
         self.id = id
         self.model = model
@@ -253,6 +258,7 @@ class Client:
         self.trainer = trainer
         self.local = local
         self.macs = macs
+        self.objective = objective
         self.layers = dict(threshold_layers(model)) if layers is None else layers
         self.evaluation_batch = max(local.batch_size, 256)
         self._transform = transform
@@ -437,8 +443,14 @@ class Client:
         ``options`` and ``densities`` are the trainer's, for methods whose evaluations depend on them.
         """
         self.trainer.begin(options or self.sgd_options(0), densities=densities)
+        counted = Confusion(self.objective.confusion) if self.objective.confusion else None
+        if counted is not None:
+            self.trainer.hits = counted.hits
         loss, accuracy = self._test_on(self.test)
+        self.trainer.hits = self.objective.hits
         evaluation = Evaluation(len(self.test), loss, accuracy)
+        if counted is not None:
+            evaluation.confusion = counted.triples()
         if train_data:
             evaluation.train_accuracy = self._test_on(self.train)[1]
         return evaluation, self.trainer.finish()

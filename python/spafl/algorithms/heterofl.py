@@ -37,6 +37,7 @@ from . import narrow
 from .base import Algorithm, BaseOptions, ServerState, Training, Upload
 from .client import Client, Evaluation
 from .dense import dense_paper_macs, load_state, local_sgd, snapshot
+from .objective import Objective
 
 SHAPES, CLASSES = "shapes:", "classes:"
 
@@ -154,6 +155,11 @@ class HeteroFL(Algorithm):
             merged |= {f"{at}:{name}": t for name, t in found.items()}
         return merged, {}
 
+    def objective_fault(self, objective: Objective) -> str | None:
+        if self.options.masked_loss and not objective.of_classes:
+            return "algorithm.masked_loss leaves out classes; with numbers as targets it must be false"
+        return None
+
     # -- client
 
     def _turn(self, client: Client, message: Message, at: int) -> Client:
@@ -166,7 +172,7 @@ class HeteroFL(Algorithm):
 
         turn = client.on(("rate", at), build)
         load_state(turn.model, message)
-        turn.trainer.loss = F.cross_entropy
+        turn.trainer.loss = client.objective.function
         return turn
 
     def train(self, client: Client, message: Message, round: int) -> Training:

@@ -17,7 +17,7 @@ from .partition import (
     read_partition,
     register_scheme,
 )
-from .readers import load_csv, load_huggingface, load_images, load_leaf, load_npy, load_npz
+from .readers import load_csv, load_flwr_datasets, load_huggingface, load_images, load_leaf, load_npy, load_npz
 from .transform import Transform
 
 __all__ = [
@@ -52,6 +52,7 @@ for _name, _load in (
     ("images", load_images),
     ("leaf", load_leaf),
     ("huggingface", load_huggingface),
+    ("flwr-datasets", load_flwr_datasets),
 ):
     register_dataset(_name, _load)
 for _name in FORMS:

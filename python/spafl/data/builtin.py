@@ -10,6 +10,7 @@ from .dataset import DataError, Dataset, channel_statistics
 from .transform import Transform
 
 MAX_SYNTHETIC = 1 << 31  # bytes of images
+DIGITS = tuple("0123456789")
 
 
 def load_digits(root: Path | None = None, *, image: int = 28, channels: int = 1) -> Dataset:
@@ -34,7 +35,8 @@ def load_digits(root: Path | None = None, *, image: int = 28, channels: int = 1)
     for label in range(10):
         is_test[np.flatnonzero(y == label)[4::5]] = True
     mean, std = channel_statistics(x[~is_test])
-    return Dataset("digits", x[~is_test], y[~is_test], x[is_test], y[is_test], 10, Transform(mean, std))
+    return Dataset("digits", x[~is_test], y[~is_test], x[is_test], y[is_test], 10, Transform(mean, std),
+                   class_names=DIGITS)  # fmt: skip
 
 
 def enlarge(images: np.ndarray, size: int, white: int) -> np.ndarray:

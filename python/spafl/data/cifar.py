@@ -197,6 +197,20 @@ FORMS = {
     ),
 }
 CLASSES = {"cifar10": 10, "cifar100": 100}
+# In the order of the labels, as batches.meta.txt and fine_label_names.txt list them.
+NAMES = {
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck",
+    "cifar100": """
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
+        can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
+        dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion
+        lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
+        pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea
+        seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table
+        tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
+        worm
+    """,
+}
 # Training-set statistics. CIFAR-10: as in PyTorch's tutorial (pytorch/tutorials pull request 2405). CIFAR-100: the
 # values in general circulation (weiaicunzai/pytorch-cifar100), to four places.
 TRANSFORMS = {
@@ -230,7 +244,8 @@ def load_cifar(name: str, root: Path | None = None, *, verify_checksums: bool = 
                     check_published(path, found, len(raw), form.md5[file], form.url)
             train_x, train_y = _joined(form, form.train, members)
             test_x, test_y = _joined(form, form.test, members)
-            return Dataset(name, train_x, train_y, test_x, test_y, CLASSES[name], TRANSFORMS[name])
+            arrays, names = (train_x, train_y, test_x, test_y), tuple(NAMES[name].split())
+            return Dataset(name, *arrays, CLASSES[name], TRANSFORMS[name], class_names=names)
     raise missing(name, FORMS[name][0].source, root)
 
 

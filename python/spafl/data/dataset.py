@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +24,12 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Samples as stored and their labels; arrays may be memory-mapped.
+    """Samples as stored and their targets; arrays may be memory-mapped.
 
     ``train_x`` and ``test_x`` are (n, ...): images (n, c, h, w), uint8 or float32 on the 0..1 scale; vectors or
-    anything else, float32; tokens, int64. ``train_y`` and ``test_y`` are (n,) int64 in 0..classes-1. ``transform``
-    turns a batch of ``*_x`` into what a model takes.
+    anything else, float32; tokens, int64. ``train_y`` and ``test_y`` are classes, (n,) int64 in 0..classes-1, or
+    numbers to predict, (n, outputs) float32, with ``classes`` 0. ``transform`` turns a batch of ``*_x`` into what a
+    model takes.
     """
 
     name: str
@@ -39,6 +42,10 @@ class Dataset:
     owners: tuple[np.ndarray, np.ndarray] | None = None
     """Users to whom the train and the test samples belong, numbers from 0, where the data have such: their natural
     clients."""
+    class_names: tuple[str, ...] | None = None
+    """What the classes are called, by number, where the data say so."""
+    standardised: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Mean and deviation of the columns that a reader has standardised already, where the transform does not."""
 
     def __post_init__(self) -> None:
         for part, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
@@ -50,13 +57,13 @@ class Dataset:
                     f"{self.name}: {part}_x must be uint8 or float32 images (n, c, h, w), or, without standardisation "
                     f"and augmentation, float32 or int64 (n, ...); got {x.dtype} {x.shape}"
                 )
-            if y.shape != (len(x),) or y.dtype != np.int64:
-                raise DataError(
-                    f"{self.name}: {part}_y must be int64 ({len(x)},) like {part}_x; got {y.dtype} {y.shape}"
-                )
+            numbers = self.classes == 0
+            if y.ndim != 1 + numbers or len(y) != len(x) or y.dtype != self._target_dtype:
+                wanted = f"float32 ({len(x)}, outputs)" if numbers else f"int64 ({len(x)},)"
+                raise DataError(f"{self.name}: {part}_y must be {wanted} like {part}_x; got {y.dtype} {y.shape}")
             if len(y) == 0:
                 raise DataError(f"{self.name}: the {part} part is empty")
-            if y.min() < 0 or y.max() >= self.classes:
+            if not numbers and (y.min() < 0 or y.max() >= self.classes):
                 raise DataError(f"{self.name}: {part} labels must be 0..{self.classes - 1}; got {y.min()}..{y.max()}")
         if self.train_x.shape[1:] != self.test_x.shape[1:]:
             raise DataError(
@@ -68,11 +75,52 @@ class Dataset:
             raise DataError(
                 f"{self.name}: transform is for {len(self.transform.mean)} channels; images have {self.shape[0]}"
             )
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise DataError(f"{self.name}: {len(self.class_names)} class names for {self.classes} classes")
+
+    @property
+    def _target_dtype(self) -> np.dtype:
+        return np.dtype(np.int64 if self.classes else np.float32)
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a model gives for a sample: one for each class, or those to predict."""
+        return self.classes or int(self.train_y.shape[1])
+
+    @functools.cached_property
+    def edges(self) -> list[float]:
+        """Of numbers to predict: the nine values of the first that cut the training part into tenths; else empty."""
+        if self.classes:
+            return []
+        return np.unique(np.quantile(self.train_y[:, 0], np.arange(1, 10) / 10)).tolist()
+
+    def strata(self, part: str) -> np.ndarray:
+        """Whole numbers ``(n,)`` by which the samples of ``"train"`` or ``"test"`` are shared out to clients: their
+        classes, or of numbers the tenth in which the first lies."""
+        y = getattr(self, f"{part}_y")
+        return y if self.classes else np.searchsorted(self.edges, y[:, 0], side="right").astype(np.int64)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one sample; (channels, height, width) of an image."""
         return self.train_x.shape[1:]
+
+    @property
+    def normalisation(self) -> dict[str, Any]:
+        """What is done to a sample as it is in the source before a model sees it: ``(x / scale - mean) / std`` along
+        its first dimension, or nothing where ``mean`` and ``std`` are empty."""
+        mean, std = self.standardised or (self.transform.mean, self.transform.std)
+        scale = 255.0 if self.transform.mean and self.train_x.dtype == np.uint8 else 1.0
+        return {"scale": scale, "mean": list(mean), "std": list(std)}
+
+    def about(self) -> dict[str, Any]:
+        """What a reader of a run needs to know of the samples, for JSON: names of the classes, normalisation, and of
+        numbers to predict how many there are and the edges of their tenths."""
+        return {
+            "targets": None if self.classes else {"outputs": self.outputs, "edges": self.edges},
+            "class_names": list(self.class_names) if self.class_names else None,
+            "normalisation": self.normalisation,
+        }
 
     def sample(self, n: int) -> torch.Tensor:
         """``n`` samples of zeros, of the shape and dtype a model takes."""
@@ -172,7 +220,13 @@ def _check_options(name: str, options: Mapping[str, object]) -> None:
             raise DataError(f"{option} of data set {name!r} must be {wanted.__name__}; got {options[option]!r}")
 
 
-def as_dataset(name: str, made: object, owners: tuple[np.ndarray, np.ndarray] | None = None) -> Dataset:
+def as_dataset(
+    name: str,
+    made: object,
+    owners: tuple[np.ndarray, np.ndarray] | None = None,
+    class_names: Sequence[str] | None = None,
+    standardised: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Dataset:
     """What a user's loader returned, as a data set.
 
     Args:
@@ -180,9 +234,9 @@ def as_dataset(name: str, made: object, owners: tuple[np.ndarray, np.ndarray] | 
         made: a :class:`Dataset`; or ``(train_x, train_y, test_x, test_y)``, as a tuple or a dict of these names; or a
             pair of ``torch.utils.data.Dataset`` objects, train and test, that give ``(x, y)``. Arrays or tensors:
             images (n, h, w) or (n, c, h, w), anything else (n, ...). Bytes are images and get standardised by their
-            own mean and deviation; other numbers stay as they are, floats as float32, integers as int64. Labels are
-            whole numbers from 0.
-        owners: see :class:`Dataset`.
+            own mean and deviation; other numbers stay as they are, floats as float32, integers as int64. Whole
+            numbers from 0 as labels (n,) are classes; floats (n,) or (n, outputs) are numbers to predict.
+        owners, class_names, standardised: see :class:`Dataset`.
 
     Raises:
         DataError: it is none of these, lengths differ, a value is not finite, or a label is no class.
@@ -203,11 +257,23 @@ def as_dataset(name: str, made: object, owners: tuple[np.ndarray, np.ndarray] | 
     train_x, train_y, test_x, test_y = (_array(name, part, values) for part, values in zip(PARTS, made))
     x = {"train_x": _features(name, "train_x", train_x), "test_x": _features(name, "test_x", test_x)}
     y = {"train_y": _labels(name, "train_y", train_y), "test_y": _labels(name, "test_y", test_y)}
-    classes = 1 + max(int(part.max(initial=0)) for part in y.values())
+    if y["train_y"].dtype != y["test_y"].dtype or y["train_y"].shape[1:] != y["test_y"].shape[1:]:
+        raise DataError(
+            f"{name}: train_y and test_y must be of one kind, classes (whole numbers) or as many numbers to predict "
+            f"(floats); got {train_y.dtype} {train_y.shape} and {test_y.dtype} {test_y.shape}"
+        )
+    classes = 0
+    if y["train_y"].dtype == np.int64:
+        classes = max(2, 1 + max(int(part.max(initial=0)) for part in y.values()))
+    if class_names is not None:
+        classes = max(classes, len(class_names))
     transform = Transform()
     if x["train_x"].dtype == np.uint8 and x["train_x"].ndim == 4:
         transform = Transform(*channel_statistics(x["train_x"]))
-    return Dataset(name, x["train_x"], y["train_y"], x["test_x"], y["test_y"], max(classes, 2), transform, owners)
+    names = None if class_names is None else tuple(map(str, class_names))
+    applied = None if standardised is None else (tuple(map(float, standardised[0])), tuple(map(float, standardised[1])))
+    arrays = x["train_x"], y["train_y"], x["test_x"], y["test_y"]
+    return Dataset(name, *arrays, classes, transform, owners, names, applied)
 
 
 PARTS = ("train_x", "train_y", "test_x", "test_y")
@@ -247,8 +313,16 @@ def _features(name: str, part: str, x: np.ndarray) -> np.ndarray:
 
 
 def _labels(name: str, part: str, y: np.ndarray) -> np.ndarray:
+    if y.dtype.kind == "f" and y.ndim in (1, 2) and 0 not in y.shape[1:]:
+        y = y.astype(np.float32, copy=False).reshape(len(y), -1)
+        if not np.isfinite(y).all():
+            raise DataError(f"{name}: {part} has a number that is not finite in float32")
+        return y
     if y.ndim != 1 or y.dtype.kind not in "iu":
-        raise DataError(f"{name}: {part} must be classes, whole numbers (n,); got {y.dtype} {y.shape}")
+        raise DataError(
+            f"{name}: {part} must be classes, whole numbers (n,), or numbers to predict, floats (n,) or (n, outputs); "
+            f"got {y.dtype} {y.shape}"
+        )
     return y.astype(np.int64, copy=False)
 
 

@@ -12,12 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from .builtin import enlarge
+from .builtin import DIGITS, enlarge
 from .dataset import DataError, Dataset, channel_statistics
 from .files import MAX_BYTES, Content, Source, check_published, missing, places
 from .transform import Transform
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+CLASSES = {
+    "mnist": DIGITS,
+    "fashion-mnist": (
+        "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+    ),
+}  # fmt: skip
 IMAGE = 28
 MAX_IMAGE = 64
 
@@ -102,7 +108,8 @@ def load_idx(
         transform = Transform(*channel_statistics(train_x[:, None]))
     train_x, test_x = (np.repeat(x[:, None], channels, axis=1) for x in (train_x, test_x))
     transform = Transform(transform.mean * channels, transform.std * channels)
-    return Dataset(name, train_x, train_y.astype(np.int64), test_x, test_y.astype(np.int64), 10, transform)
+    train_y, test_y = train_y.astype(np.int64), test_y.astype(np.int64)
+    return Dataset(name, train_x, train_y, test_x, test_y, 10, transform, class_names=CLASSES[name])
 
 
 def read_idx(content: Content, image: tuple[int, ...]) -> np.ndarray:

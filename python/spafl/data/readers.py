@@ -1,4 +1,4 @@
-"""Readers for files of one's own: npz and npy arrays, CSV, folders of images, LEAF's JSON, Hugging Face data sets.
+"""Readers for files of one's own: arrays, CSV, folders of images, LEAF's JSON, data sets of Hugging Face and Flower.
 
 Each makes arrays of what it reads and leaves the rest to :func:`~spafl.data.dataset.as_dataset`. Where a source has no
 test part, one is drawn: ``test_share`` of the samples of every class, by ``seed``.
@@ -94,55 +94,72 @@ def load_csv(
     file: Any = None,
     test_file: str = "",
     label: str = "label",
+    target: Any = None,
     delimiter: str = ",",
     standardise: bool = True,
     test_share: float = 0.2,
     seed: int = 0,
 ) -> Dataset:
-    """A table with a header line: one column is the class (any text), all others are numbers.
+    """A table with a header line: one column is the class (any text), or some are numbers to predict; all others are
+    numbers.
 
     Args:
         test_file: a table of the same columns for the test part.
         label: name of the column of classes; they are numbered in sorted order, whole numbers by size.
+        target: instead of ``label``, name of the column to predict, or a list of several.
         standardise: subtract every column's training mean and divide by its deviation.
     """
-    train_x, train_names, columns = _table(_found("csv", root, file), label, delimiter)
+    targets = [target] if isinstance(target, str) else target
+    if targets is not None and (
+        not isinstance(targets, list | tuple) or not targets or not all(isinstance(name, str) for name in targets)
+    ):
+        raise DataError(f"target must be the name of a column, or a list of such; got {target!r}")
+    train_x, train_names, columns = _table(_found("csv", root, file), label, targets, delimiter)
     tables: dict[str, Any] = {"x": train_x, "y": train_names}
     if test_file:
         path = _found("csv", root, test_file)
-        test_x, test_names, others = _table(path, label, delimiter)
+        test_x, test_names, others = _table(path, label, targets, delimiter)
         if others != columns:
             raise DataError(f"{path}: its columns are not those of {file}: {_listed(set(others) ^ set(columns))}")
         tables = {"train_x": train_x, "train_y": train_names, "test_x": test_x, "test_y": test_names}
-    numbers = {part: names for part, names in tables.items() if part.endswith("y")}
-    classes = {name: at for at, name in enumerate(_in_order({n for names in numbers.values() for n in names}))}
-    for part, names in numbers.items():
-        tables[part] = np.array([classes[name] for name in names], dtype=np.int64)
+    classes: dict[str, int] | None = None
+    if targets is None:
+        labels = {part: names for part, names in tables.items() if part.endswith("y")}
+        classes = {name: at for at, name in enumerate(_in_order({n for names in labels.values() for n in names}))}
+        for part, names in labels.items():
+            tables[part] = np.array([classes[name] for name in names], dtype=np.int64)
     parts = _parts(tables, test_share, seed)
+    statistics = None
     if standardise:
         mean, std = parts["train_x"].mean(0), parts["train_x"].std(0)
         std[std == 0] = 1.0  # a constant column tells nothing, and stays 0
         parts |= {part: (parts[part] - mean) / std for part in ("train_x", "test_x")}
-    return as_dataset("csv", parts)
+        statistics = (mean.tolist(), std.tolist())
+    return as_dataset("csv", parts, class_names=None if classes is None else tuple(classes), standardised=statistics)
 
 
-def _table(path: Path, label: str, delimiter: str) -> tuple[np.ndarray, list[str], list[str]]:
-    """Numbers, classes as written, and the names of the columns of numbers."""
+def _table(
+    path: Path, label: str, targets: Sequence[str] | None, delimiter: str
+) -> tuple[np.ndarray, list[str] | np.ndarray, list[str]]:
+    """Numbers, classes as written or the columns ``targets``, and the names of the columns of numbers."""
     try:
         text = io.StringIO(read_whole(path).decode("utf-8-sig"), newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         header = next(reader, [])
-        if label not in header:
-            raise DataError(f"{path}: has no column {label!r} (option label); has {_listed(header)}")
-        at = header.index(label)
-        columns = header[:at] + header[at + 1 :]
+        option = "label" if targets is None else "target"
+        for name in [label] if targets is None else targets:
+            if name not in header:
+                raise DataError(f"{path}: has no column {name!r} (option {option}); has {_listed(header)}")
+        at = header.index(label) if targets is None else None
+        columns = [name for place, name in enumerate(header) if place != at]
         rows, names = [], []
         for row in reader:
             if not row:
                 continue
             if len(row) != len(header):
                 raise DataError(f"{path}:{reader.line_num}: {len(row)} values for {len(header)} columns")
-            names.append(row.pop(at).strip())
+            if at is not None:
+                names.append(row.pop(at).strip())
             try:
                 rows.append(np.array(row, dtype=np.float64))
             except ValueError:
@@ -155,7 +172,14 @@ def _table(path: Path, label: str, delimiter: str) -> tuple[np.ndarray, list[str
         raise DataError(f"{path}: not a readable table: {one_line(error)}") from error
     if not rows or not columns:
         raise DataError(f"{path}: has no rows, or no column beside {label!r}")
-    return np.stack(rows), names, columns
+    table = np.stack(rows)
+    if targets is None:
+        return table, names, columns
+    chosen = [columns.index(name) for name in targets]
+    rest = [place for place in range(len(columns)) if place not in chosen]
+    if not rest:
+        raise DataError(f"{path}: has no column beside {_listed(targets)} to predict from")
+    return table[:, rest], table[:, chosen], [columns[place] for place in rest]
 
 
 def _is_number(text: str) -> bool:
@@ -204,8 +228,9 @@ def load_images(
             raise DataError(f"{test}: has other classes than train: {_listed(set(names) ^ set(_subfolders(test)))}")
         parts = dict(zip(PARTS, (*reading.of(folder / "train", names), *reading.of(test, names))))
     else:
-        parts = dict(zip(("x", "y"), reading.of(folder, _subfolders(folder))))
-    return _completed("images", parts, test_share, seed)
+        names = _subfolders(folder)
+        parts = dict(zip(("x", "y"), reading.of(folder, names)))
+    return _completed("images", parts, test_share, seed, names)
 
 
 class _Images:
@@ -301,7 +326,7 @@ def load_leaf(root: Path | None = None, *, file: Any = None, shape: Any = None) 
     classes = {y: at for at, y in enumerate(_in_order({str(y) for y in train[1] + test[1]}))}
     for part in ("train_y", "test_y"):
         made[part] = np.array([classes[str(y)] for y in made[part]], dtype=np.int64)
-    return as_dataset("leaf", made, owners=(np.array(train[2]), np.array(test[2])))
+    return as_dataset("leaf", made, (np.array(train[2]), np.array(test[2])), tuple(classes))
 
 
 def _leaf(folder: Path, users: dict[str, int]) -> tuple[list[Any], list[Any], list[int]]:
@@ -349,11 +374,22 @@ def load_huggingface(
         x, y: columns of samples (by default the only one beside ``y``) and of classes.
         train, test: names of the splits; without a test split one is drawn.
     """
+    splits = _saved_splits("huggingface", root, file, train)
+    first = columns_of(splits[train], x, y)
+    names = _class_names(splits[train], y)
+    if test not in splits:
+        return _completed("huggingface", dict(zip(("x", "y"), first)), test_share, seed, names)
+    parts = dict(zip(PARTS, (*first, *columns_of(splits[test], x, y))))
+    return as_dataset("huggingface", parts, class_names=names)
+
+
+def _saved_splits(name: str, root: Path | None, file: Any, train: str) -> Mapping[str, Any]:
+    """The splits of what ``datasets.save_to_disk`` wrote, ``train`` among them."""
     try:
         import datasets
     except ImportError:
-        raise DataError("huggingface needs the package datasets (pip install datasets)") from None
-    folder = _found("huggingface", root, file, folder=True)
+        raise DataError(f"{name} needs the package datasets (pip install datasets)") from None
+    folder = _found(name, root, file, folder=True)
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:
@@ -361,10 +397,64 @@ def load_huggingface(
     splits = loaded if isinstance(loaded, Mapping) else {train: loaded}
     if train not in splits:
         raise DataError(f"{folder}: has no split {train!r}; has {_listed(splits)}")
-    first = columns_of(splits[train], x, y)
-    if test not in splits:
-        return _completed("huggingface", dict(zip(("x", "y"), first)), test_share, seed)
-    return as_dataset("huggingface", dict(zip(PARTS, (*first, *columns_of(splits[test], x, y)))))
+    return splits
+
+
+def load_flwr_datasets(
+    root: Path | None = None,
+    *,
+    file: Any = None,
+    partitioner: str = "IidPartitioner",
+    arguments: Any = None,
+    x: str = "",
+    y: str = "label",
+    train: str = "train",
+    test_share: float = 0.2,
+    seed: int = 0,
+) -> Dataset:
+    """A data set that ``datasets.save_to_disk`` wrote, cut by a partitioner of flwr-datasets (needs that package).
+
+    Its partitions are the natural clients: ``partition.scheme = "natural"``. Of each, ``test_share`` of the samples are
+    drawn for testing, by ``seed``.
+
+    Args:
+        partitioner: name of a class of ``flwr_datasets.partitioner``.
+        arguments: its parameters, a table.
+        x, y: columns of samples (by default the only one beside ``y``) and of classes.
+        train: name of the split.
+    """
+    try:
+        from flwr_datasets import partitioner as found
+    except ImportError:
+        raise DataError("flwr-datasets needs the package flwr-datasets (pip install flwr-datasets)") from None
+    known = sorted(name for name in dir(found) if name.endswith("Partitioner") and name != "Partitioner")
+    if partitioner not in known:
+        raise DataError(f"partitioner must be one of {', '.join(known)}; got {partitioner!r}")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise DataError(f"arguments must be a table of the partitioner's parameters; got {arguments!r}")
+    if not 0 < test_share < 1:
+        raise DataError(f"test_share must be between 0 and 1; got {test_share!r}")
+    table = _saved_splits("flwr-datasets", root, file, train)[train]
+    xs, ys = columns_of(table, x, y)
+    owner = np.full(len(ys), -1)
+    try:
+        cut = getattr(found, partitioner)(**(arguments or {}))
+        cut.dataset = table.add_column("spafl row", list(range(len(table))))
+        for client in range(cut.num_partitions):
+            owner[cut.load_partition(client)["spafl row"]] = client
+    except Exception as error:  # the partitioner's own words
+        raise DataError(f"{partitioner} cannot cut {file}: {one_line(error)}") from None
+    xs, ys, owner = xs[owner >= 0], ys[owner >= 0], owner[owner >= 0]
+    rng, is_test = np.random.default_rng(seed), np.zeros(len(ys), dtype=bool)
+    for client in range(cut.num_partitions):
+        members = rng.permutation(np.flatnonzero(owner == client))
+        if len(members) < 2:
+            raise DataError(
+                f"{partitioner}: partition {client} has {len(members)} samples; 2 are needed, one for testing"
+            )
+        is_test[members[: min(max(1, round(test_share * len(members))), len(members) - 1)]] = True
+    parts = {"train_x": xs[~is_test], "train_y": ys[~is_test], "test_x": xs[is_test], "test_y": ys[is_test]}
+    return as_dataset("flwr-datasets", parts, (owner[~is_test], owner[is_test]), _class_names(table, y))
 
 
 def columns_of(table: Any, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
@@ -384,6 +474,11 @@ def columns_of(table: Any, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     except ValueError as error:
         raise DataError(f"huggingface: column {x!r} holds no arrays of one shape: {one_line(error)}") from error
     return samples, np.array([row[y] for row in rows])
+
+
+def _class_names(table: Any, y: str) -> Sequence[str] | None:
+    """What a column of a ``ClassLabel`` calls its classes."""
+    return getattr((getattr(table, "features", None) or {}).get(y), "names", None)
 
 
 def _pixels(value: Any) -> np.ndarray:
@@ -414,8 +509,10 @@ def _listed(names: Iterable[Any]) -> str:
     return ", ".join(sorted(shown)[:12]) + (", ..." if len(shown) > 12 else "") or "nothing"
 
 
-def _completed(name: str, arrays: Mapping[str, Any], test_share: float, seed: int) -> Dataset:
-    return as_dataset(name, _parts(arrays, test_share, seed))
+def _completed(
+    name: str, arrays: Mapping[str, Any], test_share: float, seed: int, class_names: Sequence[str] | None = None
+) -> Dataset:
+    return as_dataset(name, _parts(arrays, test_share, seed), class_names=class_names)
 
 
 def _parts(arrays: Mapping[str, Any], test_share: float, seed: int) -> dict[str, Any]:
@@ -427,10 +524,13 @@ def _parts(arrays: Mapping[str, Any], test_share: float, seed: int) -> dict[str,
     if seed < 0:
         raise DataError(f"seed must be 0 or more; got {seed}")
     x, y = np.asarray(arrays["x"]), np.asarray(arrays["y"])
-    if y.ndim != 1 or len(x) != len(y):
+    if (y.ndim != 1 and y.dtype.kind != "f") or len(x) != len(y):
         raise DataError(f"x and y must have one entry for each sample; got {x.shape} and {y.shape}")
     rng = np.random.default_rng(seed)
     is_test = np.zeros(len(y), dtype=bool)
+    if y.dtype.kind == "f":  # numbers to predict
+        is_test[rng.permutation(len(y))[: max(1, round(test_share * len(y)))]] = True
+        return {"train_x": x[~is_test], "train_y": y[~is_test], "test_x": x[is_test], "test_y": y[is_test]}
     for label in np.unique(y):
         members = rng.permutation(np.flatnonzero(y == label))
         if len(members) > 1:

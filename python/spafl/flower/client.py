@@ -26,7 +26,7 @@ from ..cost import Cost
 from ..data import Dataset
 from ..errors import UserError
 from ..simulation.placement import pick_device
-from ..simulation.problem import Method, build_method, cut_data, load_data
+from ..simulation.problem import Method, build_method, cut_data, load_data, objective_of
 from ..simulation.resident import ClientSetting, Resident
 from ..wire import WireError, decode
 from .disk import ClientDisk, ClientState, digest
@@ -114,7 +114,7 @@ class ClientSide:
         self.digest = run_digest(site.config)
         self.dataset, self._train, self._test = site.samples(client)
         self.method: Method = build_method(
-            site.config, self.dataset.classes, self.dataset.shape, str(self.dataset.train_x.dtype)
+            site.config, self.dataset.outputs, self.dataset.shape, str(self.dataset.train_x.dtype)
         )
         self._resident: Resident | None = None
 
@@ -151,11 +151,12 @@ class ClientSide:
     def _query(self, header: dict[str, Any], frames: list[bytes], disk: ClientDisk) -> bytes:
         state = disk.load(self.method.client_state)
         samples = {
-            "classes": self.dataset.classes,
+            "classes": self.dataset.outputs,
             "image": list(self.dataset.shape),
             "dtype": str(self.dataset.train_x.dtype),
         }
-        disk.describe(self.site.config.to_toml(), json.dumps(samples))
+        # Its own normalisation tells of its data, and stays here.
+        disk.describe(self.site.config.to_toml(), json.dumps({**samples, **self.dataset.about()}))
         if not disk.path.exists():
             disk.save(state)  # from here on the client has its instance
         return self._reply(
@@ -244,8 +245,9 @@ class ClientSide:
         if self._resident is None:
             config = self.site.config
             setting = ClientSetting(
-                config.local_training(), self.dataset.transform, self.method.macs, config.seed, self.device
-            )
+                config.local_training(), self.dataset.transform, self.method.macs, config.seed, self.device,
+                objective=replace(objective_of(config, self.dataset), confusion=0),
+            )  # fmt: skip
             self._resident = Resident(
                 self.method.algorithm,
                 copy.deepcopy(self.method.model),

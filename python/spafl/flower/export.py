@@ -40,8 +40,8 @@ def kept_model(folder: Path, client: int, code: Code) -> tuple[nn.Module, Tensor
         here = sorted(int(path.stem.removeprefix("client-")) for path in folder.glob("client-*.safetensors"))
         raise UserError(f"--client must be one whose state is in {folder}: {', '.join(map(str, here))}; got {client}")
     config = load_run_config(folder, code)
-    classes, shape, dtype = described(disk.path.with_suffix(".json"))
-    method = build_method(config, classes, shape, dtype)
+    source = described(disk.path.with_suffix(".json"))
+    method = build_method(config, source.outputs, source.shape, source.dtype)
     state = disk.load(method.client_state)
     if state.trained < 0:
         raise UserError(f"client {client} has not trained yet")
@@ -64,4 +64,4 @@ def kept_model(folder: Path, client: int, code: Code) -> tuple[nn.Module, Tensor
             f"the model of client {client} is made of what the server holds ({config.algorithm['name']}): export it "
             "from the run folder there, or test the client once more"
         )
-    return model.eval(), blank(1, shape, dtype)
+    return model.eval(), blank(1, source.shape, source.dtype)

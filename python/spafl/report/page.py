@@ -8,7 +8,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .devices import devices_html
@@ -58,18 +58,26 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
     folder = Path(out) if out is not None else Path(runs[0]) / "report"
     pictures = {picture: _png(picture, loaded) for picture in PICTURES if any(map(picture.shows, loaded))}
     page = _page(loaded, pictures)
+    files = {f"{picture.stem}.png": png for picture, png in pictures.items()}
+    former = [f"{picture.stem}.png" for picture in PICTURES if picture not in pictures]
+    return put(folder, {**files, "report.html": page.encode()}, former)[-1]
+
+
+def put(folder: Path, files: Mapping[str, bytes], former: Iterable[str] = ()) -> list[Path]:
+    """Write files of a report, each whole, and remove those of a former one, which would contradict them.
+
+    Raises:
+        ReportError: they cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in PICTURES:
-            path = folder / f"{picture.stem}.png"
-            if picture in pictures:
-                _write(path, pictures[picture])
-            else:
-                path.unlink(missing_ok=True)  # of a former report; it would contradict this page
-        _write(folder / "report.html", page.encode())
+        for name, data in files.items():
+            _write(folder / name, data)
+        for name in former:
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise ReportError(f"{folder}: the report cannot be written ({error.strerror})") from None
-    return folder / "report.html"
+    return [folder / name for name in files]
 
 
 @in_style

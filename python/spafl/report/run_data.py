@@ -114,6 +114,9 @@ class Run:
     environment: dict[str, Any]
     notes: tuple[str, ...]
     turns: Turns | None = None
+    class_names: tuple[str, ...] | None = None
+    confused: bool = False
+    """Whether the last evaluated round recorded confusion matrices."""
 
     @property
     def clients(self) -> int:
@@ -203,7 +206,7 @@ def load_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise ReportError(f"{folder}: no such run folder")
     config, toml = _config(folder / "config.toml")
-    train, test = _partition(folder / "partition.json")
+    train, test, names = _partition(folder / "partition.json")
     points, details, notes = _metrics(folder / "metrics.jsonl", len(train))
     details["turns"] = _turns(folder, len(train))
     completed, environment, summary_notes = _summary(folder / "summary.json", points)
@@ -220,6 +223,8 @@ def load_run(folder: str | Path) -> Run:
         completed=completed,
         environment=environment,
         notes=(*notes, *summary_notes),
+        class_names=names,
+        confused=_confused(folder, points),
         **details,
     )
 
@@ -284,7 +289,7 @@ def _config(path: Path) -> tuple[_Value, str]:
         raise ReportError(f"{path}: not valid TOML ({str(error).splitlines()[0]})") from None
 
 
-def _partition(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _partition(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
     value = _json(_bytes(path), str(path))
     classes = value["classes"].integer()
     clients = len(value["train"].list())
@@ -294,7 +299,21 @@ def _partition(path: Path) -> tuple[np.ndarray, np.ndarray]:
         np.array([[c.integer() for c in client.list(classes)] for client in value[part].list(clients)], dtype=np.int64)
         for part in ("train", "test")
     )
-    return train, test
+    names = None
+    if value.holds("class_names") and value["class_names"]:
+        names = tuple(name.text() for name in value["class_names"].list(classes))
+    return train, test, names
+
+
+def _confused(folder: Path, points: Sequence[Point]) -> bool:
+    """Whether the clients of the last evaluated round have confusion matrices."""
+    last = next((p.round for p in reversed(points) if p.accuracy is not None), None)
+    path = results_path(folder, last or 0)
+    if last is None or not path.exists():
+        return False
+    number, text = next(_lines(path), (0, b"{}"))
+    record = _json(text, f"{path} line {number}")
+    return record.holds("confusion") and record["confusion"].value is not None
 
 
 def _metrics(path: Path, clients: int) -> tuple[list[Point], dict[str, Any], list[str]]:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..latex import escaped, tabular
 from .run_data import Point, ReportError, Run, labels, load_run
 
-__all__ = ["comparison_html", "comparison_table", "duration", "quantity", "targets_html"]
+__all__ = ["comparison_html", "comparison_table", "comparison_tex", "duration", "quantity", "targets_html"]
 
 ABSENT = "-"
 _Cell = Callable[[Point], str]
@@ -135,6 +136,22 @@ def comparison_html(runs: Sequence[Run]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     return f"<table>\n<thead><tr>{top}</tr>\n<tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+
+
+def comparison_tex(runs: Sequence[Run]) -> str:
+    """The same rows as a LaTeX ``tabular`` with rules of the booktabs package; notes are comments."""
+    loaded = _loaded(runs)
+    groups, header, rows = _rows(loaded)
+    words = 1 + ("algorithm" in header)
+    heads, rules, at = [], [], 1
+    for name, span in _spans(groups):
+        heads.append(rf"\multicolumn{{{span}}}{{c}}{{{escaped(name)}}}" if name else "& " * (span - 1))
+        if name and span > 1:
+            rules.append(rf"\cmidrule(lr){{{at}-{at + span - 1}}}")
+        at += span
+    top = [" & ".join(heads) + r" \\", " ".join(rules), " & ".join(map(escaped, header)) + r" \\"]
+    notes = [f"{label}: {note}" for label, run in zip(labels(loaded), loaded) for note in run.notes]
+    return tabular("l" * words + "r" * (len(header) - words), top, rows, notes)
 
 
 def _loaded(runs: Sequence[Run | Path | str]) -> list[Run]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .confusion import last_confusions
 from .figures.sparsity import MOST_COMPARED, compared, rank_correlation
 from .figures.style import with_varied_masks
 from .run_data import Run, labels
@@ -90,6 +91,22 @@ def _clients(run: Run) -> str:
     return f"{_spread(run)}; rank correlation of accuracy with the number of training samples {link:+.2f}"
 
 
+def _confusion(run: Run) -> str:
+    matrices = last_confusions(run)
+    if not matrices:
+        return ""
+    total = np.sum(list(matrices.values()), axis=0)
+    names = run.class_names or [str(k) for k in range(len(total))]
+    wrong = total - np.diag(np.diag(total))
+    label, predicted = np.unravel_index(wrong.argmax(), wrong.shape)
+    if not wrong.any():
+        return "no test sample is taken for another class"
+    return (
+        f"most often {names[label]} is taken for {names[predicted]}, {wrong[label, predicted]} of "
+        f"{total[label].sum()} times"
+    )
+
+
 def _density(run: Run) -> str:
     last = next((p.layer_density for p in reversed(run.points) if p.layer_density), None)
     if not last:
@@ -135,6 +152,7 @@ _SAYS: dict[str, Callable[[Run], str]] = {
     "accuracy_seconds": _costs,
     "accuracy_spread": _spread,
     "clients": _clients,
+    "confusion": _confusion,
     "density": _density,
     "first_layer": _masks,
     "overlap": _overlap,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from .. import plugins
 from ..algorithms import Evaluation
 from ..algorithms.budget import budget_for, reached
+from ..callbacks import Callback
 from ..config import RunConfig, read_toml, resolve_config
 from ..cost import Cost
 from ..errors import UserError, WriteError
@@ -22,13 +24,14 @@ from ..signals import Stopped, catching, held
 from ..system import Usage
 from ..wire import Message, encode, payload_bytes
 from .announcements import AnnouncementLog
+from .callbacks import Callbacks, build_callbacks
 from .checkpoint import Checkpoint, Checkpoints, State, saved_rounds
 from .files import write_atomic
 from .ledger import FinishedRound, Ledger, run_summary, without_final_evaluation
 from .metrics import client_record, environment
 from .placement import pick_device, pick_workers
 from .pool import Pool, WorkerDied
-from .problem import build_problem
+from .problem import build_problem, objective_of
 from .progress import ProgressLine
 from .resident import ClientSetting
 from .rows import ClientRows, Turn
@@ -50,6 +53,7 @@ class Simulation:
         folder: an opened run folder.
         resume: continue from the folder's last checkpoint.
         quiet: no progress line even on a terminal, and no line that says why a device was chosen.
+        callbacks: who is told of finished rounds, beside those of the configuration.
 
     Attributes:
         round: last finished round, -1 before the first.
@@ -60,7 +64,15 @@ class Simulation:
         dirty: clients whose tensors changed since the last checkpoint.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, resume: bool = False, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        resume: bool = False,
+        quiet: bool = False,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.callbacks = Callbacks([*build_callbacks(config.callbacks), *callbacks], folder.path)
         self.config = config
         self.folder = folder
         self.quiet = quiet
@@ -100,6 +112,7 @@ class Simulation:
         if self.system is not None:
             described["devices"] = self.system.classes
         folder.begin(config.to_toml(), json.dumps(described), lines)
+        self._before = lines
 
     def _continued(self) -> tuple[Checkpoint | None, list[dict[str, Any]]]:
         """What to continue from, and the metrics up to there as this run would have written them."""
@@ -168,6 +181,7 @@ class Simulation:
             self.config.seed,
             self.device,
             system=self.system,
+            objective=objective_of(self.config, self.problem.dataset),
         )
         return WorkerSetup(
             self.algorithm,
@@ -193,9 +207,11 @@ class Simulation:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the same arithmetic in this process as in a worker
         progress = ProgressLine(self.config.name, self.config.rounds, self.round + 1, self.quiet)
+        summary = None
         try:
             with held():  # a signal cuts the tasks of a round, nothing else
                 try:
+                    self.callbacks.start(self.config.name, self.config.rounds, self.config.model_dump(), self._before)
                     with Pool(self.worker_setup(), self.workers) as pool:
                         for round in range(self.round + 1, self.config.rounds):
                             self._finish(self.run_round(pool, round), progress)
@@ -206,8 +222,11 @@ class Simulation:
                 except BaseException as error:
                     self._save_unfinished(error)
                     raise
-            return self._summarise()
+            summary = self._summarise()
+            return summary
         finally:
+            with held():
+                self.callbacks.end(summary)
             progress.close()
             torch.set_num_threads(threads)
             if self.store is not None:
@@ -221,6 +240,7 @@ class Simulation:
         for rejected in line["rejected"]:
             progress.say(f"round {done.round}: upload of client {rejected['client']} left out: {rejected['reason']}")
         progress.update(line)
+        self.callbacks.round(line)
         if (done.round + 1) % self.config.simulation.checkpoint_every == 0 or done.round + 1 == self.config.rounds:
             self._save()
 
@@ -379,7 +399,9 @@ def _same_tensors(a: Message, b: Message) -> bool:
     return a.keys() == b.keys() and all(tensor is b[name] for name, tensor in a.items())
 
 
-def run(config: RunConfig, out: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def run(
+    config: RunConfig, out: Path, resume: bool = False, quiet: bool = False, callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
     """Run a configuration in a folder, or resume it there; returns the summary.
 
     Raises:
@@ -394,7 +416,7 @@ def run(config: RunConfig, out: Path, resume: bool = False, quiet: bool = False)
         try:
             with held():
                 folder = RunFolder(out, resume)
-            return Simulation(config, folder, resume, quiet).run()
+            return Simulation(config, folder, resume, quiet, callbacks).run()
         except WriteError as error:
             saved = saved_rounds(folder.checkpoints) if folder is not None else []
             error.add_note(f"rounds 0 to {saved[-1]} are saved" if saved else "no round was saved yet")

@@ -37,6 +37,7 @@ def evaluation_summary(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
 def client_record(client: int, evaluation: Evaluation) -> dict[str, Any]:
     """A client's line of :mod:`spafl.client_results`."""
     densities = evaluation.densities
+    confusion = {} if evaluation.confusion is None else {"confusion": evaluation.confusion}
     return {
         "client": client,
         "samples": evaluation.samples,
@@ -45,6 +46,7 @@ def client_record(client: int, evaluation: Evaluation) -> dict[str, Any]:
         "train_accuracy": evaluation.train_accuracy,
         "density": None if densities is None else float(np.mean(list(densities.values()))),
         "first_layer": next(iter(evaluation.masks.values())) if evaluation.masks else None,
+        **confusion,
     }
 
 

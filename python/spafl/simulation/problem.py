@@ -14,7 +14,7 @@ from spafl_kernels.cost import layer_macs
 from spafl_kernels.functional import threshold_layers
 
 from .. import rng
-from ..algorithms import Algorithm
+from ..algorithms import Algorithm, Objective
 from ..config import RunConfig
 from ..data import Dataset, Partition, blank, load_dataset, partition
 from ..errors import UserError
@@ -50,27 +50,30 @@ class Problem(Method):
     parts: Partition
 
     def class_counts(self) -> dict[str, Any]:
-        """How many samples of each class every client has, as ``partition.json`` records it."""
+        """How many samples of each class every client has, and what samples are, as ``partition.json`` records it."""
         data, parts = self.dataset, self.parts
+        counted = data.classes or 1 + len(data.edges)
         return {
-            "classes": data.classes,
+            "classes": counted,
             "image": list(data.shape),
             "dtype": str(data.train_x.dtype),
-            "train": parts.counts(data.train_y, data.classes).tolist(),
-            "test": parts.counts(data.test_y, data.classes, "test").tolist(),
+            **data.about(),
+            "train": parts.counts(data.strata("train"), counted).tolist(),
+            "test": parts.counts(data.strata("test"), counted, "test").tolist(),
         }
 
 
-def build_method(config: RunConfig, classes: int, shape: tuple[int, ...], dtype: str = "float32") -> Method:
-    """Model and algorithm for data of ``classes`` classes, of samples of ``shape``: ``(channels, height, width)``, say.
+def build_method(config: RunConfig, outputs: int, shape: tuple[int, ...], dtype: str = "float32") -> Method:
+    """Model and algorithm for samples of ``shape``: ``(channels, height, width)``, say.
 
     Args:
+        outputs: numbers that a model gives for a sample: one for each class, or those to predict.
         dtype: of the stored samples; ``int64`` is tokens.
 
     Raises:
         UserError: a model that does not take these samples, or an algorithm that does not take this model.
     """
-    model = first_model(config, classes, shape, dtype)
+    model = first_model(config, outputs, shape, dtype)
     algorithm = config.build_algorithm()
     sample = blank(1, shape, dtype)
     counts = layer_macs(model, sample, per_token=False)
@@ -94,8 +97,9 @@ def build_problem(config: RunConfig) -> Problem:
         UserError: data missing or corrupt, an impossible partition, or a model that does not take these images.
     """
     dataset = load_data(config)
+    objective_of(config, dataset)
     parts = cut_data(config, dataset)
-    method = build_method(config, dataset.classes, dataset.shape, str(dataset.train_x.dtype))
+    method = build_method(config, dataset.outputs, dataset.shape, str(dataset.train_x.dtype))
     _check_single_samples(config, method.model, dataset.sample(1), parts)
     return Problem(**vars(method), dataset=dataset, parts=parts)
 
@@ -115,6 +119,34 @@ def load_data(config: RunConfig) -> Dataset:
         raise UserError(f"data: {error}") from None
 
 
+def objective_of(config: RunConfig, dataset: Dataset) -> Objective:
+    """What a run learns from these data.
+
+    Raises:
+        UserError: its loss is not for such targets, or numbers have no tolerance.
+    """
+    objective = config.objective(dataset.classes)
+    if objective.of_classes != bool(dataset.classes):
+        if dataset.classes:
+            raise UserError(
+                f"training.loss: {objective.loss} needs numbers to predict (floats); "
+                f"data {config.data.name} has classes"
+            )
+        raise UserError(
+            f"training.loss: data {config.data.name} has numbers to predict (floats), so it must say mse, mae or "
+            "huber; classes are whole numbers"
+        )
+    if not dataset.classes and config.evaluation.tolerance is None:
+        raise UserError("evaluation.tolerance: with numbers to predict it must say how far off still counts as right")
+    if dataset.classes and config.evaluation.tolerance is not None:
+        raise UserError(f"evaluation.tolerance: is for numbers to predict; data {config.data.name} has classes")
+    if not dataset.classes and config.evaluation.confusion:
+        raise UserError(f"evaluation.confusion: needs classes; data {config.data.name} has numbers to predict")
+    if fault := config.build_algorithm().objective_fault(objective):
+        raise UserError(fault)
+    return objective
+
+
 def cut_data(config: RunConfig, dataset: Dataset) -> Partition:
     """The clients' parts of a run's data; UserError if they cannot be had."""
     p = config.partition
@@ -125,7 +157,8 @@ def cut_data(config: RunConfig, dataset: Dataset) -> Partition:
         raise UserError(f"partition.options.{twice[0]}: it is a key of [partition]")
     try:
         return partition(
-            dataset.train_y, dataset.test_y, p.scheme, p.clients, rng.numpy_stream(config.seed, "partition"),
+            dataset.strata("train"), dataset.strata("test"), p.scheme, p.clients,
+            rng.numpy_stream(config.seed, "partition"),
             min_train=p.min_train, min_test=p.min_test, max_draws=p.max_draws, **given, **p.options,
         )  # fmt: skip
     except UserError:

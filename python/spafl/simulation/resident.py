@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import torch
@@ -14,7 +13,8 @@ from spafl_kernels.engines import Engine, make_trainer
 from spafl_kernels.functional import threshold_layers
 from spafl_kernels.training import Trainer
 
-from ..algorithms import Algorithm, Client, LocalTraining, Samples
+from ..algorithms import Algorithm, Client, LocalTraining, Objective, Samples
+from ..algorithms.objective import CLASSES
 from ..data import Transform
 from ..system import System
 
@@ -30,6 +30,7 @@ class ClientSetting:
     device: torch.device
     dtype: torch.dtype = torch.float32
     system: System | None = None
+    objective: Objective = CLASSES
 
 
 class Resident:
@@ -55,10 +56,16 @@ class Resident:
             self._there = {name: tensor.to(setting.device) for name, tensor in tensors.items()}
             self._bind(self._there)
         self._layers = dict(threshold_layers(self.model))
-        self._make_trainer = partial(make_trainer, engine=cast(Engine, engine))
+        self._engine = cast(Engine, engine)
         self.trainer: Trainer = self._make_trainer(self.model)
         self._others: dict[Hashable, tuple[nn.Module, Trainer]] = {}
         self._counts: dict[str, float] = {}
+
+    def _make_trainer(self, model: nn.Module) -> Trainer:
+        objective = self.setting.objective
+        trainer = make_trainer(model, self._engine, objective.function)
+        trainer.hits = objective.hits
+        return trainer
 
     def _bind(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -98,6 +105,7 @@ class Resident:
             self._make_trainer,
             self._counts,
             None if s.system is None else s.system.classes[id],
+            s.objective,
         )
 
     def take_back(self) -> None:

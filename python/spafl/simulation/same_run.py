@@ -12,7 +12,7 @@ from .files import digest
 def _decisive(config: RunConfig) -> dict[str, Any]:
     """The settings that decide results: not how long a run is, what it is called, or where and how it computes."""
     settings = config.model_dump()
-    del settings["rounds"], settings["name"], settings["flower"], settings["data"]["root"]
+    del settings["rounds"], settings["name"], settings["flower"], settings["callbacks"], settings["data"]["root"]
     # Engines agree to rounding, not to the last bit.
     settings["simulation"] = {"engine": config.simulation.engine}
     return settings

@@ -298,6 +298,43 @@ def test_saved_hugging_face_data_sets_are_read(tmp_path, monkeypatch):
     assert "has no split 'all'" in refusal("huggingface", file="saved", train="all")
 
 
+def saved(folder):
+    """Thirty samples as ``datasets`` saves them: the class is the first number's rest."""
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("flwr_datasets")
+    columns = {"x": [[float(i), 1.0] for i in range(30)], "label": [i % 3 for i in range(30)]}
+    kinds = {"x": datasets.Sequence(datasets.Value("float32")), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    datasets.DatasetDict({"train": table, "test": table.select(range(5))}).save_to_disk(folder)
+    return table
+
+
+def test_partitioners_of_flwr_datasets_make_the_clients(tmp_path):
+    table = saved(tmp_path / "saved")
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    arguments = {"num_partitions": 3, "partition_by": "label", "alpha": 1.0, "min_partition_size": 2, "seed": 5}
+    data = load("flwr-datasets", file="saved", partitioner="DirichletPartitioner", arguments=arguments)
+    assert data.class_names == ("a", "b", "c") and data.shape == (2,)
+    cut = DirichletPartitioner(**arguments)
+    cut.dataset = table
+    for client in range(3):
+        rows = [x[owner == client, 0] for x, owner in zip((data.train_x, data.test_x), data.owners)]
+        assert sorted(np.concatenate(rows)) == sorted(x[0] for x in cut.load_partition(client)["x"])
+        assert all(len(part) for part in rows)
+    assert (data.train_y == data.train_x[:, 0] % 3).all()
+    assert "partitioner must be one of ContinuousPartitioner" in refusal("flwr-datasets", file="saved", partitioner="X")
+    assert "IidPartitioner cannot cut saved" in refusal("flwr-datasets", file="saved", arguments={"parts": 3})
+    assert "arguments must be a table" in refusal("flwr-datasets", file="saved", arguments=3)
+    both = load("huggingface", file="saved")
+    assert both.class_names == ("a", "b", "c") and len(both.test_y) == 5
+
+
+def test_without_flwr_datasets_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flwr_datasets", None)
+    assert "needs the package flwr-datasets (pip install" in refusal("flwr-datasets", file="saved")
+
+
 # -- whole runs
 
 

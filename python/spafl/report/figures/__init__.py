@@ -11,6 +11,7 @@ from .accuracy import (
     accuracy_over_seconds,
     accuracy_spread,
 )
+from .confusion import confusion
 from .data import partition
 from .pareto import accuracy_against_costs
 from .pictures import PICTURES, Picture
@@ -28,6 +29,7 @@ __all__ = [
     "accuracy_over_rounds",
     "accuracy_over_seconds",
     "accuracy_spread",
+    "confusion",
     "density_per_layer",
     "first_layer_filters",
     "generalisation_gap",

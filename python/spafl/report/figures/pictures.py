@@ -15,10 +15,11 @@ from .accuracy import (
     accuracy_over_seconds,
     accuracy_spread,
 )
+from .confusion import confusion
 from .data import partition
 from .pareto import accuracy_against_costs
 from .sparsity import density_per_layer, first_layer_filters, generalisation_gap, masks_and_labels
-from .style import evaluated, with_density, with_gaps, with_history, with_masks, with_varied_masks
+from .style import evaluated, with_confusion, with_density, with_gaps, with_history, with_masks, with_varied_masks
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,15 @@ PICTURES = (
         accuracy_by_client,
         with_history,
         "not evaluated for all clients yet",
+    ),
+    Picture(
+        "confusion",
+        "What is taken for what",
+        "A row is a class, a column what clients' models say, in percent of the class over the test data of all tested "
+        "clients in the last evaluated round; the diagonal is right.",
+        confusion,
+        with_confusion,
+        "confusion matrices not recorded; evaluation.confusion = true does",
     ),
     Picture(
         "density",

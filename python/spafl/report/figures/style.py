@@ -102,6 +102,11 @@ def evaluated(run: Run) -> bool:
     return run.evaluated is not None
 
 
+def with_confusion(run: Run) -> bool:
+    """Whether the last evaluated round recorded confusion matrices."""
+    return run.confused
+
+
 def with_density(run: Run) -> bool:
     return bool(run.layers)
 
