@@ -153,8 +153,10 @@ class Session:
         # What is not finite is to spoil the result as it does in the masked model, where 0 * NaN is NaN.
         plain = [layer.weight for layer in self._layers.values() if not layer.is_threshold]
         self._spoiled = not math.isfinite(sum(t.sum().item() for t in (self._scores, *plain)))
-        # The compiled step knows one learning rate, and plain momentum.
-        self._in_one_call = self.compiled and not options.nesterov and options.threshold_lr is None
+        # The compiled step knows one learning rate, plain momentum, and one coefficient of the penalty.
+        self._in_one_call = (
+            self.compiled and not options.nesterov and options.threshold_lr is None and options.penalty_scales is None
+        )
         self._dropped.begin(options)
         self._loaded = False
         self._stale = True
@@ -238,8 +240,12 @@ class Session:
         """The penalty of threshold layers that run as they are, which the update does not know."""
         if not self._apart or not self.options.penalty:
             return None
-        taus = [m.threshold for m in self._apart.values() if m.threshold.requires_grad]
-        return self.options.penalty * reference.penalty(taus) if taus else None
+        parts = [
+            self.options.penalty_of(name) * reference.penalty([m.threshold])
+            for name, m in self._apart.items()
+            if m.threshold.requires_grad
+        ]
+        return torch.stack(parts).sum() if parts else None
 
     def _observe_apart(self) -> None:
         """Guard and densities of the threshold layers that run as they are."""
