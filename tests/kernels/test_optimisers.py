@@ -94,6 +94,7 @@ def test_the_masked_trainer_is_torch_optim_bit_for_bit(name, own_lr):
             assert torch.equal(state[n], own["momentum_buffer"]), n
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", OPTIMISERS)
 @pytest.mark.parametrize("engine", ["masked", "compact"])
 def test_the_state_is_carried_from_training_to_training(name, engine):
@@ -118,6 +119,7 @@ def test_the_state_is_carried_from_training_to_training(name, engine):
     assert (results["fresh"] - results["whole"]).abs().max().gt(1e-6).item() == stateful
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("own_lr, scales", [(None, None), (0.3, None), (None, {"conv": 0.1, "hidden": -0.5})])
 @pytest.mark.parametrize("nesterov", [False, True])

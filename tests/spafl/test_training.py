@@ -204,7 +204,8 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [pytest.param("adamw"), pytest.param("nesterov", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_a_run_that_is_cut_and_resumed_is_the_whole_run(small, tmp_path, name):
     """With ``momentum_lifetime = run`` the optimiser's state is in the clients' rows and in the checkpoint."""
     from folders import assert_same_folders

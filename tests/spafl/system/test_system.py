@@ -15,6 +15,7 @@ from spafl.report.devices import devices_html, devices_text
 from spafl.report.run_data import Turns, load_run
 from spafl.report.table import targets_html
 from spafl.simulation import run
+from spafl.simulation.checkpoint import load_latest
 from spafl.system import PRESETS, Device, System, Trace, Usage, read_trace
 
 PLAIN = Device(flops=100.0, down=80.0, up=8.0, memory=1000.0, watts=5.0, down_watts=1.0, up_watts=2.0)
@@ -170,13 +171,19 @@ def lines_of(folder):
 
 
 def test_a_run_on_devices_is_resumed_exactly_and_adds_up(small, tmp_path):
+    """With AdamW, whose state is in the clients' rows."""
     from folders import assert_same_folders
 
-    tables = deep_merge(small, {"system": SYSTEM, "rounds": 4})
+    adamw = {"optimizer": "adamw", "lr": 0.002, "weight_decay": 0.01}
+    tables = deep_merge(small, {"system": SYSTEM, "rounds": 4, "training": adamw})
     run(resolve_config(tables), tmp_path / "whole")
     run(resolve_config({**tables, "rounds": 2}), tmp_path / "cut")
     run(resolve_config(tables), tmp_path / "cut", resume=True)
     assert_same_folders(tmp_path / "whole", tmp_path / "cut")
+    state = load_latest(tmp_path / "cut" / "checkpoints")
+    assert state is not None
+    counts = [own["momentum.step.conv1.weight"].item() for k in range(5) if (own := state.client(k))]
+    assert len(set(counts)) > 1 and min(counts) > 0
     lines = lines_of(tmp_path / "whole")
     whole = [line["system"] for line in lines]
     assert [s["seconds"] for s in whole] == [line["system"]["seconds"] for line in lines_of(tmp_path / "cut")]
