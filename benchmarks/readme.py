@@ -20,7 +20,18 @@ from benchmarks import common
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/benchmarks.md", "docs/messages.md")
-TABLES = ("training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers", "encodings", "layer")
+TABLES = (
+    "training_step",
+    "rebuild",
+    "estimators",
+    "memory",
+    "inference",
+    "federated",
+    "workers",
+    "encodings",
+    "layer",
+    "scale",
+)
 # With what a picture shows; both are in the README.
 PICTURES = {
     "training_step": "Speed-up of one training step over density, by model",

@@ -18,7 +18,7 @@ def missing() -> list[str]:
 
 
 def main() -> int:
-    """The command; without the packages of the simulator it says what is missing."""
+    """The command, in a process of its own; without the packages of the simulator it says what is missing."""
     names = missing()
     if names:
         print(
@@ -29,7 +29,7 @@ def main() -> int:
         return 1
     from .cli import main as command
 
-    return command()
+    return command(own_process=True)
 
 
 if __name__ == "__main__":

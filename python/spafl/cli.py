@@ -224,8 +224,11 @@ def _pictures_are_files() -> Iterator[None]:
             os.environ["MPLBACKEND"] = before
 
 
-def one_line(command: Callable[[], int]) -> int:
+def one_line(command: Callable[[], int], own_process: bool = False) -> int:
     """Run a command whose errors and stops are one line each; returns its exit status.
+
+    Args:
+        own_process: the process ends afterwards, so that signals need not be left as they were.
 
     0 done, 1 broken machine, 2 a mistake the user can mend, 3 a file that cannot be read or written, 128 + the
     number of the signal that stopped it.
@@ -233,7 +236,7 @@ def one_line(command: Callable[[], int]) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
     try:
-        with catching(second_exits=True), _pictures_are_files():
+        with catching(second_exits=True, to_the_end=own_process), _pictures_are_files():
             return command()
     except (KeyboardInterrupt, Stopped) as stop:
         with contextlib.suppress(OSError):  # the terminal is gone
@@ -247,11 +250,11 @@ def one_line(command: Callable[[], int]) -> int:
         return status
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the console command; exit status as :func:`one_line`."""
+def main(arguments: Sequence[str] | None = None, own_process: bool = False) -> int:
+    """Entry of the console command; see :func:`one_line`."""
     args = _parser().parse_args(arguments)
-    return one_line(lambda: COMMANDS[args.command](args))
+    return one_line(lambda: COMMANDS[args.command](args), own_process)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(own_process=True))

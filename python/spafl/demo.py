@@ -93,15 +93,15 @@ def _run(seeds: list[int], rounds: int | None, folder: Path) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line entry."""
+def main(arguments: list[str] | None = None, own_process: bool = False) -> int:
+    """Command line entry; see :func:`spafl.cli.one_line`."""
     parser = argparse.ArgumentParser(prog="python -m spafl.demo", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=None, help="fewer rounds for a quick look (default 60)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder; its old demo runs are replaced")
     args = parser.parse_args(arguments)
-    return one_line(lambda: _run(args.seeds, args.rounds, args.out))
+    return one_line(lambda: _run(args.seeds, args.rounds, args.out), own_process)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(own_process=True))

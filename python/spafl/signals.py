@@ -1,12 +1,14 @@
 """Stopping: SIGINT, SIGTERM and SIGHUP become exceptions, and where something must be whole they wait.
 
-SIGINT is a ``KeyboardInterrupt``, as ever; the others raise :class:`Stopped`. A second signal does not wait. Handlers
-are only set in the main thread, only for signals that have Python's default, and only for the length of
-:func:`catching`.
+SIGINT is a ``KeyboardInterrupt``, as ever; the others raise :class:`Stopped`. A second signal does not wait. A stop
+that is lost on its way (Python drops what is raised in a ``__del__`` or a weak reference's callback) is raised again.
+Handlers are only set in the main thread, only for signals that have Python's default, and only for the length of
+:func:`catching`, except where the process ends with it.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -16,6 +18,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# Seconds after which a stop that nobody has seen is raised again.
+_LOST = 1.0
 
 
 class Stopped(SystemExit):
@@ -48,11 +53,16 @@ class _Catcher:
     def __init__(self, second_exits: bool) -> None:
         self.second_exits = second_exits
         self.held = False
-        self._seen = False
+        self.seen = threading.Event()  # what was raised has arrived where somebody looks after it
+        self._first = True
+        self._again = False
         self._waiting: int | None = None
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
-        second, self._seen = self._seen, True
+        again, self._again = self._again, False
+        if again and self.seen.is_set():
+            return
+        second, self._first = not (self._first or again), False
         if second and self.second_exits:
             os._exit(128 + number)
         self._waiting = number
@@ -63,7 +73,15 @@ class _Catcher:
         """Raise what waits."""
         number, self._waiting = self._waiting, None
         if number is not None:
+            self.seen.set()  # an older thread ends
+            self.seen = threading.Event()
+            threading.Thread(target=self._insist, args=(number, self.seen), daemon=True).start()
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+
+    def _insist(self, number: int, seen: threading.Event) -> None:
+        if not seen.wait(_LOST):
+            self._again = True
+            _thread.interrupt_main(number)
 
 
 _active: _Catcher | None = None  # of the main thread
@@ -74,11 +92,13 @@ def _in_main_thread() -> bool:
 
 
 @contextlib.contextmanager
-def catching(second_exits: bool = False) -> Iterator[None]:
+def catching(second_exits: bool = False, to_the_end: bool = False) -> Iterator[None]:
     """Turn the signals into exceptions inside; nested in another one, or in another thread, this does nothing.
 
     Args:
         second_exits: a second signal ends the process there and then; otherwise it is raised there and then.
+        to_the_end: the process ends after this. The handlers stay while Python takes itself down, where an exception
+            would be a traceback: a first signal finds nothing left to stop, a second one is as inside.
     """
     global _active
     if _active is not None or not _in_main_thread():
@@ -99,8 +119,10 @@ def catching(second_exits: bool = False) -> Iterator[None]:
         raise
     finally:
         catcher.held = True
+        catcher.seen.set()
         for number, old in before.items():
-            signal.signal(number, old)
+            if not to_the_end:
+                signal.signal(number, old)
         _active = None
         catcher.release()
 
@@ -111,11 +133,16 @@ def _holding(held: bool) -> Iterator[None]:
     if catcher is None:
         yield
         return
+    if isinstance(sys.exc_info()[1], KeyboardInterrupt | Stopped):
+        catcher.seen.set()
     before, catcher.held = catcher.held, held
     try:
         if not held:
             catcher.release()
         yield
+    except (KeyboardInterrupt, Stopped):
+        catcher.seen.set()
+        raise
     finally:
         catcher.held = before
     if not before:

@@ -45,6 +45,7 @@ FIGURE = {
     "native_cpu": "ratio",
     "encodings": "accuracy",
     "layer": "speed_up",
+    "scale": "round_ratio",
 }
 
 

@@ -143,3 +143,71 @@ def test_one_line_has_the_notes_of_one_line():
     assert in_one_line(error) == "wrong; 3 rounds are saved"
     assert in_one_line(ValueError("a\nb\x1b[2J")) == "a\\nb\\x1b[2J"
     assert in_one_line(Stopped(signal.SIGHUP)) == "stopped by SIGHUP"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second_exits", [False, True])
+def test_a_stop_that_python_drops_is_raised_again(number, second_exits, monkeypatch):
+    """In a ``__del__``, say, at which a signal may come as well as anywhere."""
+    monkeypatch.setattr("spafl.signals._LOST", 0.05)
+    dropped = []
+    monkeypatch.setattr("sys.unraisablehook", lambda what: dropped.append(what.exc_type))
+
+    class Rubbish:
+        def __del__(self):
+            send(number)
+
+    def work():
+        rubbish = Rubbish()
+        del rubbish
+        for _ in range(500):
+            time.sleep(0.01)
+        raise AssertionError("the stop was lost")
+
+    with pytest.raises(RAISED[number]), catching(second_exits), held(), released():
+        work()
+    assert dropped == [RAISED[number]]
+    time.sleep(0.1)  # nothing comes afterwards
+
+
+def test_a_stop_that_is_being_looked_after_is_not_raised_again(monkeypatch):
+    monkeypatch.setattr("spafl.signals._LOST", 0.05)
+    with pytest.raises(KeyboardInterrupt), catching(), held():
+        try:
+            with released():
+                send(signal.SIGINT)
+        finally:
+            time.sleep(0.2)
+            done = True
+    assert done
+
+
+LATE = """
+import atexit, os, signal, sys, time
+from spafl import cli
+
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)
+
+atexit.register(lambda: print("after", flush=True))
+atexit.register(lambda: [send(number) for number in {late}])
+cli.COMMANDS["report"] = lambda args: {command}
+sys.exit(cli.main(["report", "x"], own_process=True))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "late", "status", "out", "err"),
+    [
+        ("send(2) or 5", "[2]", 130, "", "spafl: interrupted\n"),
+        ("send(15) or 5", "[2]", 130, "", "spafl: stopped by SIGTERM\n"),
+        ("0", "[2]", 0, "after\n", ""),
+        ("3", "[15]", 3, "after\n", ""),
+        ("0", "[2, 15]", 143, "", ""),
+    ],
+)
+def test_signals_while_python_takes_itself_down_make_no_traceback(command, late, status, out, err):
+    script = LATE.format(command=command, late=late)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
