@@ -81,7 +81,7 @@ class _Catcher:
     def _insist(self, number: int, seen: threading.Event) -> None:
         if not seen.wait(_LOST):
             self._again = True
-            _thread.interrupt_main(number)
+            _thread.interrupt_main(signal.Signals(number))
 
 
 _active: _Catcher | None = None  # of the main thread

@@ -1,6 +1,6 @@
 """The first lines of a worker process, before anything slow is imported. Run by path: it is no part of a package then.
 
-The argument is JSON: the parent's process number, its end of the connection, the set-up's descriptor, ``sys.path``.
+The argument is JSON: the parent's process number, the connection's descriptor, ``sys.path``.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ def end_with(parent: int) -> None:
 
 
 def main() -> None:
-    parent, connection, setup, path = json.loads(sys.argv[1])
+    parent, connection, path = json.loads(sys.argv[1])
     end_with(parent)
     # Signals to the whole group (Ctrl-C, a batch system) are for the parent to act on. So far they were blocked.
     stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -32,7 +32,7 @@ def main() -> None:
     sys.path[:] = path
     from spafl.simulation.process import serve
 
-    serve(connection, setup)
+    serve(connection)
 
 
 if __name__ == "__main__":

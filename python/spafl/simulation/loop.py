@@ -30,8 +30,9 @@ from .files import write_atomic
 from .ledger import FinishedRound, Ledger, run_summary, without_final_evaluation
 from .metrics import client_record, environment
 from .placement import pick_device, pick_workers
-from .pool import Pool, WorkerDied
+from .pool import Pool, WorkerDied, spare_processes
 from .problem import build_problem, objective_of
+from .process import WorkerProcess
 from .progress import ProgressLine
 from .resident import ClientSetting
 from .rows import ClientRows, Turn
@@ -54,6 +55,7 @@ class Simulation:
         resume: continue from the folder's last checkpoint.
         quiet: no progress line even on a terminal, and no line that says why a device was chosen.
         callbacks: who is told of finished rounds, beside those of the configuration.
+        spare: where worker processes are to be put that :meth:`run` takes; None: it starts them itself.
 
     Attributes:
         round: last finished round, -1 before the first.
@@ -71,6 +73,7 @@ class Simulation:
         resume: bool = False,
         quiet: bool = False,
         callbacks: Sequence[Callback] = (),
+        spare: list[WorkerProcess] | None = None,
     ) -> None:
         self.callbacks = Callbacks([*build_callbacks(config.callbacks), *callbacks], folder.path)
         self.config = config
@@ -80,6 +83,9 @@ class Simulation:
         if why and not quiet:
             print(f"spafl: {why}", file=sys.stderr)
         self.workers = pick_workers(config, self.device)
+        self._spare = spare
+        if spare is not None and self.workers > 1:  # they import while the data are read
+            spare += [WorkerProcess() for _ in range(self.workers)]
         self.problem = build_problem(config)
         self.system = config.build_system()
         self.algorithm = self.problem.algorithm
@@ -212,7 +218,7 @@ class Simulation:
             with held():  # a signal cuts the tasks of a round, nothing else
                 try:
                     self.callbacks.start(self.config.name, self.config.rounds, self.config.model_dump(), self._before)
-                    with Pool(self.worker_setup(), self.workers) as pool:
+                    with Pool(self.worker_setup(), self.workers, self._spare) as pool:
                         for round in range(self.round + 1, self.config.rounds):
                             self._finish(self.run_round(pool, round), progress)
                         self._evaluate_last(pool)
@@ -412,11 +418,11 @@ def run(
         KeyboardInterrupt, Stopped: SIGINT; SIGTERM or SIGHUP (see :mod:`spafl.signals`).
     """
     folder: RunFolder | None = None
-    with catching():
+    with catching(), spare_processes() as spare:
         try:
             with held():
                 folder = RunFolder(out, resume)
-            return Simulation(config, folder, resume, quiet, callbacks).run()
+            return Simulation(config, folder, resume, quiet, callbacks, spare).run()
         except WriteError as error:
             saved = saved_rounds(folder.checkpoints) if folder is not None else []
             error.add_note(f"rounds 0 to {saved[-1]} are saved" if saved else "no round was saved yet")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any
 
-from ..signals import released
+from ..signals import held, released
 from .process import Gone, WorkerProcess, write_setup
 from .progress import say
 from .tasks import EvaluateTask, TrainTask, Worker, WorkerSetup
@@ -25,19 +26,35 @@ class WorkerDied(RuntimeError):
     """Worker processes ended without an answer (killed, or out of memory), again and again."""
 
 
+@contextmanager
+def spare_processes() -> Iterator[list[WorkerProcess]]:
+    """A list for processes that are started before there is a pool for them; those still in it are ended at the end."""
+    spare: list[WorkerProcess] = []
+    try:
+        yield spare
+    finally:
+        with held():
+            for process in spare:
+                process.end()
+
+
 class Pool:
     """``workers`` processes of one thread each; one worker means this process itself.
 
     A worker that dies is replaced, and its task is carried out again; tasks write nothing that another one reads, so
     the results are those of an undisturbed run. If none can be started, the run goes on with fewer. The workers end
     with this process, and with the thread that made the pool: the kernel knows no other parent.
+
+    Args:
+        spare: processes that were started already; the pool takes them out of the list.
     """
 
-    def __init__(self, setup: WorkerSetup, workers: int) -> None:
+    def __init__(self, setup: WorkerSetup, workers: int, spare: list[WorkerProcess] | None = None) -> None:
         self._own: Worker | None = None
         self._processes: list[WorkerProcess] = []
         self._setup: int | None = None
-        self._inherited = [setup.store.descriptor] if setup.store is not None else []
+        self._store = setup.store
+        self._spare = spare if spare is not None else []
         self._failed_starts = 0
         if workers == 1:
             self._own = Worker(setup)
@@ -45,14 +62,17 @@ class Pool:
         self._setup = write_setup(setup)
         try:
             for _ in range(workers):
-                self._processes.append(self._start())
+                self._start()
         except BaseException:
             self.close(patience=0)
             raise
 
-    def _start(self) -> WorkerProcess:
+    def _start(self) -> None:
         assert self._setup is not None, "the pool is closed"
-        return WorkerProcess(self._setup, self._inherited)
+        with held():  # somebody owns it at every moment
+            process = self._spare.pop() if self._spare else WorkerProcess()
+            self._processes.append(process)
+        process.set_up(self._setup, self._store)
 
     def run(self, tasks: Sequence[TrainTask] | Sequence[EvaluateTask], weights: Sequence[float]) -> list[Any]:
         """Results of the tasks, in their order.
@@ -123,7 +143,7 @@ class Pool:
         self._processes.remove(process)
         self._failed_starts = 0 if process.ready else self._failed_starts + 1
         if self._failed_starts < _DEATHS:
-            self._processes.append(self._start())
+            self._start()
             again = f"; {task} is carried out again" if task is not None else ""
             say(f"worker process {process.pid} {how}, another one takes its place{again}")
         elif self._processes:

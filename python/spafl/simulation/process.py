@@ -2,22 +2,26 @@
 
 It is a fresh interpreter that imports this package and never the user's main module, so scripts need no
 ``if __name__ == "__main__"`` and notebooks and standard input will do; what is defined there travels by value
-(cloudpickle). Not forked: a fork after torch has started threads can hang, and CUDA forbids it. The kernel ends it with
+(cloudpickle). Not forked: a fork after torch has started threads can hang, and CUDA forbids it. It can be started
+before there is a set-up: importing takes seconds, in which the parent reads and cuts the data. The kernel ends it with
 its parent (:mod:`.boot`); while it is idle, the end of the connection does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from typing import Any
 import cloudpickle
 
 from ..signals import blocked, held
+from .store import StoreFile
 from .tasks import EvaluateTask, TrainTask, Worker, WorkerSetup
 
 _BOOT = Path(__file__).with_name("boot.py")
@@ -35,11 +40,7 @@ class Gone(Exception):
 
 
 class WorkerProcess:
-    """A worker process, and the task it has.
-
-    Args:
-        setup: descriptor of a file made by :func:`write_setup`.
-        inherited: descriptors that the set-up mentions.
+    """A worker process, and the task it has; it can do nothing before :meth:`set_up`.
 
     Attributes:
         connection: readable when there is an answer, or none will come.
@@ -47,7 +48,7 @@ class WorkerProcess:
         task: number of the task it works on, or None.
     """
 
-    def __init__(self, setup: int, inherited: Sequence[int]) -> None:
+    def __init__(self) -> None:
         self.ready = False
         self.task: int | None = None
         # Held, so that no process is started without an owner who ends it.
@@ -55,14 +56,23 @@ class WorkerProcess:
             self.connection, theirs = multiprocessing.Pipe()
             with theirs:
                 end = theirs.fileno()
-                path = [entry for entry in sys.path if isinstance(entry, str)]
                 flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing
-                command = [sys.executable, *flags, "-P", str(_BOOT), json.dumps([os.getpid(), end, setup, path])]
+                command = [sys.executable, *flags, "-P", str(_BOOT), json.dumps([os.getpid(), end, _path()])]
                 with blocked():
-                    self._process = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, pass_fds=(end, setup, *inherited)
-                    )
+                    self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(end,))
         self.pid = self._process.pid
+
+    def set_up(self, setup: int, store: StoreFile | None) -> None:
+        """Have it make ready.
+
+        Args:
+            setup: descriptor of a file made by :func:`write_setup`.
+            store: the one that the set-up mentions; an open file is another number in another process.
+        """
+        descriptors = [setup, store.descriptor if store is not None else setup]
+        # A process that is gone says so where its answer is looked for.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+            reduction.sendfds(end, descriptors)
 
     @property
     def idle(self) -> bool:
@@ -109,19 +119,37 @@ class WorkerProcess:
                 self._process.wait()
 
 
+def _path() -> list[str]:
+    return [entry for entry in sys.path if isinstance(entry, str)]
+
+
 def write_setup(setup: WorkerSetup) -> int:
     """The descriptor of an unnamed file in memory that holds the set-up; gone when every process has closed it."""
     descriptor = os.memfd_create("setup")
     with open(descriptor, "wb", closefd=False) as file:
-        cloudpickle.dump(setup, file, pickle.HIGHEST_PROTOCOL)
+        # The path has grown, perhaps, since the process was started, and what is unpickled may need it.
+        pickle.dump((_path(), cloudpickle.dumps(setup, pickle.HIGHEST_PROTOCOL)), file, pickle.HIGHEST_PROTOCOL)
     return descriptor
 
 
-def _read_setup(descriptor: int) -> WorkerSetup:
+def _receive_setup(connection: Connection) -> tuple[int, int]:
+    """The descriptors that :meth:`WorkerProcess.set_up` sent; EOFError: nothing came and nothing will."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        setup, store = reduction.recvfds(end, 2)
+    for received in (setup, store):  # not for processes that an algorithm may start
+        os.set_inheritable(received, False)
+    return setup, store
+
+
+def _read_setup(descriptor: int, store: int) -> WorkerSetup:
     with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content:
-        setup: WorkerSetup = pickle.loads(content)
+        sys.path[:], pickled = pickle.loads(content)
     os.close(descriptor)
-    return setup
+    setup: WorkerSetup = pickle.loads(pickled)
+    if setup.store is None:
+        os.close(store)
+        return setup
+    return replace(setup, store=replace(setup.store, descriptor=store))
 
 
 def _failure(error: Exception) -> bytes:
@@ -137,20 +165,20 @@ def _failure(error: Exception) -> bytes:
     return content
 
 
-def serve(descriptor: int, setup: int) -> None:
+def serve(descriptor: int) -> None:
     """A worker process's life: make ready, then a task at a time until the connection is closed."""
     # Not for processes that an algorithm may start: the connection has to close with this one.
-    for inherited in (descriptor, setup):
-        os.set_inheritable(inherited, False)
+    os.set_inheritable(descriptor, False)
     try:
-        _answer_tasks(Connection(descriptor), setup)
+        _answer_tasks(Connection(descriptor))
     except (EOFError, ConnectionError):
         return  # nobody is listening any more, perhaps in the middle of an answer
 
 
-def _answer_tasks(connection: Connection, setup: int) -> None:
+def _answer_tasks(connection: Connection) -> None:
+    setup, store = _receive_setup(connection)
     try:
-        worker = Worker(_read_setup(setup))
+        worker = Worker(_read_setup(setup, store))
     except Exception as error:
         connection.send_bytes(_failure(error))
         return
