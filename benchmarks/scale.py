@@ -233,13 +233,15 @@ def table(rows: Sequence[Row]) -> str:
     """A line for each case."""
     lines = [
         [
-            row["case"], *(f"{int(row[c]):,}" for c in ("clients", "rounds", "touched")), row["partition_s"],
-            row["startup_s"], row["round_s"], row["round_ratio"], f"{int(row['peak_mb']):,}",
-            f"{int(row['rows_mb']):,}",
+            row["case"], *(f"{int(row[c]):,}" for c in ("clients", "rounds", "touched")),
+            *(row[c] for c in ("partition_s", "partition_cpu_s", "startup_s", "startup_cpu_s")),
+            row["round_s"], row["round_ratio"],
+            *(f"{int(row[c]):,}" for c in ("peak_mb", "rows_mb")),
         ]
         for row in common.right(rows)
     ]  # fmt: skip
-    header = ["case", "clients", "rounds", "clients that trained", "partition, s", "start-up, s", "round, s",
+    header = ["case", "clients", "rounds", "clients that trained", "partition, s", "of CPU", "start-up, s",
+              "of CPU", "round, s",
               "over 100 clients'", "memory, MB", "rows on disk, MB"]  # fmt: skip
     return common.markdown(header, lines)
 

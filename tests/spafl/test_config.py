@@ -162,6 +162,7 @@ def test_assignments_that_hide_something_are_refused(text):
         ("data.seed", 10**4000, "data.seed: "),
         ("seed", 10**4000, "got a whole number of 13288 bits"),
         ("algorithm.collapse_floor", True, "algorithm.collapse_floor: input should be a valid number; got true"),
+        ("algorithm.collapse_floor", 1.0, "algorithm.collapse_floor: input should be less than 1; got 1.0"),
         ("algorithm.penalty", 1e308, "algorithm.penalty: input should be less than or equal to 1000000"),
         ("algorithm.penalty", "0.1", "algorithm.penalty: input should be a valid number; got '0.1'"),
         ("algorithm.prune_head", 1, "algorithm.prune_head: one of true, false, as-built; got 1"),

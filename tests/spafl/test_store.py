@@ -69,6 +69,12 @@ def test_another_view_of_the_file_sees_what_was_kept(store):
     assert (other.load(3)["weight"] == -1).all()
 
 
+def test_a_copy_of_what_was_taken_copies_a_row_and_not_all(store):
+    """``copy.deepcopy`` of a model copies whole storages: workers took gigabytes for a check of their engine."""
+    assert all(t.untyped_storage().nbytes() == store.row_bytes for t in store.take(None, 3).values())
+    assert all(t.untyped_storage().nbytes() == store.row_bytes for t in store.load(None).values())
+
+
 def test_tensors_are_aligned_for_vector_loads(store):
     assert all(t.data_ptr() % 64 == 0 for k in range(5) for t in store.take(None, k).values() if t.numel())
 

@@ -128,7 +128,7 @@ class SpaFLOptions(AggregationOptions):
     importance_normaliser: Literal["kernel", "row"]
     momentum_lifetime: Literal["run", "round"]
     """``run``: the state of a client's optimiser (momentum, Adam's moments) survives from one turn to its next."""
-    collapse_floor: float | None = Field(ge=0, le=1)
+    collapse_floor: float | None = Field(ge=0, lt=1)
     """A layer at or below this density gets all thresholds set to 0 at its next training step; None: never."""
     count_threshold_macs: bool
     """Whether the published counter of this folder counts what thresholds cost: one operation per threshold and batch,

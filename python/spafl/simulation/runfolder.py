@@ -150,8 +150,8 @@ class RunFolder:
         folder = results_path(self.path, 0).parent
         for path in folder.iterdir() if folder.is_dir() else ():
             if path not in kept:
-                with writing(path):
-                    path.unlink()
+                with writing(path):  # one half written before a kill may be gone, written again under that name
+                    path.unlink(missing_ok=True)
             elif kept[path]["train_accuracy"] is None:
                 self._forget_train_accuracies(path)
 

@@ -81,10 +81,9 @@ class _Field:
     strides: tuple[int, ...]
     dtype: torch.dtype
 
-    def of(self, rows: Mapping[torch.dtype, Tensor], start: int = 0) -> Tensor:
-        """This field of the row that begins at byte ``start``; ``rows``: the bytes as each dtype."""
-        size = self.dtype.itemsize
-        return rows[self.dtype].as_strided(self.shape, self.strides, (start + self.offset) // size)
+    def of(self, row: Mapping[torch.dtype, Tensor]) -> Tensor:
+        """This field of a row, given as its bytes seen as each dtype."""
+        return row[self.dtype].as_strided(self.shape, self.strides, self.offset // self.dtype.itemsize)
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Field], int]:
@@ -114,12 +113,9 @@ class ClientStore:
     def __init__(self, file: StoreFile, initial: Mapping[str, Tensor], rows: int) -> None:
         self._fields, self.row_bytes = _layout(initial)
         self.rows, self.file = rows, file
-        self._all: Tensor | None = None
-        self._typed: dict[torch.dtype, Tensor] = {}
+        self._mapped: mmap.mmap | None = None
         if file.in_memory and self.row_bytes:
-            mapped = mmap.mmap(file.descriptor, self.row_bytes * rows)
-            self._all = torch.frombuffer(mapped, dtype=torch.uint8)
-            self._typed = self._as_each_dtype(self._all)
+            self._mapped = mmap.mmap(file.descriptor, self.row_bytes * rows)
         self._buffer = torch.zeros(self.row_bytes, dtype=torch.uint8)
         self._bytes = self._buffer.numpy().data
         typed = self._as_each_dtype(self._buffer)
@@ -128,8 +124,16 @@ class ClientStore:
             self.buffer[name].copy_(tensor.detach())
         self._initial = self._buffer.clone()
 
-    def _as_each_dtype(self, rows: Tensor) -> dict[torch.dtype, Tensor]:
-        return {dtype: rows.view(dtype) for dtype in {field.dtype for field in self._fields.values()}}
+    def _as_each_dtype(self, row: Tensor) -> dict[torch.dtype, Tensor]:
+        return {dtype: row.view(dtype) for dtype in {field.dtype for field in self._fields.values()}}
+
+    def _row(self, number: int) -> Tensor:
+        """A row in memory, as bytes.
+
+        Of a storage of its own: a view of all rows would be copied with all of them by ``copy.deepcopy`` of a model.
+        """
+        assert self._mapped is not None
+        return torch.frombuffer(self._mapped, dtype=torch.uint8, count=self.row_bytes, offset=number * self.row_bytes)
 
     @classmethod
     def create(
@@ -184,16 +188,16 @@ class ClientStore:
 
         In memory they are views of row ``target``, else of the buffer; ``source`` is another row and stays as it is.
         """
-        if self._all is None:
+        if self._mapped is None:
             return self.load(source)
-        begin, length = target * self.row_bytes, self.row_bytes
-        old = self._initial if source is None else self._all[source * length : (source + 1) * length]
-        self._all[begin : begin + length].copy_(old)
-        return {name: field.of(self._typed, begin) for name, field in self._fields.items()}
+        row = self._row(target)
+        row.copy_(self._initial if source is None else self._row(source))
+        typed = self._as_each_dtype(row)
+        return {name: field.of(typed) for name, field in self._fields.items()}
 
     def keep(self, target: int) -> None:
         """The tensors of :meth:`take` are in row ``target`` from now on."""
-        if self._all is None:
+        if self._mapped is None:
             self.save(target)
 
     def close(self) -> None:
