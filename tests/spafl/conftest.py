@@ -1,6 +1,7 @@
 """A small federated problem that runs in a second or two."""
 
 import copy
+import signal
 
 import pytest
 from small_problem import SMALL
@@ -20,3 +21,11 @@ def small_config(small):
     from spafl.config import deep_merge
 
     return lambda **changes: resolve_config(deep_merge(small, changes))
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Tests that run in the background inherit a SIGINT that is ignored, and runs respect that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

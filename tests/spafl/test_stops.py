@@ -62,14 +62,6 @@ def lines(folder):
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Tests that run in the background inherit a SIGINT that is ignored, and runs respect that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def start(small, tmp_path):
     """``start(folder, *options, section={...})``: a run as a process of its own, killed at the end of the test."""
