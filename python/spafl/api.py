@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +138,10 @@ class RunResult:
         runs = [self.data, *(other.data for other in others)]
         if not any(chosen.shows(run) for run in runs):
             raise UserError(f"{chosen.title.lower()} cannot be shown: {chosen.lacking}")
-        return chosen.draw(runs)
+        figure = chosen.draw(runs)
+        # A notebook knows how to show figures of pyplot alone, and these are none.
+        figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
+        return figure
 
     def model(self, client: int) -> nn.Module:
         """A client's model as of the last checkpoint, with its threshold layers, in eval mode."""
@@ -236,6 +241,12 @@ def _resolve(config: Configuration, settings: Mapping[str, Any]) -> RunConfig:
             value = {key: value}
         raw = deep_merge(raw, value)
     return resolve_config(raw)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, facecolor="white")
+    return buffer.getvalue()
 
 
 def _pandas() -> Any:

@@ -83,6 +83,7 @@ def test_without_pandas_the_records_are_there_and_the_error_says_what_to_install
 def test_pictures_by_name(finished):
     for name in ("accuracy", "density", "partition"):
         assert finished.plot(name).axes
+    assert finished.plot("accuracy")._repr_png_().startswith(b"\x89PNG")  # as notebooks show it
     assert len(finished.plot("accuracy", finished).axes[0].lines) == 2
     with pytest.raises(spafl.UserError, match="no picture 'loss'; there are accuracy_rounds"):
         finished.plot("loss")
