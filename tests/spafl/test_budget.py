@@ -163,7 +163,7 @@ def test_the_controller_settles_on_plants_it_does_not_know(name, start):
 
 def test_the_set_point_stands_still_while_the_turn_is_limited():
     budget = Budget("density", 0.1)
-    assert corrected(0.1, 0.8, budget, 0.9) == 0.1
+    assert corrected(0.1, 0.95, budget, 0.9) == 0.1
     assert corrected(0.1, 0.1, budget, 0.2) == pytest.approx(0.1 * 0.5**0.5)
 
 

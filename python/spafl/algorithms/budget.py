@@ -51,7 +51,7 @@ KINDS: tuple[Kind, ...] = ("density", "macs", "seconds")
 GAIN: dict[Kind, float] = {"density": 0.5, "macs": 0.2, "seconds": 0.2}
 FIGURES: dict[Kind, str] = {"density": "density", "macs": "macs_share", "seconds": "turn_seconds"}
 """The name of what is measured among a turn's figures."""
-RATE = 0.8
+RATE = 0.95
 LOWEST, HIGHEST = 1e-3, 4.0
 SPARED = 0.02
 
