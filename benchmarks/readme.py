@@ -19,19 +19,11 @@ from pathlib import Path
 from benchmarks import common
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/benchmarks.md", "docs/messages.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/messages.md", "docs/deployment.md")
 TABLES = (
-    "training_step",
-    "rebuild",
-    "estimators",
-    "memory",
-    "inference",
-    "federated",
-    "workers",
-    "encodings",
-    "layer",
-    "scale",
-)
+    "training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers", "encodings", "layer",
+    "scale", "leakage", "client", "flower",
+)  # fmt: skip
 # With what a picture shows; both are in the README.
 PICTURES = {
     "training_step": "Speed-up of one training step over density, by model",

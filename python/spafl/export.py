@@ -118,7 +118,7 @@ def _client_model(run: Path, client: int, code: Code | None) -> tuple[nn.Module,
         UserError: no run or good checkpoint there, no such client, or a client that has not trained yet.
     """
     code = Code.only(()) if code is None else code
-    from .flower.export import holds_clients, kept_model  # which needs this module
+    from .flower.export import AtTheClient, Elsewhere, holds_clients, kept_model  # which needs this module
 
     if holds_clients(run):
         return kept_model(run, client, code)
@@ -133,18 +133,20 @@ def _client_model(run: Path, client: int, code: Code | None) -> tuple[nn.Module,
     # With the weights of the first model: an algorithm may keep some of them as they are, in no message and no row.
     sample = blank(1, source.shape, source.dtype)
     model = algorithm.prepare_model(first_model(config, source.outputs, source.shape, source.dtype), sample)
-    tensors = checkpoint.client(client) or {}
+    tensors: Mapping[str, Tensor] = checkpoint.client(client) or {}
+    if (run / "flower.json").exists() and algorithm.client_state(model):
+        tensors = Elsewhere()
     try:
-        if tensors:
+        if isinstance(tensors, dict) and tensors:
             hear(algorithm, model, config, client, tensors, checkpoint.state.log.missed(client))
         own = algorithm.client_model(model, checkpoint.server, tensors, client)
+    except AtTheClient:
+        raise UserError(
+            f"client {client} keeps to itself what makes its model: export it on its machine, spafl export STATE-DIR/"
+            f"{json.loads((run / 'flower.json').read_text())['run']} --client {client}"
+        ) from None
     except RuntimeError as error:  # shapes: the model's code is not that of the run
         raise UserError(f"{checkpoint.path} does not fit model {config.model.name}: {one_line(error)}") from None
-    if own is None and (run / "flower.json").exists():
-        raise UserError(
-            f"client {client} keeps its model to itself: export it on its machine, spafl export STATE-DIR/"
-            f"{json.loads((run / 'flower.json').read_text())['run']} --client {client}"
-        )
     if own is None:
         raise UserError(f"client {client} has not trained up to round {checkpoint.state.round}")
     return own.eval(), sample

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from benchmarks import (
     common,
     federated,
     inference,
+    leakage,
     memory,
     native_cpu,
     readme,
@@ -46,6 +48,8 @@ FIGURE = {
     "encodings": "accuracy",
     "layer": "speed_up",
     "scale": "round_ratio",
+    "leakage": "distance",
+    "client": "peak_mb",
 }
 
 
@@ -113,6 +117,16 @@ def test_a_quick_run_leaves_the_results_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "IMAGES", tmp_path)
     assert training_step.main(["--quick"]) == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_attack_on_labels_finds_what_is_there_and_nothing_else():
+    draws = np.random.default_rng(0)
+    shares = draws.dirichlet([0.3] * 6, size=40)
+    telling = shares @ draws.normal(size=(6, 30)) + 0.01 * draws.normal(size=(40, 30))
+    row = leakage.measure(telling[None], shares, 1, 1)
+    assert row["distance"] < 0.1 < 0.4 < row["blind"] and row["top"] > 0.8 > row["shuffled_top"]
+    row = leakage.measure(draws.normal(size=(1, 40, 30)), shares, 1, 1)
+    assert row["distance"] > 0.8 * row["blind"]
 
 
 # -- the gates ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,11 +26,16 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from flwr.app import RecordDict
 
+from spafl.algorithms import ALGORITHMS
 from spafl.config import resolve_config
 from spafl.flower.__main__ import main
 from spafl.flower.bundle import write_app
 from spafl.flower.local import simulation_link
+from spafl.flower.message import wrap
+from spafl.flower.roster import Roster
+from spafl.flower.strategy import GridLink
 from spafl.simulation import loop, run
 from spafl.simulation.checkpoint import load_latest
 
@@ -247,20 +253,65 @@ def test_a_deployment_in_which_machines_die_has_the_bits_of_the_simulator(federa
     assert_simulator_bits(config, out, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("algorithm", [{"name": "spafl", "variant": "fmnist", "penalty": 0.05}, {"name": "fedavg"}])
-def test_flowers_simulation_engine_has_the_bits_of_the_simulator(tmp_path, monkeypatch, algorithm):
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("SPAFL_STATE", str(tmp_path / "state"))
-    for name, value in QUIET.items():
-        monkeypatch.setenv(name, value)
-    config = configured(algorithm=algorithm, rounds=2, communication={"encoding": "int8"})
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """A SuperLink for Flower's simulation engine."""
+    folder = tmp_path_factory.mktemp("engine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_HOME", str(folder / "home"))
+        patch.setenv("SPAFL_STATE", str(folder / "state"))
+        for name, value in QUIET.items():
+            patch.setenv(name, value)
+        with simulation_link(folder / "home") as link:
+            yield link
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_flowers_simulation_engine_has_the_bits_of_the_simulator(engine, tmp_path, monkeypatch, name):
+    encoding = "int8" if name in ("spafl", "fedavg") else "fp32"
+    config = configured(algorithm={"name": name}, rounds=2, communication={"encoding": encoding})
     (tmp_path / "run.toml").write_text(config.to_toml())
     out = tmp_path / "run"
+    command = [str(tmp_path / "run.toml"), "--out", str(out), "--federation", engine]
     size = f"num-supernodes={CLIENTS} client-resources-num-cpus=1"
-    with simulation_link(tmp_path / "home") as link:
-        command = [str(tmp_path / "run.toml"), "--out", str(out), "--federation", link]
-        assert main([*command, "--", "--federation-config", size]) == 0
+    assert main([*command, "--", "--federation-config", size]) == 0
     assert_simulator_bits(config, out, tmp_path, monkeypatch)
+
+
+class Replies:
+    """A grid: node 1 answers, node 2 never does, node 3 reports an error, node 4 sends something else."""
+
+    def push_messages(self, nodes):
+        self.open = {f"message {node}": node for node in nodes}
+        return list(self.open)
+
+    def pull_messages(self, ids):
+        taken = {id: self.open.pop(id) for id in ids if self.open.get(id, 2) != 2}
+        return [self.reply(id, node) for id, node in taken.items()]
+
+    @staticmethod
+    def reply(id, node):
+        return SimpleNamespace(
+            metadata=SimpleNamespace(reply_to_message_id=id),
+            has_error=lambda: node == 3,
+            error=SimpleNamespace(code=7, reason="it broke\nbadly"),
+            has_content=lambda: True,
+            content=wrap(b"answer") if node == 1 else RecordDict(),
+        )
+
+
+def test_a_straggler_is_waited_for_no_longer_than_said(monkeypatch):
+    monkeypatch.setattr(GridLink, "message", lambda self, kind, node, parcel, seconds: node)
+    link = GridLink(Roster(configured(), "0" * 32), Replies(), print)
+    begin = time.monotonic()
+    replies = link.send("train", dict.fromkeys((1, 2, 3, 4), b"message"), 1.0)
+    assert 1.0 <= time.monotonic() - begin < 10
+    assert replies == {
+        1: b"answer",
+        2: "no answer within 1 s",
+        3: "Flower reports error 7: it broke badly",
+        4: "the reply holds no SpaFL parcel",
+    }
 
 
 def test_the_app_is_what_flower_takes(tmp_path):

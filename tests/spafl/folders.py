@@ -124,3 +124,11 @@ def full_from(folder, work, number: int, error: int = errno.ENOSPC):
         work()
     finally:
         watch(None, None)
+
+
+def client_values(folder):
+    """``(round, client, values)`` of every evaluated round, rounds from 0."""
+    from spafl.records import CLIENT_FIELDS, client_rows, lines_of
+
+    rows = [row for line in lines_of(folder) for row in client_rows(folder, line)]
+    return [(row["round"] - 1, row["client"], {name: row[name] for name in CLIENT_FIELDS}) for row in rows]

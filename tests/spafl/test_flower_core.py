@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from folders import client_values
 from test_simulation import metrics
 
 from spafl.algorithms import ALGORITHMS as REGISTERED
-from spafl.api import client_values
 from spafl.config import deep_merge, resolve_config
 from spafl.errors import UserError
 from spafl.flower.client import ClientSide, Site, refusal, run_digest

@@ -207,7 +207,8 @@ def test_published_sampling_ignores_the_seed(small_config):
 
 
 def test_a_sample_of_the_clients_is_tested_in_every_evaluation(small_config, tmp_path):
-    from spafl.api import client_values
+    from folders import client_values
+
     from spafl.report.run_data import load_run
     from spafl.simulation.sampling import evaluated_clients
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..algorithms import Algorithm
 from ..config import load_run_config
 from ..data import blank
 from ..errors import UserError, one_line
@@ -22,6 +24,31 @@ from .parcel import number, unpack
 def holds_clients(folder: Path) -> bool:
     """Whether this is a folder of clients' private state, ``state-dir/RUN``, and no run folder."""
     return not (folder / "partition.json").exists() and any(folder.glob("client-*.safetensors"))
+
+
+class AtTheClient(LookupError):
+    """Asked for what only a client has."""
+
+
+class Elsewhere(Mapping[str, Tensor]):
+    """What a client keeps, seen from the server: whatever looks into it raises :class:`AtTheClient`."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise AtTheClient
+
+    def __iter__(self) -> Iterator[str]:
+        raise AtTheClient
+
+    def __len__(self) -> int:
+        raise AtTheClient
+
+
+def _enough(algorithm: Algorithm, model: nn.Module) -> bool:
+    """Whether the message of a test and what the client keeps are all that its model is made of."""
+    if type(algorithm).client_model is Algorithm.client_model:
+        return True  # it says itself if a tensor of the model is missing
+    server = algorithm.server_state(model)
+    return algorithm.evaluation_message(server, 0).keys() == server.keys()
 
 
 def kept_model(folder: Path, client: int, code: Code) -> tuple[nn.Module, Tensor]:
@@ -54,11 +81,11 @@ def kept_model(folder: Path, client: int, code: Code) -> tuple[nn.Module, Tensor
                 held = dict(decode(frames[0], round, method.uplink.model))
                 news = [Announcement(*each) for each in missed(state.heard, header, frames[1:])]
                 hear(method.algorithm, method.model, config, client, state.tensors, news)
-        model = method.algorithm.client_model(method.model, held, state.tensors, client)
+        model = None
+        if _enough(method.algorithm, method.model):
+            model = method.algorithm.client_model(method.model, held, state.tensors, client)
     except (OSError, WireError, IndexError) as error:
         raise UserError(f"the last test of client {client} in {folder} cannot be read: {one_line(error)}") from None
-    except KeyError:  # what the method asks for is not here
-        model = None
     if model is None:
         raise UserError(
             f"the model of client {client} is made of what the server holds ({config.algorithm['name']}): export it "

@@ -10,6 +10,7 @@ from .roster import Roster
 
 # Between two looks at who is there.
 _PAUSE = 0.5
+_ANSWER = 180.0  # seconds to say who one is: a process that imports PyTorch; who has not is asked again
 _FAREWELL = 30.0  # seconds for clients to hear why a run was stopped
 
 
@@ -48,7 +49,7 @@ class Link(ABC):
         """Clients that are there, once all ``wanted`` ones are, or after ``seconds``."""
         end = time.monotonic() + seconds
         while True:
-            self._meet(max(1.0, min(60.0, seconds)))
+            self._meet(max(1.0, min(_ANSWER, seconds)))
             present = set(self.roster.seats)
             if present >= set(wanted) or time.monotonic() >= end:
                 return present

@@ -69,6 +69,7 @@ class TrainingRound:
         sent: messages by client.
         parcels: the same, packed with what the client has missed.
         cost: of sending them.
+        began: when they were ready to be sent, on a steady clock.
     """
 
     round: int
@@ -77,6 +78,7 @@ class TrainingRound:
     sent: dict[int, Message] = field(default_factory=dict)
     parcels: dict[int, bytes] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
+    began: float = field(default_factory=time.monotonic)
 
 
 class Coordinator:
@@ -204,6 +206,7 @@ class Coordinator:
             paper_bits=algorithm.paper_bits(self.server, len(asked.sent)),
             up_bytes=merged.up_bytes,
             up_frame_bytes=sum(len(raw) for raw in answers.values() if isinstance(raw, bytes)),
+            train_seconds=time.monotonic() - asked.began,
         )
         cost += Cost.sum(told[k].cost for k in told)
         self.server, self.round = merged.server, round
