@@ -215,6 +215,7 @@ def test_the_command_writes_all_formats(finished, tmp_path, capsys):
     assert sorted(p.stem for p in out.glob("*.png")) == [name[:-4] for name in pictures]
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_pdf(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "PICTURES", formats.PICTURES[-1:])
     first, second = (formats.write_pdf([finished.folder], tmp_path / name)[0].read_bytes() for name in "ab")
