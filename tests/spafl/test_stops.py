@@ -152,7 +152,7 @@ def test_a_stop_in_a_long_task_is_prompt_and_a_second_one_does_not_wait(start, t
     long = {"rounds": 9, "training": {"epochs": 100_000}, "simulation": {"workers": count}}
     for signals in (1, 2):
         folder = tmp_path / str(signals)
-        process = start(folder, **long)
+        process = start(folder, "--quiet", **long)  # a minute without a round would be told
         wait_for((folder / "metrics.jsonl").exists, "the run")
         wait_for(lambda: busy(process.pid, count), "training")  # noqa: B023
         for _ in range(signals):
