@@ -156,8 +156,9 @@ def test_a_replayed_upload_is_not_merged(problem, tmp_path, monkeypatch):
 
     config = problem(rounds=2, evaluation={"every": 9})
     serve(config, tmp_path / "run", tmp_path / "state", link=Replays)
-    first, line = metrics(tmp_path / "run")
-    assert 0 < first["cost"]["seconds"]["train"] < line["cost"]["seconds"]["train"]
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[0]["cost"]["seconds"]["train"] < lines[1]["cost"]["seconds"]["train"]
+    line = lines[1]
     assert line["merged"] == [0, 2] and [entry["client"] for entry in line["rejected"]] == [1]
     assert "of round 0; round 1 was expected" in line["rejected"][0]["reason"]
     monkeypatch.setattr(loop, "sample_clients", lambda config, round: [[0, 1, 2], [0, 2]][round])
