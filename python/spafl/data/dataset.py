@@ -264,9 +264,10 @@ def as_dataset(
         )
     classes = 0
     if y["train_y"].dtype == np.int64:
-        classes = max(2, 1 + max(int(part.max(initial=0)) for part in y.values()))
-    if class_names is not None:
-        classes = max(classes, len(class_names))
+        labels = 1 + max(int(part.max(initial=0)) for part in y.values())
+        classes = max(2, labels, len(class_names or ()))
+        if class_names is not None and len(class_names) == labels == 1:
+            class_names = None  # there are two outputs, and a name for one of them
     transform = Transform()
     if x["train_x"].dtype == np.uint8 and x["train_x"].ndim == 4:
         transform = Transform(*channel_statistics(x["train_x"]))

@@ -309,7 +309,7 @@ FAULTS = {
         padded("identity"),
         ("module",),
     ),
-    "the window": (instead(module, "WINDOW", lambda f: 1e9), far, ("module",)),
+    "the window": (instead(rows, "WINDOW", lambda f: 1e9), far, ("module",)),
     "the trainer's window": (instead(session, "WINDOW", lambda f: 1e9), far, ("trainer",)),
     "a gradient that is cut": (
         lambda patch: None,
