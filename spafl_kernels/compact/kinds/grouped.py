@@ -25,8 +25,23 @@ if TYPE_CHECKING:
 __all__ = ["Depthwise", "Grouped"]
 
 
+class _InGroups:
+    """A filter reads the channels of its place, so weights have no columns to leave out."""
+
+    @property
+    def columns(self) -> Layout | None:
+        return None
+
+    @property
+    def dense(self) -> bool:
+        return False
+
+    def takes_tail(self, scope: Scope) -> bool:
+        return False
+
+
 @dataclass(eq=False)
-class Depthwise(Layer):
+class Depthwise(_InGroups, Layer):
     """One input by group: the channels of the kept filters are read, constants included."""
 
     kind = "depthwise"
@@ -41,20 +56,9 @@ class Depthwise(Layer):
         """Filters by channel."""
         return self.module.out_channels // self.module.in_channels
 
-    @property
-    def columns(self) -> Layout | None:
-        return None
-
-    @property
-    def dense(self) -> bool:
-        return False
-
     def product(self, plan: Plan, padded: bool) -> tuple[int, int, int]:
         count, width, _ = super().product(plan, padded)
         return count, width, count
-
-    def takes_tail(self, scope: Scope) -> bool:
-        return False
 
     def build(self, scope: Scope, i: int) -> Run:
         m = self.module
@@ -165,7 +169,7 @@ def _packing(m: Any, rows: Channels | None, inputs: Channels | None) -> _Packing
 
 
 @dataclass(eq=False)
-class Grouped(Layer):
+class Grouped(_InGroups, Layer):
     """Several inputs by group. Kept rows and inputs are packed, and zeros make the groups equally large."""
 
     kind = "grouped"
@@ -175,21 +179,10 @@ class Grouped(Layer):
     def fits(cls, m: Any) -> bool:
         return isinstance(m, nn.Conv2d) and m.groups > 1 and m.weight.shape[1] > 1
 
-    @property
-    def columns(self) -> Layout | None:
-        return None
-
-    @property
-    def dense(self) -> bool:
-        return False
-
     def unread(self, before: Op) -> str | None:
         return (
             "a grouped convolution of pruned channels that vary over samples" if before.const == Const.SAMPLE else None
         )
-
-    def takes_tail(self, scope: Scope) -> bool:
-        return False
 
     def packing(self, plan: Plan) -> _Packing:
         reads = None if self.reads is None else plan.channels(self.reads)
