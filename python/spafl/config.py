@@ -142,6 +142,9 @@ class TrainingConfig(_Section):
     """The learning rate rises linearly over so many rounds, to ``lr`` in the next, where the schedule begins."""
     max_grad_norm: Positive | None = None
     drop_last: bool = False
+    dtype: Literal["float32", "float64"] = "float32"
+    """What models compute in, and what messages hold; ``float64`` is for comparisons in which rounding is to decide
+    nothing: on a CPU, with messages of twice the size."""
     loss: Loss = "cross-entropy"
     """Of classes cross-entropy; of numbers mse, mae or huber."""
 

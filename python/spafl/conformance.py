@@ -16,7 +16,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class Replay:
         layers = dict(threshold_layers(model))
         macs = layer_macs(model, first[:1], per_token=False)
         setting = ClientSetting(
-            self.local, Transform(), {n: macs[n] for n in layers}, 0, torch.device("cpu"), torch.float64
+            replace(self.local, dtype="float64"), Transform(), {n: macs[n] for n in layers}, 0, torch.device("cpu")
         )
         self.server = self.algorithm.server_state(model)
         fresh = self.algorithm.client_state(model)

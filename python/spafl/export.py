@@ -34,7 +34,7 @@ from .plugins import Code
 from .simulation.announcements import Announcement
 from .simulation.checkpoint import load_latest
 from .simulation.files import writing
-from .simulation.problem import first_model
+from .simulation.problem import first_model, model_input
 from .simulation.resident import ClientSetting, Resident
 from .simulation.same_run import run_digest
 from .wire import decode
@@ -131,7 +131,7 @@ def _client_model(run: Path, client: int, code: Code | None) -> tuple[nn.Module,
         raise UserError(f"run folder {run} has no checkpoint yet")
     algorithm = config.build_algorithm()
     # With the weights of the first model: an algorithm may keep some of them as they are, in no message and no row.
-    sample = blank(1, source.shape, source.dtype)
+    sample = model_input(config, source.shape, source.dtype)
     model = algorithm.prepare_model(first_model(config, source.outputs, source.shape, source.dtype), sample)
     tensors: Mapping[str, Tensor] = checkpoint.client(client) or {}
     if (run / "flower.json").exists() and algorithm.client_state(model):
@@ -149,7 +149,7 @@ def _client_model(run: Path, client: int, code: Code | None) -> tuple[nn.Module,
         raise UserError(f"{checkpoint.path} does not fit model {config.model.name}: {one_line(error)}") from None
     if own is None:
         raise UserError(f"client {client} has not trained up to round {checkpoint.state.round}")
-    return own.eval(), sample
+    return own.float().eval(), blank(1, source.shape, source.dtype)
 
 
 def _description(run: Path, client: int) -> Path:

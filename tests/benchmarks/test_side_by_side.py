@@ -1,5 +1,6 @@
 """The comparison with the authors' code, as far as it goes without that code."""
 
+import functools
 import itertools
 
 import pytest
@@ -35,11 +36,18 @@ def test_the_other_code_gets_the_batches_of_our_clients():
 
 
 def test_a_round_agrees_within_half_a_point_and_no_further():
-    assert row_of(0, (2.0, 50.0, 0.5), (9.0, 50.5, 0.504))["wrong"] == ""
-    row = row_of(3, (2.0, 50.0, 0.5), (9.0, 50.6, 0.5))
-    assert row["wrong"] == "accuracy differs by 0.6" and row["round"] == 4 and row["ratio"] == 4.5
-    assert row_of(0, (2.0, 50.0, 0.5), (9.0, 50.0, 0.506))["wrong"] == "density differs by 0.006"
-    assert "accuracy" in row_of(0, (2.0, float("nan"), 0.5), (9.0, 50.0, 0.5))["wrong"]
+    judged = functools.partial(row_of, "float64")
+    row = judged(0, (2.0, 50.0, 0.5), (9.0, 50.5, 0.504))
+    assert row["wrong"] == row["ratio"] == row["seconds_ours"] == "" and row["density_apart"] == "0.004"
+    row = judged(3, (2.0, 50.0, 0.5), (9.0, 50.6, 0.5))
+    assert row["wrong"] == "accuracy differs by 0.6" and row["round"] == 4
+    assert judged(0, (2.0, 50.0, 0.5), (9.0, 50.0, 0.506))["wrong"] == "density differs by 0.006"
+    assert "accuracy" in judged(0, (2.0, float("nan"), 0.5), (9.0, 50.0, 0.5))["wrong"]
+
+
+def test_float32_is_timed_and_not_judged():
+    row = row_of("float32", 3, (2.0, 50.0, 0.5), (9.0, 53.0, 0.5))
+    assert row["wrong"] == "" and row["accuracy_apart"] == "3" and row["ratio"] == "4.5" and row["seconds_ours"] == 2.0
 
 
 def test_a_folder_that_is_something_else_is_refused(tmp_path, capsys):
@@ -49,7 +57,9 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_the_table_takes_the_largest_difference_and_the_median_time(rounds):
-    rows = [row_of(i, (2.0, 50.0, 0.5), (6.0 + i, 50.0 + 0.1 * i, 0.5)) for i in range(rounds)]
+    rows = [row_of(dtype, i, (2.0, 50.0, 0.5), (6.0 + i, 50.0 + 0.1 * i, 0.5))
+            for dtype in ("float32", "float64") for i in range(rounds)]  # fmt: skip
     text = side_by_side.table([{name: str(value) for name, value in row.items()} for row in rows])
-    assert text.splitlines()[2].startswith(f"| {rounds} | <= {0.1 * (rounds - 1):.2f} | <= 0.0000 |")
-    assert ("3.5x" if rounds == 3 else "3.0x") in text
+    agreement, speed = text.splitlines()[2:]
+    assert agreement.startswith(f"| float64 | {rounds} | <= {0.1 * (rounds - 1):.2g} | <= 0 |") and "x" not in agreement
+    assert speed.startswith("| float32 |") and ("3.5x" if rounds == 3 else "3.0x") in speed

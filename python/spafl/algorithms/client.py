@@ -67,6 +67,7 @@ class LocalTraining:
             below ``(1 - min_improvement)`` times the lowest mean of a pass before. None: never early.
         schedule, lr_decay, lr_floor, step_rounds, cosine_rounds, warmup_rounds: see :meth:`lr_at`.
         threshold_lr: learning rate of the thresholds, scheduled as ``lr`` is; None: ``lr``.
+        dtype: of weights, activations and messages; of stored samples it is not.
     """
 
     lr: float
@@ -91,6 +92,12 @@ class LocalTraining:
     step_rounds: int | None = None
     cosine_rounds: int | None = None
     warmup_rounds: int = 0
+    dtype: Literal["float32", "float64"] = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as PyTorch's."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
 
     def lr_at(self, round: int) -> float:
         """Learning rate of a round.
@@ -242,7 +249,6 @@ class Client:
         macs: dict[str, int],
         seed: int,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
         layers: Mapping[str, ThresholdLayer] | None = None,
         others: dict[Hashable, tuple[nn.Module, Trainer]] | None = None,
         make_trainer: Callable[[nn.Module], Trainer] = MaskedTrainer,
@@ -264,7 +270,7 @@ class Client:
         self._transform = transform
         self._seed = seed
         self._device = device
-        self._dtype = dtype
+        self._dtype = local.torch_dtype
         self._others = {} if others is None else others
         self._make_trainer = make_trainer
         self._counts = {} if counts is None else counts
@@ -282,6 +288,10 @@ class Client:
     def as_input(self, x: Tensor) -> Tensor:
         """Raw images as the model takes them: on the device, normalised, not augmented."""
         return self._transform(x.to(self._device), self._dtype, None)
+
+    def as_target(self, y: Tensor) -> Tensor:
+        """Classes, or numbers to predict, on the device; numbers in the dtype of the model."""
+        return y.to(self._device, self._dtype if y.is_floating_point() else None)
 
     def training_batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of a turn: shuffled anew each pass, augmented, normalised, on the device."""
@@ -304,7 +314,7 @@ class Client:
                 left -= 1
                 chosen = order[start : min(start + size, last)]
                 x, y = self.train[chosen]
-                yield self._transform(x.to(self._device), self._dtype, augment), y.to(self._device)
+                yield self._transform(x.to(self._device), self._dtype, augment), self.as_target(y)
 
     def batches_per_epoch(self) -> int:
         """Number of batches of one local epoch."""
@@ -403,7 +413,7 @@ class Client:
             x, y = self.train[torch.zeros(2, dtype=torch.int64)]
             counter = MaskedTrainer(copy.deepcopy(self.model), self.trainer.loss)
             counter.begin(SGDOptions(lr=0.0))
-            counter.step(self.as_input(x), y.to(self._device))
+            counter.step(self.as_input(x), self.as_target(y))
             self._counts["dense macs"] = counter.finish().macs / 2
         return self._counts["dense macs"]
 
@@ -430,7 +440,7 @@ class Client:
         losses, correct, batch_size = [], 0, self.evaluation_batch
         for start in range(0, len(data), batch_size):
             x, y = data[start : start + batch_size]
-            loss, right = self.trainer.evaluate(self.as_input(x), y.to(self._device))
+            loss, right = self.trainer.evaluate(self.as_input(x), self.as_target(y))
             losses.append(loss.item() / len(y))
             correct += int(right)
         return sum(losses) / len(losses), correct / len(data)

@@ -91,4 +91,4 @@ def kept_model(folder: Path, client: int, code: Code) -> tuple[nn.Module, Tensor
             f"the model of client {client} is made of what the server holds ({config.algorithm['name']}): export it "
             "from the run folder there, or test the client once more"
         )
-    return model.eval(), blank(1, source.shape, source.dtype)
+    return model.float().eval(), blank(1, source.shape, source.dtype)

@@ -25,6 +25,10 @@ def pick_device(config: RunConfig) -> tuple[torch.device, str | None]:
         UserError: CUDA was asked for and there is none, or the device's table is not usable.
     """
     wanted = config.simulation.device
+    if config.training.dtype == "float64" and wanted != "cpu":
+        if wanted == "cuda":
+            raise UserError("simulation.device: training.dtype = float64 runs on a CPU alone")
+        return CPU, None
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("simulation.device: cuda was asked for, but this PyTorch sees no CUDA device")
     if wanted != "auto":

@@ -75,7 +75,7 @@ def build_method(config: RunConfig, outputs: int, shape: tuple[int, ...], dtype:
     """
     model = first_model(config, outputs, shape, dtype)
     algorithm = config.build_algorithm()
-    sample = blank(1, shape, dtype)
+    sample = model_input(config, shape, dtype)
     counts = layer_macs(model, sample, per_token=False)
     layers = dict(threshold_layers(model))
     weights = {name: model.get_submodule(name).weight.numel() for name in counts}  # type: ignore[operator, union-attr]
@@ -100,7 +100,7 @@ def build_problem(config: RunConfig) -> Problem:
     objective_of(config, dataset)
     parts = cut_data(config, dataset)
     method = build_method(config, dataset.outputs, dataset.shape, str(dataset.train_x.dtype))
-    _check_single_samples(config, method.model, dataset.sample(1), parts)
+    _check_single_samples(config, method.model, model_input(config, dataset.shape, str(dataset.train_x.dtype)), parts)
     return Problem(**vars(method), dataset=dataset, parts=parts)
 
 
@@ -185,13 +185,24 @@ def first_model(config: RunConfig, outputs: int, shape: tuple[int, ...], dtype: 
         raise
     except ValueError as error:
         raise UserError(f"model: {error}") from None
-    return fit_model(name, model, blank(2, shape, dtype), outputs)
+    return fit_model(name, model, blank(2, shape, dtype), outputs).to(config.local_training().torch_dtype)
+
+
+def model_input(config: RunConfig, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """One sample of zeros, ``(1, *shape)``, as the model of a run takes it, of data stored as ``dtype``."""
+    sample = blank(1, shape, dtype)
+    return sample.to(config.local_training().torch_dtype) if sample.is_floating_point() else sample
 
 
 def _feedback(config: RunConfig, uplink: Uplink, algorithm: Algorithm, model: nn.Module) -> dict[str, Tensor]:
     """What clients keep for a lossy encoding; refuses methods whose uploads mean something else in every round."""
     if uplink.encoding == "fp32":
         return {}
+    if config.training.dtype != "float32":
+        raise UserError(
+            f"communication.encoding: {uplink.encoding} is for uploads of float32, and training.dtype is "
+            f"{config.training.dtype}; fp32 leaves them as they are"
+        )
     server = algorithm.server_state(model)
 
     def form(round: int) -> dict[str, tuple[Any, ...]]:

@@ -28,7 +28,6 @@ class ClientSetting:
     macs: dict[str, int]
     seed: int
     device: torch.device
-    dtype: torch.dtype = torch.float32
     system: System | None = None
     objective: Objective = CLASSES
 
@@ -47,7 +46,7 @@ class Resident:
     ) -> None:
         self.algorithm = algorithm
         self.setting = setting
-        self.model = model.to(setting.device, setting.dtype)
+        self.model = model.to(setting.device, setting.local.torch_dtype)
         self._own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self._memory: dict[str, Tensor] = {}
         self._there: dict[str, Tensor] = {}  # on a device that is not the CPU
@@ -99,7 +98,6 @@ class Resident:
             s.macs,
             s.seed,
             s.device,
-            s.dtype,
             self._layers,
             self._others,
             self._make_trainer,
