@@ -117,7 +117,7 @@ def _run(args: argparse.Namespace) -> int:
         source, out = source / "config.toml", source
         if not source.exists():
             raise UserError(f"run folder {out} holds no run to resume")
-    config = load_config(source, assignments, code)
+    config = load_config(source, assignments, code, stored=source is not args.config)
     there = [callback.name for callback in config.callbacks]
     if added := [name for name in args.callback if name not in there]:
         raw = config.model_dump()

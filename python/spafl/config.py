@@ -26,6 +26,7 @@ from .callbacks.registry import CALLBACKS
 from .checked import CheckedModel, alternatives, short
 from .data import DATASETS, MAX_ALPHA, MIN_ALPHA, SCHEMES
 from .errors import UserError
+from .later import LATER, completed
 from .models import MODELS
 from .plugins import Code
 from .system import PRESETS, Device, System, read_trace
@@ -409,13 +410,16 @@ def parse_assignment(text: str) -> dict[str, Any]:
     return parsed
 
 
-def load_config(path: Path, assignments: Iterable[str] = (), code: Code | None = None) -> RunConfig:
+def load_config(
+    path: Path, assignments: Iterable[str] = (), code: Code | None = None, stored: bool = False
+) -> RunConfig:
     """Read, complete and check a configuration file.
 
     Args:
         path: the file.
         assignments: ``section.key=value``, laid over it.
         code: where the file is not trusted, the modules that may be imported; what ``assignments`` name may be too.
+        stored: see :func:`resolve_config`.
 
     Raises:
         UserError: file missing or not TOML, unknown key (the nearest valid one is named), wrong type or range, or code
@@ -429,7 +433,7 @@ def load_config(path: Path, assignments: Iterable[str] = (), code: Code | None =
     if code is not None:
         asked = Code.only(plugins.named(given).values()).modules
         _check_code(str(path), raw, Code(code.everything, code.modules | asked))
-    return resolve_config(raw)
+    return resolve_config(raw, stored=stored)
 
 
 def _check_code(what: str, raw: Mapping[str, Any], code: Code, needed: Iterable[str] | None = None) -> None:
@@ -484,17 +488,18 @@ def load_run_config(run: Path, code: Code | None) -> RunConfig:
     raw = read_toml(path)
     if code is not None:
         _check_code(f"run folder {run}", raw, code, ("model.name", "algorithm.name"))
-    return resolve_config(raw, imports=code is not None)
+    return resolve_config(raw, imports=code is not None, stored=True)
 
 
-def resolve_config(raw: Mapping[str, Any], imports: bool = True) -> RunConfig:
+def resolve_config(raw: Mapping[str, Any], imports: bool = True, stored: bool = False) -> RunConfig:
     """Complete and check a configuration given as nested tables; errors as :func:`load_config`.
 
     Names may be classes and functions themselves instead of their import paths. Without ``imports`` nothing of the
-    user's is imported, and the settings of an algorithm that is named by import path stay as they are.
+    user's is imported, and the settings of an algorithm that is named by import path stay as they are. ``stored``: the
+    tables are complete, from a run folder; what they lack did not exist when they were written (:mod:`.later`).
     """
     try:
-        return _resolve(_swap(raw, OFF, None), imports)
+        return _resolve(_swap(raw, OFF, None), imports, stored)
     except RecursionError:
         raise UserError("the configuration is nested too deeply") from None
 
@@ -526,8 +531,10 @@ def _callback(at: int, entry: Any) -> Any:
     return table
 
 
-def _resolve(raw: dict[str, Any], imports: bool) -> RunConfig:
+def _resolve(raw: dict[str, Any], imports: bool, stored: bool) -> RunConfig:
     raw = _with_paths(raw)
+    if stored:
+        raw = completed(raw, LATER)
     algorithm = raw.get("algorithm")
     if not isinstance(algorithm, Mapping) or not isinstance(algorithm.get("name"), str):
         _check_keys(raw, RunConfig, "")
@@ -542,6 +549,9 @@ def _resolve(raw: dict[str, Any], imports: bool) -> RunConfig:
         raise
     except ValueError as error:
         raise UserError(f"algorithm.name: {error}") from None
+    if stored:
+        raw = {**raw, "algorithm": completed(raw["algorithm"], cls.later)}
+        algorithm = raw["algorithm"]
     variant = algorithm.get("variant")
     if variant is None and "variant" in cls.Options.model_fields:
         variant = cls.Options.model_fields["variant"].default

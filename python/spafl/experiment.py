@@ -156,7 +156,7 @@ class Job:
         """
         if not (self.folder / "config.toml").exists():
             return "missing"
-        stored = load_config(self.folder / "config.toml")
+        stored = load_config(self.folder / "config.toml", stored=True)
         difference = first_difference(stored, self.config)
         if difference is None and stored.rounds > self.config.rounds:
             difference = f"rounds is {stored.rounds} there and {self.config.rounds} here"

@@ -72,6 +72,9 @@ class Algorithm(ABC):
     """Whether an entry of an upload stands for the same thing in every round, as a lossy encoding has to assume."""
     macs_are_seconds: ClassVar[bool] = True
     """Whether what runs is as small as what the method's formula counts; tables say where it is not."""
+    later: ClassVar[Mapping[str, object]] = {}
+    """Options that came after the first runs, and the value that means what the algorithm did before, oldest first:
+    a run of then is continued with it (:mod:`spafl.later`)."""
     local: LocalTraining | None = None
     """The run's ``[training]`` section, set by who builds a run, for methods that keep the optimiser's state."""
 

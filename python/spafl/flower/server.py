@@ -112,7 +112,7 @@ class Coordinator:
         self.ledger = Ledger(self.method.layer_weights)
         lines: list[dict[str, Any]] = []
         if stored.exists():
-            difference = first_difference(load_config(stored), config)
+            difference = first_difference(load_config(stored, stored=True), config)
             if difference:
                 raise UserError(f"run folder {folder.path} holds a run of another configuration: {difference}")
             lines = folder.read_metrics()

@@ -128,7 +128,7 @@ class Simulation:
         there, here = plugins.named(raw), config.code
         other = next((s for s in plugins.SETTINGS if there.get(s) != here.get(s)), None)
         difference = other and f"{other} is {there.get(other)!r} there and {here.get(other)!r} here"
-        difference = difference or first_difference(resolve_config(raw), config)
+        difference = difference or first_difference(resolve_config(raw, stored=True), config)
         if difference:
             raise UserError(f"{where} holds a run of another configuration: {difference}")
         self._check_same_data()

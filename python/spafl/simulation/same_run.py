@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..algorithms import find_algorithm
 from ..config import RunConfig
+from ..later import LATER, reduced
 from .files import digest
 
 
@@ -19,8 +21,11 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
 
 
 def run_digest(config: RunConfig) -> str:
-    """Equal for configurations of the same run."""
-    return digest(json.dumps(_decisive(config), sort_keys=True, default=str).encode())
+    """Equal for configurations of the same run, whatever settings the releases that they come from know."""
+    settings = reduced(_decisive(config), LATER)
+    later = find_algorithm(config.algorithm["name"]).later
+    settings["algorithm"] = reduced(settings["algorithm"], later)
+    return digest(json.dumps(settings, sort_keys=True, default=str).encode())
 
 
 def first_difference(stored: RunConfig, given: RunConfig) -> str | None:
