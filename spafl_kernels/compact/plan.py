@@ -65,8 +65,7 @@ class Plan:
 
     Args:
         keep: by threshold layer, bool ``(filters,)``: which filters are computed.
-        device: where the indices of channels go, if ``keep`` is on the CPU so that nothing waits for a device; None:
-            where ``keep`` is.
+        device: where the indices of channels go; None: where the model is.
         multiple: convolutions keep a multiple of this many channels, filled with zero rows; oneDNN computes blocks of
             eight anyway, and shapes repeat (a new shape costs a primitive: 1.2-3.3 ms measured).
         exact: layers that are not rounded up, because something else computes them.
@@ -83,7 +82,7 @@ class Plan:
         linear: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self._device = next(iter(keep.values())).device if device is None else device
+        self._device = next(flow.model.parameters()).device if device is None else device
         keep = {name: mask.cpu() for name, mask in keep.items()}
         self.keep, self.names = keep, flow.names
         self.multiple = multiple

@@ -92,6 +92,8 @@ class Rows:
     @torch.no_grad()
     def of_model(self, gradients: bool) -> Chosen:
         """From the parameters as they are now; without ``gradients`` only active rows are computed."""
+        if not self.layers:
+            return Chosen({}, {}, {})
         scores = [layer.module.scores() for layer in self.layers]
         values = [*scores, *(m.weight.sum().view(1) for m in self._plain)]
         spoiled = not math.isfinite(torch.cat(values).sum().item())
@@ -102,8 +104,6 @@ class Rows:
             passes[layer.name] = None if layer.window else torch.ones_like(score)
             if layer.window and bool((beyond := (score - threshold).abs() > WINDOW).any()):
                 passes[layer.name], far[layer.name] = beyond.to(score.dtype), beyond
-        if not masks:
-            return Chosen({}, {}, {})
         active = torch.cat(list(masks.values()))
         keep = self.kept(active, OfParameters(self.flow), far, spoiled) if gradients or spoiled else active
         return Chosen(masks, {layer.name: keep[layer.part] for layer in self.layers}, passes)
