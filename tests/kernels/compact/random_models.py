@@ -561,7 +561,8 @@ def call(model, tensors):
 
 
 def usable(model, shapes):
-    """Whether the model itself can be trained: autograd refuses some writes in place, norms some sizes."""
+    """Whether the model itself can be trained: autograd refuses some writes in place, norms some sizes; and it may be
+    that nothing which is trained is in the result."""
     twin = copy.deepcopy(model)
     fix_norms(twin)
     try:
@@ -573,4 +574,4 @@ def usable(model, shapes):
             twin.eval()
     except (RuntimeError, ValueError):
         return False
-    return bool(loss.isfinite())
+    return bool(loss.isfinite()) and any(p.grad is not None for p in twin.parameters())
