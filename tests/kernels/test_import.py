@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 BLOCKED = """
 import sys
 from importlib.machinery import PathFinder
@@ -22,6 +24,22 @@ assert layer.threshold.grad is not None
 slow = {"torch._dynamo", "torch._inductor", "triton", "sklearn", "matplotlib"} & set(sys.modules)
 assert not slow, slow
 """
+
+
+RUN = """
+import sys
+import spafl.cli, spafl.simulation, spafl_kernels.compact
+assert "torch._dynamo" not in sys.modules
+from spafl_kernels.compact import *
+assert CompactModule.__module__ == "spafl_kernels.compact.module" and "torch._dynamo" in sys.modules
+"""
+
+
+@pytest.mark.slow
+def test_a_run_is_set_up_without_the_compiler():
+    """A third of what starting takes, and workers are waiting to be started."""
+    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_triton_and_without_the_extension():
