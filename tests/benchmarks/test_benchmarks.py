@@ -28,6 +28,7 @@ from benchmarks import (
     readme,
     training_step,
     workers,
+    zoo,
 )
 from benchmarks.gpu import results
 from spafl_kernels import ops, to_dense
@@ -50,6 +51,7 @@ FIGURE = {
     "scale": "round_ratio",
     "leakage": "distance",
     "client": "peak_mb",
+    "zoo": "speedup",
 }
 
 
@@ -133,10 +135,13 @@ def test_the_attack_on_labels_finds_what_is_there_and_nothing_else():
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", ["training_step", "rebuild", "estimators", "federated"])
+@pytest.mark.parametrize(
+    "name", ["training_step", "rebuild", "estimators", "federated", pytest.param("zoo", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("trainer", [Faster, Rough])
 def test_a_wrong_trainer_is_not_timed(name, trainer, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(cases.RIVALS, "compact", lambda model: trainer(model, strict=True))
+    monkeypatch.setitem(zoo.RIVALS, "compact", lambda model, loss: trainer(model, loss, strict=True))
     status, rows = run(name, tmp_path / "rows.csv")
     assert status == 1
     for row in rows:
@@ -183,6 +188,32 @@ def test_a_wrong_export_is_not_timed(monkeypatch, tmp_path):
     assert status == 1
     assert rows[0]["wrong"].startswith("exported: output differs") and "speedup" not in rows[0]
     assert "wrong" in inference.table(rows)
+
+
+def row_of_the_zoo(**changed):
+    row = {"model": "unet", "estimator": "window", "density": "0.5", "engine": "compact", "speedup": "2.0",
+           "compact_over_masked": "2.0", "dense_over_masked": "1.1", "ideal": "2.5", "realised": "0.8", "wrong": ""}
+    return row | changed  # fmt: skip
+
+
+def test_the_zoo_shows_what_is_slower_and_misses_its_gate():
+    good, wrong = row_of_the_zoo(), row_of_the_zoo(model="mlp", wrong="loss differs")
+    assert zoo.gate([good, wrong]) == []
+    slow = row_of_the_zoo(model="mixer", density="1.0", speedup="0.969", compact_over_masked="0.969")
+    assert zoo.gate([good, slow]) == ["mixer, window, density 1.0: 0.969 of masked's speed"]
+    poor = row_of_the_zoo(estimator="identity", realised="0.5")  # the median of .8 and .5
+    assert zoo.gate([good, poor])[0].startswith("the median realised share of the ideal at density .5 is 65%")
+    chosen = row_of_the_zoo(model="mlp", engine="masked", speedup="1.0", compact_over_masked="0.9")
+    lines = zoo.table([good, wrong, slow, chosen]).splitlines()
+    assert "2x of 2.5x; dense 1.1x" in lines[2] and "| - |" in lines[2]
+    assert "**0.97x**; dense" in lines[4] and "1x (masked; compact 0.9x)" in lines[3]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in zoo.ZOO])
+def test_a_model_of_the_zoo_trains_compact_as_masked(name):
+    for estimator in zoo.ESTIMATORS:
+        one = dataclasses.replace(zoo.ZOO[name], estimator=estimator)
+        assert cases.same_training(zoo.Bench(one).run(0.3), "compact") == ""
 
 
 @pytest.mark.parametrize("key", ["loss", "thresholds"])
