@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -91,13 +92,10 @@ class GroupNorm(Op):
                 return
             if torch.is_autocast_enabled(x.device.type):
                 x, c = x.float(), None if c is None else c.float()
-            if pads:
-                x = x.narrow(1, 0, len(kept))
-            ndim = x.dim()
-            if len(kept):
-                var, mean = torch.var_mean(x.flatten(2), 2, correction=0)
-            else:
-                var = mean = x.new_zeros(len(x), 0)
+            count, ndim = len(kept), x.dim()
+            # What is small is worked out for the kept channels, what is large for all that are stored: zeros stay zeros.
+            centred, mean, var = _Centred.apply(x)
+            mean, var = mean.narrow(1, 0, count), var.narrow(1, 0, count)
             constant = mean.new_zeros(1, len(dropped)) if c is None else like_value(c, 1, ndim).flatten(1)
             sums = _by_group(mean, of_kept) + _by_group(constant, of_dropped)
             means = sums / size
@@ -107,14 +105,12 @@ class GroupNorm(Op):
             factor, lost = scale.index_select(1, group_kept), outside * scale.index_select(1, group_dropped)
             if w is not None:
                 factor, lost = factor * w.index_select(0, kept), lost * w.index_select(0, dropped)
-            shift = -means.index_select(1, group_kept) * factor
+            shift = inside * factor
             if b is not None:
                 shift, lost = shift + b.index_select(0, kept), lost + b.index_select(0, dropped)
-            shape = (*factor.shape, *(1,) * (ndim - 2))
-            y = torch.addcmul(shift.view(shape), x, factor.view(shape))
             if pads:
-                y = F.pad(y, [0, 0] * (ndim - 2) + [0, pads])
-            env.kept[i] = y
+                factor, shift = F.pad(factor, (0, pads)), F.pad(shift, (0, pads))
+            y = env.kept[i] = _Scaled.apply(centred, factor, shift)
             if len(dropped):
                 env.constants[i] = typed(lost.view(len(lost), -1, *(1,) * (ndim - 2)), y)
 
@@ -127,3 +123,49 @@ class GroupNorm(Op):
 def _by_group(value: Tensor, member: Tensor) -> Tensor:
     """``(N, C)`` summed to ``(N, groups)``; not by a product, which a GPU may round."""
     return (value.unsqueeze(2) * member.to(value.dtype)).sum(1)
+
+
+def _over(value: Tensor, like: Tensor) -> Tensor:
+    """``(N, C)`` for a product with ``(N, C, ...)``."""
+    return value.view(*value.shape, *(1,) * (like.dim() - 2))
+
+
+def _places(x: Tensor) -> list[int]:
+    return list(range(2, x.dim()))
+
+
+class _Centred(torch.autograd.Function):
+    """``_Centred.apply(x)``: x ``(N, C, ...)`` less its mean over positions; mean and variance ``(N, C)``.
+
+    Three plain passes take a tenth of ``torch.var_mean``, and two of its derivative's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean = x.mean(_places(x), keepdim=True)
+        centred = x - mean
+        ctx.save_for_backward(centred)
+        return centred, mean.flatten(1), centred.square().mean(_places(x))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad, of_mean, of_var = grads
+        (centred,) = ctx.saved_tensors
+        count = max(prod(centred.shape[2:]), 1)
+        rest = of_mean / count - grad.mean(_places(grad))
+        return grad + torch.addcmul(_over(rest, grad), centred, _over(of_var * (2 / count), grad))
+
+
+class _Scaled(torch.autograd.Function):
+    """``_Scaled.apply(x, factor, shift)``: ``x * factor + shift``, x ``(N, C, ...)``, the others ``(N, C)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor)
+        return torch.addcmul(_over(shift, x), x, _over(factor, x))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (grad,) = grads
+        x, factor = ctx.saved_tensors
+        return grad * _over(factor, grad), (grad * x).sum(_places(x)), grad.sum(_places(x))
