@@ -93,7 +93,7 @@ class GroupNorm(Op):
             if torch.is_autocast_enabled(x.device.type):
                 x, c = x.float(), None if c is None else c.float()
             count, ndim = len(kept), x.dim()
-            # What is small is worked out for the kept channels, what is large for all that are stored: zeros stay zeros.
+            # What is small is worked out for the kept channels, what is large for all that are stored: zeros stay 0.
             centred, mean, var = _Centred.apply(x)
             mean, var = mean.narrow(1, 0, count), var.narrow(1, 0, count)
             constant = mean.new_zeros(1, len(dropped)) if c is None else like_value(c, 1, ndim).flatten(1)
