@@ -12,9 +12,11 @@ import torch
 import spafl
 from spafl.cli import main
 from spafl.config import resolve_config
+from spafl.outcomes import OUTCOMES
 from spafl.report import ReportError, formats
 from spafl.report.confusion import confusions
 from spafl.simulation.problem import cut_data, load_data
+from spafl.system.model import Played, Visit
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,40 @@ def test_every_field_that_a_run_writes_is_described(finished):
     kinds = {"line": whole, **{name: whole["$defs"][name] for name in ("client", "partition", "summary")}}
     for kind, document in documents(finished.folder):
         assert list(undescribed(document, kinds[kind], whole, kind)) == []
+
+
+@pytest.fixture(scope="module")
+def modelled(tmp_path_factory):
+    """A run on modelled devices, with every outcome but one: a turn that is too large."""
+    from small_problem import SMALL
+
+    board = {"flops": 1e9, "down": 1e6, "up": 1e5, "memory": 1e9, "watts": 2.0}
+    system = {"devices": {"board": 2, "slow": 1}, "classes": {"board": board, "slow": {**board, "flops": 2e7}}}
+    system |= {"availability": 0.9, "failure": 0.3, "deadline": 3.0, "over_selection": 1.5}
+    tiny = {"partition": {**SMALL["partition"], "min_train": 4}, "training": {**SMALL["training"], "batch_size": 64}}
+    changes = {"rounds": 6, "system": system, "evaluation": {"every": 6}, **tiny}
+    return spafl.run({**SMALL, **changes}, tmp_path_factory.mktemp("modelled") / "run")
+
+
+@pytest.mark.slow
+def test_the_schema_holds_for_modelled_devices(modelled):
+    checks, whole = validators(), schema()
+    kinds = {"line": whole, **{name: whole["$defs"][name] for name in ("client", "partition", "summary")}}
+    for kind, document in documents(modelled.folder):
+        checks[kind].validate(document)
+        assert list(undescribed(document, kinds[kind], whole, kind)) == []
+    lines = [document for kind, document in documents(modelled.folder) if kind == "line"]
+    assert {outcome for line in lines for outcome in line["system"]["outcomes"]} >= {"in time", "late", "failed"}
+    line = lines[0]
+    for wrong in ({"seconds": -1}, {"outcomes": ["lost"]}, {"clients": [1, 1]}, {"away": 0.5}):
+        assert not checks["line"].is_valid({**line, "system": {**line["system"], **wrong}})
+    assert not checks["line"].is_valid({**line, "system": {"seconds": 1}})
+
+
+def test_the_schema_knows_every_outcome():
+    described = schema()["properties"]["system"]["properties"]
+    played = Played(1.0, tuple(Visit(k, outcome, 1.0, 1.0) for k, outcome in enumerate(OUTCOMES)), 0)
+    assert described["outcomes"]["items"]["enum"] == list(OUTCOMES) and described.keys() == played.record().keys()
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Whole small runs: reproducible, resumable, the same for any number of workers, honest about cost."""
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spafl.algorithms import SpaFL
+from spafl.cli import main
 from spafl.client_results import results_path
+from spafl.config import deep_merge, resolve_config
 from spafl.errors import UserError
 from spafl.simulation import run, sample_clients
 from spafl.simulation.checkpoint import load_latest
@@ -182,6 +187,51 @@ def test_a_diverging_client_is_named_and_the_state_kept(small_config, tmp_path):
     with pytest.raises(FloatingPointError, match=r"loss of client \d became \S+ in round \d"):
         run(config, tmp_path / "diverged")
     assert kept.exists()
+
+
+def burst(client):
+    with torch.no_grad():
+        next(client.model.parameters()).mul_(math.inf)
+
+
+class Bursting(SpaFL):
+    def train(self, client, message, round):
+        if round == 2:
+            burst(client)
+        return super().train(client, message, round)
+
+
+class BurstingUnseen(SpaFL):
+    """At the end of a turn, when its losses were seen."""
+
+    def train(self, client, message, round):
+        training = super().train(client, message, round)
+        if round == 2:
+            burst(client)
+        return training
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "where", "done"),
+    [
+        ("Bursting", "loss of client . became nan in round 2, step 0", 2),
+        pytest.param(
+            "BurstingUnseen", r"(test )?loss of client . became nan in round 3(, step 0)?", 3, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_divergence_between_evaluations_ends_in_one_line(small, tmp_path, capsys, algorithm, where, done):
+    small = deep_merge(small, {"partition": {"clients": 2, "min_train": 4}, "data": {"train": 20, "test": 10}})
+    small = deep_merge(small, {"rounds": 6, "sampling": {"clients_per_round": 1}, "evaluation": {"every": 2}})
+    small["algorithm"]["name"] = f"test_simulation:{algorithm}"
+    small["simulation"]["checkpoint_every"] = 50
+    (tmp_path / "burst.toml").write_text(resolve_config(small).to_toml())
+    command = ["run", str(tmp_path / "burst.toml"), "--out", str(tmp_path / "run"), "--no-report", "--quiet"]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    help = "; a smaller training.lr or a training.max_grad_norm may help; "
+    assert re.fullmatch(f"spafl: error: the {where}{help}{done} of 6 rounds are finished and saved\n", err), err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"round-{done - 1:06d}"]
 
 
 def test_a_lone_sample_under_batch_norm_is_refused_before_work(small_config, tmp_path):
