@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..layers import ThresholdLayer
 from ..ops.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, DirectReluPool
+from .calls import target_of
 from .flow import Flow
 from .kinds.base import Op
 from .kinds.channelwise import Relu
@@ -24,13 +26,21 @@ def prefers_channels_last(flow: Flow, gpu: bool = False) -> bool:
     """Measured on a CPU: 10-20 % less time for Conv4; more for a fused first layer. The order of a GPU's tensor cores.
 
     Not where a norm reads a kept bias: BatchNorm of that constant is beta plus rounding, ReLU asks for its sign, and
-    the rounding is that of the masked model only in the same memory order.
+    the rounding is that of the masked model only in the same memory order. Nor where GroupNorm reads what has no
+    gradient, such as the image or what a frozen layer gives: on a CPU its backward of channels-last tensors then writes
+    to a tensor that is not there, and the process dies (torch 2.13).
     """
+    if any(_is_group_norm(op) and not flow.source(op).grad for op in flow.ops.values()):
+        return False
     norms = [op for op in flow.norms.values() if isinstance(op.module, nn.BatchNorm2d)]
     biased = any(_reads_kept_bias(flow, op) for op in flow.norms.values())
     images = [i.shape for i in flow.inputs if i.batched and len(i.shape) == 3]
     worth = gpu or (any(shape[0] > 1 for shape in images) and bool(norms))
     return bool(images) and worth and not biased
+
+
+def _is_group_norm(op: Op) -> bool:
+    return isinstance(op.module, nn.GroupNorm) or target_of(op.node) in (F.group_norm, torch.group_norm)
 
 
 def _reads_kept_bias(flow: Flow, norm: BatchNorm) -> bool:

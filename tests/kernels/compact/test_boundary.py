@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, convert, threshold_layers, to_dense
 from spafl_kernels.compact import CompactModule, CompactTrainer, audit, export, trace_flow
+from spafl_kernels.compact.fusion import prefers_channels_last
 from spafl_kernels.engines import make_trainer
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Unsupported
 
@@ -845,3 +846,14 @@ def test_a_transposed_convolution_in_groups_runs_at_full_width(estimator):
     assert a.densities == b.densities and a.macs >= b.macs
     for name, value in right.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_group_norm_of_what_has_no_gradient(frozen):
+    """Of a channels-last image PyTorch's backward ends the process on a CPU."""
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 3, 1).requires_grad_(False)] if frozen else []
+    body = [ThresholdConv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), ThresholdLinear(128, 5)]
+    model = prune(nn.Sequential(*stem, nn.GroupNorm(1, 3), *body).double(), 0.5)
+    assert not prefers_channels_last(trace_flow(model, (3, 6, 6)))
+    together(model, batches=data(shape=(3, 6, 6)), strict=True)
