@@ -27,6 +27,10 @@ class Value:
     channels: Channels | None
     constants: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.channels is None or not len(self.channels.dropped):
+            self.constants = None
+
 
 class Small:
     """The graph of a small model under a plan.

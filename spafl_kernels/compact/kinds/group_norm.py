@@ -94,7 +94,7 @@ class GroupNorm(Op):
                 x, c = x.float(), None if c is None else c.float()
             count, ndim = len(kept), x.dim()
             # What is small is worked out for the kept channels, what is large for all that are stored: zeros stay 0.
-            centred, mean, var = _Centred.apply(x)
+            centred, mean, var = _Centred.apply(x if ndim > 2 else x.unsqueeze(2))
             mean, var = mean.narrow(1, 0, count), var.narrow(1, 0, count)
             constant = mean.new_zeros(1, len(dropped)) if c is None else like_value(c, 1, ndim).flatten(1)
             sums = _by_group(mean, of_kept) + _by_group(constant, of_dropped)
@@ -110,7 +110,8 @@ class GroupNorm(Op):
                 shift, lost = shift + b.index_select(0, kept), lost + b.index_select(0, dropped)
             if pads:
                 factor, shift = F.pad(factor, (0, pads)), F.pad(shift, (0, pads))
-            y = env.kept[i] = _Scaled.apply(centred, factor, shift)
+            y = _Scaled.apply(centred, factor, shift)
+            y = env.kept[i] = y if ndim > 2 else y.squeeze(2)
             if len(dropped):
                 env.constants[i] = typed(lost.view(len(lost), -1, *(1,) * (ndim - 2)), y)
 

@@ -227,7 +227,7 @@ class Concatenation(Op):
         node = small.call(torch.cat, nodes or [small.values[self.parts[0]].node], self.dim)
         like = next(small.flow.model.parameters())
         c = joined(constants, self.dim, len(self.shape or ()), like)
-        return Value(node, after, c if len(after.dropped) else None)
+        return Value(node, after, c)
 
 
 @dataclass(eq=False)

@@ -109,7 +109,12 @@ OPERATIONS = {
     ],
     "PReLU, one slope or one per channel": [nn.PReLU(), nn.PReLU(WIDTH)],
     "BatchNorm": [nn.BatchNorm2d(WIDTH)],
-    "GroupNorm": [nn.GroupNorm(2, WIDTH), nn.GroupNorm(1, WIDTH, affine=False), nn.GroupNorm(WIDTH, WIDTH)],
+    "GroupNorm": [
+        nn.GroupNorm(2, WIDTH),
+        nn.GroupNorm(1, WIDTH, affine=False),
+        nn.GroupNorm(WIDTH, WIDTH),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.GroupNorm(2, WIDTH), nn.Unflatten(1, (WIDTH, 1, 1))),
+    ],
     "max-pool, adaptive pools, average pool": [
         nn.MaxPool2d(2),
         nn.AdaptiveMaxPool2d(3),

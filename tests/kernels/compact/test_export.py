@@ -41,6 +41,23 @@ def test_equal_in_eval(name, density):
         assert count < sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+def test_channels_with_constants_of_which_none_is_dropped(kind):
+    class Half(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 6, 3), kind(3, 4, 3)
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x))[:, :3])
+
+    model = convert(Half().double()).eval()
+    with torch.no_grad():
+        model.first.threshold[3:] = 10
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+        torch.testing.assert_close(export(model, (3, 8, 8))(x), model(x), rtol=1e-9, atol=1e-10)
+
+
 def test_sizes_are_those_of_the_active_filters():
     model, shape = pruned("conv4", 0.25)
     small = export(model, shape)
