@@ -24,10 +24,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..budgets import FIGURES, KINDS, Kind
 
 __all__ = [
     "SPARED",
@@ -45,12 +47,7 @@ __all__ = [
     "reached",
 ]
 
-Kind = Literal["density", "macs", "seconds"]
-
-KINDS: tuple[Kind, ...] = ("density", "macs", "seconds")
 GAIN: dict[Kind, float] = {"density": 0.5, "macs": 0.2, "seconds": 0.2}
-FIGURES: dict[Kind, str] = {"density": "density", "macs": "macs_share", "seconds": "turn_seconds"}
-"""The name of what is measured among a turn's figures."""
 RATE = 0.95
 LOWEST, HIGHEST = 1e-3, 4.0
 SPARED = 0.02

@@ -21,6 +21,7 @@ import numpy as np
 from ..client_results import FIELDS, results_path
 from ..cost import MODELLED, RECORDED, Cost
 from ..outcomes import OUTCOMES
+from .steering import Steering, of_lines
 
 __all__ = ["ClientGaps", "FilterMasks", "Point", "ReportError", "Run", "Turns", "labels", "load_run", "seed_groups"]
 
@@ -114,6 +115,7 @@ class Run:
     environment: dict[str, Any]
     notes: tuple[str, ...]
     turns: Turns | None = None
+    steering: tuple[Steering, ...] = ()
     class_names: tuple[str, ...] | None = None
     confused: bool = False
     """Whether the last evaluated round recorded confusion matrices."""
@@ -208,7 +210,8 @@ def load_run(folder: str | Path) -> Run:
     config, toml = _config(folder / "config.toml")
     train, test, names = _partition(folder / "partition.json")
     points, details, notes = _metrics(folder / "metrics.jsonl", len(train))
-    details["turns"] = _turns(folder, len(train))
+    turns = details["turns"] = _turns(folder, len(train))
+    details["steering"] = _steering(folder, config["algorithm"], turns)
     completed, environment, summary_notes = _summary(folder / "summary.json", points)
     return Run(
         folder=folder,
@@ -396,6 +399,16 @@ def _turns(folder: Path, clients: int) -> Turns | None:
             seconds[k] += time.number()
             joules[k] += energy.number()
     return Turns(classes, outcomes, seconds, joules)
+
+
+def _steering(folder: Path, algorithm: _Value, turns: Turns | None) -> tuple[Steering, ...]:
+    """The paths of clients with a budget."""
+    target = algorithm.value.get("target") if isinstance(algorithm.value, dict) else None
+    path = folder / "metrics.jsonl"
+    try:
+        return of_lines(target, (text for _, text in _lines(path)), None if turns is None else turns.classes)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ReportError(f"{path}: turns are not those of algorithm.target = {target}") from None
 
 
 def _of_clients(line: _Value, number: int, clients: int, folder: Path) -> dict[str, Any]:

@@ -287,3 +287,58 @@ def test_the_users_settings_neither_matter_nor_change(three):
         assert dict(matplotlib.rcParams) == before
     assert drawn(figure).get_facecolor() == plain
     assert {line.get_linewidth() for line in figure.axes[0].lines} == {figures.STYLE["lines.linewidth"]}
+
+
+def steered_run(make_run, target, devices=None):
+    """A run of which clients 0 to 3 take part in every round, and their turns as arrays ``(rounds, 4)``."""
+    path = make_run("steered", rounds=6)
+    config = path / "config.toml"
+    config.write_text(config.read_text().replace("[model]", f"target = {target}\n\n[model]"))
+    lines = [json.loads(text) for text in (path / "metrics.jsonl").read_text().splitlines()]
+    generator = np.random.default_rng(3)
+    turns = {name: generator.normal(size=(6, 4)) for name in ("coefficient", "set_point", "density", "macs_share")}
+    for r, line in enumerate(lines):
+        line["turns"] = {"clients": [2, 0, 3, 1], **{name: table[r].tolist() for name, table in turns.items()}}
+        if devices:
+            line["turns"]["macs_share"][0] = None  # client 2 has a budget of density
+            line["system"] = {
+                "seconds": 1,
+                "joules": 1,
+                "away": 0,
+                "clients": [2, 0, 3, 1],
+                "outcomes": ["in time"] * 4,
+            }
+            line["system"] |= {"client_seconds": [1.0] * 4, "client_joules": [1.0] * 4}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if devices:
+        partition = json.loads((path / "partition.json").read_text()) | {"devices": devices}
+        (path / "partition.json").write_text(json.dumps(partition))
+    return load_run(path), turns
+
+
+def test_the_path_of_a_coefficient(make_run):
+    run, turns = steered_run(make_run, "{macs = 0.25}")
+    coefficient, set_point, spent = drawn(figures.steered([run])).axes
+    for panel, values in ((coefficient, turns["coefficient"]), (set_point, turns["set_point"])):
+        (line,) = curves(panel, SPAFL)
+        assert line.get_xdata().tolist() == [1, 2, 3, 4, 5, 6]
+        np.testing.assert_allclose(line.get_ydata(), np.median(values, axis=1))
+    np.testing.assert_allclose(curves(spent, SPAFL)[0].get_ydata(), np.median(turns["macs_share"], axis=1) / 0.25)
+    assert spent.get_ylabel() == "spent, % of the budget"
+
+
+def test_the_paths_of_budgets_by_class(make_run):
+    devices = ["board", "board", "phone", "board"] + ["phone"] * 16
+    run, turns = steered_run(make_run, "{phone = {density = 0.5}, board = {macs = 0.2}}", devices)
+    figure = drawn(figures.steered([run]))
+    assert legend(figure) == ["density 0.5, phone", "operations 0.2, board"]
+    spent = figure.axes[2]
+    np.testing.assert_allclose(curves(spent, SPAFL)[0].get_ydata(), turns["density"][:, 0] / 0.5)
+    np.testing.assert_allclose(
+        curves(spent, FEDAVG)[0].get_ydata(), np.median(turns["macs_share"][:, 1:], axis=1) / 0.2
+    )
+
+
+def test_turns_that_are_not_of_the_target_are_said(make_run):
+    with pytest.raises(ReportError, match=r"turns are not those of algorithm\.target"):
+        steered_run(make_run, "{minutes = 0.25}")

@@ -15,7 +15,7 @@ from spafl.report.run_data import load_run
 from spafl.report.table import reached, targets, targets_html
 
 # Runs that record confusions are in test_outputs.py.
-PICTURES = [picture for picture in figures.PICTURES if picture.stem != "confusion"]
+PICTURES = [picture for picture in figures.PICTURES if picture.stem not in ("confusion", "steering")]
 STEMS = {picture.stem for picture in PICTURES}
 
 

@@ -16,6 +16,7 @@ from .data import partition
 from .pareto import accuracy_against_costs
 from .pictures import PICTURES, Picture
 from .sparsity import density_per_layer, first_layer_filters, generalisation_gap, masks_and_labels
+from .steering import steered
 from .style import COLOURS, STYLE, in_style
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "in_style",
     "masks_and_labels",
     "partition",
+    "steered",
 ]

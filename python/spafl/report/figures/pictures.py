@@ -19,7 +19,17 @@ from .confusion import confusion
 from .data import partition
 from .pareto import accuracy_against_costs
 from .sparsity import density_per_layer, first_layer_filters, generalisation_gap, masks_and_labels
-from .style import evaluated, with_confusion, with_density, with_gaps, with_history, with_masks, with_varied_masks
+from .steering import steered
+from .style import (
+    evaluated,
+    with_budgets,
+    with_confusion,
+    with_density,
+    with_gaps,
+    with_history,
+    with_masks,
+    with_varied_masks,
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,16 @@ PICTURES = (
         density_per_layer,
         with_density,
         "no thresholds",
+    ),
+    Picture(
+        "steering",
+        "Budgets",
+        "How each client's coefficient of the penalty was steered to its budget: the coefficient, the set point it "
+        "asks for, and what it spent, medians over the clients of a round with their quartiles. The grey band is "
+        "within 5 % of the budget.",
+        steered,
+        with_budgets,
+        "no budgets",
     ),
     Picture(
         "first_layer",

@@ -124,6 +124,11 @@ def with_history(run: Run) -> bool:
     return run.history is not None
 
 
+def with_budgets(run: Run) -> bool:
+    """Whether clients were steered to a budget."""
+    return bool(run.steering)
+
+
 def with_varied_masks(run: Run) -> bool:
     """Whether clients keep different filters; where all keep the same there is nothing to compare."""
     return run.masks is not None and bool((run.masks.kept != run.masks.kept[:1]).any())
