@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ...layers import ThresholdLayer
-from ..constants import all_places, like_value, typed
+from ..constants import all_places, chosen, like_value, typed
 from ..layout import Layout
 from ..plan import Channels, Plan
 from ..small import Small, Value
-from ..spread import Pick, packed
+from ..spread import Pick, Spread, packed
 from .base import Const, Op
 from .layers import Layer, under_mask
 
@@ -75,18 +75,23 @@ class Depthwise(_InGroups, Layer):
         select = None if rows is None or every else rows.kept // self.times
         alike = self.times == 1 and before is not None and rows is not None
         direct = alike and torch.equal(before.host.kept, rows.host.kept)  # type: ignore[union-attr]
+        own = None
+        if self.times == 1 and rows is not None and not every and not direct:
+            own = _Own(before, rows, scope)
 
         def run(env: Values, training: bool) -> None:
             if direct:
                 assert rows is not None and before is not None
                 x = env.kept[j].narrow(1, 0, len(before.kept)) if before.pads else env.kept[j]
+            elif own is not None:
+                x = own(env.kept[j], env.constants[j])
             else:
                 x = read(env)
                 if select is not None:
                     x = x.index_select(1, select)
             weight, bias, _ = slot.masked(mask_bias)
             mask = slot.mask
-            if rows is not None and rows.pads:
+            if own is None and rows is not None and rows.pads:
                 x = F.pad(x, (0, 0, 0, 0, 0, rows.pads))
             padding: Any = m.padding
             if m.padding_mode != "zeros":
@@ -120,6 +125,34 @@ class Depthwise(_InGroups, Layer):
             index = small.buffer(f"{self.name}_inputs", wanted)
             node = small.call(torch.index_select, source.node, 1, index)
         return small.padded(node, pads, 1, 4)
+
+
+class _Own:
+    """The channels of the kept filters, each filter's own, from the channels that are there and from constants.
+
+    Args:
+        before: the channels of what is read; None: all.
+        rows: the filters.
+        scope: of the program.
+    """
+
+    def __init__(self, before: Channels | None, rows: Channels, scope: Scope) -> None:
+        wanted, native, device = rows.host.kept, scope.native, scope.device
+        at = wanted if before is None else before.host.order[wanted]
+        count = rows.width if before is None else len(before.kept)
+        there = at < count
+        pick, place = at[there], there.nonzero().flatten()
+        self._pads, self._lost = rows.pads, (at[~there] - count).to(device, non_blocking=True)
+        self._take = None if len(pick) == count else Pick(pick, max(len(pick), 1), 1, native, device)
+        self._spread = Spread(place, rows.stored, 1, native, device)
+
+    def __call__(self, x: Tensor, constants: Tensor | None) -> Tensor:
+        if self._take is not None:
+            x = self._take(x)
+        if constants is not None:
+            dim, ndim = (0, 1) if constants.dim() == 1 else (1, constants.dim())
+            constants = F.pad(chosen(constants, self._lost, dim), [0, 0] * (ndim - 1 - dim) + [0, self._pads])
+        return self._spread(x, constants, None)
 
 
 @dataclass(frozen=True)
