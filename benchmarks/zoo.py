@@ -6,7 +6,7 @@ Interleaved in one process on one thread, in CPU time, which neighbours on the m
 speed-up is the median of the ratios within a turn. Plainly dense is the same model without thresholds: no masks, no
 penalty. ``ideal`` is the ratio of the multiply-accumulates, masked over compact, with those pruned rows that have a
 gradient and must be computed; ``realised`` is the compact engine's speed-up over it. The compact engine is timed where
-"auto" does not take it, too.
+"auto" does not take it, too; ``python -m benchmarks.prices`` fits the prices by which "auto" chooses to the figures.
 
 The gate, told at the end: "auto" is nowhere below .97 of masked, and the median realised share at density .5 is at
 least 70 %. Before a cell is timed, masked and compact trainer take the same steps in float64 and float32, and agree.
@@ -44,6 +44,7 @@ RATE = 1e-6  # so small that nothing moves noticeably while it is timed
 RIVALS: dict[str, Callable[[nn.Module, Loss], Trainer]] = {
     "masked": MaskedTrainer,
     "compact": lambda model, loss: CompactTrainer(model, loss, strict=True),
+    "plain": lambda model, loss: CompactTrainer(model, loss, strict=True, compiled=False),
     "auto": lambda model, loss: make_trainer(model, loss=loss),
 }
 
@@ -101,7 +102,12 @@ def ideal(bench: Bench, density: float, masked_macs: float) -> float:
 
 
 def measure(
-    bench: Bench, density: float, turns: int, seconds: float, clock: Callable[[], float] = time.process_time
+    bench: Bench,
+    density: float,
+    turns: int,
+    seconds: float,
+    clock: Callable[[], float] = time.process_time,
+    plain: bool = False,
 ) -> dict[str, object]:
     """One cell of the table."""
     one = bench.one
@@ -112,7 +118,7 @@ def measure(
         return row | {"wrong": wrong}
     x, y = next(one.batches(1))
     options = dataclasses.replace(one.options, lr=RATE)
-    trainers = {name: bench.trainer(name, density) for name in ("masked", "auto", "compact")}
+    trainers = {name: bench.trainer(name, density) for name in ("masked", "auto", "compact", *["plain"] * plain)}
     trainers["dense"] = MaskedTrainer(to_dense(trainers["masked"].model), one.loss)
     steps: dict[str, Callable[[], object]] = {}
     for name, trainer in trainers.items():
@@ -130,7 +136,10 @@ def measure(
     compact = common.over(times["masked"], times["compact"])[1]
     return row | {
         "engine": engine,
-        **{f"{name}_ms": round(1e3 * statistics.median(times[name]), 3) for name in ("dense", "masked", "compact")},
+        **{
+            f"{name}_ms": round(1e3 * statistics.median(times[name]), 3) if name in times else ""
+            for name in ("dense", "masked", "compact", "plain")
+        },
         "speedup": round(middle, 3),
         "speedup_q1": round(low, 3),
         "speedup_q3": round(high, 3),
@@ -192,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
     parser.add_argument("--batch", type=int, help="samples in a step (default: of the model, 16 or 64)")
+    parser.add_argument("--plain", action="store_true", help="time the compact engine without the extension, too")
     parser.add_argument("--turns", type=int, default=15, help="measurements per rival")
     parser.add_argument("--budget", type=float, default=8.0, help="seconds of measurement per cell, about")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="cpu", help="cpu: neighbours disturb it less")
@@ -207,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
             bench = Bench(one.small() if args.quick else one)
             for density in args.densities:
                 common.tell(
-                    rows, measure(bench, density, args.turns, args.budget, clock),
+                    rows, measure(bench, density, args.turns, args.budget, clock, args.plain),
                     "{model:16} b{batch:<2} {estimator:8} density {density:<4}",
                     "masked {masked_ms:8.2f} ms  compact {compact_ms:8.2f} ms  dense {dense_ms:8.2f} ms  "
                     "auto is {engine} x{speedup} [{speedup_q1}, {speedup_q3}]  ideal x{ideal} realised {realised:.0%}  "

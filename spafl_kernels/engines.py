@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from . import settings
 from .compact import CompactTrainer
+from .compact.estimate import Judge
 from .compact.verify import Verify
 from .training import Loss, MaskedTrainer, Trainer, Unsupported
 
@@ -30,12 +31,14 @@ def make_trainer(
 
     Args:
         model: the resident model, on its final device.
-        engine: ``"masked"``, ``"compact"``, or ``"auto"``: compact where it runs the model exactly, else masked. On a
-            GPU "auto" is masked: the compact engine runs there, but asks the host at every step whether a mask changed,
-            and has not been measured.
+        engine: ``"masked"``, ``"compact"``, or ``"auto"``: compact where it runs the model exactly and is expected to
+            gain, else masked. What is expected comes from a table of prices (:mod:`.compact.estimate`), the masks and
+            the batch, never from a clock: a training that is repeated, in whichever process, makes the same choice. On
+            a GPU "auto" is masked: the compact engine runs there, but asks the host at every step whether a mask
+            changed, and has not been measured.
         loss: see :class:`spafl_kernels.training.Trainer`.
         strict: raise where the compact engine cannot run the model instead of taking the masked one; by default what
-            the environment variable ``SPAFL_STRICT`` says.
+            the environment variable ``SPAFL_STRICT`` says. Where it can and is not expected to gain, "auto" is masked.
         verify: when the compact engine compares itself with the masked one, see
             :class:`~spafl_kernels.compact.CompactTrainer`.
 
@@ -53,7 +56,7 @@ def make_trainer(
     if engine == "auto" and device != "cpu":
         return MaskedTrainer(model, loss, reason=f"the compact engine has not been measured on {device}")
     try:
-        return CompactTrainer(model, loss, strict, verify=verify)
+        return CompactTrainer(model, loss, strict, verify=verify, judge=Judge() if engine == "auto" else None)
     except Unsupported as error:
         if strict:
             raise

@@ -7,7 +7,7 @@ compact copy itself is in :mod:`.session`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -30,6 +30,7 @@ from .watch import modes_of, set_modes
 __all__ = ["CompactTrainer"]
 
 Key = tuple[tuple[int, ...], torch.dtype]  # shape of a sample and dtype of the input
+Judge = Callable[[Flow, int], str | None]  # why batches of a size had better run masked; None: they had not
 
 FOLLOWED = "all channels can be traced"
 HAS_EXTRA = "the training has an extra gradient term, which is written for full-size parameters"
@@ -37,6 +38,13 @@ NOT_LINEAR = (
     "Adam moves pruned filters by their moments' quotient, which is no linear map, so steps that were left out "
     "cannot be made up for"
 )
+
+
+AGAIN = 64  # masked steps after which the judge is asked again
+
+
+class _NoGain(Unsupported):
+    """The compact engine can run this training, and had better not."""
 
 
 class CompactTrainer(Trainer):
@@ -56,6 +64,9 @@ class CompactTrainer(Trainer):
         verify: ``"first"``: a captured model is compared with the masked one, on a float64 copy, before it is used;
             ``"always"``: that, and again at the first batch of every training; ``"never"``.
         trace: of ``model``, where one has been made already.
+        judge: asked about the model as it is at the first batch and the first step of a training, and after every 64
+            steps that run masked because it said so: ``judge(flow, batch)`` is a sentence why they had better, or None
+            (:class:`~spafl_kernels.compact.estimate.Judge`). By default nobody is asked.
 
     Raises:
         Unsupported: the model has no threshold layers, or cannot be traced.
@@ -73,6 +84,7 @@ class CompactTrainer(Trainer):
         patience: float = 0.5,
         verify: Verify = "first",
         trace: Trace | None = None,
+        judge: Judge | None = None,
     ) -> None:
         super().__init__(model, loss)
         if not patience >= 0:
@@ -93,6 +105,8 @@ class CompactTrainer(Trainer):
         self._session: Session | None = None
         self._fallback: MaskedTrainer | None = None
         self._executed = Executed()
+        self._judge = judge
+        self._masked: MaskedTrainer | None = None
 
     # -- interface -------------------------------------------------------------------------------------------------
 
@@ -119,7 +133,9 @@ class CompactTrainer(Trainer):
         self._fresh = not self._given
         self._steps = self._macs = self._rebuilds = 0
         self._executed.reset()
-        self._checked_this_training = False
+        self._checked_this_training = self._stepped = False
+        self._wait, self._no_gain = 0, False  # masked steps until the judge is asked again, and whether it said so
+        self._opened_by_evaluation = False
         self.model.train()
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
@@ -127,6 +143,7 @@ class CompactTrainer(Trainer):
         session = self._ready(x)
         if session is None:
             assert self._fallback is not None
+            self._wait, self._fallback.form = max(self._wait - 1, 0), self.form
             return self._fallback.step(x, y)
         session.refresh()
         program, leaves = session.program, session.leaves
@@ -209,17 +226,20 @@ class CompactTrainer(Trainer):
     def _ready(self, x: Tensor, training: bool = True) -> Session | None:
         """The compact copy for batches like ``x`` and the model as it is; None if the masked trainer is to run."""
         key = tuple(x.shape[1:]), x.dtype
+        # What the batches of an evaluation said is asked of those of the training again.
+        first, self._stepped = training and not self._stepped, self._stepped or training
         if self._session is not None and self._key == key:
             flow = self._session.flow
             assert flow.trace is not None
-            if flow.trace.watch.changed(0 if training else 1, kinds=False) is None:
+            unchanged = flow.trace.watch.changed(0 if training else 1, kinds=False) is None
+            if unchanged and not (first and self._opened_by_evaluation and self._loses(flow, x)):
                 return self._session
             self._leave()
         elif self._session is not None:
             self._leave()
         elif self._fallback is not None:
             # What was refused may have changed, or this batch may be of another kind.
-            if key == self._key and self._refusal(key, training):
+            if key == self._key and (self._refusal(key, training) or self._still_loses(x, first, training)):
                 return None
             self._end_masked()
         self._key = key
@@ -228,11 +248,16 @@ class CompactTrainer(Trainer):
                 if (reason := self._refusal(key, training)) is not None:
                     raise Unsupported(reason)
                 self._session = self._open_session(key, x, training)
+            except _NoGain as error:
+                self._wait = AGAIN
+                self._run_masked(str(error), no_gain=True)
+                return None
             except Unsupported as error:
                 if self.strict:
                     raise
                 self._run_masked(str(error))
                 return None
+        self._opened_by_evaluation = not training
         self.engine, self.reason = "compact", FOLLOWED
         return self._session
 
@@ -244,6 +269,22 @@ class CompactTrainer(Trainer):
             return NOT_LINEAR
         return self._refused.reason(key, 0 if training else 1)
 
+    def _loses(self, flow: Flow, x: Tensor) -> str | None:
+        """Why batches like ``x`` had better run masked, the model being as it is."""
+        return None if self._judge is None else self._judge(flow, len(x))
+
+    def _still_loses(self, x: Tensor, first: bool, training: bool) -> bool:
+        """Whether the masked trainer, which runs because the judge said so, goes on."""
+        if not self._no_gain:
+            return False
+        if first or (training and not self._wait):
+            flow = None if self._key is None else self._flows.get(self._key)
+            reason = None if flow is None else self._loses(flow, x)
+            if reason is None:
+                return False
+            self.reason, self._wait = reason, AGAIN
+        return True
+
     def _changed(self, trace: Trace | None, training: bool) -> str | None:
         """Why what was read of the model does not hold good any more."""
         assert trace is not None
@@ -253,6 +294,8 @@ class CompactTrainer(Trainer):
         flow = self._flows.get(key)
         if flow is None or self._changed(flow.trace, training) is not None:
             flow = self._captured(key, training)
+        if (reason := self._loses(flow, x)) is not None:
+            raise _NoGain(reason)
         again = self.verify == "always" and not self._checked_this_training
         if self.verify != "never" and (again or self._verified.get(key) is not flow):
             self._check(flow, key, x)
@@ -319,9 +362,8 @@ class CompactTrainer(Trainer):
             session.store_momentum()
         self._session, self._fresh = None, False
 
-    def _run_masked(self, reason: str) -> None:
-        if self.strict:
-            raise Unsupported(reason)
+    def _run_masked(self, reason: str, no_gain: bool = False) -> None:
+        self._no_gain = no_gain
         momentum: dict[str, Tensor] = self._given
         if isinstance(self._options, SGDOptions):
             momentum = (self._given or self._buffers()) if self._options.momentum else {}
@@ -332,7 +374,11 @@ class CompactTrainer(Trainer):
             momentum = {name: v for name, v in momentum.items() if name in trainable}
         self._fresh = False
         modes = modes_of(self.model)
-        self._fallback = MaskedTrainer(self.model, self.loss, reason)
+        if self._masked is None or self._masked.loss is not self.loss or self._masked._open:
+            self._masked = MaskedTrainer(
+                self.model, self.loss
+            )  # kept: it counts multiply-accumulates at its first step
+        self._fallback, self._masked.reason = self._masked, reason
         self._fallback.begin(self._options, momentum, self._density, self._extra)
         set_modes(self.model, modes)
         self.engine, self.reason = "masked", reason

@@ -1,0 +1,88 @@
+"""Fit the prices by which engine "auto" chooses to the figures of ``benchmarks.zoo``; nothing is measured.
+
+    python -m benchmarks.prices [--check] [RESULTS.csv ...]
+
+The seconds of every measured step, masked, compact, and compact without the extension, are explained by what the step
+does (:mod:`spafl_kernels.compact.estimate`) with prices that are not negative, to the smallest sum of squared relative
+errors; ``spafl_kernels/compact/estimate.json`` is written, and how far the estimates are off is printed. ``--check``
+writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import nnls
+
+from benchmarks import common
+from benchmarks.common import Row
+from benchmarks.zoo_models import ZOO
+from spafl_kernels.compact.estimate import ENGINES, FEATURES, PRICES, plan_of, work
+from spafl_kernels.compact.flow import Flow
+from spafl_kernels.compact.follow import follow_thresholds
+from spafl_kernels.compact.inputs import Input
+from spafl_kernels.compact.rows import Rows
+from spafl_kernels.compact.trace import check_traceable
+
+
+def amounts(rows: Sequence[Row]) -> dict[str, list[list[float]]]:
+    """By engine and row, how much of every feature a step has."""
+    flows: dict[tuple[str, str], Flow] = {}
+    found: dict[str, list[list[float]]] = {engine: [] for engine in ENGINES}
+    for row in rows:
+        one = dataclasses.replace(ZOO[row["model"]], estimator=row["estimator"], batch=int(row["batch"]))  # type: ignore[arg-type]
+        if (row["model"], row["estimator"]) not in flows:
+            model, (x, _) = one.pruned(1.0), next(one.batches(1))
+            inputs = (Input(tuple(x.shape[1:]), x.dtype),)
+            flows[row["model"], row["estimator"]] = follow_thresholds(model, inputs, check_traceable(model), 2)
+        flow = flows[row["model"], row["estimator"]]
+        one.prune_(flow.model, float(row["density"]))
+        keep = Rows(flow).of_model(gradients=True).keep
+        for engine in ENGINES:
+            plan = None if engine == "masked" else plan_of(flow, keep, engine == "compact")
+            done = work(flow, plan, one.batch).values()
+            found[engine].append([sum(part.get(feature, 0.0) for part in done) for feature in FEATURES])
+    return found
+
+
+def fit(amount: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Prices that explain the seconds best, none negative."""
+    return nnls(amount / seconds[:, None], np.ones(len(seconds)))[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prices", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", nargs="*", type=Path, default=[common.RESULTS / "zoo.csv"])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args(argv)
+    rows = common.right(row for path in args.results for row in common.read(path))
+    amount = {engine: np.array(values) for engine, values in amounts(rows).items()}
+    prices, estimated = {}, {}
+    for engine in ENGINES:
+        measured = np.array([float(row.get(f"{engine}_ms") or "nan") / 1e3 for row in rows])
+        known = ~np.isnan(measured)
+        price = fit(amount[engine][known], measured[known])
+        prices[engine] = {feature: float(f"{value:.3g}") for feature, value in zip(FEATURES, price)}
+        estimated[engine] = amount[engine] @ price
+        off = np.abs(estimated[engine] / measured - 1)[known]
+        print(
+            f"{engine:8} {known.sum():3} steps, off by {np.median(off):.0%} (median), {np.quantile(off, 0.9):.0%} (90 %)"
+        )
+    for row, gain in zip(rows, estimated["masked"] / estimated["compact"]):
+        found = float(row["compact_over_masked"])
+        if (gain < 1) != (found < 1) and not 0.97 < found < 1.03:
+            print(f"wrong side: {row['model']}, batch {row['batch']}, {row['estimator']}, density {row['density']}: "
+                  f"expected {gain:.2f}x, measured {found:.2f}x")  # fmt: skip
+    if not args.check:
+        PRICES.write_text(json.dumps({"fitted": "python -m benchmarks.prices", "seconds": prices}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
