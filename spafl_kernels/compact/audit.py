@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reference import Estimator, mask_weight_and_bias
+from .flow import Flow
 from .follow import trace_flow
 from .kinds.layers import Layer
 from .plan import Plan
@@ -104,7 +105,11 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
     if repeats < 1:
         raise ValueError(f"repeats must be >= 1; got {repeats}")
     flow = trace_flow(model, tuple(x.shape[1:]))
-    keep = Rows(flow).of_model(gradients=False).keep
+    return measured(flow, Rows(flow).of_model(gradients=False).keep, x, repeats)
+
+
+def measured(flow: Flow, keep: dict[str, Tensor], x: Tensor, repeats: int = 5) -> Audit:
+    """:func:`audit` of a model that has been read, with the rows ``keep``, bool by threshold layer."""
     exact, padded = Plan(flow, keep, multiple=1), Plan(flow, keep)
     found = []
     for name, op in flow.layers.items():

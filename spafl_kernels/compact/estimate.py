@@ -27,7 +27,7 @@ from .kinds.layers import Layer
 from .plan import Plan
 from .rows import Rows
 
-__all__ = ["ENGINES", "FEATURES", "PRICES", "Estimate", "Judge", "estimate", "plan_of", "prices", "work"]
+__all__ = ["ENGINES", "FEATURES", "PRICES", "Estimate", "Judge", "estimate", "expectation", "plan_of", "prices", "work"]
 
 PRICES = Path(__file__).with_name("estimate.json")
 ENGINES = ("masked", "compact", "plain")  # plain: compact without the extension
@@ -152,6 +152,13 @@ def plan_of(flow: Flow, keep: dict[str, Tensor], native: bool) -> Plan:
     return Plan(flow, keep, multiple=BLOCK, exact=always_fused(flow) if native else ())
 
 
+def expectation(flow: Flow, keep: dict[str, Tensor], batch: int, compiled: bool = True) -> Estimate:
+    """The estimate of a step that computes the rows ``keep`` in this installation, on a CPU."""
+    known = next(flow.model.parameters()).dtype in (torch.float32, torch.float64)
+    native = compiled and known and extension.available()
+    return estimate(flow, plan_of(flow, keep, native), batch, native)
+
+
 class Judge:
     """Says of a model as it is whether its compact steps are worth it, by the estimate. The last answer is kept."""
 
@@ -177,9 +184,7 @@ class Judge:
 
     def gain(self, flow: Flow, keep: dict[str, Tensor], batch: int) -> float:
         """How many times as fast compact steps are expected to be."""
-        known = next(flow.model.parameters()).dtype in (torch.float32, torch.float64)
-        native = known and extension.available()
-        return estimate(flow, plan_of(flow, keep, native), batch, native).gain
+        return expectation(flow, keep, batch).gain
 
 
 def _share_of(keep: dict[str, Tensor]) -> float:

@@ -16,7 +16,7 @@ from ..functional import refuse_transforms, warn_of_collapse
 from ..layers import ThresholdLayer
 from ..settings import strict as strict_by_default
 from ..training import Unsupported
-from .conditions import rows_in_words
+from .explain import layers_in_words, nothing_skipped
 from .flow import Flow
 from .follow import check_has_thresholds, follow_thresholds
 from .fusion import always_fused, prefers_channels_last
@@ -205,7 +205,10 @@ class CompactModule(nn.Module):
             lines.append(captured.flow.explain())
             reasons = captured.rows.reasons
             for _, _, made in list(captured.made.values())[-1:]:
-                lines += [rows_in_words(n, made.masks[n].cpu(), made.keep[n], reasons.get(n, "")) for n in made.masks]
+                rows = {n: (mask.cpu(), made.keep[n], reasons.get(n, "")) for n, mask in made.masks.items()}
+                if self.engine == "compact" and (nothing := nothing_skipped(rows)) is not None:
+                    lines[0] = f"compact: {nothing}"
+                lines += layers_in_words(captured.flow, rows, None)
         return "\n".join(lines)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,6 @@ from ..layers import ThresholdLayer
 from ..reference import WINDOW
 from ..training import SGDOptions
 from .arena import Arena, attach, shares_of
-from .conditions import rows_in_words
 from .dropped import DroppedRows
 from .flat_update import FlatUpdate
 from .flow import Flow
@@ -354,15 +353,15 @@ class Session:
         assert self._arena is not None
         self.leaves = [*self._arena.leaves, *self._loose_leaves, *masks]
 
-    def explain(self) -> list[str]:
-        """Of every threshold layer: how many rows are computed, and why more than are active."""
+    def rows(self) -> dict[str, tuple[Tensor, Tensor, str]]:
+        """Of every threshold layer: which filters are active, which must be computed, and why more than are active."""
         if not hasattr(self, "_needed"):
-            return []
+            return {}
         reasons = self._rows.reasons
-        return [
-            rows_in_words(la.name, self._active[la.part], self._needed[la.part], reasons.get(la.name, ""))
+        return {
+            la.name: (self._active[la.part].cpu(), self._needed[la.part].cpu(), reasons.get(la.name, ""))
             for la in self._pruned
-        ]
+        }
 
     # -- rebuild ---------------------------------------------------------------------------------------------------
 

@@ -16,12 +16,16 @@ from torch.nn import functional as F
 
 from ..executed import Executed
 from ..training import Extra, Loss, MaskedTrainer, Options, SGDOptions, Trainer, TrainResult, Unsupported
+from .audit import measured
+from .estimate import expectation
+from .explain import layers_in_words, nothing_skipped
 from .flow import Flow
 from .follow import check_has_thresholds, follow_thresholds
 from .inputs import Input
 from .memory import pages
 from .momentum import OwnMomentum
 from .recent import Recent, Refused
+from .rows import Rows
 from .session import Session, settings_of
 from .trace import Trace, check_traceable
 from .verify import Verify, check_verify, differs_in_training
@@ -106,6 +110,7 @@ class CompactTrainer(Trainer):
         self._fallback: MaskedTrainer | None = None
         self._executed = Executed()
         self._judge = judge
+        self._batch = 0  # samples in the last batch
         self._masked: MaskedTrainer | None = None
 
     # -- interface -------------------------------------------------------------------------------------------------
@@ -204,16 +209,30 @@ class CompactTrainer(Trainer):
         )
         return self._result
 
-    def explain(self) -> str:
-        """Which engine runs and why; after the first batch also which channels are followed and where they stop, and
-        which rows are computed although they are pruned."""
-        lines = [f"{self.engine}: {self.reason}"]
+    def explain(self, measure: Tensor | None = None) -> str:
+        """Which engine runs and why; after the first batch also which channels are followed and where they stop, how
+        many rows of each layer are computed, why more than are active, and what is expected to be gained.
+
+        Args:
+            measure: a batch; every layer is timed alone on inputs of the sizes it gets from it, masked and compact.
+        """
+        head, lines = f"{self.engine}: {self.reason}", []
         for key, flow in self._flows.items():
-            lines.append(flow.explain())
             session = self._session if self._key == key and self._session is not None else self._sessions.get(key)
-            if session is not None:
-                lines += session.explain()
-        return "\n".join(lines)
+            rows = {} if session is None else session.rows()
+            if not rows and self._session is None:  # the model's own tensors are complete
+                chosen, reasons = (found := Rows(flow)).of_model(gradients=True), found.reasons
+                rows = {n: (chosen.masks[n], chosen.keep[n], reasons.get(n, "")) for n in chosen.masks}
+            if self.engine == "compact" and (nothing := nothing_skipped(rows)) is not None:
+                head = f"compact: {nothing}"
+            keep = {name: active | kept for name, (active, kept, _) in rows.items()}
+            on_cpu = next(flow.model.parameters()).device.type == "cpu"
+            expected = expectation(flow, keep, self._batch, self.compiled) if rows and on_cpu and self._batch else None
+            times = None
+            if measure is not None and rows and key == (tuple(measure.shape[1:]), measure.dtype):
+                times = measured(flow, keep, measure)
+            lines += [flow.explain(), *layers_in_words(flow, rows, expected, times)]
+        return "\n".join([head, *lines])
 
     # -- start -----------------------------------------------------------------------------------------------------
 
@@ -226,6 +245,7 @@ class CompactTrainer(Trainer):
     def _ready(self, x: Tensor, training: bool = True) -> Session | None:
         """The compact copy for batches like ``x`` and the model as it is; None if the masked trainer is to run."""
         key = tuple(x.shape[1:]), x.dtype
+        self._batch = len(x)
         # What the batches of an evaluation said is asked of those of the training again.
         first, self._stepped = training and not self._stepped, self._stepped or training
         if self._session is not None and self._key == key:

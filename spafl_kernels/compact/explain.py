@@ -1,0 +1,53 @@
+"""What runs compact and what that brings, in words: for every layer, and for the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .audit import Audit
+from .conditions import rows_in_words
+from .estimate import Estimate
+from .flow import Flow
+
+__all__ = ["RowsBy", "layers_in_words", "nothing_skipped"]
+
+# By threshold layer: which filters are active, which rows are computed, and why more than these.
+RowsBy = Mapping[str, tuple[Tensor, Tensor, str]]
+
+
+def nothing_skipped(rows: RowsBy) -> str | None:
+    """A sentence if filters are pruned and every one is computed all the same, with the reasons; else None."""
+    pruned = sum(int((~active).sum()) for active, _, _ in rows.values())
+    skipped = sum(int((~(kept | active)).sum()) for active, kept, _ in rows.values())
+    if skipped or not pruned:
+        return None
+    reasons = dict.fromkeys(why for active, _, why in rows.values() if why and not bool(active.all()))
+    return f"nothing is skipped, all {pruned} pruned filters are computed: {'; '.join(reasons) or 'they are needed'}"
+
+
+def layers_in_words(flow: Flow, rows: RowsBy, expected: Estimate | None, measured: Audit | None = None) -> list[str]:
+    """A line for the step, where something is expected of it, and one for every threshold layer.
+
+    Args:
+        flow: of the model.
+        rows: of the masks as they are.
+        expected: seconds by operation; None: nothing is expected.
+        measured: of the layers alone.
+    """
+    lines = [] if expected is None else [f"a step is expected to be {expected.gain:.2f}x as fast as masked"]
+    times = {} if measured is None else {a.name: a.masked_seconds / a.compact_seconds for a in measured.layers}
+    for name, (active, kept, why) in rows.items():
+        text = rows_in_words(name, active, kept, why)
+        for edge, reason in flow.stops:
+            sources, _, reader = edge.partition(" -> ")
+            if name in sources.split(", "):
+                text += f"; put together at full width for {reader}: {reason}"
+        op = flow.layers[name].name
+        if expected is not None and expected.compact.get(op):
+            text += f"; expected {expected.masked[op] / expected.compact[op]:.2f}x"
+        if name in times:
+            text += f"; measured {times[name]:.2f}x"
+        lines.append(text)
+    return lines
