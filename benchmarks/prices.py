@@ -71,9 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         prices[engine] = {feature: float(f"{value:.3g}") for feature, value in zip(FEATURES, price)}
         estimated[engine] = amount[engine] @ price
         off = np.abs(estimated[engine] / measured - 1)[known]
-        print(
-            f"{engine:8} {known.sum():3} steps, off by {np.median(off):.0%} (median), {np.quantile(off, 0.9):.0%} (90 %)"
-        )
+        usual, large = np.quantile(off, [0.5, 0.9])
+        print(f"{engine:8} {known.sum():3} steps: off by {usual:.0%} in the middle, {large:.0%} in one of ten")
     for row, gain in zip(rows, estimated["masked"] / estimated["compact"]):
         found = float(row["compact_over_masked"])
         if (gain < 1) != (found < 1) and not 0.97 < found < 1.03:
