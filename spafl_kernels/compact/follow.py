@@ -171,7 +171,7 @@ class _Follower:
                     apart[name] = "its result is not used"
         owners: dict[int, list[str]] = {}
         for name, m in self.modules.items():
-            if calls.get(name, 0) > 1 and any(True for _ in m.parameters()):
+            if calls.get(name, 0) > 1 and any(True for tensors in (m.parameters(), m.buffers()) for _ in tensors):
                 apart.setdefault(name, "it is used twice")
             for key, p in m._parameters.items():
                 if p is None:

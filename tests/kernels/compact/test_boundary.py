@@ -467,11 +467,15 @@ class Local(nn.Module):
             self.head.requires_grad_(True)
         if part == "unused":
             self.extra = nn.Parameter(torch.zeros(3))
+        if part == "norm twice":
+            self.norm = nn.BatchNorm1d(8, affine=False)
 
     def forward(self, x):
         x = F.relu(self.b(F.relu(self.a(x))))
         if self.part == "twice":
             x = F.relu(self.b(x))
+        if self.part == "norm twice":
+            x = self.norm(0.5 * self.norm(x))
         if self.part == "read":
             x = x * self.b.weight.mean()
         x = F.relu(self.c(x))
@@ -480,7 +484,17 @@ class Local(nn.Module):
         return self.head(x)
 
 
-PARTS = ["tied", "tied thresholds", "frozen", "frozen threshold", "all frozen but one", "unused", "twice", "read"]
+PARTS = [
+    "tied",
+    "tied thresholds",
+    "frozen",
+    "frozen threshold",
+    "all frozen but one",
+    "unused",
+    "twice",
+    "norm twice",
+    "read",
+]
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.05])
@@ -493,7 +507,11 @@ def test_one_part_runs_as_it_stands(part, penalty):
     assert trainer.engine == "compact"
     if part not in ("all frozen but one", "tied", "tied thresholds"):
         assert "head: input columns from" in trainer.explain()
-    assert "runs at full width" in trainer.explain() or "as it stands" in trainer.explain() or part == "unused"
+    assert (
+        "runs at full width" in trainer.explain()
+        or "as it stands" in trainer.explain()
+        or part in ("unused", "norm twice")
+    )
     same_calls(model, strict=True)
 
 
