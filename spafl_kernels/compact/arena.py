@@ -21,7 +21,7 @@ from .memory import Memory
 from .plan import Channels
 from .state import LayerState, NormState, put_rows, take_rows
 
-__all__ = ["Arena", "Piece", "Region", "Share", "VectorShare", "WeightShare", "attach", "shares_of"]
+__all__ = ["Arena", "Parts", "Piece", "Region", "Share", "VectorShare", "WeightShare", "attach", "shares_of"]
 
 Key = tuple[str, str]
 
@@ -128,20 +128,20 @@ class WeightShare(Share):
             kept.copy_(part)
             return
         torch.index_select(part, 1, columns.kept, out=kept)
-        lost = self.dropped.columns(flat)
+        dropped = self.dropped.columns(flat)
         if rows.pads:
-            lost[live:].zero_()
-        torch.index_select(part, 1, columns.dropped, out=lost[:live])
+            dropped[live:].zero_()
+        torch.index_select(part, 1, columns.dropped, out=dropped[:live])
 
     def store(self, full: Tensor, flat: Tensor, memory: Memory) -> None:
         rows, columns = self.rows, self.columns
         live = len(rows.kept)
         part = self.kept.columns(flat)[:live, : len(columns.kept)]
         if self.dropped is not None:
-            lost = self.dropped.columns(flat)[:live]
+            dropped = self.dropped.columns(flat)[:live]
             # One gather of the two side by side takes half the time of two scatters.
             shape = (live, columns.width, full.shape[2])
-            both = torch.cat([part, lost], 1, out=memory.take("rows", shape))
+            both = torch.cat([part, dropped], 1, out=memory.take("rows", shape))
             part = torch.index_select(both, 1, columns.order, out=memory.take("whole rows", shape))
         put_rows(full, rows, part)
 
@@ -173,8 +173,8 @@ def shares_of(
     """
     shares: dict[Key, Share] = {}
 
-    def vector(key: Key, channels: Channels, lost: Region) -> None:
-        dropped = Piece((len(channels.dropped),), lost) if len(channels.dropped) else None
+    def vector(key: Key, channels: Channels, where: Region) -> None:
+        dropped = Piece((len(channels.dropped),), where) if len(channels.dropped) else None
         shares[key] = VectorShare(Piece((channels.stored,), Region.VECTORS), dropped, channels)
 
     for layer in layers:
@@ -202,6 +202,43 @@ def shares_of(
     return shares
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Ranges of the arena's tensors, in this order, one behind the other.
+
+    Args:
+        vectors: vectors and plain weights.
+        weights: weights of threshold layers that autograd sees: kept columns, and dropped ones that read constants.
+        columns: their dropped columns that read 0.
+        still: parameters without a gradient.
+        thresholds: those of all filters.
+    """
+
+    vectors: slice
+    weights: slice
+    columns: slice
+    still: slice
+    thresholds: slice
+
+    @property
+    def leaves(self) -> slice:
+        """What autograd sees."""
+        return slice(self.vectors.start, self.weights.stop)
+
+    @property
+    def scored(self) -> slice:
+        """The weights of threshold layers, all columns."""
+        return slice(self.weights.start, self.columns.stop)
+
+    @property
+    def behind_leaves(self) -> slice:
+        return slice(self.columns.start, self.thresholds.stop)
+
+    @property
+    def behind_scored(self) -> slice:
+        return slice(self.still.start, self.thresholds.stop)
+
+
 class Arena:
     """Memory for ``shares`` and ``thresholds`` numbers behind them.
 
@@ -214,10 +251,9 @@ class Arena:
     Attributes:
         flat, velocity, grad: the three tensors, not initialised; only ``velocity`` has room for borrowed pieces.
         tau, tau_momentum, tau_grad: views of their thresholds.
-        leaves, leaf_pieces: views of the pieces that have a gradient, in order; autograd's leaves. They end at
-            ``leaf_end``.
-        scored: ``(start, stop)`` of the weights of threshold layers, all columns.
-        others: the ranges that are neither these nor thresholds.
+        parts: the ranges of the three tensors.
+        leaves, leaf_pieces: views of the pieces that have a gradient, in order; autograd's leaves.
+        vectors: how many of these are no weights of threshold layers.
         gaps: ``(start, size)`` of what no piece has, because of ``align``; zeros in all three tensors.
     """
 
@@ -257,17 +293,12 @@ class Arena:
         if with_momentum:
             for at, size in (*self.gaps, *borrowed_gaps):
                 self.velocity[at : at + size].zero_()
-        self.tau, self.tau_grad = self.flat[end:], self.grad[end:]
-        self.tau_momentum = self.velocity[end:total]
-
-        def start(region: Region) -> int:
-            return next((piece.at for piece in own if piece.region >= region), end)
-
-        self.leaf_end = start(Region.COLUMNS)
-        self.scored = start(Region.WEIGHTS), start(Region.STILL)
-        self.others = [(0, self.scored[0])]
-        if self.scored[1] < end:
-            self.others.append((self.scored[1], end))
+        starts = [next((piece.at for piece in own if piece.region >= region), end) for region in Region]
+        weights, columns, still = (starts[r] for r in (Region.WEIGHTS, Region.COLUMNS, Region.STILL))
+        bounds = (0, weights, columns, still, end, total)
+        self.parts = parts = Parts(*map(slice, bounds, bounds[1:]))
+        self.tau, self.tau_grad = self.flat[parts.thresholds], self.grad[parts.thresholds]
+        self.tau_momentum = self.velocity[parts.thresholds]
         self.vectors = sum(piece.region == Region.VECTORS for piece in pieces)
         self._tensors: dict[int, Tensor] = {}
         self.leaves: list[Tensor] = []

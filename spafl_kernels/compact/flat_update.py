@@ -29,8 +29,8 @@ class FlatUpdate(PlainUpdate):
         for f in self._filters:
             channels, begin = f.channels.host, f.layer.begin
             owners = [*(channels.kept + begin).tolist(), *[filters] * channels.pads]
-            rows += [(p.at, owners, p.size // len(owners)) for p in (f.piece, f.lost) if p is not None]
-        start, end = arena.scored
+            rows += [(p.at, owners, p.size // len(owners)) for p in (f.piece, f.dropped_piece) if p is not None]
+        start, end = arena.parts.scored.start, arena.parts.scored.stop
         rows += [(at, [filters], size) for at, size in arena.gaps if start <= at < end]
         rows.sort(key=lambda row: row[0])
         lengths = [length for _, owners, length in rows for _ in owners]
@@ -40,7 +40,7 @@ class FlatUpdate(PlainUpdate):
         owner = torch.tensor([filter for _, owners, _ in rows for filter in owners])
         self._owner = owner.to(device, non_blocking=True)
         # Columns that read 0 have no gradient from autograd; their segments are behind those that have.
-        self._with_gradient = int((offsets[:-1] < arena.leaf_end - start).sum())
+        self._with_gradient = int((offsets[:-1] < arena.parts.weights.stop - start).sum())
         sizes, kept = torch.ones(filters + 1, dtype=scores.dtype), torch.zeros(filters, dtype=torch.bool)
         for f in self._filters:
             sizes[f.layer.part] = f.layer.size
@@ -57,8 +57,7 @@ class FlatUpdate(PlainUpdate):
         return self._by_filter.zero_().index_add_(0, self._owner[:segments], sums)
 
     def rescore(self) -> None:
-        start, stop = self.arena.scored
-        torch.abs(self.arena.flat[start:stop], out=self._absolute)
+        torch.abs(self.arena.flat[self.arena.parts.scored], out=self._absolute)
         sums = self._per_filter(self._absolute, len(self._owner)).div_(self._sizes)
         torch.where(self._kept, sums[:-1], self.scores, out=self.scores)
 
@@ -80,14 +79,13 @@ class FlatUpdate(PlainUpdate):
             self._element_owner = torch.repeat_interleave(self._owner.int(), lengths, output_size=size)
 
     def _sign_terms(self, masks: dict[str, Tensor | None]) -> bool:
-        arena = self.arena
-        (start, stop), leaf_end = arena.scored, arena.leaf_end
-        arena.grad[leaf_end:stop].zero_()
+        arena, parts = self.arena, self.arena.parts
+        arena.grad[parts.columns].zero_()
         if not self._signed:
             return False
         assert self._element_owner is not None
-        weights, grads = arena.flat[start:stop], arena.grad[start:stop]
-        products = torch.mul(weights[: leaf_end - start], grads[: leaf_end - start])
+        weights, grads = arena.flat[parts.scored], arena.grad[parts.scored]
+        products = torch.mul(arena.flat[parts.weights], arena.grad[parts.weights])
         r = self._per_filter(products, self._with_gradient)
         for f in self._filters:
             layer = f.layer

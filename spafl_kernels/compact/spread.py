@@ -55,8 +55,8 @@ class Spread:
         if constants is not None and constants.dim() > 1:
             shape = list(constants.shape)
             shape[self.dim] = self.width
-            lost = constants.new_zeros(shape).index_copy(self.dim, self.others(), constants)
-            return self(x, None, stream) + lost
+            dropped = constants.new_zeros(shape).index_copy(self.dim, self.others(), constants)
+            return self(x, None, stream) + dropped
         if self.native:
             return DirectExpandChannels.apply(x, self.place, self.width, self.dim, constants, stream)
         if constants is not None:

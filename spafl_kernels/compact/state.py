@@ -98,8 +98,8 @@ class NormState:
         self.channels, slot, full = channels, self.slot, self.module.running_mean
         slot.running_mean, slot.running_var = full.new_zeros(channels.stored), full.new_zeros(channels.stored)
         slot.mean_dropped = slot.var_dropped = None
-        if lost := len(channels.dropped):
-            slot.mean_dropped, slot.var_dropped = full.new_empty(lost), full.new_empty(lost)
+        if count := len(channels.dropped):
+            slot.mean_dropped, slot.var_dropped = full.new_empty(count), full.new_empty(count)
 
     def load_statistics(self) -> None:
         m, slot, channels = self.module, self.slot, self.channels

@@ -67,9 +67,9 @@ class Filters:
         share = arena.shares[layer.name, "w"]
         assert layer.row_channels is not None
         self.channels = layer.row_channels
-        self.piece, self.lost = share.kept, share.dropped
+        self.piece, self.dropped_piece = share.kept, share.dropped
         # Dropped columns that read constants have a gradient from autograd.
-        self.dead_const = share.dropped is not None and share.dropped.region == Region.CONSTANTS
+        self.constant = share.dropped is not None and share.dropped.region == Region.CONSTANTS
 
     @cached_property
     def kept(self) -> Tensor:
@@ -80,23 +80,23 @@ class Filters:
         return self._rows(self.piece, self.arena.grad)
 
     @cached_property
-    def dead(self) -> Tensor | None:
-        return None if self.lost is None else self._rows(self.lost, self.arena.flat)
+    def dropped(self) -> Tensor | None:
+        return None if self.dropped_piece is None else self._rows(self.dropped_piece, self.arena.flat)
 
     @cached_property
-    def dead_grad(self) -> Tensor | None:
-        return None if self.lost is None else self._rows(self.lost, self.arena.grad)
+    def dropped_grad(self) -> Tensor | None:
+        return None if self.dropped_piece is None else self._rows(self.dropped_piece, self.arena.grad)
 
     def _rows(self, piece: Piece, flat: Tensor) -> Tensor:
         return piece.span(flat).view(self.channels.stored, -1)
 
-    def dots(self, kept_grad: Tensor, dead_grad: Tensor | None) -> Tensor:
+    def dots(self, kept_grad: Tensor, dropped_grad: Tensor | None) -> Tensor:
         """``r_i = sum_j G_ij w_ij`` of every row, with the bias where the mask covers it."""
         layer, arena = self.layer, self.arena
         r = (self.kept * kept_grad).sum(1)
-        if self.dead_const:
-            assert self.dead is not None and dead_grad is not None
-            r += (self.dead * dead_grad).sum(1)
+        if self.constant:
+            assert self.dropped is not None and dropped_grad is not None
+            r += (self.dropped * dropped_grad).sum(1)
         if layer.mask_bias and layer.slot.bias is not None:
             piece = arena.shares[layer.name, "b"].kept
             r += piece.span(arena.flat) * piece.span(arena.grad)
@@ -134,8 +134,7 @@ class PlainUpdate:
     def __init__(self, arena: Arena, layers: Sequence[LayerState], scores: Tensor, options: SGDOptions) -> None:
         self.arena, self.scores = arena, scores
         self._filters = [Filters(arena, layer) for layer in layers]
-        start, stop = arena.scored
-        self._absolute = arena.flat.new_empty(stop - start)
+        self._absolute = torch.empty_like(arena.flat[arena.parts.scored])
         total = sum(f.channels.stored for f in self._filters)
         self._sums, self._dots = arena.flat.new_zeros(total), arena.flat.new_zeros(total)
         index, place, sizes, at = [], [], [], 0
@@ -151,20 +150,19 @@ class PlainUpdate:
 
     def begin(self, loose: Loose, options: SGDOptions) -> None:
         self.loose, self.options = loose, options
-        self.arena.grad[self.arena.leaf_end :].zero_()
+        self.arena.grad[self.arena.parts.behind_leaves].zero_()
 
     def rescore(self) -> None:
-        start, stop = self.arena.scored
-        torch.abs(self.arena.flat[start:stop], out=self._absolute)
+        torch.abs(self.arena.flat[self.arena.parts.scored], out=self._absolute)
         for f, part in zip(self._filters, self._parts):
             out = self._sums[part]
             torch.sum(self._abs_rows(f, f.piece), 1, out=out)
-            if f.lost is not None:
-                out += self._abs_rows(f, f.lost).sum(1)
+            if f.dropped_piece is not None:
+                out += self._abs_rows(f, f.dropped_piece).sum(1)
         self.scores.index_copy_(0, self._index, self._sums.index_select(0, self._place) / self._row_size)
 
     def _abs_rows(self, f: Filters, piece: Piece) -> Tensor:
-        at = piece.at - self.arena.scored[0]
+        at = piece.at - self.arena.parts.scored.start
         return self._absolute[at : at + piece.size].view(f.channels.stored, -1)
 
     def set_masks(self, active: Tensor) -> None:
@@ -174,10 +172,10 @@ class PlainUpdate:
         self, leaves: list[Tensor | None], loose: Sequence[Tensor | None], masks: dict[str, Tensor | None]
     ) -> None:
         arena, options = self.arena, self.options
-        flat, grad, tau_grad = arena.flat, arena.grad, arena.tau_grad
+        flat, grad, tau_grad, parts = arena.flat, arena.grad, arena.tau_grad, arena.parts
         params, momenta = self.loose.params, self.loose.momenta
         loose_grads = _or_zeros(loose, params)
-        _collect(leaves, arena.leaf_pieces, grad[: arena.leaf_end])
+        _collect(leaves, arena.leaf_pieces, grad[parts.leaves])
         signed = self._sign_terms(masks)
         if options.penalty:
             torch.neg(arena.tau, out=tau_grad)
@@ -219,14 +217,14 @@ class PlainUpdate:
             if loose_grads:
                 torch._foreach_add_(params, loose_grads, alpha=-options.lr)
         else:
-            taus = len(arena.tau)
-            flat[: len(flat) - taus].add_(change[: len(flat) - taus], alpha=-options.lr)
-            arena.tau.add_(change[len(flat) - taus : len(flat)], alpha=-options.threshold_lr)
+            rest = slice(0, parts.thresholds.start)
+            flat[rest].add_(change[rest], alpha=-options.lr)
+            arena.tau.add_(change[parts.thresholds], alpha=-options.threshold_lr)
             for i, (p, g) in enumerate(zip(params, loose_grads)):
                 p.add_(g, alpha=-(options.threshold_lr if i in self.loose.thresholds else options.lr))
         if options.weight_decay or options.nesterov:
             # It was added in place; entries that no later gradient overwrites start at 0 again.
-            grad[arena.leaf_end :].zero_()
+            grad[parts.behind_leaves].zero_()
 
     def _sign_terms(self, masks: dict[str, Tensor | None]) -> bool:
         """``r_i`` of every kept row found, and ``r_i sign(w_ij) / n_in`` added to the gradient; False if all are 0."""
@@ -235,8 +233,8 @@ class PlainUpdate:
             if f.layer.signed:
                 signed = True
                 self._sign_term(f, masks.get(f.layer.name), self._dots[part])
-            elif f.dead_grad is not None and not f.dead_const:
-                f.dead_grad.zero_()
+            elif f.dropped_grad is not None and not f.constant:
+                f.dropped_grad.zero_()
         return signed
 
     def _subtract_dots(self, tau_grad: Tensor) -> None:
@@ -247,7 +245,7 @@ class PlainUpdate:
     def _row_dots(f: Filters, mask_grad: Tensor | None) -> Tensor:
         """``r_i`` of the stored rows, whatever the estimator lets pass."""
         if f.layer.slot.mask is None:
-            return f.dots(f.kept_grad, f.dead_grad)
+            return f.dots(f.kept_grad, f.dropped_grad)
         return torch.zeros_like(f.layer.slot.mask) if mask_grad is None else mask_grad
 
     def _sign_term(self, f: Filters, mask_grad: Tensor | None, dots: Tensor) -> None:
@@ -259,11 +257,11 @@ class PlainUpdate:
         dots.copy_(r)
         rho = (r / layer.size).unsqueeze(1)
         f.kept_grad.addcmul_(f.kept.sign(), rho)
-        if f.dead is not None and f.dead_grad is not None:
-            if f.dead_const:
-                f.dead_grad.addcmul_(f.dead.sign(), rho)
+        if f.dropped is not None and f.dropped_grad is not None:
+            if f.constant:
+                f.dropped_grad.addcmul_(f.dropped.sign(), rho)
             else:
-                torch.mul(f.dead.sign(), rho, out=f.dead_grad)
+                torch.mul(f.dropped.sign(), rho, out=f.dropped_grad)
 
 
 class CompiledUpdate:
@@ -287,7 +285,8 @@ class CompiledUpdate:
             return [f.piece.of(values) for f in self._filters]
 
         def dropped(values: Tensor) -> list[Tensor]:
-            return [values.new_empty(0) if f.lost is None else f.lost.of(values) for f in self._filters]
+            pieces = [f.dropped_piece for f in self._filters]
+            return [values.new_empty(0) if piece is None else piece.of(values) for piece in pieces]
 
         self._rows = FilterRows(
             weights=[arena.parameter(f.piece) for f in self._filters],
@@ -302,13 +301,15 @@ class CompiledUpdate:
             dropped_momenta=dropped(arena.velocity) if with_momentum else [],
             threshold_momenta=filters(arena.tau_momentum) if with_momentum else [],
         )
-        self._params, self._grads = ([t[a:b] for a, b in arena.others] for t in (arena.flat, arena.grad))
-        self._momenta = [arena.velocity[a:b] for a, b in arena.others] if with_momentum else []
+        still = arena.parts.still
+        others = [arena.parts.vectors, *([still] if still.start < still.stop else [])]
+        self._params, self._grads = ([t[part] for part in others] for t in (arena.flat, arena.grad))
+        self._momenta = [arena.velocity[part] for part in others] if with_momentum else []
 
     def begin(self, loose: Loose, options: SGDOptions) -> None:
         self.loose, self.options = loose, options
         self.flipped = False
-        self.arena.grad[self.arena.scored[1] :].zero_()
+        self.arena.grad[self.arena.parts.behind_scored].zero_()
 
     def rescore(self) -> None:
         pass
@@ -321,7 +322,7 @@ class CompiledUpdate:
     ) -> None:
         arena, options, rows = self.arena, self.options, self._rows
         vectors, layers = arena.vectors, len(self._filters)
-        _collect(leaves[:vectors], arena.leaf_pieces[:vectors], arena.grad[: arena.scored[0]])
+        _collect(leaves[:vectors], arena.leaf_pieces[:vectors], arena.grad[arena.parts.vectors])
         others = []
         for i, leaf in enumerate(arena.leaves[vectors:], vectors):
             # Where a gradient is copied into the order of the arena, the original goes at once.
@@ -330,13 +331,13 @@ class CompiledUpdate:
         weight_grads, constant_grads = others[:layers], iter(others[layers:])
         dropped_grads, dots, none = [], [], rows.none[0]
         for f, weight_grad in zip(self._filters, weight_grads):
-            slot, dropped = f.layer.slot, next(constant_grads) if f.dead_const else none
+            slot, dropped = f.layer.slot, next(constant_grads) if f.constant else none
             dot = none
             if slot.mask is not None:
                 found = masks.get(f.layer.name)
                 dot = torch.zeros_like(slot.mask) if found is None else found
             elif f.layer.mask_bias and slot.bias is not None:
-                dot = f.dots(weight_grad.view(f.kept.shape), dropped.view(len(f.kept), -1) if f.dead_const else None)
+                dot = f.dots(weight_grad.view(f.kept.shape), dropped.view(len(f.kept), -1) if f.constant else None)
             dropped_grads.append(dropped)
             dots.append(dot)
         _, flips = threshold_step(

@@ -83,12 +83,12 @@ class OtherConvolution(Layer):
         along = (1, -1, *(1,) * (len(shape) - 2))
 
         def run(env: Values, training: bool) -> None:
-            weight, bias, lost = slot.masked(mask_bias)
+            weight, bias, dropped = slot.masked(mask_bias)
             mask = slot.mask
             y = self.apply(env.kept[j] if read is None else read(env), weight, bias if mask is None else None)
             if const_in and (c := env.constants[j]) is not None:
-                assert lost is not None
-                y = y + self.apply(all_places(c, shape, 1), lost, None)
+                assert dropped is not None
+                y = y + self.apply(all_places(c, shape, 1), dropped, None)
             if mask is not None:
                 y = under_mask(y, mask, bias, mask_bias, along)
             env.kept[i] = y
@@ -99,8 +99,8 @@ class OtherConvolution(Layer):
 
     def count_macs(self, scope: Scope, source: Op, slot: LayerSlot, const_in: bool, as_map: bool = False) -> None:
         scope.macs += (3 if source.grad else 2) * slot.weight.numel() * self.positions
-        if const_in and (lost := slot.weight_dropped) is not None:
-            products = 3 * lost.numel() * self.positions
+        if const_in and (dropped := slot.weight_dropped) is not None:
+            products = 3 * dropped.numel() * self.positions
             scope.macs += products if source.const == Const.SAMPLE else 0
             scope.macs_fixed += 0 if source.const == Const.SAMPLE else products
 
@@ -121,8 +121,8 @@ class OtherConvolution(Layer):
         return small.module(name, made, node)
 
     def exported_constants(
-        self, small: Small, lost: Tensor, bias: Tensor | None
+        self, small: Small, dropped: Tensor, bias: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         maps = small.constant_maps(self)
         assert maps is not None
-        return bias, self.apply(maps, lost, None)
+        return bias, self.apply(maps, dropped, None)

@@ -102,18 +102,18 @@ class GroupNorm(Op):
             inside, outside = mean - means.index_select(1, group_kept), constant - means.index_select(1, group_dropped)
             squares = _by_group(var + inside.square(), of_kept) + _by_group(outside.square(), of_dropped)
             scale = torch.rsqrt(squares / size + eps)
-            factor, lost = scale.index_select(1, group_kept), outside * scale.index_select(1, group_dropped)
+            factor, constants = scale.index_select(1, group_kept), outside * scale.index_select(1, group_dropped)
             if w is not None:
-                factor, lost = factor * w.index_select(0, kept), lost * w.index_select(0, dropped)
+                factor, constants = factor * w.index_select(0, kept), constants * w.index_select(0, dropped)
             shift = inside * factor
             if b is not None:
-                shift, lost = shift + b.index_select(0, kept), lost + b.index_select(0, dropped)
+                shift, constants = shift + b.index_select(0, kept), constants + b.index_select(0, dropped)
             if pads:
                 factor, shift = F.pad(factor, (0, pads)), F.pad(shift, (0, pads))
             y = _Scaled.apply(centred, factor, shift)
             y = env.kept[i] = y if ndim > 2 else y.squeeze(2)
             if len(dropped):
-                env.constants[i] = typed(lost.view(len(lost), -1, *(1,) * (ndim - 2)), y)
+                env.constants[i] = typed(constants.view(len(constants), -1, *(1,) * (ndim - 2)), y)
 
         return run
 

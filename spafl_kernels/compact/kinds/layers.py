@@ -241,8 +241,8 @@ class Layer(Op):
         border: Tensor | None = None
         if columns is not None:
             if source.constants is not None:
-                lost = weight.index_select(1, columns.dropped)
-                bias, border = self.exported_constants(small, lost, bias)
+                dropped = weight.index_select(1, columns.dropped)
+                bias, border = self.exported_constants(small, dropped, bias)
             weight = weight.index_select(1, columns.kept)
             if columns.pads:
                 weight = F.pad(weight, [0, 0] * (weight.dim() - 2) + [0, columns.pads])
@@ -313,20 +313,20 @@ class Layer(Op):
         return self.module.groups if self.is_conv else 1
 
     def exported_constants(
-        self, small: Small, lost: Tensor, bias: Tensor | None
+        self, small: Small, dropped: Tensor, bias: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """The bias with what constants add to it, and what they add otherwise."""
         maps, c = small.constant_maps(self), small.source(self).constants
         assert maps is not None and c is not None
         if not self.is_conv:
-            return (_plus_product(lost, c, bias), None) if c.dim() == 1 else (bias, F.linear(maps, lost))
+            return (_plus_product(dropped, c, bias), None) if c.dim() == 1 else (bias, F.linear(maps, dropped))
         m = self.module
         pad_first, padding = self.outer_padding()
         if c.dim() == 1 and (pad_first is not None or padding in ("valid", 0, (0, 0))):
-            return _plus_product(lost.flatten(2).sum(2), c, bias), None
+            return _plus_product(dropped.flatten(2).sum(2), c, bias), None
         if pad_first is not None:
             maps = F.pad(maps, pad_first, mode=m.padding_mode)
-        return bias, F.conv2d(maps, lost, None, m.stride, padding, m.dilation)
+        return bias, F.conv2d(maps, dropped, None, m.stride, padding, m.dilation)
 
 
 def under_mask(y: Tensor, mask: Tensor, bias: Tensor | None, mask_bias: bool, shape: tuple[int, ...]) -> Tensor:

@@ -207,7 +207,7 @@ class Concatenation(Op):
                 shape[dim] = after.pads
                 xs.append(xs[0].new_zeros(shape))
             env.kept[i] = torch.cat(xs, dim)
-            env.constants[i] = joined([(env.constants[j], lost) for j, _, lost in parts], dim, ndim, xs[0])
+            env.constants[i] = joined([(env.constants[j], dropped) for j, _, dropped in parts], dim, ndim, xs[0])
 
         return run
 
@@ -283,7 +283,7 @@ class Split(Op):
         j, before, layout = scope.index[source.name], scope.channels(source), source.layout
         assert before is not None and layout is not None
         ends = torch.tensor([high for _, high in self.pieces])
-        sizes, lost = (
+        sizes, dropped = (
             torch.searchsorted(c, ends).diff(prepend=ends.new_zeros(1)).tolist()
             for c in (before.host.kept, before.host.dropped)
         )
@@ -293,7 +293,7 @@ class Split(Op):
         def run(env: Values, training: bool) -> None:
             c = env.constants[j]
             env.kept[i] = env.kept[j].split(sizes, dim)
-            env.constants[i] = None if c is None else c.split(lost, 0 if c.dim() == 1 else dim)
+            env.constants[i] = None if c is None else c.split(dropped, 0 if c.dim() == 1 else dim)
 
         return run
 

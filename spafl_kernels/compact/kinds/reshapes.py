@@ -191,11 +191,11 @@ class Rearranged(Moved):
         kept, dropped = self.places(before, after)
         start = _first_of_run(kept)
         alike = start == 0 and len(kept) + pads == before.stored and len(kept) == len(before.kept)
-        index, lost = kept.to(scope.device), dropped.to(scope.device)
+        index, dropped = kept.to(scope.device), dropped.to(scope.device)
 
         def run(env: Values, training: bool) -> None:
             x, c = env.kept[j], env.constants[j]
-            env.constants[i] = self.constants(c, lost, dim, x.shape)
+            env.constants[i] = self.constants(c, dropped, dim, x.shape)
             if not alike:
                 x = x.index_select(dim, index) if start is None else x.narrow(dim, start, len(index))
                 if pads:
