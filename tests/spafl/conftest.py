@@ -25,7 +25,9 @@ def small_config(small):
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Tests that run in the background inherit a SIGINT that is ignored, and runs respect that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Tests that run in the background inherit a SIGINT that is ignored, under nohup a SIGHUP; runs respect that."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
