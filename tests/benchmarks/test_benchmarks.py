@@ -49,6 +49,7 @@ FIGURE = {
     "encodings": "accuracy",
     "layer": "speed_up",
     "scale": "round_ratio",
+    "checkpoint": "cpu_share",
     "leakage": "distance",
     "client": "peak_mb",
     "zoo": "speedup",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from environments import environment, tell
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -20,6 +21,17 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
     for start, block in blocks:
         line = text.count("\n", 0, start) + 1
         exec(compile("\n" * line + block, str(DOCS / "tutorial.md"), "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """As ``make docs`` does, which takes a quarter of a minute of a processor and packages that nothing else needs."""
+    python, variables = environment(tmp_path / "venv", "-r", DOCS / "requirements.txt")
+    tell(python, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", DOCS, tmp_path / "site", env=variables)
+    pages = {path.relative_to(DOCS).with_suffix(".html").as_posix() for path in DOCS.rglob("*.md")}
+    made = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+    assert pages <= made
+    assert "LocalTraining" in (tmp_path / "site/reference/spafl.html").read_text()
 
 
 @pytest.mark.parametrize("page", sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")))
