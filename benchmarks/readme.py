@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/benchmarks.md", "docs/messages.md", "docs/deployment.md")
 TABLES = (
     "training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers", "encodings", "layer",
-    "scale", "checkpoint", "leakage", "client", "flower", "zoo",
+    "scale", "checkpoint", "leakage", "client", "flower", "zoo", "rivals",
 )  # fmt: skip
 # With what a picture shows; both are in the README.
 PICTURES = {

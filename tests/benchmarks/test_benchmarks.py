@@ -53,6 +53,7 @@ FIGURE = {
     "leakage": "distance",
     "client": "peak_mb",
     "zoo": "speedup",
+    "rivals": "dense",
 }
 
 
@@ -137,7 +138,14 @@ def test_the_attack_on_labels_finds_what_is_there_and_nothing_else():
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(
-    "name", ["training_step", "rebuild", "estimators", "federated", pytest.param("zoo", marks=pytest.mark.slow)]
+    "name",
+    [
+        "training_step",
+        "rebuild",
+        "estimators",
+        "federated",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("zoo", "rivals")),
+    ],
 )
 @pytest.mark.parametrize("trainer", [Faster, Rough])
 def test_a_wrong_trainer_is_not_timed(name, trainer, monkeypatch, tmp_path, capsys):
