@@ -51,9 +51,10 @@ def amounts(rows: Sequence[Row]) -> dict[str, list[list[float]]]:
     return found
 
 
-def fit(amount: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Prices that explain the seconds best, none negative."""
-    return nnls(amount / seconds[:, None], np.ones(len(seconds)))[0]
+def fit(amount: np.ndarray, seconds: np.ndarray, least: np.ndarray | float = 0.0) -> np.ndarray:
+    """Prices that explain the seconds best, none below ``least``."""
+    known = amount @ np.broadcast_to(least, amount.shape[1])
+    return least + nnls(amount / seconds[:, None], 1 - known / seconds)[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     for engine in ENGINES:
         measured = np.array([float(row.get(f"{engine}_ms") or "nan") / 1e3 for row in rows])
         known = ~np.isnan(measured)
-        price = fit(amount[engine][known], measured[known])
+        # Without the extension nothing is cheaper.
+        price = fit(amount[engine][known], measured[known], price if engine == "plain" else 0.0)
         prices[engine] = {feature: float(f"{value:.3g}") for feature, value in zip(FEATURES, price)}
         estimated[engine] = amount[engine] @ price
         off = np.abs(estimated[engine] / measured - 1)[known]
