@@ -65,21 +65,23 @@ def main(argv: list[str] | None = None) -> int:
     rows = common.right(row for path in args.results for row in common.read(path))
     amount = {engine: np.array(values) for engine, values in amounts(rows).items()}
     prices, estimated = {}, {}
+    found: dict[str, np.ndarray] = {}
     for engine in ENGINES:
         measured = np.array([float(row.get(f"{engine}_ms") or "nan") / 1e3 for row in rows])
         known = ~np.isnan(measured)
-        # Without the extension nothing is cheaper.
-        price = fit(amount[engine][known], measured[known], price if engine == "plain" else 0.0)
+        # Without the extension nothing is cheaper than with it.
+        price = fit(amount[engine][known], measured[known], found["compact"] if engine == "plain" else 0.0)
+        found[engine] = price
         prices[engine] = {feature: float(f"{value:.3g}") for feature, value in zip(FEATURES, price)}
         estimated[engine] = amount[engine] @ price
         off = np.abs(estimated[engine] / measured - 1)[known]
         usual, large = np.quantile(off, [0.5, 0.9])
         print(f"{engine:8} {known.sum():3} steps: off by {usual:.0%} in the middle, {large:.0%} in one of ten")
     for row, gain in zip(rows, estimated["masked"] / estimated["compact"]):
-        found = float(row["compact_over_masked"])
-        if (gain < 1) != (found < 1) and not 0.97 < found < 1.03:
+        real = float(row["compact_over_masked"])
+        if (gain < 1) != (real < 1) and not 0.97 < real < 1.03:
             print(f"wrong side: {row['model']}, batch {row['batch']}, {row['estimator']}, density {row['density']}: "
-                  f"expected {gain:.2f}x, measured {found:.2f}x")  # fmt: skip
+                  f"expected {gain:.2f}x, measured {real:.2f}x")  # fmt: skip
     if not args.check:
         PRICES.write_text(json.dumps({"fitted": "python -m benchmarks.prices", "seconds": prices}, indent=1) + "\n")
     return 0
