@@ -228,12 +228,14 @@ class PlainUpdate:
 
     def _sign_terms(self, masks: dict[str, Tensor | None]) -> bool:
         """``r_i`` of every kept row found, and ``r_i sign(w_ij) / n_in`` added to the gradient; False if all are 0."""
-        signed = False
+        signed = any(f.layer.signed for f in self._filters)
         for f, part in zip(self._filters, self._parts):
             if f.layer.signed:
-                signed = True
                 self._sign_term(f, masks.get(f.layer.name), self._dots[part])
-            elif f.dropped_grad is not None and not f.constant:
+                continue
+            if signed:
+                self._dots[part].zero_()  # they are those of a step in which it was
+            if f.dropped_grad is not None and not f.constant:
                 f.dropped_grad.zero_()
         return signed
 

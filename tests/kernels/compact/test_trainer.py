@@ -632,3 +632,17 @@ def test_a_model_changed_under_the_trainer_is_refused():
     model.fc3.weight = nn.Parameter(model.fc3.weight.detach().clone())
     with pytest.raises(RuntimeError, match="parameters of the model were replaced"):
         trainer.begin(SGDOptions(lr=0.1))
+
+
+@pytest.mark.parametrize("kind", ["plain", "nesterov", "compiled"])
+def test_a_layer_comes_back_inside_the_window_while_another_stays_beyond(kind):
+    """The guard brings the first back; its thresholds have a gradient in the first step and none afterwards."""
+    torch.manual_seed(0)
+    layers = ThresholdLinear(6, 8, estimator="window"), nn.ReLU(), ThresholdLinear(8, 5, estimator="window")
+    model = nn.Sequential(*layers).double()
+    with torch.no_grad():
+        model[0].threshold.copy_(model[0].scores() + 1.7)
+        model[2].threshold.copy_(model[2].scores() - 1.7)
+    options = SGDOptions(0.05, 0.9, penalty=0.1, collapse_floor=0.05, nesterov=kind == "nesterov")
+    trainer = CompactTrainer(model, strict=True, verify="never", compiled=kind == "compiled")
+    compare(model, options, batches((6,), 4, 4, classes=5), trainer=trainer)
