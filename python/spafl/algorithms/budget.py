@@ -12,7 +12,7 @@ then has a smaller coefficient than the other layers.
 The model leaves out what the data do to weights and thresholds. So what is asked for is not the budget but a *set
 point* per client that is corrected after every turn by what the turn has brought (:func:`corrected`):
 ``p <- p (budget / measured) ** gain``, an integral controller in the logarithm. The gain is a half for density, half of
-what would correct an error in one turn, and a fifth for operations and time, which are those of the whole turn, its
+what would correct an error in one turn, and two fifths for operations and time, which are those of the whole turn, its
 beginning included. The set point is clipped to [1e-3, 4]: above 1, where nothing would be pruned at the end of a turn,
 thresholds are pulled down as many times as far, and earlier. A turn asks for at most a factor :data:`RATE` more or less
 than the last one, so that a model is not cut down at once. While this or the layers' last filters limit a turn, the set
@@ -47,7 +47,7 @@ __all__ = [
     "reached",
 ]
 
-GAIN: dict[Kind, float] = {"density": 0.5, "macs": 0.2, "seconds": 0.2}
+GAIN: dict[Kind, float] = {"density": 0.5, "macs": 0.4, "seconds": 0.4}
 RATE = 0.95
 LOWEST, HIGHEST = 1e-3, 4.0
 SPARED = 0.02
