@@ -169,8 +169,8 @@ class Trainer:
         """Write all state back to the model and the momentum tensors; a second call returns the same result."""
         raise NotImplementedError
 
-    def explain(self) -> str:
-        """Which engine runs, and why."""
+    def explain(self, measure: Tensor | None = None) -> str:
+        """Which engine runs, and why; ``measure``: a batch on which an engine that skips measures what that brings."""
         return f"{self.engine}: {self.reason}"
 
     # -- shared by the engines -------------------------------------------------------------------------------------

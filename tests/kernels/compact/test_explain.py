@@ -65,3 +65,4 @@ def test_where_channels_stop_is_said_of_the_layer(norm, reason):
 
 def test_nothing_is_claimed_before_the_first_batch():
     assert make_trainer(net("identity", nn.GELU())).explain() == "compact: all channels can be traced"
+    assert make_trainer(net("identity", nn.GELU()), "masked").explain(X) == "masked: asked for"
