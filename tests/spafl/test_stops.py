@@ -20,7 +20,7 @@ from spafl.config import deep_merge, resolve_config
 from spafl.simulation import run
 from spafl.simulation.pool import WorkerDied
 
-PATIENCE = 240.0  # of a busy machine
+PATIENCE = 900.0  # of a busy machine
 
 
 def wait_for(condition, what, seconds=PATIENCE):
