@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..functional import refuse_transforms, warn_of_collapse
-from ..layers import ThresholdLayer
 from ..settings import strict as strict_by_default
 from ..training import Unsupported
 from .explain import layers_in_words, nothing_skipped
@@ -21,13 +21,12 @@ from .flow import Flow
 from .follow import check_has_thresholds, follow_thresholds
 from .fusion import always_fused, prefers_channels_last
 from .inputs import Form, Input, inputs_of, usual_form
-from .plan import Channels, Plan
+from .plan import Plan
 from .program import Program
 from .recent import MOST, Recent, Refused
-from .rows import Chosen, Rows
+from .rows import Chosen, Rows, layer_states, norm_states
 from .scope import Scope
-from .slots import LayerSlot, NormSlot
-from .state import all_channels, by_filter, put_rows
+from .state import LayerState, NormState, by_filter, channels_of, channels_of_norm, slots_of
 from .trace import Trace, check_traceable
 from .verify import Verify, check_verify, differs
 
@@ -36,7 +35,7 @@ __all__ = ["CompactModule"]
 FOLLOWED = "all channels can be traced"
 
 
-class _Filters(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """Kept rows of a weight, split into kept and dropped columns, and the mask of the rows.
 
     ``(weight, threshold, bias, spec) -> (kept, dropped or None, mask, bias or None)``; backward gives the gradients of
@@ -109,15 +108,16 @@ class _Filters(torch.autograd.Function):
 
 
 class _Spec:
-    """What :class:`_Filters` needs to know about one layer under a plan.
+    """What :class:`_GatherRows` needs to know about one layer under a plan.
 
     ``active`` and ``passes`` (where the estimator lets the gradient through; None: nowhere) are those of the kept rows;
     ``constants`` says whether dropped inputs are constants other than 0.
     """
 
-    def __init__(self, rows: Channels, columns: Channels, inputs: int, active: Tensor, constants: bool) -> None:
-        self.rows, self.columns, self.inputs, self.active, self.constants = rows, columns, inputs, active, constants
-        self.passes: Tensor | None = None
+    def __init__(self, layer: LayerState, active: Tensor, passes: Tensor | None, constants: bool) -> None:
+        assert layer.row_channels is not None and layer.column_channels is not None
+        self.rows, self.columns, self.inputs = layer.row_channels, layer.column_channels, layer.inputs
+        self.active, self.passes, self.constants = active, passes, constants
 
 
 @dataclass
@@ -366,110 +366,82 @@ class Made:
         exact = always_fused(flow) if compiled and weight.device.type == "cpu" else set()
         self.plan = plan = Plan(flow, chosen.keep, multiple, exact)
         self.masks, self.keep = masks, plan.keep
-        self.gathers: list[Any] = []
-        self.puts: list[Any] = []
-        self.layers: dict[str, LayerSlot] = {}
-        self.norms: dict[str, NormSlot] = {}
-        for name, op in flow.layers.items():
-            m = op.module
-            layout = op.columns
-            device, (filters, inputs) = m.weight.device, op.weight.shape[:2]
-            rows = plan.rows.get(name) or all_channels(filters, device)
-            columns = all_channels(inputs, device) if layout is None else plan.channels(layout)
-            active = (
-                masks[name][rows.kept] if name in masks else torch.ones(rows.width, dtype=torch.bool, device=device)
-            )
-            spec = _Spec(rows, columns, inputs, active, bool(flow.source(op).const))
-            if (p := passes.get(name)) is not None:
-                spec.passes = p[rows.kept]
-            self.layers[name] = slot = LayerSlot(op.weight)
-            self.gathers.append(_layer_gather(m, slot, spec))
-        for name, batch_norm in flow.norms.items():
-            m, layout = batch_norm.module, batch_norm.reads
-            channels = all_channels(m.num_features, m.running_mean.device) if layout is None else plan.channels(layout)
-            self.norms[name] = norm = NormSlot(m.weight, m.bias, m.running_mean, m.running_var)
-            self.gathers.append(_norm_gather(m, norm, channels))
-            self.puts.append(_norm_put(m, norm, channels))
-        for slot in self.layers.values():
-            slot.weight_dropped = None
-        self._prime()
-        self.program = Program(Scope(flow, plan, self.layers, self.norms, prefers_channels_last(flow), compiled))
-        self.release()
-
-    def _prime(self) -> None:
+        self._layers, self._norms = layer_states(flow), norm_states(flow)
+        self.gathers: list[Callable[[], None]] = []
+        for name, layer in self._layers.items():
+            rows, layer.column_channels = channels_of(layer, flow, plan)
+            layer.row_channels = rows
+            active = torch.ones(rows.width, dtype=torch.bool, device=weight.device)
+            active = masks[name][rows.kept] if name in masks else active
+            passing = None if (p := passes.get(name)) is None else p[rows.kept]
+            spec = _Spec(layer, active, passing, bool(flow.source(flow.layers[name]).const))
+            self.gathers.append(_layer_gather(layer, spec))
+        for norm in self._norms.values():
+            norm.set_channels(channels_of_norm(norm, flow, plan))
+            self.gathers.append(_norm_gather(norm))
+        self.puts = [_norm_put(norm) for norm in self._norms.values()]
         with torch.no_grad():
             for gather in self.gathers:
                 gather()
+        slots = slots_of(self._layers), slots_of(self._norms)
+        self.program = Program(Scope(flow, plan, *slots, prefers_channels_last(flow), compiled))
+        self.release()
 
     def release(self) -> None:
         """Drop the gathered tensors, so that nothing keeps the autograd graph alive."""
-        for slot in self.layers.values():
-            slot.weight = slot.weight_dropped = slot.bias = slot.bias_dropped = slot.mask = None
-        for norm in self.norms.values():
-            norm.weight = norm.bias = norm.weight_dropped = norm.bias_dropped = None
+        for layer in self._layers.values():
+            layer.slot.weight = layer.slot.weight_dropped = layer.slot.bias = layer.slot.bias_dropped = None
+            layer.slot.mask = None
+        for norm in self._norms.values():
+            slot = norm.slot
+            slot.weight = slot.bias = slot.weight_dropped = slot.bias_dropped = None
 
 
-def _layer_gather(m: Any, slot: LayerSlot, spec: _Spec) -> Any:
-    threshold = isinstance(m, ThresholdLayer)
-    masked_bias = threshold and m.mask_bias
+def _layer_gather(layer: LayerState, spec: _Spec) -> Callable[[], None]:
+    m, slot, rows, masked_bias = layer.module, layer.slot, spec.rows, layer.mask_bias
     partial = not bool(spec.active.all())
-    rows = spec.rows
 
     def gather() -> None:
-        if threshold:
-            bias = m.bias if masked_bias else None
-            weight = by_filter(m, m.weight)
-            slot.weight, slot.weight_dropped, mask, row_bias = _Filters.apply(weight, m.threshold, bias, spec)
-            slot.mask = mask if partial else None
-        else:
-            weight = by_filter(m, m.weight)
-            none = weight.new_zeros(len(weight))
-            slot.weight, slot.weight_dropped, _, row_bias = _Filters.apply(weight, none, None, spec)
-            slot.mask = None
+        weight = by_filter(m, m.weight)
+        threshold = m.threshold if layer.is_threshold else weight.new_zeros(len(weight))
+        bias = m.bias if masked_bias else None
+        slot.weight, slot.weight_dropped, mask, row_bias = _GatherRows.apply(weight, threshold, bias, spec)
+        slot.mask = mask if partial else None
         slot.bias, slot.bias_dropped = row_bias, None
         if m.bias is not None and not masked_bias:
-            slot.bias = F.pad(m.bias.index_select(0, rows.kept), (0, rows.pads)) if threshold else m.bias
+            slot.bias = F.pad(m.bias.index_select(0, rows.kept), (0, rows.pads)) if layer.is_threshold else m.bias
             if len(rows.dropped):
                 slot.bias_dropped = m.bias.index_select(0, rows.dropped)
 
     return gather
 
 
-def _norm_gather(m: Any, norm: NormSlot, channels: Channels) -> Any:
-    kept, dropped, pads = channels.kept, channels.dropped, channels.pads
+def _norm_gather(norm: NormState) -> Callable[[], None]:
+    m, slot, channels = norm.module, norm.slot, norm.channels
+    assert channels is not None
+
+    def take(p: Tensor | None) -> Tensor | None:
+        return p if p is None or channels.full else F.pad(p.index_select(0, channels.kept), (0, channels.pads))
 
     def gather() -> None:
-        def take(p: Tensor | None) -> Tensor | None:
-            return None if p is None else F.pad(p.index_select(0, kept), (0, pads)) if not channels.full else p
-
-        norm.weight, norm.bias = take(m.weight), take(m.bias)
-        mean, var = take(m.running_mean), take(m.running_var)
-        assert mean is not None and var is not None
-        norm.running_mean, norm.running_var = mean, var
-        if len(dropped):
-            norm.mean_dropped, norm.var_dropped = m.running_mean[dropped], m.running_var[dropped]
-            norm.weight_dropped = None if m.weight is None else m.weight.index_select(0, dropped)
-            norm.bias_dropped = (
-                torch.zeros_like(norm.mean_dropped) if m.bias is None else m.bias.index_select(0, dropped)
-            )
+        norm.set_channels(channels)  # other tensors: a graph may hold those of the last call
+        norm.load_statistics()
+        slot.weight, slot.bias = take(m.weight), take(m.bias)
+        if slot.mean_dropped is not None:
+            slot.weight_dropped = None if m.weight is None else m.weight.index_select(0, channels.dropped)
+            zeros = torch.zeros_like(slot.mean_dropped)
+            slot.bias_dropped = zeros if m.bias is None else m.bias.index_select(0, channels.dropped)
 
     return gather
 
 
-def _norm_put(m: Any, norm: NormSlot, channels: Channels) -> Any:
+def _norm_put(norm: NormState) -> Callable[[], None]:
+    m = norm.module
+
     def put() -> None:
-        if not m.training:
-            return
-        if m.num_batches_tracked is not None:
-            m.num_batches_tracked += 1
-        if not channels.full:
-            real = len(channels.kept)
-            for buffer, kept, lost in (
-                (m.running_mean, norm.running_mean, norm.mean_dropped),
-                (m.running_var, norm.running_var, norm.var_dropped),
-            ):
-                put_rows(buffer, channels, kept[:real])
-                if lost is not None:
-                    buffer[channels.dropped] = lost
+        if m.training:
+            if m.num_batches_tracked is not None:
+                m.num_batches_tracked += 1
+            norm.store_statistics()
 
     return put

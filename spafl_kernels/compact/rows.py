@@ -13,9 +13,9 @@ from ..reference import WINDOW
 from .conditions import Condition, Constants
 from .flow import Flow
 from .layout import Layout
-from .state import LayerState, per_filter
+from .state import LayerState, NormState, per_filter
 
-__all__ = ["Chosen", "Rows", "layer_states"]
+__all__ = ["Chosen", "Rows", "layer_states", "norm_states"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ def layer_states(flow: Flow) -> dict[str, LayerState]:
         states[name] = layer = LayerState(name, op.module, begin, op.positions)
         begin += layer.rows if layer.is_threshold else 0
     return states
+
+
+def norm_states(flow: Flow) -> dict[str, NormState]:
+    return {name: NormState(name, op.module) for name, op in flow.norms.items()}
 
 
 class Rows:

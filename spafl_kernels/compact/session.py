@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -27,15 +28,46 @@ from .layout import Layout
 from .memory import Memory
 from .plan import Channels, Plan
 from .program import Program
-from .rows import Rows, layer_states
+from .rows import Rows, layer_states, norm_states
 from .scope import Scope
-from .state import LayerState, NormState, Tensors, all_channels, per_filter, same_channels
+from .state import (
+    LayerState,
+    NormState,
+    Tensors,
+    all_channels,
+    channels_of,
+    channels_of_norm,
+    per_filter,
+    same_channels,
+    slots_of,
+)
 from .update import CompiledUpdate, Loose, PlainUpdate, Update
 
 __all__ = ["Session", "settings_of"]
 
 # Bytes at multiples of which tensors begin on a GPU.
 ALIGNMENT = 32
+
+
+class Masks(Enum):
+    """What is known of the masks of the next forward."""
+
+    UNREAD = "nothing: the model's tensors have not been read in this training"
+    OPEN = "the last step, or the guard, may have changed them"
+    KNOWN = "they are those of the plan"
+
+
+class Buffers(Enum):
+    """What the model-sized momentum buffers of a training hold when it begins."""
+
+    NONE = "there is no momentum"
+    STATE = "the momentum to go on from"
+    ANYTHING = "what was in memory; the momentum is 0"
+    ZEROS = "zeros, written since"
+
+    @property
+    def fresh(self) -> bool:
+        return self in (Buffers.ANYTHING, Buffers.ZEROS)
 
 
 def settings_of(flow: Flow) -> tuple[object, ...]:
@@ -89,7 +121,7 @@ class Session:
         self.compiled = compiled and known and native.available()
         self._layers = layer_states(flow)
         self._rows = Rows(flow, self._layers.values())
-        self._norms = {name: NormState(name, op.module) for name, op in flow.norms.items()}
+        self._norms = norm_states(flow)
         self._parts: list[LayerState | NormState] = [*self._layers.values(), *self._norms.values()]
         self._pruned = self._rows.layers
         # Scores of all filters. Like all vectors over filters it has the threshold layers one after another.
@@ -109,7 +141,7 @@ class Session:
         # Threshold layers that run as they are: autograd and the loose parameters know all of them but the guard.
         self._apart: dict[str, Any] = {name: flow.model.get_submodule(name) for name in flow.apart}
         self._arena: Arena | None = None
-        self._loaded = False
+        self._masks = Masks.UNREAD
 
     # -- the beginning ---------------------------------------------------------------------------------------------
 
@@ -132,7 +164,8 @@ class Session:
             densities: of every threshold layer in its last forward.
         """
         self.options, self.densities, self.rebuilds = options, densities, 0
-        self._momentum, self._fresh, self._blank = momentum, fresh, bool(momentum) and fresh
+        self._momentum = momentum
+        self._buffers = (Buffers.ANYTHING if fresh else Buffers.STATE) if momentum else Buffers.NONE
         for part in self._parts:
             part.read(momentum)
         self._loose_names = loose = [*self.flow.loose, *(self.flow.unused if options.penalty else ())]
@@ -143,7 +176,7 @@ class Session:
             frozenset(i for i, name in enumerate(loose) if name in thresholds),
         )
         self._loose_leaves: list[Tensor] = [parameters[name] for name in loose]
-        if self._blank:
+        if self._buffers is Buffers.ANYTHING:
             for buffer in self._loose.momenta:  # every step works on them
                 buffer.zero_()
         for layer in self._pruned:
@@ -157,8 +190,7 @@ class Session:
             self.compiled and not options.nesterov and options.threshold_lr is None and options.penalty_scales is None
         )
         self._dropped.begin(options)
-        self._loaded = False
-        self._stale = True
+        self._masks = Masks.UNREAD
         self._collapsed = self._find_collapsed()
 
     def _score(self, layer: LayerState) -> None:
@@ -169,8 +201,8 @@ class Session:
 
     def _clear_momentum(self) -> None:
         """Fresh buffers are set to 0 before they are first looked at, which most trainings never do."""
-        if self._blank:
-            self._blank = False
+        if self._buffers is Buffers.ANYTHING:
+            self._buffers = Buffers.ZEROS
             for name, buffer in self._momentum.items():
                 if name not in self._loose_names:
                     buffer.zero_()
@@ -186,16 +218,16 @@ class Session:
         """What happens at the start of a forward: guard, masks, and a new plan if a row's class changed."""
         self.guard()
         self._observe_apart()
-        if not self._stale:
+        if self._masks is Masks.KNOWN:
             return
         scores, tau = self._scores, self._tau
-        revived = False
-        if self._loaded:
+        revived, read = False, self._masks is not Masks.UNREAD
+        if read:
             self._update.rescore()
             # Elsewhere than on a CPU every question below waits for the device; mostly this one answers all.
             asks = self._device.type != "cpu" and self._idle_steps < self.patience and not self._collapsed
             if asks and not bool(self.drift(self._dropped.clock, self._dropped.clock)):
-                self._stale = False
+                self._masks = Masks.KNOWN
                 return
             revived = self._dropped.moving and self._dropped.look(tau, ~self._keep, self._window)
         far = None
@@ -203,16 +235,16 @@ class Session:
             far = ((scores - tau).abs() > WINDOW) & self._window
             far = far if bool(far.any()) else None
         overdue = self._idle_share > 0 and self._idle_steps >= self.patience
-        settled = self._loaded and self._steady and far is None and self._far is None and not overdue
+        settled = read and self._steady and far is None and self._far is None and not overdue
         if settled and not (self._update.flipped or self._collapsed or revived):
-            self._stale = False
+            self._masks = Masks.KNOWN
             return
         active = scores > tau
-        if self._loaded and not self._spoiled:
+        if read and not self._spoiled:
             self._spoiled = not math.isfinite(scores.sum().item())
         keep = self._rows.kept(active, self, self._far_rows(far), self._spoiled)
         made = True
-        if not self._loaded:
+        if not read:
             made = self._begin(keep)
         elif self._bears(keep):
             made = False
@@ -224,7 +256,7 @@ class Session:
         if other or far is not None or self._far is not None:
             self._active, self._needed, self._far = active, keep, far
             self._set_masks()
-        self._stale = False
+        self._masks = Masks.KNOWN
         self._collapsed = self._find_collapsed()
         self._update.set_masks(active)
 
@@ -233,7 +265,11 @@ class Session:
         """The collapse guard: thresholds of layers that the last forward left hardly any filter."""
         for layer in self._collapsed:
             self._tau[layer.part].zero_()
-            self._stale = True
+            self._reopen()
+
+    def _reopen(self) -> None:
+        if self._masks is Masks.KNOWN:
+            self._masks = Masks.OPEN
 
     def penalty(self) -> Tensor | None:
         """The penalty of threshold layers that run as they are, which the update does not know."""
@@ -309,7 +345,7 @@ class Session:
 
     def _current(self, key: tuple[str, str], full: Tensor | None) -> Tensor | None:
         """A vector at full width as it is now: from the arena, or from the model before the first plan."""
-        if full is None or self._arena is None or not self._loaded:
+        if full is None or self._arena is None or self._masks is Masks.UNREAD:
             return full
         value = torch.empty_like(full)
         self._arena.shares[key].store(value, self._arena.flat, self._memory)
@@ -384,7 +420,7 @@ class Session:
                 self.densities[layer.name] = density
         else:
             self._make(keep, None)
-        self._loaded = True
+        self._masks = Masks.OPEN
         return not fits
 
     def _still_borrowed(self) -> bool:
@@ -417,9 +453,7 @@ class Session:
         for layer, (rows, columns) in changed.items():
             layer.row_channels, layer.column_channels = rows, columns
         for norm in self._norms.values():
-            layout = flow.layout_in(norm.name)
-            width = norm.module.num_features
-            norm.set_channels(self._whole(width) if layout is None else plan.channels(layout))
+            norm.set_channels(channels_of_norm(norm, flow, plan, self._whole))
             norm.load_statistics()
         layers, norms = self._layers.values(), self._norms.values()
         shares = shares_of(flow, layers, norms, borrow=self._in_one_call, last=self._gpu and self._channels_last)
@@ -433,23 +467,20 @@ class Session:
         kind = CompiledUpdate if self._in_one_call else FlatUpdate if self._gpu else PlainUpdate
         self._update = kind(arena, self._pruned, self._scores, self.options)
         self._update.begin(self._loose, self.options)
-        layer_slots = {name: layer.slot for name, layer in self._layers.items()}
-        norm_slots = {name: norm.slot for name, norm in self._norms.items()}
-        self.program = Program(Scope(flow, plan, layer_slots, norm_slots, self._channels_last, self.compiled))
+        slots = slots_of(self._layers), slots_of(self._norms)
+        self.program = Program(Scope(flow, plan, *slots, self._channels_last, self.compiled))
         self._arena = arena
 
-    def _whole(self, width: int) -> Channels:
+    def _whole(self, width: int, device: torch.device) -> Channels:
         if width not in self._all_channels:
-            self._all_channels[width] = all_channels(width, self._device)
+            self._all_channels[width] = all_channels(width, device)
         return self._all_channels[width]
 
     def _changed_layers(self, plan: Plan, old: Arena | None) -> dict[LayerState, tuple[Channels, Channels]]:
         """Layers whose kept rows or columns are others under ``plan`` than in ``old``, with these."""
         changed = {}
-        for name, layer in self._layers.items():
-            layout = self.flow.layers[name].columns
-            rows = plan.rows.get(name) or self._whole(layer.rows)
-            columns = self._whole(layer.inputs) if layout is None else plan.channels(layout)
+        for layer in self._layers.values():
+            rows, columns = channels_of(layer, self.flow, plan, self._whole)
             if old is None or not (
                 same_channels(rows, layer.row_channels) and same_channels(columns, layer.column_channels)
             ):
@@ -461,10 +492,11 @@ class Session:
         dropped = self._dropped
         if dropped.moving and bool((back := keep & ~self._keep).any()):
             dropped.catch_up(back)
-        gone = self._keep & ~keep if self._loaded else ~keep
-        if self._loaded:
+        read = self._masks is not Masks.UNREAD
+        gone = self._keep & ~keep if read else ~keep
+        if read:
             dropped.leave(gone)
-        if self.options.momentum and (self._loaded or not self._fresh):
+        if self.options.momentum and (read or not self._buffers.fresh):
             dropped.measure(gone)
         dropped.settle(~keep)
         if dropped.moving:
@@ -472,7 +504,7 @@ class Session:
 
     def _read(self, arena: Arena, old: Arena | None, changed: Container[str]) -> None:
         """Fill an arena: from ``old`` the weights of layers that are not ``changed``, all else from the model."""
-        blank = self._fresh and old is None
+        blank = self._buffers.fresh and old is None
         if blank:
             arena.velocity.zero_()
         for key, full, momentum in self._tensors():
@@ -503,7 +535,7 @@ class Session:
         masks = {layer.name: g for layer, g in zip(self._masked, grads[arena + loose :])}
         self._dropped.clock += 1
         self._idle_steps += self._idle_share
-        self._stale = True
+        self._reopen()
         weights, others = grads[:arena], grads[arena : arena + loose]
         grads.clear()
         self._update(weights, others, masks)
@@ -516,7 +548,7 @@ class Session:
         if steps is not None:
             self._dropped.clock = steps
         arena, steps = self._arena, self._dropped.clock
-        if not self._loaded or arena is None:
+        if self._masks is Masks.UNREAD or arena is None:
             return
         # Without a step only the guard can have changed anything: the thresholds.
         if steps:
@@ -534,7 +566,7 @@ class Session:
         """Write the momentum into its buffers, after :meth:`store`."""
         self._clear_momentum()
         arena = self._arena
-        if not self._loaded or arena is None:
+        if self._masks is Masks.UNREAD or arena is None:
             return
         for key, _, momentum in self._tensors():
             if momentum is not None:

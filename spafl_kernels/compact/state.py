@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import ThresholdLayer
+from .flow import Flow
 from .layout import Layout
-from .plan import Channels
+from .plan import Channels, Plan
 from .slots import LayerSlot, NormSlot
 
 __all__ = [
-    "LayerState", "NormState", "Tensors", "all_channels", "by_filter", "full_name", "per_filter", "put_rows",
-    "same_channels", "take_rows",
+    "LayerState", "NormState", "Tensors", "all_channels", "by_filter", "channels_of", "channels_of_norm", "full_name",
+    "per_filter", "put_rows", "same_channels", "slots_of", "take_rows",
 ]  # fmt: skip
 
 # Key of a tensor, the tensor at full size, and its momentum.
@@ -152,6 +153,27 @@ def all_channels(width: int, device: torch.device) -> Channels:
             width, made.kept.to(device, non_blocking=True), made.dropped.to(device, non_blocking=True), 0, made
         )
     )
+
+
+def channels_of(
+    layer: LayerState, flow: Flow, plan: Plan, whole: Callable[[int, torch.device], Channels] = all_channels
+) -> tuple[Channels, Channels]:
+    """The rows and columns of a layer under a plan; ``whole`` makes those of which nothing is dropped."""
+    layout, device = flow.layers[layer.name].columns, layer.module.weight.device
+    rows = plan.rows.get(layer.name) or whole(layer.rows, device)
+    return rows, whole(layer.inputs, device) if layout is None else plan.channels(layout)
+
+
+def channels_of_norm(
+    norm: NormState, flow: Flow, plan: Plan, whole: Callable[[int, torch.device], Channels] = all_channels
+) -> Channels:
+    """The channels of a norm under a plan."""
+    m, layout = norm.module, flow.layout_in(norm.name)
+    return whole(m.num_features, m.running_mean.device) if layout is None else plan.channels(layout)
+
+
+def slots_of(states: Mapping[str, LayerState] | Mapping[str, NormState]) -> dict[str, Any]:
+    return {name: state.slot for name, state in states.items()}
 
 
 def same_channels(a: Channels, b: Channels | None) -> bool:
