@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 # In the order in which they run; each in a process of its own, as it would alone.
 CPU = (
     "training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers", "simulator", "native_cpu",
-    "encodings", "layer", "scale", "checkpoint", "leakage", "client", "zoo", "rivals",
+    "encodings", "layer", "scale", "checkpoint", "leakage", "client", "zoo", "rivals", "generalisation",
 )  # fmt: skip
 # What the others need that is not here.
 NEEDS = {"gpu": "a GPU", "side_by_side": "a checkout of the authors' code", "flower": "Flower's environment"}

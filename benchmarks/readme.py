@@ -19,10 +19,10 @@ from pathlib import Path
 from benchmarks import common
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/benchmarks.md", "docs/messages.md", "docs/deployment.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/messages.md", "docs/deployment.md")
 TABLES = (
     "training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers", "encodings", "layer",
-    "scale", "checkpoint", "leakage", "client", "flower", "zoo", "rivals",
+    "scale", "checkpoint", "leakage", "client", "flower", "zoo", "rivals", "side_by_side", "generalisation",
 )  # fmt: skip
 # With what a picture shows; both are in the README.
 PICTURES = {

@@ -21,6 +21,7 @@ from benchmarks import (
     commit,
     common,
     federated,
+    generalisation,
     inference,
     leakage,
     memory,
@@ -54,6 +55,7 @@ FIGURE = {
     "client": "peak_mb",
     "zoo": "speedup",
     "rivals": "dense",
+    "generalisation": "gap",
 }
 
 
@@ -95,7 +97,7 @@ def test_every_cpu_benchmark_is_known_here():
     assert files >= {*registry.CPU, *registry.NEEDS}
 
 
-QUICK = ("training_step", "inference", "federated", "simulator", "native_cpu")
+QUICK = ("training_step", "inference", "federated", "simulator", "native_cpu", "generalisation")
 
 
 @pytest.mark.parametrize(
@@ -442,6 +444,32 @@ def test_all_runs_all_and_tells_what_failed(capsys):
     ran.clear()
     assert registry.run_all(quick=False, run=lambda name: ran.append(name) or 0) == 0
     assert ran == [*registry.CPU, "readme"]
+
+
+def test_rank_correlation_by_hand():
+    a = np.array([1.0, 5.0, 5.0, 9.0])
+    assert generalisation.ranks(a).tolist() == [0, 1.5, 1.5, 3]
+    assert generalisation.rank_correlation(a, a**3) == pytest.approx(1)
+    assert generalisation.rank_correlation(a, np.array([4.0, 3, 2, 1])) == pytest.approx(-0.9486832981)
+    assert generalisation.rank_correlation(a, np.ones(4)) == 0
+
+
+def test_the_gap_of_a_run_is_its_clients_mean(monkeypatch):
+    from spafl.report.run_data import ClientGaps
+
+    @dataclasses.dataclass
+    class Fake:
+        gaps: ClientGaps
+        last: object = dataclasses.field(default_factory=lambda: type("Point", (), {"accuracy": 0.8}))
+
+    gap = np.array([0.1, 0.2, 0.3])
+    row = generalisation.row_of(Fake(ClientGaps(9, gap, np.array([0.2, 0.3, 0.7]))), "e", "m", "1")
+    assert row["gap"] == pytest.approx(20) and row["train_accuracy"] == pytest.approx(100) and row["rounds"] == 10
+    assert row["gap_half_width"] == pytest.approx(1.96 * 10 / 3**0.5, abs=1e-3)
+    assert row["density"] == 0.4 and row["across_clients"] == 1
+    dense = generalisation.row_of(Fake(ClientGaps(9, gap, None)), "e", "local", "1")
+    assert dense["density"] == 1 and dense["across_clients"] == ""
+    assert generalisation.row_of(Fake(None), "e", "m", "1") is None
 
 
 def test_tables_are_filled_between_their_marks():
