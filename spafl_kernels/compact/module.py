@@ -366,9 +366,9 @@ class Made:
         exact = always_fused(flow) if compiled and weight.device.type == "cpu" else set()
         self.plan = plan = Plan(flow, chosen.keep, multiple, exact)
         self.masks, self.keep = masks, plan.keep
-        self._layers, self._norms = layer_states(flow), norm_states(flow)
+        self.layers, self.norms = layer_states(flow), norm_states(flow)
         self.gathers: list[Callable[[], None]] = []
-        for name, layer in self._layers.items():
+        for name, layer in self.layers.items():
             rows, layer.column_channels = channels_of(layer, flow, plan)
             layer.row_channels = rows
             active = torch.ones(rows.width, dtype=torch.bool, device=weight.device)
@@ -376,23 +376,23 @@ class Made:
             passing = None if (p := passes.get(name)) is None else p[rows.kept]
             spec = _Spec(layer, active, passing, bool(flow.source(flow.layers[name]).const))
             self.gathers.append(_layer_gather(layer, spec))
-        for norm in self._norms.values():
+        for norm in self.norms.values():
             norm.set_channels(channels_of_norm(norm, flow, plan))
             self.gathers.append(_norm_gather(norm))
-        self.puts = [_norm_put(norm) for norm in self._norms.values()]
+        self.puts = [_norm_put(norm) for norm in self.norms.values()]
         with torch.no_grad():
             for gather in self.gathers:
                 gather()
-        slots = slots_of(self._layers), slots_of(self._norms)
+        slots = slots_of(self.layers), slots_of(self.norms)
         self.program = Program(Scope(flow, plan, *slots, prefers_channels_last(flow), compiled))
         self.release()
 
     def release(self) -> None:
         """Drop the gathered tensors, so that nothing keeps the autograd graph alive."""
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.slot.weight = layer.slot.weight_dropped = layer.slot.bias = layer.slot.bias_dropped = None
             layer.slot.mask = None
-        for norm in self._norms.values():
+        for norm in self.norms.values():
             slot = norm.slot
             slot.weight = slot.bias = slot.weight_dropped = slot.bias_dropped = None
 

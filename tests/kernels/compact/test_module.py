@@ -116,7 +116,7 @@ def test_graphs_are_not_kept_alive():
     compact(x).sum().backward()
     (captured,) = compact._captures.values()
     ((_, _, made),) = captured.made.values()
-    assert all(slot.weight is None for slot in made.layers.values())
+    assert all(layer.slot.weight is None for layer in made.layers.values())
 
 
 def test_what_cannot_be_traced():
