@@ -300,12 +300,12 @@ FAULTS = {
         ("module",),
     ),
     "the estimator's term of the weights": (
-        instead(module._Filters, "backward", lambda f: _wrong_gradient(f, 0)),
+        instead(module._GatherRows, "backward", lambda f: _wrong_gradient(f, 0)),
         padded("identity"),
         ("module",),
     ),
     "the gradient of thresholds": (
-        instead(module._Filters, "backward", lambda f: _wrong_gradient(f, 1)),
+        instead(module._GatherRows, "backward", lambda f: _wrong_gradient(f, 1)),
         padded("identity"),
         ("module",),
     ),
