@@ -216,6 +216,7 @@ def rehearse(out, *names, seconds=420):
     return done.returncode, Folder(out).rows()
 
 
+@pytest.mark.slow
 def test_a_rehearsal_of_some_stages(tmp_path):
     code, rows = rehearse(tmp_path / "report", "environment", "steps-lenet5")
     assert code == 0

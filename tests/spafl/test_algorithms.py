@@ -24,7 +24,7 @@ def toy():
     del ALGORITHMS["toy-heterofl"]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_strangers_algorithm_runs_without_touching_the_loop(small, tmp_path, toy, workers):
     """Sub-models of several widths: other shapes for every client, own training, own merge."""
     small["algorithm"] = {"name": "toy-heterofl", "rates": [1.0, 0.5]}

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -343,7 +344,7 @@ def lent(case, config=None, **training):
     problem = build_problem(config)
     algorithm, local = problem.algorithm, config.local_training()
     state = {n: t.double() if t.is_floating_point() else t for n, t in problem.client_state.items()}
-    setting = ClientSetting(local, Transform(), problem.macs, 7, torch.device("cpu"), torch.float64)
+    setting = ClientSetting(replace(local, dtype="float64"), Transform(), problem.macs, 7, torch.device("cpu"))
     server = {
         n: t.double() if t.dtype == torch.float32 else t for n, t in algorithm.server_state(problem.model).items()
     }

@@ -51,6 +51,7 @@ def test_run_then_report(config_file, tmp_path, capsys):
     assert (tmp_path / "both" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_an_ascii_terminal_a_path_beyond_it_and_a_notebooks_backend(config_file, tmp_path):
     """A command of a notebook's ``!`` has its MPLBACKEND, whether or not that package is installed here."""
     out = tmp_path / "größe-é"

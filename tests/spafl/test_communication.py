@@ -104,7 +104,7 @@ def test_too_few_uploads_stop_the_run_in_one_line(configured, tmp_path, capsys):
         configured("broken", sampling={"min_uploads": 6})
 
 
-@pytest.mark.parametrize("name", ["spafl", "fedavg", "local"])
+@pytest.mark.parametrize("name", ["spafl", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fedavg", "local"))])
 def test_encoded_runs_resume_to_the_bit_with_other_workers(small, tmp_path, name):
     if name != "spafl":
         small["algorithm"] = {"name": name}

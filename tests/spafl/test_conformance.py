@@ -64,7 +64,7 @@ def test_unusable_files_are_refused(tmp_path, capsys):
     "variant, recorded_name, model_name, classes, penalty",
     [
         pytest.param("cifar100", "ResNet18", "resnet18", 20, 1.0, marks=pytest.mark.slow),
-        ("cifar10", "ViT", "vit", 10, 0.5),
+        pytest.param("cifar10", "ViT", "vit", 10, 0.5, marks=pytest.mark.slow),
     ],
 )
 def test_the_compact_engine_replays_other_models(

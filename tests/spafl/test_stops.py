@@ -229,6 +229,7 @@ def test_ctrl_c_in_a_long_task_of_one_process_is_prompt(small_config, tmp_path):
     assert caught.value.__notes__ == ["no round was finished; continue with --resume"]
 
 
+@pytest.mark.slow
 def test_the_demo_is_interrupted_in_one_line(tmp_path, capsys):
     with signal_when(lambda: lines(tmp_path / "spafl-seed1"), signal.SIGINT):
         assert demo.main(["--rounds", "500", "--out", str(tmp_path)]) == 130
@@ -351,6 +352,7 @@ class Deadly(SpaFL):
         return super().train(client, message, round)
 
 
+@pytest.mark.slow
 def test_three_deaths_over_one_task_end_the_run_with_the_reason(small, tmp_path, capsys):
     small["algorithm"]["name"] = "test_stops:Deadly"
     changes = {"simulation": {"workers": 2, "checkpoint_every": 1000}, "sampling": {"clients_per_round": 1}}

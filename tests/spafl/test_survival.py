@@ -41,7 +41,7 @@ def resumed(config, folder):
 
 
 @pytest.mark.parametrize("torn", [False, True], ids=["between", "torn"])
-@pytest.mark.parametrize("share", [7, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("share", [11, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_a_kill_at_any_file_operation_loses_nothing(three_rounds, tmp_path, share, torn):
     config, whole = three_rounds
     count = count_changes(tmp_path / "count", lambda: run(config, tmp_path / "count", quiet=True))

@@ -24,7 +24,7 @@ def run_tests(library, *arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=full, cwd=cuda_build.REPOSITORY)
 
 
-@pytest.mark.slow  # the next test shows the tool at work in the fast tier
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["threshold_pass", "fused_step", "compact_copies"])
 def test_kernels_under_the_sanitizers(name):
     library = cuda_build.on_cpu(sanitize=True)
@@ -32,6 +32,7 @@ def test_kernels_under_the_sanitizers(name):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_the_sanitizers_catch_a_read_past_the_end():
     edit = ("threshold_pass.cu", "if (filter >= layer.filters) return;", "if (filter > layer.filters) return;")
     library = cuda_build.on_cpu(sanitize=True, edits=[edit])

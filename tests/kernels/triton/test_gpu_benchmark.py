@@ -459,6 +459,7 @@ def test_a_red_gate_or_another_mode_gives_no_table():
         choices.make(rows)
 
 
+@pytest.mark.slow
 def test_tables_and_pictures_from_the_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     path = tmp_path / "gpu.csv"

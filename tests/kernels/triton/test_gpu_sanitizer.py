@@ -16,6 +16,7 @@ FOUND = 9  # exit code that the tool is told to give for what it finds
 SECONDS = 150  # per run
 
 
+@pytest.mark.slow
 def test_the_smoke_run_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
