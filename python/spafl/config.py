@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from . import plugins
 from .algorithms import Algorithm, LocalTraining, Loss, Objective, find_algorithm
+from .budgets import EXECUTED, kinds_of
 from .callbacks.registry import CALLBACKS
 from .checked import CheckedModel, alternatives, short
 from .data import DATASETS, MAX_ALPHA, MIN_ALPHA, SCHEMES
@@ -631,10 +632,10 @@ def _check_devices(config: RunConfig) -> None:
         if name not in there:
             words = f"system.devices has {', '.join(there)}" if there else "there is no [system]"
             raise UserError(f"algorithm.target.{name}: no client has such a device; {words}")
-    kinds = {kind for budget in (target.values() if by_class else [target]) for kind in budget}
+    kinds = kinds_of(target)
     if "seconds" in kinds and system is None:
         raise UserError("algorithm.target: seconds are those of modelled devices; they need [system]")
-    if kinds & {"macs", "seconds"} and config.simulation.engine == "masked":
+    if kinds & EXECUTED and config.simulation.engine == "masked":
         raise UserError(
             "algorithm.target: the masked engine computes pruned filters too; macs and seconds need another"
         )

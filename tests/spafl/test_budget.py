@@ -247,6 +247,19 @@ def test_the_coefficients_path_is_recorded_and_resumed(small, tmp_path):
     assert len({c for line in lines for c in line["turns"]["coefficient"]}) > 6
 
 
+def test_operations_are_steered_where_skipping_is_not_expected_to_be_faster(small, tmp_path, monkeypatch):
+    """Engine ``auto`` would run such a model masked, where nothing that is pruned is saved."""
+    from spafl_kernels.compact.estimate import Judge
+
+    monkeypatch.setattr(Judge, "gain", lambda *_: 0.5)
+    simulation = {"simulation": {"engine": "auto"}, "rounds": 1}
+    run(resolve_config(deep_merge(small, {"algorithm": {"target": {"macs": 0.5}}, **simulation})), tmp_path / "steered")
+    (line,) = lines_of(tmp_path / "steered")
+    assert len(line["turns"]["macs_share"]) == 3
+    of_density = resolve_config(deep_merge(small, {"algorithm": {"target": {"density": 0.5}}, **simulation}))
+    assert not of_density.build_algorithm().needs_skipping
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [{"density": 0.3}, {"macs": 0.25}])
 def test_a_budget_is_kept_on_digits(tmp_path, target):

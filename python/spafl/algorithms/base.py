@@ -72,6 +72,9 @@ class Algorithm(ABC):
     """Whether an entry of an upload stands for the same thing in every round, as a lossy encoding has to assume."""
     macs_are_seconds: ClassVar[bool] = True
     """Whether what runs is as small as what the method's formula counts; tables say where it is not."""
+    needs_skipping: bool = False
+    """Whether pruned filters have to be left out of what is executed: engine ``auto`` is then ``compact``, also where
+    that is expected to be no faster."""
     later: ClassVar[Mapping[str, object]] = {}
     """Options that came after the first runs, and the value that means what the algorithm did before, oldest first:
     a run of then is continued with it (:mod:`spafl.later`)."""

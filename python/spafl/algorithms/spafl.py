@@ -40,6 +40,7 @@ from spafl_kernels.layers import ThresholdLayer
 from spafl_kernels.reference import Estimator, filter_scores
 from spafl_kernels.training import Options as TrainerOptions
 
+from ..budgets import EXECUTED, kinds_of
 from ..cost import Cost
 from ..wire import Message
 from .aggregate import AggregationOptions, robust_mean
@@ -223,6 +224,7 @@ class SpaFL(Algorithm):
         """
         super().__init__(options)
         self.guard_evaluations = guard_evaluations
+        self.needs_skipping = bool(kinds_of(options.target or {}) & EXECUTED)
 
     # -- set-up
 

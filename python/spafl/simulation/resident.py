@@ -55,7 +55,7 @@ class Resident:
             self._there = {name: tensor.to(setting.device) for name, tensor in tensors.items()}
             self._bind(self._there)
         self._layers = dict(threshold_layers(self.model))
-        self._engine = cast(Engine, engine)
+        self._engine = cast(Engine, "compact" if engine == "auto" and algorithm.needs_skipping else engine)
         self.trainer: Trainer = self._make_trainer(self.model)
         self._others: dict[Hashable, tuple[nn.Module, Trainer]] = {}
         self._counts: dict[str, float] = {}
