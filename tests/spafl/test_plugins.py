@@ -194,6 +194,7 @@ def test_plain_models_are_converted_and_pruned(own, tmp_path):
     assert list(summary["final"]["density"]["layers"]) == ["body.1", "body.3"]
 
 
+@pytest.mark.slow
 def test_workers_find_the_code_too(own, tmp_path):
     one = run(resolve_config(own), tmp_path / "one")
     own["simulation"]["workers"] = 2

@@ -82,7 +82,7 @@ def test_a_kill_at_any_file_operation_of_an_extension_loses_nothing(three_rounds
 # -- a full disk
 
 
-@pytest.mark.parametrize("share", [9, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("share", [13, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_a_disk_that_fills_up_at_any_file_operation_loses_nothing(three_rounds, tmp_path, share):
     config, whole = three_rounds
     count = count_changes(tmp_path / "count", lambda: run(config, tmp_path / "count", quiet=True))

@@ -27,7 +27,7 @@ partition = {clients = 3, alpha = 1.0, min_train = 8, min_test = 4}
 model = {name = "lenet5"}
 training = {lr = 0.05, batch_size = 16, epochs = 1}
 sampling = {clients_per_round = 2}
-simulation = {device = "cpu", engine = "masked", checkpoint_every = 1}
+simulation = {device = "cpu", engine = "masked", workers = 1, checkpoint_every = 1}
 [methods.spafl]
 algorithm = {name = "spafl"}
 [methods.spa_fed]

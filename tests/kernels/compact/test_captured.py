@@ -76,7 +76,11 @@ def test_while_no_mask_changes_it_is_the_trainer(kind, estimator, options, densi
         same(buffers, start[0], f"{name}, momentum")
 
 
-@pytest.mark.parametrize("kind, estimator, options", CASES[1:], ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    "kind, estimator, options",
+    [c if c[0] is not ResNet18 else pytest.param(*c, marks=pytest.mark.slow) for c in CASES[1:]],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
 def test_a_step_asks_nothing_and_moves_no_tensor(kind, estimator, options):
     """Two warm-up steps as a capture wants them; then nothing may wait, and every tensor that stays has its address."""
     model, data = case(kind, estimator, 0.5, count=3)

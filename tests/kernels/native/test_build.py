@@ -165,6 +165,7 @@ def test_a_library_that_cannot_be_loaded_is_no_crash(library):
     assert "RuntimeError: SPAFL_NATIVE=1, but _C.abi3.so was built with torch" in error
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_library_that_fits_stays(library):
     folder, before = library.parent.parent, library.read_bytes()
     done, record = build(folder, "build_ext", "--inplace", CXX="/no/such/compiler")

@@ -748,6 +748,7 @@ def test_the_benchmark_itself_on_a_gpu(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_refuses_without_a_gpu():
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
