@@ -20,22 +20,11 @@ from matplotlib.figure import Figure
 
 from benchmarks import common
 from benchmarks.common import Row
+from spafl.report.figures.sparsity import rank_correlation
 from spafl.report.run_data import ReportError, Run, load_run
 
 KEY = ("experiment", "method", "seed")
 RUNS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "runs"
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0; equal values share their mean rank."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count + 1) / 2)[place]
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, 0 where one of the two is constant."""
-    x, y = ranks(a), ranks(b)
-    return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else 0.0
 
 
 def row_of(run: Run, experiment: str, method: str, seed: str) -> dict[str, object] | None:
@@ -83,8 +72,7 @@ def plot(rows: Sequence[Row]) -> Figure:
             of = [row for row in own if row["method"] == method]
             x, y, half = ([float(row[name]) for row in of] for name in ("density", "gap", "gap_half_width"))
             colour = common.COLOURS[i % len(common.COLOURS)]
-            name = method.rpartition("_algorithm.")[2] if "_" in method else method
-            panel.errorbar(x, y, half, fmt="o", capsize=3, color=colour, label=method.split("_", 1)[-1] or name)
+            panel.errorbar(x, y, half, fmt="o", capsize=3, color=colour, label=method.split("_", 1)[-1])
         panel.set_xlim(0, 1.05)
         panel.set_ylim(bottom=0)
         panel.set_xlabel("density, mean over layers and clients")

@@ -48,7 +48,7 @@ from spafl.simulation.runfolder import RunFolder
 from spafl.simulation.sampling import sample_clients
 
 KEY = ("dtype", "round")
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
+DTYPES = ("float64", "float32")
 POINTS, DENSITY = 0.5, 0.005  # what agrees
 # What the published run gives (main/fmnist/run_command.txt).
 SETTINGS: dict[str, Any] = {
@@ -119,8 +119,8 @@ class Theirs:
 
     def __init__(self, code: types.SimpleNamespace, config: RunConfig, problem: Problem, threads: int) -> None:
         self.config, self.threads = config, threads
-        dtype = DTYPES[config.training.dtype]
         local, options = config.local_training(), problem.algorithm.options
+        dtype = local.torch_dtype
         args = types.SimpleNamespace(
             model="lenet5", num_clients=config.partition.clients, schedulingsize=config.sampling.clients_per_round,
             batch_size=local.batch_size, comm_rounds=config.rounds, learning_rate=local.lr, momentum=local.momentum,
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this comparison")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this comparison")
     args = parser.parse_args(argv)
     small = {"data": {"name": "synthetic", "image": 28, "classes": 10, "train": 1200, "test": 600},
              "partition": {"scheme": "dirichlet", "clients": 4, "alpha": 1.0, "min_train": 16, "min_test": 4},

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks import cases, common
 from benchmarks.common import Row
+from benchmarks.training_step import RATE
 from benchmarks.zoo_models import ZOO, Specimen
 from spafl_kernels import to_dense
 from spafl_kernels.compact import CompactTrainer
@@ -38,7 +39,6 @@ DENSITIES = (1.0, 0.5, 0.25, 0.1)
 ESTIMATORS = ("window", "identity")
 NOT_SLOWER = 0.97  # of masked, in every cell
 REALISED = 0.7  # of the ideal, median at density .5
-RATE = 1e-6  # so small that nothing moves noticeably while it is timed
 
 # By name, looked up at each use, so that a test can put a wrong one here.
 RIVALS: dict[str, Callable[[nn.Module, Loss], Trainer]] = {
