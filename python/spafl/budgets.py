@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-__all__ = ["EXECUTED", "FIGURES", "KINDS", "Kind", "kinds_of"]
+__all__ = ["EXECUTED", "FIGURES", "KINDS", "Kind", "by_class", "kinds_of"]
 
 Kind = Literal["density", "macs", "seconds"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -15,7 +15,11 @@ EXECUTED: frozenset[Kind] = frozenset(("macs", "seconds"))
 """Kinds that count what is executed, so that pruned filters have to be left out."""
 
 
+def by_class(target: Mapping[str, Any]) -> bool:
+    """Whether ``algorithm.target`` has a budget for each class of device, in place of one for all clients."""
+    return any(isinstance(value, Mapping) for value in target.values())
+
+
 def kinds_of(target: Mapping[str, Any]) -> set[str]:
-    """The kinds of the budgets of ``algorithm.target``: of all clients, or of each class of device."""
-    tables = [value for value in target.values() if isinstance(value, Mapping)] or [target]
-    return {kind for table in tables for kind in table}
+    """The kinds of the budgets of ``algorithm.target``."""
+    return {kind for budget in (target.values() if by_class(target) else [target]) for kind in budget}

@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from . import plugins
 from .algorithms import Algorithm, LocalTraining, Loss, Objective, find_algorithm
-from .budgets import EXECUTED, kinds_of
+from .budgets import EXECUTED, by_class, kinds_of
 from .callbacks.registry import CALLBACKS
 from .checked import CheckedModel, alternatives, short
 from .data import DATASETS, MAX_ALPHA, MIN_ALPHA, SCHEMES
@@ -626,9 +626,8 @@ def _check_devices(config: RunConfig) -> None:
                 raise UserError(f"system.clients: {short(other[0])} is not in system.devices")
     if not isinstance(target, Mapping):
         return
-    by_class = any(isinstance(budget, Mapping) for budget in target.values())
     there = [] if system is None else list(system.devices)
-    for name in target if by_class else ():
+    for name in target if by_class(target) else ():
         if name not in there:
             words = f"system.devices has {', '.join(there)}" if there else "there is no [system]"
             raise UserError(f"algorithm.target.{name}: no client has such a device; {words}")

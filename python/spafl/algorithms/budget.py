@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..budgets import FIGURES, KINDS, Kind
+from ..budgets import FIGURES, KINDS, Kind, by_class
 
 __all__ = [
     "SPARED",
@@ -97,7 +97,7 @@ def check_target(table: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it is neither; one sentence.
     """
-    if not any(isinstance(value, Mapping) for value in table.values()):
+    if not by_class(table):
         _check_budget(table, "")
         return
     for name, budget in table.items():
@@ -123,7 +123,7 @@ def budget_for(target: Mapping[str, Any] | None, device: str | None) -> Budget |
     """The budget of a client on a class of device; None: it has none, and the coefficient is the penalty's."""
     if target is None:
         return None
-    if any(isinstance(value, Mapping) for value in target.values()):
+    if by_class(target):
         target = target.get(device) if device is not None else None
         if target is None:
             return None
@@ -141,15 +141,15 @@ def reached(
         classes: the class of every client, if devices are modelled.
     """
     found: dict[str, dict[str, Any]] = {}
-    by_class = any(isinstance(value, Mapping) for value in target.values())
-    for name in target if by_class else ("all",):
-        budget = budget_for(target, name if by_class else None)
+    classed = by_class(target)
+    for name in target if classed else ("all",):
+        budget = budget_for(target, name if classed else None)
         assert budget is not None
         spent = []
         for line in lines[len(lines) - -(-len(lines) // 10) :]:
             turns = line.get("turns") or {"clients": []}
             for k, value in zip(turns["clients"], turns.get(FIGURES[budget.kind], ()), strict=False):
-                if value is not None and (not by_class or (classes is not None and classes[k] == name)):
+                if value is not None and (not classed or (classes is not None and classes[k] == name)):
                     spent.append(value)
         mean = sum(spent) / len(spent) if spent else None
         found[name] = {"kind": budget.kind, "budget": budget.value, "reached": mean, "turns": len(spent)}

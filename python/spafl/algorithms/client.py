@@ -97,7 +97,7 @@ class LocalTraining:
     @property
     def torch_dtype(self) -> torch.dtype:
         """``dtype`` as PyTorch's."""
-        return torch.float64 if self.dtype == "float64" else torch.float32
+        return getattr(torch, self.dtype)
 
     def lr_at(self, round: int) -> float:
         """Learning rate of a round.

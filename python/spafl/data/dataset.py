@@ -122,10 +122,6 @@ class Dataset:
             "normalisation": self.normalisation,
         }
 
-    def sample(self, n: int) -> torch.Tensor:
-        """``n`` samples of zeros, of the shape and dtype a model takes."""
-        return blank(n, self.shape, str(self.train_x.dtype))
-
     def with_transform(self, **changes: object) -> Dataset:
         """The same data with fields of the transform replaced, e.g. ``with_transform(augment=None)``."""
         return dataclasses.replace(self, transform=dataclasses.replace(self.transform, **changes))  # type: ignore[arg-type]

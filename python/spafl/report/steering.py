@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..budgets import FIGURES
+from ..budgets import FIGURES, by_class
 
 __all__ = ["ALL", "Steering", "steering"]
 
@@ -48,8 +48,8 @@ def steering(
     """
     if not isinstance(target, Mapping):
         return ()
-    by_class = any(isinstance(value, Mapping) for value in target.values())
-    budgets = dict(target) if by_class else {ALL: target}
+    classed = by_class(target)
+    budgets = dict(target) if classed else {ALL: target}
     found: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in budgets}
     for line in lines:
         turns = line.get("turns") or {"clients": []}
@@ -59,7 +59,7 @@ def steering(
             own = [
                 row
                 for k, *row in zip(turns["clients"], *columns, strict=False)
-                if None not in row and (not by_class or (classes is not None and classes[k] == name))
+                if None not in row and (not classed or (classes is not None and classes[k] == name))
             ]
             if own:
                 table = np.array(own, dtype=np.float64) / [1.0, 1.0, value]
