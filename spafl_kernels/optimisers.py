@@ -151,6 +151,25 @@ Options = SGDOptions | AdamOptions
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
+def _never_compiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """``kind`` without what keeps PyTorch's compiler out of its methods.
+
+    For that the compiler is imported, two seconds and a hundred megabytes for every process that takes a step; nothing
+    is compiled here.
+    """
+
+    def plain(name: str) -> Any:
+        method = getattr(kind, name)
+        return getattr(method, "__wrapped__", method)
+
+    step = torch.no_grad()(plain("step"))
+    methods = {name: plain(name) for name in ("add_param_group", "zero_grad")}
+    return type(kind.__name__, (kind,), {"step": step, "__doc__": kind.__doc__, **methods})
+
+
+_SGD, _ADAM, _ADAMW = map(_never_compiled, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW))
+
+
 def torch_optimiser(
     options: Options, parameters: Mapping[str, Tensor], thresholds: Collection[str], state: Mapping[str, Tensor]
 ) -> torch.optim.Optimizer:
@@ -169,7 +188,7 @@ def torch_optimiser(
     groups = [group for group in groups if group["params"]]
     optimiser: torch.optim.Optimizer
     if isinstance(options, SGDOptions):
-        optimiser = torch.optim.SGD(
+        optimiser = _SGD(
             groups,
             lr=options.lr,
             momentum=options.momentum,
@@ -181,7 +200,7 @@ def torch_optimiser(
                 optimiser.state[p]["momentum_buffer"] = state[name]
         return optimiser
     first, second = options.betas
-    kind = torch.optim.AdamW if options.decoupled else torch.optim.Adam
+    kind = _ADAMW if options.decoupled else _ADAM
     optimiser = kind(groups, lr=options.lr, betas=(first, second), eps=options.eps, weight_decay=options.weight_decay)
     for name, p in parameters.items():
         own = {key: state[f"{key}.{name}"] for key in _ADAM_STATE}

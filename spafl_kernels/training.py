@@ -32,7 +32,7 @@ from .executed import Executed
 from .functional import check_thresholds, refuse_transforms, threshold_penalty
 from .inventory import Inventory
 from .ops import backend
-from .ops.flops import counter, of_other_operators
+from .ops.flops import Counter
 from .optimisers import AdamOptions, Options, SGDOptions, torch_optimiser, write_back
 from .shared_pass import share
 
@@ -332,11 +332,11 @@ class MaskedTrainer(Trainer):
             return self._step(x, y)
         if key not in self._macs_of:
             before = self._executed.numbers
-            with counter() as counted, self._executed.counting():
+            with Counter() as counted, self._executed.counting():
                 loss = self._step(x, y)
             # PyTorch's own operators that compute active filters alone are in both counts.
             twice = self._executed.numbers - before
-            macs, batch = of_other_operators(counted) // 2 - twice, len(x)
+            macs, batch = counted.of_other_operators() // 2 - twice, len(x)
             if not batch:  # nothing was counted of an empty batch
                 self._steps += 1
                 return loss

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from ..convert import copy_of
 from ..layers import ThresholdLayer
-from ..ops.flops import counter
+from ..ops.flops import Counter
 from ..training import Unsupported
 from .calls import target_of, writes_in_place
 from .inputs import ONE, Form, usual_form
@@ -184,10 +184,10 @@ class Shapes(fx.Interpreter):
         self._held: list[Any] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        with counter() as counted:
+        with Counter() as counted:
             result = super().run_node(n)
         self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
-        self.macs[n.name] = counted.get_total_flops() // (2 * self.batch)  # two FLOPs each
+        self.macs[n.name] = counted.total() // (2 * self.batch)  # two FLOPs each
         tensors = (
             [result]
             if isinstance(result, Tensor)

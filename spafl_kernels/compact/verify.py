@@ -48,6 +48,10 @@ class _Digits(TorchDispatchMode):
         super().__init__()
         self.fewer = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # see :class:`spafl_kernels.ops.flops.Counter`
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for t in result if isinstance(result, (tuple, list)) else (result,):

@@ -1,7 +1,7 @@
 """Multiply-accumulates of PyTorch's own operators, and what its counter is to say of the threshold operators.
 
 ``torch.utils.flop_counter`` counts the weight gradient of a convolution in groups as that of one without, and neither
-attention on a CPU nor the LSTM that runs in one operator; :func:`counter` has formulas of its own for these.
+attention on a CPU nor the LSTM that runs in one operator; :class:`Counter` has formulas of its own for these.
 
 For the threshold operators it counts the same layer with all its filters active, as for the masked reference. How many
 filters are active is known on the device only; what is executed is counted by :mod:`spafl_kernels.executed`. Importing
@@ -12,11 +12,13 @@ counter imports triton.
 from __future__ import annotations
 
 import math
+from collections import Counter as Tally
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, register_flop_formula, shape_wrapper
 
 from ..triton.geometry import Geometry
 from . import library  # noqa: F401  (defines the operators)
@@ -110,14 +112,44 @@ _FORMULAS: dict[Any, Any] = {
     _ATEN.mkldnn_rnn_layer: _recurrent,
     _ATEN.mkldnn_rnn_layer_backward: _recurrent_backward,
 }
+_FORMULAS = {operator: shape_wrapper(formula) for operator, formula in _FORMULAS.items()}
 
 
-def counter() -> FlopCounterMode:
-    """A context that counts the FLOPs of convolutions, matrix products, attention and recurrent layers, two a MAC."""
-    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+class Counter(TorchDispatchMode):
+    """A context that counts the FLOPs of convolutions, matrix products, attention and recurrent layers, two a MAC.
 
+    As :class:`torch.utils.flop_counter.FlopCounterMode`, by whose formulas it counts. Around a mode's dispatch PyTorch
+    has its compiler keep out, and imports it for that: most of what a worker process took to start.
 
-def of_other_operators(counter: FlopCounterMode) -> int:
-    """FLOPs that a counter has seen outside the threshold operators."""
-    by_operator = counter.get_flop_counts().get("Global", {})
-    return counter.get_total_flops() - sum(by_operator.get(op, 0) for op in OPERATORS)
+    Attributes:
+        flops: by operator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Tally[Any] = Tally()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what is counted here is never compiled
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, operator = kwargs or {}, func._overloadpacket
+        formula = _FORMULAS.get(operator) or flop_registry.get(operator)
+        if formula is None and func is not torch.ops.prim.device.default:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if formula is not None:
+            self.flops[operator] += formula(*args, **kwargs, out_val=result)
+        return result
+
+    def total(self) -> int:
+        """FLOPs of all operators."""
+        return self.flops.total()
+
+    def of_other_operators(self) -> int:
+        """FLOPs outside the threshold operators."""
+        return self.total() - sum(self.flops[operator] for operator in OPERATORS)

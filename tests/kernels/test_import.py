@@ -25,6 +25,23 @@ slow = {"torch._dynamo", "torch._inductor", "triton", "sklearn", "matplotlib"} &
 assert not slow, slow
 """
 
+STEP = """
+from spafl_kernels.compact import CompactTrainer
+from spafl_kernels.optimisers import AdamOptions
+from spafl_kernels.training import MaskedTrainer, SGDOptions
+
+model = torch.nn.Sequential(
+    layer, torch.nn.BatchNorm2d(3), torch.nn.ReLU(), torch.nn.Flatten(), spafl_kernels.ThresholdLinear(27, 2)
+)
+for trainer in (MaskedTrainer(model), CompactTrainer(model, strict=True)):
+    for options in (SGDOptions(lr=0.1, momentum=0.9), AdamOptions(lr=0.1), AdamOptions(lr=0.1, decoupled=True)):
+        if trainer.engine == "masked" or isinstance(options, SGDOptions):
+            trainer.begin(options)
+            trainer.step(torch.randn(4, 2, 5, 5), torch.tensor([0, 1, 1, 0]))
+            trainer.finish()
+assert "torch._dynamo" not in sys.modules
+"""
+
 
 RUN = """
 import sys
@@ -49,5 +66,6 @@ def test_without_triton_and_without_the_extension():
 
 
 def test_with_everything():
-    done = subprocess.run([sys.executable, "-c", "import sys\n" + USE], capture_output=True, text=True)
+    """Steps of training and the comparison of engines before the first one import no compiler either."""
+    done = subprocess.run([sys.executable, "-c", "import sys\n" + USE + STEP], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

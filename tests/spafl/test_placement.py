@@ -7,7 +7,7 @@ import torch
 
 from spafl.errors import UserError
 from spafl.simulation import run
-from spafl.simulation.placement import pick_device
+from spafl.simulation.placement import pick_device, pick_workers
 from spafl_kernels.tables import FOLDER, engines
 
 GPU = "made-up GPU"
@@ -41,6 +41,12 @@ def config(small_config):
         return small_config(simulation=simulation, training={"batch_size": batch})
 
     return make
+
+
+@pytest.mark.parametrize(("asked", "got"), [(256, 6), (3, 3)])
+def test_no_more_workers_are_started_than_there_are_clients(small_config, asked, got):
+    many = small_config(simulation={"workers": asked}, partition={"clients": 6})
+    assert pick_workers(many, torch.device("cpu")) == got
 
 
 def test_no_table_is_shipped():

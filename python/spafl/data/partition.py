@@ -6,6 +6,7 @@ times; then the best draw is repaired by moving samples. So a partition always e
 
 from __future__ import annotations
 
+import functools
 import heapq
 import json
 import reprlib
@@ -21,6 +22,16 @@ from ..checked import short
 
 Owners = tuple[np.ndarray, np.ndarray]
 """Owner (client number) of every train and of every test sample, int64."""
+
+
+class _Labels(tuple):
+    """Labels of train and of test, and what every draw asks of them."""
+
+    @functools.cached_property
+    def by_class(self) -> list[list[np.ndarray]]:
+        """For train and for test, the samples of each class, in stored order."""
+        classes = 1 + max(int(y.max()) for y in self)
+        return [_by_class(y, classes) for y in self]
 
 
 MAX_TABLE = 20_000_000  # clients x classes, of which the run folder keeps a table
@@ -135,7 +146,7 @@ def partition(
     Raises:
         PartitionError: before any drawing, if an argument is wrong or no such partition exists.
     """
-    labels = (_check_labels("train_y", train_y), _check_labels("test_y", test_y))
+    labels = _Labels((_check_labels("train_y", train_y), _check_labels("test_y", test_y)))
     given = {"alpha": alpha, "classes_per_client": classes_per_client, "sizes": sizes, "file": file, **others}
     options = {name: value for name, value in given.items() if value is not None}
     _check_arguments(scheme, clients, options, max_draws)
@@ -328,9 +339,9 @@ def _give(y: np.ndarray, owner: np.ndarray, table: np.ndarray, likes: np.ndarray
     return moved
 
 
-def _cut(shares: np.ndarray, n: int) -> np.ndarray:
-    """Owners of n shuffled samples cut at ``int(cumsum(shares) * n)``; the last client takes the rest."""
-    cuts = np.minimum((np.cumsum(shares[:-1]) * n).astype(np.int64), n)  # a sum may round to just over 1
+def _cut(cumulated: np.ndarray, n: int) -> np.ndarray:
+    """Owners of n shuffled samples cut at ``int(cumulated * n)``; the last client takes the rest."""
+    cuts = np.minimum((cumulated[:-1] * n).astype(np.int64), n)  # a sum may round to just over 1
     return np.cumsum(np.bincount(cuts, minlength=n + 1)[:n])  # a sample's owner: the number of cuts before it
 
 
@@ -339,14 +350,13 @@ def _iid(labels: Owners, clients: int, rng: np.random.Generator) -> Owners:
     return train, test
 
 
-def _dirichlet(labels: Owners, clients: int, rng: np.random.Generator, alpha: float) -> Owners:
+def _dirichlet(labels: _Labels, clients: int, rng: np.random.Generator, alpha: float) -> Owners:
     owners = tuple(np.empty(len(y), dtype=np.int64) for y in labels)
     concentration = np.full(clients, alpha)
-    members = [_by_class(y, 1 + max(int(y.max()) for y in labels)) for y in labels]
-    for of_class in zip(*members):
+    for of_class in zip(*labels.by_class):
         if not any(map(len, of_class)):
             continue
-        shares = rng.dirichlet(concentration)
+        shares = np.cumsum(rng.dirichlet(concentration))
         for index, owner in zip(of_class, owners):
             owner[rng.permutation(index)] = _cut(shares, len(index))
     return owners[0], owners[1]
@@ -393,7 +403,7 @@ def _size(
     if (alpha is None) == (sizes is None):
         raise PartitionError("scheme 'size' needs either alpha or sizes")
     shares = rng.dirichlet(np.full(clients, alpha)) if sizes is None else np.asarray(sizes, dtype=float) / np.sum(sizes)
-    train, test = (rng.permutation(_cut(shares, len(y))) for y in labels)
+    train, test = (rng.permutation(_cut(np.cumsum(shares), len(y))) for y in labels)
     return train, test
 
 

@@ -56,9 +56,9 @@ def _gpu_is_faster(config: RunConfig) -> tuple[bool, str]:
 
 
 def pick_workers(config: RunConfig, device: torch.device) -> int:
-    """Worker processes of a run: as configured, else one per core (CPU) or one (GPU), never more than busy clients."""
+    """Worker processes of a run: as configured, else one per core (CPU) or one (GPU); never more than can be busy."""
     if config.simulation.workers:
-        return config.simulation.workers
+        return min(config.simulation.workers, config.partition.clients)  # more would never have anything to do
     if any(plugins.module_of(path) == "__main__" for path in config.code.values()):
         return 1  # classes of a notebook or script travel by value, where more workers are asked for
     if device.type != "cpu":

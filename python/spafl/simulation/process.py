@@ -169,9 +169,6 @@ def serve(descriptor: int) -> None:
     """A worker process's life: make ready, then a task at a time until the connection is closed."""
     # Not for processes that an algorithm may start: the connection has to close with this one.
     os.set_inheritable(descriptor, False)
-    # torch.optim imports it at a first step. Here the parent is still at work on the data.
-    import torch._dynamo  # noqa: F401
-
     try:
         _answer_tasks(Connection(descriptor))
     except (EOFError, ConnectionError):
