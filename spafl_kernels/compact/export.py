@@ -62,7 +62,6 @@ def _compared(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
     except Exception as error:
         raise Unsupported(f"cannot be exported: {error}") from error
     trace = flow.trace
-    assert trace is not None
     for round, batch in enumerate((3, 1)):
         x = torch.randn(batch, *image, dtype=torch.float64, device=next(model.parameters()).device)
 

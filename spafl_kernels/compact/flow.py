@@ -35,6 +35,7 @@ class Flow:
 
     Args:
         inputs: what is known of the tensors that the model is called with.
+        trace: what was read, and what it holds good for.
         batch: samples in the shapes of ``ops``.
         layers, norms: op of every compactable layer (convolution, linear) and BatchNorm, by module name.
         proofs: by threshold layer, why the gradient of its pruned rows is zero although the estimator lets it pass:
@@ -49,11 +50,11 @@ class Flow:
         writers: names of nodes that write to their first argument, which must be a copy.
         stored: what becomes of dropped channels must be a number before the model runs, for an exported model.
         output, outputs: the first node that is returned, and all of them as ``forward`` returns them.
-        trace: what was read, and what it holds good for.
     """
 
     model: nn.Module
     inputs: tuple[Input, ...]
+    trace: Trace
     ops: dict[str, Op] = field(default_factory=dict)
     layers: dict[str, Layer] = field(default_factory=dict)
     norms: dict[str, BatchNorm] = field(default_factory=dict)
@@ -66,7 +67,6 @@ class Flow:
     writers: set[str] = field(default_factory=set)
     output: str = ""
     outputs: Any = None
-    trace: Trace | None = None
     stored: bool = False
     batch: int = 2
 
@@ -117,7 +117,7 @@ class Flow:
 
     def attribute(self, path: str) -> Any:
         """What a ``get_attr`` node reads."""
-        if self.trace is not None and path in self.trace.constants:
+        if path in self.trace.constants:
             return self.trace.constants[path]
         parent, _, name = path.rpartition(".")
         return getattr(self.model.get_submodule(parent), name)

@@ -54,7 +54,7 @@ def follow_inputs(
     as many rows as there are samples by chance are taken to be by sample.
     """
     with torch.inference_mode(False):
-        flow = Flow(model, inputs, trace=trace, stored=stored, batch=batch)
+        flow = Flow(model, inputs, trace, stored=stored, batch=batch)
         _Follower(flow, trace.graph).run()
     return flow
 
@@ -81,8 +81,7 @@ def whole(op: Op) -> Whole:
 class _Follower:
     def __init__(self, flow: Flow, graph: fx.Graph) -> None:
         self.flow, self.graph, self.model = flow, graph, flow.model
-        assert flow.trace is not None
-        self.trace: Trace = flow.trace
+        self.trace = flow.trace
         self.modules = dict(self.model.named_modules())
         self.inside: dict[str, tuple[str, ...]] = {}  # the nodes of what is several
 

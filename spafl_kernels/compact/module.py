@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +14,19 @@ from torch.nn import functional as F
 from ..functional import refuse_transforms, warn_of_collapse
 from ..settings import strict as strict_by_default
 from ..training import Unsupported
-from .explain import layers_in_words, nothing_skipped
+from .captures import Batch, Captures
+from .explain import RowsBy, layers_in_words, nothing_skipped
 from .flow import Flow
-from .follow import check_has_thresholds, follow_thresholds
+from .follow import check_has_thresholds
 from .fusion import always_fused, prefers_channels_last
-from .inputs import Form, Input, inputs_of, usual_form
+from .inputs import Form, inputs_of
 from .plan import Plan
 from .program import Program
-from .recent import MOST, Recent, Refused
-from .rows import Chosen, Rows, layer_states, norm_states
+from .rows import Chosen, layer_states, norm_states
 from .scope import Scope
 from .state import LayerState, NormState, by_filter, channels_of, channels_of_norm, slots_of
-from .trace import Trace, check_traceable
-from .verify import Verify, check_verify, differs
+from .trace import Trace
+from .verify import Verify, differs
 
 __all__ = ["CompactModule"]
 
@@ -120,24 +118,6 @@ class _Spec:
         self.active, self.passes, self.constants = active, passes, constants
 
 
-@dataclass
-class _Captured:
-    """What was read of the model for one kind of input and one set of modes."""
-
-    flow: Flow
-    rows: Rows
-    made: dict[tuple[bool, bool], tuple[Tensor, tuple[bool, ...], Made]] = field(default_factory=dict)
-
-
-# Whether gradients are asked for, mode of the model, how it is called.
-_TraceKey = tuple[bool, bool, Form]
-# The same, and the tensors it is called with.
-_Key = tuple[bool, bool, Form, tuple[Input, ...]]
-
-# The model is read at most so often in so many calls: what changes at every call would never be done.
-KINDS_READ, AMONG_CALLS = 2 * MOST, 16 * MOST
-
-
 class CompactModule(nn.Module):
     """Wraps a model with threshold layers; forward and backward skip what is pruned, in rows and in columns.
 
@@ -172,24 +152,19 @@ class CompactModule(nn.Module):
         super().__init__()
         self.model = model
         self.strict = strict_by_default() if strict is None else strict
-        self.multiple, self.verify = multiple, check_verify(verify)
+        self.multiple, self.verify = multiple, verify
         self.engine, self.reason = "compact", FOLLOWED
-        self._reset()
+        self._reset(trace)
         try:
             check_has_thresholds(model)
-            if trace is not None:
-                self._traces[trace.gradients[0], model.training, trace.form] = trace
-            elif (form := _form_before_a_call(model)) is not None:
-                self._trace((True, model.training, form))
+            self._captures.read_early(model.training)
         except Unsupported as error:
             self._fall_back(error)
 
-    def _reset(self) -> None:
-        self._captures: Recent[_Key, _Captured] = Recent()
-        self._refused: Refused[_Key] = Refused()
-        self._traces: Recent[_TraceKey, Trace] = Recent()
-        self._calls = 0
-        self._reads: deque[int] = deque(maxlen=KINDS_READ)  # the calls at which a kind of batch was read
+    def _reset(self, trace: Trace | None = None) -> None:
+        self._captures: Captures[_Planned] = Captures(
+            self.model, "now", self.verify, self._differs, bounded=True, trace=trace
+        )
         self._warned: set[str] = set()
 
     def _fall_back(self, error: Unsupported) -> None:
@@ -201,11 +176,10 @@ class CompactModule(nn.Module):
         """Which engine ran last and why; after a forward also which channels are followed, and which rows are computed
         although they are pruned."""
         lines = [f"{self.engine}: {self.reason}"]
-        for captured in self._captures.values():
+        for _, captured in self._captures:
             lines.append(captured.flow.explain())
-            reasons = captured.rows.reasons
-            for _, _, made in list(captured.made.values())[-1:]:
-                rows = {n: (mask.cpu(), made.keep[n], reasons.get(n, "")) for n, mask in made.masks.items()}
+            for planned in list(captured.made.values())[-1:]:
+                rows = planned.made.rows(captured.rows.reasons)
                 if self.engine == "compact" and (nothing := nothing_skipped(rows)) is not None:
                     lines[0] = f"compact: {nothing}"
                 lines += layers_in_words(captured.flow, rows, None)
@@ -234,7 +208,7 @@ class CompactModule(nn.Module):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_captures", "_refused", "_traces")}
+        return {k: v for k, v in self.__dict__.items() if k != "_captures"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -244,19 +218,18 @@ class CompactModule(nn.Module):
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         refuse_transforms("a CompactModule")
-        captured = None
+        made = None
         tensors: list[Tensor] = []
         try:
             form, tensors = Form.of(args, kwargs)
-            inputs, batch = inputs_of(tensors)
-            if batch:  # of an empty batch the model itself knows what to say
-                captured = self._capture((torch.is_grad_enabled(), self.model.training, form, inputs), tensors)
+            inputs, count = inputs_of(tensors)
+            if count:  # of an empty batch the model itself knows what to say
+                made = self._made(Batch(form, inputs, self.model.training, torch.is_grad_enabled()), tensors)
         except Unsupported as error:
             self._fall_back(error)
-        if captured is None:
+        if made is None:
             return self.model(*args, **kwargs)
         self.engine, self.reason = "compact", FOLLOWED
-        made = self._plan(captured, tensors, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         for gather in made.gathers:
             gather()
         out = made.program(tensors, True)
@@ -266,89 +239,47 @@ class CompactModule(nn.Module):
         made.release()
         return out
 
-    # -- what was read of the model --------------------------------------------------------------------------------
-
-    def _trace(self, key: _TraceKey) -> Trace:
-        trace = self._traces.get(key)
-        if trace is None or trace.watch.changed() is not None:
-            self._traces[key] = trace = check_traceable(self.model, "now", key[0], form=key[2])
-        return trace
-
-    def _capture(self, key: _Key, tensors: list[Tensor]) -> _Captured:
-        self._calls += 1
-        captured = self._captures.get(key)
-        if captured is not None:
-            assert captured.flow.trace is not None
-            if captured.flow.trace.watch.changed() is None:
-                return captured
-            del self._captures[key]
-        if (reason := self._refused.reason(key)) is not None:
-            raise Unsupported(reason)
-        if len(self._reads) == KINDS_READ and self._calls - self._reads[0] < AMONG_CALLS:
-            raise Unsupported(f"the model or its arguments have changed {KINDS_READ} times in {AMONG_CALLS} calls")
-        self._reads.append(self._calls)
-        watch = None
-        with torch.inference_mode(False):
-            try:
-                trace = self._trace(key[:3])
-                watch = trace.watch
-                batch = next(len(t) for i, t in zip(key[3], tensors) if i.batched)
-                flow = follow_thresholds(self.model, key[3], trace, batch)
-                self._check(flow, tensors, key[0])
-            except Unsupported as error:
-                if watch is not None:
-                    self._refused[key] = watch, str(error)
-                raise
-            self._captures[key] = captured = _Captured(flow, Rows(flow))
-        return captured
-
-    def _check(self, flow: Flow, tensors: list[Tensor], gradients: bool) -> None:
-        if self.verify == "never":
-            return
-        trace = flow.trace
-        assert trace is not None
-
-        def ours(model: nn.Module, copies: list[Tensor]) -> Any:
-            args, kwargs = trace.form.call(copies)
-            return CompactModule(model, True, self.multiple, "never", trace.on(model))(*args, **kwargs)
-
-        if (found := differs(flow, tensors, ours, gradients)) is not None:
-            raise Unsupported(found)
-
     # -- a plan ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _plan(self, captured: _Captured, tensors: list[Tensor], gradients: bool, inference: bool) -> Made:
+    def _made(self, batch: Batch, tensors: list[Tensor]) -> Made:
         """Masks of the current parameters, and the program for them (the last one if no mask has changed)."""
-        flow = captured.flow
-        chosen = captured.rows.of_model(gradients)
-        masks, keep, passes = chosen.masks, chosen.keep, chosen.passes
-        compiled = not torch.is_autocast_enabled(tensors[0].device.type)
-        passing = tuple(p is not None for p in passes.values())
-        state = torch.cat([*masks.values(), *keep.values()])
-        # Where the window lets gradients through depends on the margins, not on the masks: such plans are not reused.
-        windowed = any(passes[layer.name] is not None for layer in captured.rows.layers if layer.window)
-        # Tensors that a program keeps are of one kind only: made in inference mode, or not.
-        key = compiled, inference
-        if key in captured.made and not windowed:
-            old, marks, made = captured.made[key]
-            if marks == passing and torch.equal(old, state):
-                return made
-        if self.verify == "always":
-            self._check(flow, tensors, gradients)
-        made = Made(flow, chosen, self.multiple, compiled)
-        captured.made[key] = state, passing, made
-        if gradients and self.model.training:
-            self._warned |= warn_of_collapse(masks, self._warned)
+        captured = self._captures.of(batch, tensors)
+        with torch.no_grad():
+            chosen = captured.rows.of_model(batch.gradients)
+            compiled = not torch.is_autocast_enabled(tensors[0].device.type)
+            passing = tuple(p is not None for p in chosen.passes.values())
+            state = torch.cat([*chosen.masks.values(), *chosen.keep.values()])
+            # Where the window lets gradients through depends on the margins, not on the masks: such plans are not
+            # reused.
+            windowed = any(chosen.passes[layer.name] is not None for layer in captured.rows.layers if layer.window)
+            # Tensors that a program keeps are of one kind only: made in inference mode, or not.
+            key = compiled, torch.is_inference_mode_enabled()
+            if key in captured.made and not windowed:
+                old = captured.made[key]
+                if old.passing == passing and torch.equal(old.state, state):
+                    return old.made
+        self._captures.check(batch, captured, tensors, again=True)
+        with torch.no_grad():
+            made = Made(captured.flow, chosen, self.multiple, compiled)
+        captured.made[key] = _Planned(state, passing, made)
+        if batch.gradients and batch.training:
+            self._warned |= warn_of_collapse(chosen.masks, self._warned)
         return made
 
+    def _differs(self, flow: Flow, tensors: Sequence[Tensor]) -> str | None:
+        def ours(model: nn.Module, copies: list[Tensor]) -> Any:
+            args, kwargs = flow.trace.form.call(copies)
+            return CompactModule(model, True, self.multiple, "never", flow.trace.on(model))(*args, **kwargs)
 
-def _form_before_a_call(model: nn.Module) -> Form | None:
-    """How a model will be called, as far as its signature tells; None where the first call must show."""
-    try:
-        return usual_form(type(model).forward)
-    except Unsupported:
-        return None
+        return differs(flow, tensors, ours, flow.trace.gradients[0])
+
+
+class _Planned(NamedTuple):
+    """A program, and the masks and passes that it was made for."""
+
+    state: Tensor
+    passing: tuple[bool, ...]
+    made: Made
 
 
 class Made:
@@ -365,7 +296,7 @@ class Made:
         weight = next(flow.model.parameters())
         exact = always_fused(flow) if compiled and weight.device.type == "cpu" else set()
         self.plan = plan = Plan(flow, chosen.keep, multiple, exact)
-        self.masks, self.keep = masks, plan.keep
+        self._chosen = chosen
         self.layers, self.norms = layer_states(flow), norm_states(flow)
         self.gathers: list[Callable[[], None]] = []
         for name, layer in self.layers.items():
@@ -386,6 +317,9 @@ class Made:
         slots = slots_of(self.layers), slots_of(self.norms)
         self.program = Program(Scope(flow, plan, *slots, prefers_channels_last(flow), compiled))
         self.release()
+
+    def rows(self, reasons: Mapping[str, str]) -> RowsBy:
+        return self._chosen.reasoned(reasons)
 
     def release(self) -> None:
         """Drop the gathered tensors, so that nothing keeps the autograd graph alive."""

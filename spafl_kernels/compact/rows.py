@@ -32,6 +32,10 @@ class Chosen:
     keep: dict[str, Tensor]
     passes: dict[str, Tensor | None]
 
+    def reasoned(self, reasons: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor, str]]:
+        """By layer: which filters are active, which are computed, and why more than these."""
+        return {name: (self.masks[name], self.keep[name], reasons.get(name, "")) for name in self.masks}
+
 
 def layer_states(flow: Flow) -> dict[str, LayerState]:
     """All layers, with the place that their filters have in vectors over the filters of all threshold layers."""

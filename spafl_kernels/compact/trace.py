@@ -30,7 +30,10 @@ from .calls import target_of, writes_in_place
 from .inputs import ONE, Form, usual_form
 from .watch import HOOKS, Modes, Watch, frozen, modes_of, set_modes
 
-__all__ = ["Patterns", "Shapes", "Trace", "check_traceable", "copy_of", "kept_random_state", "plain", "target_of"]
+__all__ = [
+    "Patterns", "Shapes", "Trace", "Untraceable", "check_traceable", "copy_of", "kept_random_state", "plain",
+    "target_of",
+]  # fmt: skip
 
 Patterns = Literal["training", "now", "eval"]
 
@@ -125,6 +128,14 @@ def _surroundings() -> tuple[Any, ...]:
     types = ("cpu", "cuda")
     autocast = tuple((torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast
+
+
+class Untraceable(Unsupported):
+    """A model that cannot be read; ``watch`` is of all that this depends on."""
+
+    def __init__(self, reason: str, watch: Watch) -> None:
+        super().__init__(reason)
+        self.watch = watch
 
 
 @dataclass
@@ -387,24 +398,31 @@ def check_traceable(
 def _traced(
     model: nn.Module, twin: nn.Module, modes: tuple[Modes, ...], gradients: tuple[bool, ...], form: Form | None
 ) -> Trace:
-    before, random_state = _Before(twin), _random_state()
+    before = _Before(twin)
+    reader = _Reader(twin, Tracer(), form)
+    try:
+        graph, constants = _graph(twin, modes, before)
+    except Exception as error:  # whatever user code does with a proxy
+        reason = str(error) if isinstance(error, Unsupported) else f"cannot be traced: {_first_line(error)}"
+        raise Untraceable(reason, Watch(model, reader.reads(), modes)) from error
+    reads = reader.reads()
+    return Trace(graph, modes, gradients, Watch(model, reads, modes), constants, reads, reader.form)
+
+
+def _graph(twin: nn.Module, modes: tuple[Modes, ...], before: _Before) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The graph of a copy in these modes, and the tensors that ``forward`` makes."""
+    random_state = _random_state()
     constants: list[dict[str, Tensor]] = []
     graphs = []
-    try:
-        reader = _Reader(twin, Tracer(), form)
-        for pattern in modes:
-            set_modes(twin, pattern)
-            tracer = Tracer()
-            with tracer.plain_functions():
-                graphs.append(tracer.trace(twin))
-            found = {k: v for k, v in vars(twin).items() if k.startswith(_CONSTANT)}
-            constants.append(found)
-            for key in found:
-                delattr(twin, key)
-    except Unsupported:
-        raise
-    except Exception as error:  # whatever user code does with a proxy
-        raise Unsupported(f"cannot be traced: {_first_line(error)}") from error
+    for pattern in modes:
+        set_modes(twin, pattern)
+        tracer = Tracer()
+        with tracer.plain_functions():
+            graphs.append(tracer.trace(twin))
+        found = {k: v for k, v in vars(twin).items() if k.startswith(_CONSTANT)}
+        constants.append(found)
+        for key in found:
+            delattr(twin, key)
     if (name := before.written()) is not None:
         raise Unsupported(f"forward writes to {name!r}")
     if not _same_random_state(random_state, _random_state()):
@@ -423,8 +441,7 @@ def _traced(
     for key, value in constants[0].items():
         if value.requires_grad:
             raise Unsupported(f"forward computes {key!r} from a parameter where a trace does not see it")
-    reads = reader.reads()
-    return Trace(graph, modes, gradients, Watch(model, reads, modes), constants[0], reads, reader.form)
+    return graph, constants[0]
 
 
 def _first_line(error: Exception) -> str:

@@ -7,8 +7,9 @@ compact copy itself is in :mod:`.session`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +18,21 @@ from torch.nn import functional as F
 from ..executed import Executed
 from ..training import Extra, Loss, MaskedTrainer, Options, SGDOptions, Trainer, TrainResult, Unsupported
 from .audit import measured
+from .captures import Batch, Captured, Captures
 from .estimate import expectation
 from .explain import layers_in_words, nothing_skipped
 from .flow import Flow
-from .follow import check_has_thresholds, follow_thresholds
-from .inputs import Input
+from .follow import check_has_thresholds
+from .inputs import ONE, Input
 from .memory import pages
 from .momentum import OwnMomentum
-from .recent import Recent, Refused
-from .rows import Rows
 from .session import Session, settings_of
-from .trace import Trace, check_traceable
-from .verify import Verify, check_verify, differs_in_training
+from .trace import Trace
+from .verify import Verify, differs_in_training
 from .watch import modes_of, set_modes
 
 __all__ = ["CompactTrainer"]
 
-Key = tuple[tuple[int, ...], torch.dtype]  # shape of a sample and dtype of the input
 Judge = Callable[[Flow, int], str | None]  # why batches of a size had better run masked; None: they had not
 
 FOLLOWED = "all channels can be traced"
@@ -93,17 +92,11 @@ class CompactTrainer(Trainer):
         super().__init__(model, loss)
         if not patience >= 0:
             raise ValueError(f"patience must not be negative; got {patience!r}")
-        self.verify = check_verify(verify)
+        self._captures: Captures[Session] = Captures(model, "training", verify, self._differs, trace=trace)
         check_has_thresholds(model)
-        self._trace = check_traceable(model) if trace is None else trace
-        if (name := self._trace.watch.hooked()) is not None:
-            raise Unsupported(f"parameter {name!r} has a gradient hook")
+        self._captures.read_early(training=True)
         self.strict, self.multiple, self.compiled, self.patience = strict, multiple, compiled, patience
         self.reason = FOLLOWED
-        self._flows: Recent[Key, Flow] = Recent()
-        self._refused: Refused[Key] = Refused()
-        self._sessions: Recent[Key, Session] = Recent()
-        self._verified: Recent[Key, Flow] = Recent()
         self._scratch: dict[str, Tensor] = {}
         self._lent: OwnMomentum | None = None
         self._session: Session | None = None
@@ -111,6 +104,7 @@ class CompactTrainer(Trainer):
         self._executed = Executed()
         self._judge = judge
         self._batch = 0  # samples in the last batch
+        self._seen: tuple[Any, Batch] = (), Batch(ONE, ())  # shape and dtype of the last batch, and its kind
         self._masked: MaskedTrainer | None = None
 
     # -- interface -------------------------------------------------------------------------------------------------
@@ -134,11 +128,12 @@ class CompactTrainer(Trainer):
         if self._lent is not None:
             self._lent.expire()
         self._session, self._fallback = None, None
-        self._key: Key | None = None
+        self._captured: Captured[Session] | None = None
+        self._kind: Batch | None = None
         self._fresh = not self._given
         self._steps = self._macs = self._rebuilds = 0
         self._executed.reset()
-        self._checked_this_training = self._stepped = False
+        self._checked = self._stepped = False
         self._wait, self._no_gain = 0, False  # masked steps until the judge is asked again, and whether it said so
         self._opened_by_evaluation = False
         self.model.train()
@@ -217,19 +212,21 @@ class CompactTrainer(Trainer):
             measure: a batch; every layer is timed alone on inputs of the sizes it gets from it, masked and compact.
         """
         head, lines = f"{self.engine}: {self.reason}", []
-        for key, flow in self._flows.items():
-            session = self._session if self._key == key and self._session is not None else self._sessions.get(key)
+        for kind, captured in self._captures:
+            flow, open_now = captured.flow, self._session is not None
+            session = next(iter(captured.made.values()), None)
+            if open_now and captured is self._captured:
+                session = self._session
             rows = {} if session is None else session.rows()
-            if not rows and self._session is None:  # the model's own tensors are complete
-                chosen, reasons = (found := Rows(flow)).of_model(gradients=True), found.reasons
-                rows = {n: (chosen.masks[n], chosen.keep[n], reasons.get(n, "")) for n in chosen.masks}
+            if not rows and not open_now:  # the model's own tensors are complete
+                rows = captured.rows.of_model(gradients=True).reasoned(captured.rows.reasons)
             if self.engine == "compact" and (nothing := nothing_skipped(rows)) is not None:
                 head = f"compact: {nothing}"
             keep = {name: active | kept for name, (active, kept, _) in rows.items()}
             on_cpu = next(flow.model.parameters()).device.type == "cpu"
             expected = expectation(flow, keep, self._batch, self.compiled) if rows and on_cpu and self._batch else None
             times = None
-            if measure is not None and rows and key == (tuple(measure.shape[1:]), measure.dtype):
+            if measure is not None and rows and kind == self._kind_of(measure):
                 times = measured(flow, keep, measure)
             lines += [flow.explain(), *layers_in_words(flow, rows, expected, times)]
         return "\n".join([head, *lines])
@@ -244,30 +241,30 @@ class CompactTrainer(Trainer):
 
     def _ready(self, x: Tensor, training: bool = True) -> Session | None:
         """The compact copy for batches like ``x`` and the model as it is; None if the masked trainer is to run."""
-        key = tuple(x.shape[1:]), x.dtype
+        kind = self._kind_of(x)
         self._batch = len(x)
         # What the batches of an evaluation said is asked of those of the training again.
         first, self._stepped = training and not self._stepped, self._stepped or training
-        if self._session is not None and self._key == key:
-            flow = self._session.flow
-            assert flow.trace is not None
-            unchanged = flow.trace.watch.changed(0 if training else 1, kinds=False) is None
-            if unchanged and not (first and self._opened_by_evaluation and self._loses(flow, x)):
+        if self._session is not None and self._kind == kind:
+            assert self._captured is not None
+            watch = self._session.flow.trace.watch
+            good = self._captured.verified and watch.changed(0 if training else 1, kinds=False) is None
+            if good and not (first and self._opened_by_evaluation and self._loses(self._session.flow, x)):
                 return self._session
             self._leave()
         elif self._session is not None:
             self._leave()
         elif self._fallback is not None:
             # What was refused may have changed, or this batch may be of another kind.
-            if key == self._key and (self._refusal(key, training) or self._still_loses(x, first, training)):
+            if kind == self._kind and (self._refusal(kind, training) or self._still_loses(x, first, training)):
                 return None
             self._end_masked()
-        self._key = key
+        self._kind = kind
         with torch.inference_mode(False):
             try:
-                if (reason := self._refusal(key, training)) is not None:
+                if (reason := self._refusal(kind, training)) is not None:
                     raise Unsupported(reason)
-                self._session = self._open_session(key, x, training)
+                self._session = self._open_session(kind, x, training)
             except _NoGain as error:
                 self._wait = AGAIN
                 self._run_masked(str(error), no_gain=True)
@@ -281,13 +278,18 @@ class CompactTrainer(Trainer):
         self.engine, self.reason = "compact", FOLLOWED
         return self._session
 
-    def _refusal(self, key: Key, training: bool) -> str | None:
+    def _kind_of(self, x: Tensor) -> Batch:
+        if (x.shape[1:], x.dtype) != self._seen[0]:
+            self._seen = (x.shape[1:], x.dtype), Batch(ONE, (Input(tuple(x.shape[1:]), x.dtype),))
+        return self._seen[1]
+
+    def _refusal(self, kind: Batch, training: bool) -> str | None:
         """Why batches of this kind are known not to run compact."""
         if self._extra is not None:
             return HAS_EXTRA
         if not isinstance(self._options, SGDOptions):
             return NOT_LINEAR
-        return self._refused.reason(key, 0 if training else 1)
+        return self._captures.refusal(kind, 0 if training else 1)
 
     def _loses(self, flow: Flow, x: Tensor) -> str | None:
         """Why batches like ``x`` had better run masked, the model being as it is."""
@@ -298,66 +300,37 @@ class CompactTrainer(Trainer):
         if not self._no_gain:
             return False
         if first or (training and not self._wait):
-            flow = None if self._key is None else self._flows.get(self._key)
-            reason = None if flow is None else self._loses(flow, x)
+            captured = None if self._kind is None else self._captures.get(self._kind)
+            reason = None if captured is None else self._loses(captured.flow, x)
             if reason is None:
                 return False
             self.reason, self._wait = reason, AGAIN
         return True
 
-    def _changed(self, trace: Trace | None, training: bool) -> str | None:
-        """Why what was read of the model does not hold good any more."""
-        assert trace is not None
-        return trace.watch.changed(0 if training else 1)
-
-    def _open_session(self, key: Key, x: Tensor, training: bool) -> Session:
-        flow = self._flows.get(key)
-        if flow is None or self._changed(flow.trace, training) is not None:
-            flow = self._captured(key, training)
-        if (reason := self._loses(flow, x)) is not None:
+    def _open_session(self, kind: Batch, x: Tensor, training: bool) -> Session:
+        modes = modes_of(self.model) if training else self._modes
+        captured = self._captures.of(kind, (x,), modes, 0 if training else 1)
+        if (reason := self._loses(captured.flow, x)) is not None:
             raise _NoGain(reason)
-        again = self.verify == "always" and not self._checked_this_training
-        if self.verify != "never" and (again or self._verified.get(key) is not flow):
-            self._check(flow, key, x)
-        self._checked_this_training = True
-        return self._load(flow, key)
+        self._captures.check(kind, captured, (x,), again=not self._checked)
+        self._checked, self._captured = True, captured
+        return self._load(captured)
 
-    def _captured(self, key: Key, training: bool) -> Flow:
-        """Read the model anew."""
-        self._flows.pop(key, None)
-        self._sessions.pop(key, None)
-        if self._changed(self._trace, training) is not None:
-            self._trace = check_traceable(self.model, modes=modes_of(self.model) if training else self._modes)
-        try:
-            if (name := self._trace.watch.hooked()) is not None:
-                raise Unsupported(f"parameter {name!r} has a gradient hook")
-            flow = follow_thresholds(self.model, (Input(*key),), self._trace, 2)
-        except Unsupported as error:
-            self._refused[key] = self._trace.watch, str(error)
-            raise
-        self._flows[key] = flow
-        return flow
-
-    def _check(self, flow: Flow, key: Key, x: Tensor) -> None:
-        found = differs_in_training(flow, x, self.multiple, self.compiled, self.patience)
-        if found is not None:
-            assert flow.trace is not None
-            self._flows.pop(key, None)
-            self._refused[key] = flow.trace.watch, found
-            raise Unsupported(found)
-        self._verified[key] = flow
+    def _differs(self, flow: Flow, tensors: Sequence[Tensor]) -> str | None:
+        return differs_in_training(flow, tensors, self.multiple, self.compiled, self.patience)
 
     @torch.no_grad()
-    def _load(self, flow: Flow, key: Key) -> Session:
+    def _load(self, captured: Captured[Session]) -> Session:
         assert isinstance(self._options, SGDOptions)
         self._versions = {name: (p.data_ptr(), p._version) for name, p in self._parameters.items()}
         momentum: Mapping[str, Tensor] = {}
         if self._options.momentum:
             momentum = self._given or self._buffers()
         # It comes back when the training is finished; one that broke off leaves nothing to the next.
-        session = self._sessions.pop(key, None)
-        if session is None or session.flow is not flow or session.settings != settings_of(flow):
-            session = Session(flow, self.multiple, self.compiled, self.patience)
+        session = captured.made.pop(settings_of(captured.flow), None)
+        captured.made.clear()
+        if session is None:
+            session = Session(captured.flow, self.multiple, self.compiled, self.patience)
         session.load(self._parameters, self._options, momentum, self._fresh, self._density)
         return session
 
@@ -369,8 +342,8 @@ class CompactTrainer(Trainer):
         self._check_parameters(self._versions)
         session.store()
         self._rebuilds += session.rebuilds
-        assert self._key is not None
-        self._sessions[self._key] = session
+        assert self._captured is not None
+        self._captured.made[session.settings] = session
 
     @torch.no_grad()
     def _leave(self) -> None:

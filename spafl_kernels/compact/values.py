@@ -38,7 +38,6 @@ def first_difference(flow: Flow, twin: nn.Module, tensors: Sequence[Tensor], tol
     model of ``flow`` that is called with ``tensors``; None if there is none."""
     from .module import Made
 
-    assert flow.trace is not None
     was = flow.trace
     trace = replace(was, modes=was.modes[:1], gradients=was.gradients[:1])
     set_modes(twin, was.modes[0])

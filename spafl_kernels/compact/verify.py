@@ -217,17 +217,18 @@ def _over_rounds(
     return None
 
 
-def differs_in_training(flow: Flow, x: Tensor, multiple: int, compiled: bool, patience: float) -> str | None:
+def differs_in_training(
+    flow: Flow, tensors: Sequence[Tensor], multiple: int, compiled: bool, patience: float
+) -> str | None:
     """What a step or an evaluation of the compact trainer does otherwise than the masked one, in words.
 
     Args:
         flow: of the model, for training.
-        x: a batch.
+        tensors: those of a batch.
         multiple, compiled, patience: of the trainer.
     """
     from .trainer import CompactTrainer  # it calls this
 
-    assert flow.trace is not None
     trace, modes = flow.trace, flow.trace.modes[0]
 
     def compare(twin: nn.Module, parts: list[Tensor], seed: int) -> str | None:
@@ -248,7 +249,7 @@ def differs_in_training(flow: Flow, x: Tensor, multiple: int, compiled: bool, pa
         states = (_apart(f"{n!r} after a step", ours.get(n), v, tolerance) for n, v in state.items())
         return next((found for found in (*gradients, *states) if found is not None), None)
 
-    return _over_rounds(flow, [x], True, compare)
+    return _over_rounds(flow, tensors, True, compare)
 
 
 def differs(
@@ -267,7 +268,6 @@ def differs(
         gradients: compare gradients too.
         rounds: which sets of masks; by default both, of a large model the first.
     """
-    assert flow.trace is not None
     (modes,), form = flow.trace.modes, flow.trace.form
 
     def compare(twin: nn.Module, parts: list[Tensor], seed: int) -> str | None:

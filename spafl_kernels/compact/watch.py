@@ -148,7 +148,9 @@ class Watch:
         self._members = [[list(space.items()) for space in spaces] for spaces in self._known]
         self._keys = [frozenset(m.__dict__) for m in self.modules]
         self._note()
-        self._state = [*map(_LEAF, self._parameters)]
+        # Of hooks a copy: who removes one takes it out of the same dictionary.
+        leaves = [_LEAF(p) for p in self._parameters]
+        self._state = [(trains, *(None if h is None else dict(h) for h in hooks)) for trains, *hooks in leaves]
         self._kind = [*map(_KIND, self._parameters)]
 
     def _note(self) -> None:

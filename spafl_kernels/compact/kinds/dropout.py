@@ -43,12 +43,10 @@ class Dropout(Op):
     def of_module(cls, node: Any, m: Any, flow: Flow) -> Op | None:
         if m.p == 0:
             return Same(node)
-        assert flow.trace is not None
         return cls(node, p=m.p, drops=flow.trace.of(m)) if type(m) is nn.Dropout else None
 
     @classmethod
     def of_call(cls, call: Call, flow: Flow) -> Op | None:
-        assert flow.trace is not None
         patterns = [call.values]
         if len(flow.trace.modes) == 2:
             patterns.append(call.values if call.elsewhere is None else call.elsewhere)

@@ -44,7 +44,6 @@ class BatchNorm(Op):
         if not m.track_running_stats or m.momentum is None or m.running_mean is None or m.running_var is None:
             return None
         # Where gradients are asked for, a constant channel is beta; with fixed statistics it would be another.
-        assert flow.trace is not None
         modes = flow.trace.of(m)
         if modes != (True, False) if len(modes) == 2 else flow.trace.gradients[0] and not modes[0]:
             return Whole(node, reason="its statistics are fixed in training")

@@ -94,7 +94,6 @@ def as_it_stands(op: Op, small: Small) -> fx.Node:
         first = small.graph.call_method("clone", (first,))
         args, kwargs = ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "input": first})
     if node.op == "call_module":
-        assert flow.trace is not None
         if flow.trace.of(op.module)[0]:  # whoever calls eval() on the result would switch it off
             if type(op.module) is not nn.Dropout:
                 raise Unsupported(f"{node.target!r} is in training mode though the model is in eval mode")
@@ -131,7 +130,6 @@ class Constant(Op):
 
     def build(self, scope: Scope, i: int) -> Run:
         path, trace = str(self.node.target), scope.flow.trace
-        assert trace is not None
         if path in trace.constants:
             value = trace.constants[path]
 

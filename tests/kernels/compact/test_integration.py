@@ -93,7 +93,7 @@ def test_inference_first_then_training():
             optimizer.zero_grad()
             F.cross_entropy(m(x), y).backward()
             optimizer.step()
-    assert len(module._captures) == 2
+    assert len(list(module._captures)) == 2
     for (name, p), q in zip(model.state_dict().items(), module.state_dict().values(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-11, msg=name)
 

@@ -114,9 +114,9 @@ def test_graphs_are_not_kept_alive():
     _, compact, shape = twins("lenet", "identity")
     x, _ = next(batches(shape, 1, 2))
     compact(x).sum().backward()
-    (captured,) = compact._captures.values()
-    ((_, _, made),) = captured.made.values()
-    assert all(layer.slot.weight is None for layer in made.layers.values())
+    ((_, captured),) = compact._captures
+    (planned,) = captured.made.values()
+    assert all(layer.slot.weight is None for layer in planned.made.layers.values())
 
 
 def test_what_cannot_be_traced():

@@ -31,8 +31,9 @@ from spafl_kernels.compact import (
     verify,
 )
 from spafl_kernels.compact.calls import Call
+from spafl_kernels.compact.captures import Batch
 from spafl_kernels.compact.dropped import DroppedRows
-from spafl_kernels.compact.flow import Flow
+from spafl_kernels.compact.inputs import ONE, Input
 from spafl_kernels.compact.kinds import dropout as dropouts
 from spafl_kernels.compact.kinds import grouped as groups
 from spafl_kernels.compact.kinds import pools
@@ -532,7 +533,7 @@ def test_when_it_is_checked(monkeypatch):
         monkeypatch.setattr(owner, name, lambda *a, check=check, **k: counts.append(1) or check(*a, **k))
     model, x = built(lambda: (Thin(), (1, 12, 12)))
     y = torch.arange(4)
-    for when, trainings, calls in (("first", 1, 3), ("always", 3, 4), ("never", 0, 0)):
+    for when, trainings, calls, plans in (("first", 1, 3, 0), ("always", 3, 3, 1), ("never", 0, 0, 0)):
         counts.clear()
         trainer = CompactTrainer(copy.deepcopy(model), strict=True, verify=when)
         for _ in range(3):
@@ -550,7 +551,10 @@ def test_when_it_is_checked(monkeypatch):
             with torch.no_grad():
                 compact(x)
             compact.train()
-        assert len(counts) == calls or (when == "always" and len(counts) >= calls)
+        assert len(counts) == calls
+        next(iter(threshold_layers(compact.model)))[1].threshold.data.mul_(1.5)
+        compact(x)
+        assert len(counts) == calls + plans
     for bad in (CompactTrainer, CompactModule):
         with pytest.raises(ValueError, match="verify must be one of first, always, never; got 'often'"):
             bad(model, verify="often")
@@ -560,10 +564,9 @@ def test_the_check_leaves_no_trace():
     model, x = built(padded("identity"))
     before, state_ = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     trainer = CompactTrainer(model, strict=True)
-    trainer._key = (tuple(x.shape[1:]), x.dtype)
-    flow = trainer._captured(trainer._key, True)
-    assert isinstance(flow, Flow)
-    assert verify.differs_in_training(flow, x, 8, True, 0.5) is None
+    kind = Batch(ONE, (Input(tuple(x.shape[1:]), x.dtype),))
+    flow = trainer._captures.of(kind, [x]).flow
+    assert verify.differs_in_training(flow, [x], 8, True, 0.5) is None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(state_, torch.get_rng_state()) and all(p.grad is None for p in model.parameters())
 
