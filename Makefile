@@ -81,7 +81,7 @@ gpu-report:
 test-gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	$(GPU_PATH) $(GPU_PYTHON) -m spafl_kernels.env
-	$(GPU_PATH) $(GPU_PYTHON) -m pytest -q -rs -m gpu $(GPU_PARALLEL) tests/kernels/cuda/test_cuda_on_device.py tests/kernels/triton
+	$(GPU_PATH) $(GPU_PYTHON) -m pytest -q -rs -m gpu $(GPU_PARALLEL) tests/kernels/gpu
 
 bench-gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace

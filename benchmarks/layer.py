@@ -6,7 +6,7 @@ The layer gets and gives activations of full width, so it can gain ``1 / density
 gradient of pruned filters is not needed (``window``) or is 0 (``zero``: ``identity`` in front of a ReLU without norm).
 Where it is needed (``needed``: ``identity`` elsewhere) the gradient of the weight is dense and
 ``3 / (1 + 2 density)`` is the most: 1.5 and 2.0 at .5 and .25. CPU time of one thread, in turns. ``chosen`` is what the
-layer does by itself (:func:`spafl_kernels.ops.skip.pays`); the speed-up is that of skipping, chosen or not. A cell is
+layer does by itself (:func:`spafl_kernels.cpu.skip.pays`); the speed-up is that of skipping, chosen or not. A cell is
 timed only if outputs and all gradients agree, in float64 and in float32.
 """
 
@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from benchmarks import common
 from benchmarks.cases import GATES, differs
 from benchmarks.common import Row
-from spafl_kernels import ThresholdConv2d, ThresholdLinear, explain
-from spafl_kernels.ops import backend
+from spafl_kernels import ThresholdConv2d, ThresholdLinear, backend, explain
 
 KEY = ("case", "layout", "gradient", "density")
 GRADIENTS = ("window", "zero", "needed")

@@ -1,7 +1,7 @@
 // Operator schemas and their CPU registration, through torch's stable ABI: one library serves every torch >= 2.11.
 //
 // These functions check what the kernels rely on (device, dtype, contiguity, shapes) and nothing else; friendlier
-// checks and autograd live in spafl_kernels/ops. The tensors' memory is the caller's: nothing is kept between calls.
+// checks and autograd live in spafl_kernels/cpu. The tensors' memory is the caller's: nothing is kept between calls.
 #include <algorithm>
 #include <cmath>
 

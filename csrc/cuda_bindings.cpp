@@ -42,7 +42,7 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 // Schemas. T is the number of filters of all layers together, L the number of layers, C the number of clients; the leading dimension of
-// every tensor is the client. docs: spafl_kernels/ops/cuda_ops.py.
+// every tensor is the client. docs: spafl_kernels/gpu/cuda_ops.py.
 STABLE_TORCH_LIBRARY_FRAGMENT(SPAFL_NAMESPACE, m) {
   m.def(
       "threshold_pass_cuda(Tensor[] weights, Tensor[] thresholds, bool compare, int pad_to, Tensor(a!) scores, Tensor(b!) mask, "

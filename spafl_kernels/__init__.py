@@ -41,6 +41,7 @@ _LAZY = {
     "audit": "compact",
     "export": "compact",
     "make_trainer": "engines",
+    "ops": "ops",
 }
 
 __all__ = [
@@ -85,7 +86,8 @@ def __getattr__(name: str) -> Any:
             return "0+unknown"
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    module = importlib.import_module(f".{_LAZY[name]}", __name__)
+    return module if name == _LAZY[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:

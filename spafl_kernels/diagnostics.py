@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops import backend, skip
+from . import backend
+from .cpu import skip
+from .gpu import choice
 from .threshold_layer import ThresholdLayer
 
 __all__ = ["explain"]
@@ -33,17 +35,17 @@ def explain(module: Any, x: Tensor) -> backend.Explanation:
         skips, reason = skip.explain(_layer(module), x, weight, module.threshold, module.bias)
         return backend.Explanation("narrow" if skips else "reference", reason)
     if isinstance(module, nn.ConvTranspose2d):
-        return backend.Explanation("reference", backend.NO_TRANSPOSED, fallback=True)
+        return backend.Explanation("reference", choice.NO_TRANSPOSED, fallback=True)
     if isinstance(module, nn.Conv1d):
         (stride,), (dilation,), padding = module.stride, module.dilation, module.padding
         pads = padding if isinstance(padding, str) else (0, *padding)
         x, weight = x.unsqueeze(-2), weight.unsqueeze(-2)
-        work = backend.conv_work(x, weight, (1, stride), pads, (1, dilation), density)
-        return backend.choose(x, weight, module.groups, work)
+        work = choice.conv_work(x, weight, (1, stride), pads, (1, dilation), density)
+        return choice.choose(x, weight, module.groups, work)
     if isinstance(module, nn.Conv2d):
-        work = backend.conv_work(x, weight, module.stride, module.padding, module.dilation, density)
-        return backend.choose(x, weight, module.groups, work)
-    return backend.choose(x, weight, 1, backend.linear_work(x, weight, density))
+        work = choice.conv_work(x, weight, module.stride, module.padding, module.dilation, density)
+        return choice.choose(x, weight, module.groups, work)
+    return choice.choose(x, weight, 1, choice.linear_work(x, weight, density))
 
 
 def _layer(module: Any) -> skip.Layer:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from . import native, settings
-from .ops import backend, cuda_ops
-from .tables import Shelf, choices, engines, tiles
+from . import backend, native, settings
+from .gpu import choice, cuda_ops
+from .gpu.tables import Shelf, choices, engines, tiles
 
 _PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime")
 
@@ -54,7 +54,7 @@ def _triton_backend() -> tuple[bool, str | None]:
     if torch.version.hip is not None:
         return False, "the kernels are written for CUDA, this is a ROCm build of PyTorch"
     found = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    if found < backend.LOWEST_CAPABILITY:
+    if found < choice.LOWEST_CAPABILITY:
         return False, f"the kernels need compute capability 8.0 or newer; the best GPU here has {found[0]}.{found[1]}"
     return True, None
 
@@ -63,7 +63,7 @@ def _launches() -> str:
     """How Triton kernels are launched."""
     if importlib.util.find_spec("triton") is None:
         return "not at all: the triton package is not installed"
-    from .triton import launch
+    from .gpu.triton import launch
 
     problem = launch.why_not()
     return "remembered" if problem is None else f"every one through Triton's own launcher, which is slow: {problem}"

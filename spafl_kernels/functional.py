@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair, _single
 
-from . import ops, reference
-from .ops import skip
-from .ops.arguments import check_layer
+from . import reference
+from .cpu import skip
+from .gpu import choice, single
+from .gpu.tables.classes import DENSITIES, density_step
 from .reference import Estimator, filter_scores
-from .tables.classes import DENSITIES, density_step
-from .threshold_layer import Planned, ThresholdLayer
+from .threshold_layer import Planned, ThresholdLayer, check_layer
 
 __all__ = [
     "Estimator",
@@ -70,8 +70,8 @@ def threshold_conv2d(
     Raises:
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
-    if ops.backend.on_gpu(weight):
-        return ops.conv2d(
+    if choice.on_gpu(weight):
+        return single.conv2d(
             input,
             weight,
             threshold,
@@ -124,7 +124,7 @@ def threshold_conv1d(
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
     check_layer(weight, threshold, estimator)
-    if not ops.backend.on_gpu(weight):
+    if not choice.on_gpu(weight):
 
         def masked(x: Tensor, w: Tensor, tau: Tensor, b: Tensor | None) -> Tensor:
             return reference.threshold_conv1d(x, w, tau, b, stride, padding, dilation, groups, estimator, mask_bias)
@@ -134,7 +134,7 @@ def threshold_conv1d(
         return skip.run(layer, input, weight, threshold, bias)
     (step,), (gap,) = _single(stride), _single(dilation)
     pad = padding if isinstance(padding, str) else (0, *_single(padding))
-    return ops.conv2d(
+    return single.conv2d(
         input.unsqueeze(-2), weight.unsqueeze(-2), threshold, bias, (1, step), pad, (1, gap), groups, estimator,
         mask_bias, known_density,
     ).squeeze(-2)  # fmt: skip
@@ -178,8 +178,8 @@ def threshold_conv_transpose2d(
             x, w, tau, b, stride, padding, output_padding, groups, dilation, estimator, mask_bias
         )
 
-    if ops.backend.on_gpu(weight):
-        ops.backend.fall_back(ops.backend.NO_TRANSPOSED)
+    if choice.on_gpu(weight):
+        choice.fall_back(choice.NO_TRANSPOSED)
         return masked(input, weight, threshold, bias)
     layer = skip.convolution(
         masked, weight, _pair(stride), padding, _pair(dilation), groups, estimator, mask_bias, _pair(output_padding)
@@ -214,8 +214,8 @@ def threshold_linear(
     Raises:
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
-    if ops.backend.on_gpu(weight):
-        return ops.linear(input, weight, threshold, bias, estimator, mask_bias, known_density, planned)
+    if choice.on_gpu(weight):
+        return single.linear(input, weight, threshold, bias, estimator, mask_bias, known_density, planned)
     check_layer(weight, threshold, estimator)
 
     def masked(x: Tensor, w: Tensor, tau: Tensor, b: Tensor | None) -> Tensor:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .ops import backend
+from . import backend
+from .gpu import choice
+from .gpu.geometry import row_order
 from .threshold_layer import Planned, ThresholdLayer
-from .triton.geometry import row_order
 
 if TYPE_CHECKING:
-    from .triton import ModelPass
+    from .gpu.triton import ModelPass
 
 __all__ = ["SharedPass", "can_share", "share"]
 
@@ -29,7 +30,7 @@ def can_share(layers: Sequence[ThresholdLayer]) -> bool:
     kinds = {(w.device, w.dtype, layer.estimator) for w, layer in zip(weights, layers, strict=True)}
     dense = all(row_order(w.shape, w.stride()) is not None for w in weights)
     # Groups concern the product, not the pass: a layer that falls back because of them ignores what was made for it.
-    return len(kinds) == 1 and dense and weights[0].is_cuda and backend.unsupported(weights[0], weights[0]) is None
+    return len(kinds) == 1 and dense and weights[0].is_cuda and choice.unsupported(weights[0], weights[0]) is None
 
 
 class SharedPass:
@@ -46,7 +47,7 @@ class SharedPass:
     def _of(self, dtype: torch.dtype) -> tuple[ModelPass, list[Planned]]:
         """The pass that packs weights in ``dtype``, and what it makes for every layer, rewritten by each run of it."""
         if dtype not in self._passes:
-            from .triton import ModelPass
+            from .gpu.triton import ModelPass
 
             weights = [layer.weight.detach() for layer in self._layers]
             thresholds = [layer.threshold.detach() for layer in self._layers]

@@ -18,6 +18,25 @@ class Planned(NamedTuple):
     packed: Tensor
 
 
+def check_layer(weight: Tensor, threshold: Tensor, estimator: str, transposed_groups: int | None = None) -> None:
+    """The threshold of one layer, without clients; ``transposed_groups``: see :func:`spafl_kernels.reference.filters`.
+
+    Raises:
+        ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
+    """
+    reference.check_estimator(estimator)
+    filters = weight.shape[0] if transposed_groups is None else weight.shape[1] * transposed_groups
+    if threshold.shape != (filters,):
+        raise ValueError(
+            f"threshold must have one value per filter: expected shape ({filters},) for a weight of shape "
+            f"{tuple(weight.shape)}; got {tuple(threshold.shape)}"
+        )
+    if threshold.device != weight.device:
+        raise ValueError(f"threshold is on {threshold.device} but weight is on {weight.device}")
+    if threshold.dtype != weight.dtype:
+        raise ValueError(f"threshold has dtype {threshold.dtype} but weight has {weight.dtype}")
+
+
 class ThresholdLayer:
     """Base of the threshold layers: the threshold parameter and the view of the filters it gives.
 

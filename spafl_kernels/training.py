@@ -27,12 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from . import reference
+from . import backend, reference
 from .executed import Executed
+from .flops import Counter
 from .functional import check_thresholds, refuse_transforms, threshold_penalty
 from .inventory import Inventory
-from .ops import backend
-from .ops.flops import Counter
 from .optimisers import AdamOptions, Options, SGDOptions, torch_optimiser, write_back
 from .shared_pass import share
 

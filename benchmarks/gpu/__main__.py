@@ -22,9 +22,9 @@ import time
 
 import torch
 
-from spafl_kernels import tables
-from spafl_kernels.tables.choices import SHELF as CHOICES
-from spafl_kernels.tables.tiles import SHELF as TILES
+from spafl_kernels.gpu import tables
+from spafl_kernels.gpu.tables.choices import SHELF as CHOICES
+from spafl_kernels.gpu.tables.tiles import SHELF as TILES
 
 from . import choices, results, roofline, schedule, targets, tiles
 from .clock import Cuda, tf32

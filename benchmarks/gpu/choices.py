@@ -1,10 +1,10 @@
-"""Makes the tables by which ``auto`` picks a backend, :mod:`spafl_kernels.tables.choices`, from measured rows."""
+"""Makes the tables by which ``auto`` picks a backend, :mod:`spafl_kernels.gpu.tables.choices`, from measured rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from spafl_kernels.tables.choices import Choice, Table, Way
+from spafl_kernels.gpu.tables.choices import Choice, Table, Way
 
 from .results import latest, origin
 

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
 from spafl_kernels import threshold_layers
-from spafl_kernels.ops import backend, cuda_ops
+from spafl_kernels.gpu import choice, cuda_ops
 from spafl_kernels.threshold_layer import Planned
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
@@ -23,7 +23,7 @@ __all__ = ["Cohort", "Loop"]
 
 def runs_triton(weight: Tensor) -> bool:
     """Whether the packed kernels run on this tensor: on a GPU, and on a CPU in Triton's interpreter."""
-    return weight.dtype in backend.DTYPES and (weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    return weight.dtype in choice.DTYPES and (weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ class Cohort:
         self.density = torch.ones(len(self.layers), len(models), device=first.device)  # in place: a graph reads it back
         self.passes = None
         if runs_triton(first):
-            from spafl_kernels.triton import ModelPass
+            from spafl_kernels.gpu.triton import ModelPass
 
             (estimator,) = {layer.estimator for _, layer in threshold_layers(self.skeleton)}
             self.passes = ModelPass(self.weights, self.thresholds, estimator)

@@ -33,8 +33,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from spafl_kernels import ThresholdConv2d, ThresholdLinear
-from spafl_kernels.ops import arguments, direct
+from spafl_kernels import ThresholdConv2d, ThresholdLinear, eager
+from spafl_kernels.gpu import arguments, direct
 from spafl_kernels.shared_pass import SharedPass
 
 from . import pretended
@@ -134,7 +134,7 @@ def parts(layer: ThresholdConv2d | ThresholdLinear, x: Tensor, repeats: int, pla
 @contextlib.contextmanager
 def through_the_dispatcher() -> Iterator[None]:
     """No call is plain: layers take the operators."""
-    with mock.patch.object(direct, "unseen", lambda: False):
+    with mock.patch.object(eager, "unseen", lambda: False):
         yield
 
 

@@ -26,12 +26,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spafl_kernels import ThresholdConv2d, ThresholdLinear, reference
-from spafl_kernels.ops import backend
-from spafl_kernels.tables.classes import shape_class
-from spafl_kernels.tables.tiles import Tile
-from spafl_kernels.triton.plan import capacity
-from spafl_kernels.triton.tiles import arithmetic, choose, filters_of
+from spafl_kernels import ThresholdConv2d, ThresholdLinear, backend, reference
+from spafl_kernels.gpu.packing import capacity
+from spafl_kernels.gpu.tables.classes import shape_class
+from spafl_kernels.gpu.tables.tiles import Tile
+from spafl_kernels.gpu.triton.tiles import arithmetic, choose, filters_of
 
 from .clock import Device, measure, tf32
 from .results import Row, finish
@@ -64,7 +63,7 @@ class Case:
 
         self.modules: dict[str, nn.Module] = {}
         self.layer, self.dtype, self.tf32 = layer, dtype, dtype == "tf32"
-        self.kernels = kernels or importlib.import_module("spafl_kernels.triton")
+        self.kernels = kernels or importlib.import_module("spafl_kernels.gpu.triton")
         self.n = batch * layer.rows
         self.count = max(1, round(density * layer.out))
         # Channels last in memory: (N, H, W, C) seen as (N, C, H, W).

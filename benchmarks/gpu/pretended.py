@@ -129,14 +129,14 @@ def device() -> Iterator[None]:
     """
     import triton
 
-    from spafl_kernels.ops import backend, library
+    from spafl_kernels.gpu import choice, operators
 
     if torch.cuda.is_available() or triton.knobs.runtime.interpret:
         raise RuntimeError("a GPU is pretended only where there is none, and where Triton compiles kernels")
     previous = getattr(triton.runtime.driver, "_active", None)
     triton.runtime.driver.set_active(_driver())
     try:
-        with library.kernels_of_cuda_on_the_cpu(), mock.patch.object(backend, "on_gpu", lambda tensor: True):
+        with operators.kernels_of_cuda_on_the_cpu(), mock.patch.object(choice, "on_gpu", lambda tensor: True):
             yield
     finally:
         triton.runtime.driver._active = previous

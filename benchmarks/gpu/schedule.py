@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
-from spafl_kernels.tables.tiles import Operation
+from spafl_kernels.gpu.tables.tiles import Operation
 
 from . import layers, steps, tiles
 from .clock import Device

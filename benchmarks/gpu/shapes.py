@@ -10,7 +10,7 @@ import torch
 
 from spafl.models import MODELS
 from spafl_kernels import ThresholdConv2d, ThresholdLinear
-from spafl_kernels.triton.geometry import Geometry
+from spafl_kernels.gpu.geometry import Geometry
 
 MODEL_NAMES = ("conv4", "resnet18-full", "lenet5", "vit")
 

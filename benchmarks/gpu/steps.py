@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spafl.models import build_model
-from spafl_kernels import threshold_layers, to_dense
+from spafl_kernels import backend, threshold_layers, to_dense
 from spafl_kernels.compact import CompactTrainer
-from spafl_kernels.ops import backend, cuda_ops
+from spafl_kernels.gpu import cuda_ops
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Trainer
 
 from .captured import CapturedCohort, CapturedCompact

@@ -1,4 +1,4 @@
-"""Tile sizes: times of every candidate on a layer, and the tables of the fastest, :mod:`spafl_kernels.tables.tiles`."""
+"""Tile sizes: times of every candidate on a layer, and the tables of the fastest (:mod:`spafl_kernels.gpu.tables`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from spafl_kernels.tables.tiles import Kind, Operation, Table, Tile
-from spafl_kernels.triton.tiles import TILES, arithmetic, candidates, every
+from spafl_kernels.gpu.tables.tiles import Kind, Operation, Table, Tile
+from spafl_kernels.gpu.triton.tiles import TILES, arithmetic, candidates, every
 
 from .clock import Device, in_words, measure
 from .layers import GATE, Case, class_of

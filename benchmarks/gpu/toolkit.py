@@ -7,7 +7,7 @@ import pathlib
 import shutil
 import sys
 
-TESTS = pathlib.Path(__file__).resolve().parents[2] / "tests" / "kernels" / "triton"
+TESTS = pathlib.Path(__file__).resolve().parents[2] / "tests" / "kernels" / "gpu"
 
 
 def program(name: str) -> str | None:

@@ -1,5 +1,5 @@
 // How a kernel is launched and how it asks for shared memory. Kernels use these two macros and nothing else of the launch
-// syntax, so that the same source also builds with g++ (tests/kernels/cuda/support/cpu_shim.h, included on the command line).
+// syntax, so that the same source also builds with g++ (tests/kernels/gpu/cuda/support/cpu_shim.h, included on the command line).
 #pragma once
 #ifdef __CUDACC__
 #include <cuda_runtime.h>

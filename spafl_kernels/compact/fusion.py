@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..cpu.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, DirectReluPool
 from ..layers import ThresholdLayer
-from ..ops.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, DirectReluPool
 from .calls import target_of
 from .flow import Flow
 from .kinds.base import Op

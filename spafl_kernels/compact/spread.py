@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.channels import DirectCollectChannels, DirectExpandChannels, is_channels_last
+from ..cpu.channels import DirectCollectChannels, DirectExpandChannels, is_channels_last
 from .constants import chosen
 from .plan import Channels
 

@@ -23,8 +23,8 @@ from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 
 from ..convert import copy_of
+from ..flops import Counter
 from ..layers import ThresholdLayer
-from ..ops.flops import Counter
 from ..training import Unsupported
 from .calls import target_of, writes_in_place
 from .inputs import ONE, Form, usual_form

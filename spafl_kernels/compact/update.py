@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..ops.step import FilterRows, threshold_step
+from ..cpu.step import FilterRows, threshold_step
 from ..training import SGDOptions
 from .arena import Arena, Piece, Region
 from .state import LayerState

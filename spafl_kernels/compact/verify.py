@@ -50,7 +50,7 @@ class _Digits(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # see :class:`spafl_kernels.ops.flops.Counter`
+        return False  # see :class:`spafl_kernels.flops.Counter`
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -34,7 +34,7 @@ from benchmarks import (
 from benchmarks.gpu import results
 from spafl_kernels import ops, to_dense
 from spafl_kernels.compact import CompactTrainer
-from spafl_kernels.ops import skip
+from spafl_kernels.cpu import skip
 
 # Benchmark: a column that says how fast, or how small, ours is.
 FIGURE = {

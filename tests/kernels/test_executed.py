@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from spafl_kernels import ThresholdLinear, executed
-from spafl_kernels.ops.narrow import narrow
+from spafl_kernels.gpu.narrow import narrow
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
 SPAFL = torch.ops.spafl

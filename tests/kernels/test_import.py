@@ -1,10 +1,14 @@
 """Importing is cheap and needs neither Triton nor the compiled extension."""
 
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+
+import spafl_kernels
 
 BLOCKED = """
 import sys
@@ -69,3 +73,10 @@ def test_with_everything():
     """Steps of training and the comparison of engines before the first one import no compiler either."""
     done = subprocess.run([sys.executable, "-c", "import sys\n" + USE + STEP], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_wings_do_not_import_each_other():
+    for wing, other in (("cpu", "gpu"), ("gpu", "cpu")):
+        files = sorted((pathlib.Path(spafl_kernels.__file__).parent / wing).rglob("*.py"))
+        assert len(files) > 5
+        assert not [f for f in files if re.search(rf"^ *(from|import) \S*\b{other}\b", f.read_text(), re.M)]

@@ -26,9 +26,9 @@ def test_strict_means_the_same_everywhere(value, monkeypatch):
         with pytest.raises(spafl_kernels.Unsupported):
             make(model)
     with pytest.raises(RuntimeError, match="SPAFL_STRICT is set"):
-        from spafl_kernels.ops import backend
+        from spafl_kernels.gpu import choice
 
-        backend.fall_back("of a reason")
+        choice.fall_back("of a reason")
 
 
 @pytest.mark.parametrize("value", ["", "0", "false", "No", "off"])

@@ -8,7 +8,7 @@ import torch
 from spafl.errors import UserError
 from spafl.simulation import run
 from spafl.simulation.placement import pick_device, pick_workers
-from spafl_kernels.tables import FOLDER, engines
+from spafl_kernels.gpu.tables import FOLDER, engines
 
 GPU = "made-up GPU"
 

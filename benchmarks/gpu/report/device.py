@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spafl_kernels.ops import closed_form
-from spafl_kernels.triton.geometry import Geometry
-from spafl_kernels.triton.plan import Plan
+from spafl_kernels.gpu import closed_form
+from spafl_kernels.gpu.geometry import Geometry
+from spafl_kernels.gpu.packing import Plan
 
 from .. import results, roofline
 from ..clock import Call, Cuda, Device

@@ -23,7 +23,7 @@ from .device import Visit, median_us
 # One CUDA C++ operator, in a process of its own: a jump to nowhere must not end the stage.
 OPERATOR = """
 import torch
-from spafl_kernels.ops import cuda_ops
+from spafl_kernels.gpu import cuda_ops
 if not cuda_ops.available():
     raise SystemExit(cuda_ops.why_not())
 w, t = [torch.randn(2, 64, 32, 3, 3, device="cuda")], [torch.full((2, 64), .8, device="cuda")]

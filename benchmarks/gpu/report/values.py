@@ -126,8 +126,9 @@ def _whole_model(visit: Visit, where: str) -> None:
     """The pass of a model, launch after launch."""
     from support import cases
 
-    from spafl_kernels.ops import closed_form
-    from spafl_kernels.triton import Geometry, ModelPass
+    from spafl_kernels.gpu import closed_form
+    from spafl_kernels.gpu.geometry import Geometry
+    from spafl_kernels.gpu.triton import ModelPass
 
     sizes = ((20, 1, 5, 0), (50, 20, 5, 31)) if visit.rehearsal else (
         (1000, 300, 3, 412), (20, 1, 5, 0), (4096, 64, 1, 4096), (500, 800, 1, 77))  # fmt: skip

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from spafl_kernels.tables import engines
+from spafl_kernels.gpu.tables import engines
 
 from .. import plugins
 from ..config import RunConfig
@@ -19,7 +19,7 @@ def pick_device(config: RunConfig) -> tuple[torch.device, str | None]:
     """The device of a run, and why, where ``auto`` had a choice.
 
     ``auto`` takes a GPU only where a table shows the simulation to be faster there than on the CPU; see
-    :mod:`spafl_kernels.tables.engines`.
+    :mod:`spafl_kernels.gpu.tables.engines`.
 
     Raises:
         UserError: CUDA was asked for and there is none, or the device's table is not usable.

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ...cpu.channels import is_channels_last
+from ...cpu.conv_pool import MAX_IN_CHANNELS, DirectConvReluPool
+from ...cpu.image_conv import DirectImageConv, Passes, image_passes
 from ...layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
-from ...ops.channels import is_channels_last
-from ...ops.conv_pool import MAX_IN_CHANNELS, DirectConvReluPool
-from ...ops.image_conv import DirectImageConv, Passes, image_passes
 from ...training import Unsupported
 from ..constants import all_places, typed
 from ..layout import Layout, Segment

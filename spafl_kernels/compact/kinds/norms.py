@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...ops.norm import DirectBatchNormRelu
-from ...ops.norm import pools as takes_pool
+from ...cpu.norm import DirectBatchNormRelu
+from ...cpu.norm import pools as takes_pool
 from ..constants import like_value, typed
 from ..layout import Layout
 from ..plan import Channels

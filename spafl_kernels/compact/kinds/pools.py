@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ...ops.conv_pool import POOLS, DirectReluPool
+from ...cpu.conv_pool import POOLS, DirectReluPool
 from ..calls import Call, Signature, bound
 from ..constants import all_places
 from ..layout import Layout

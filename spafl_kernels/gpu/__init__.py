@@ -1,0 +1,1 @@
+"""What runs on a GPU: the choice of an implementation, operators, launchers, Triton kernels and tables of times."""

@@ -1,0 +1,147 @@
+"""Threshold layers by PyTorch's own dense operators (cuDNN, cuBLAS) on the active filters alone.
+
+The same function as the reference, in plain PyTorch on any device and any floating dtype. The host has to know how many
+filters are active, so each pass waits for the device once: not for CUDA graphs, ``torch.compile`` or ``torch.func``.
+What it has over the packed kernels is arithmetic that they lack: float32 without tf32 runs on cuDNN's kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import reference
+from ..executed import note_number
+from ..reference import Estimator
+from .geometry import Geometry
+
+# Filter counts are rounded up to it, so that few shapes occur: cuDNN chooses an algorithm anew for every shape.
+MULTIPLE = 8
+
+
+def _first(wanted: Tensor) -> tuple[Tensor, int]:
+    """Rows to compute, the wanted ones first and in order, up to a multiple of MULTIPLE; and how many are wanted."""
+    count = int(wanted.sum())  # waits for the device
+    order = torch.argsort((~wanted).to(torch.int8), stable=True)
+    return order[: -(-count // MULTIPLE) * MULTIPLE], count
+
+
+def _cost(x: Tensor, weight: Tensor, geometry: Geometry | None) -> int:
+    """MACs of one filter in one product."""
+    positions = len(x) * (1 if geometry is None else geometry.output[0] * geometry.output[1])
+    return positions * weight.shape[1:].numel()
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None, need_input: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the dense operator."""
+    if geometry is None:
+        return grad @ weight if need_input else None, grad.t() @ x if need_weight else None
+    g = geometry
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, g.stride, g.padding, g.dilation, False, (0, 0), 1, (need_input, need_weight, False)
+    )[:2]
+
+
+class _Narrow(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: Estimator,
+        mask_bias: bool, geometry: Geometry | None,
+    ) -> Tensor:  # fmt: skip
+        margin = reference.filter_scores(weight) - threshold
+        active = margin > 0
+        rows, count = _first(active)
+        size = (*x.shape[:1], len(weight), *(() if geometry is None else geometry.output))
+        format = torch.contiguous_format if geometry is None else torch.channels_last
+        y = torch.zeros(size, dtype=x.dtype, device=x.device).contiguous(memory_format=format)
+        if bias is not None:
+            shown = bias * active if mask_bias else bias
+            y += shown.to(x.dtype).view(-1, *(1,) * (y.dim() - 2))
+        if count:
+            note_number(len(rows) * _cost(x, weight, geometry))
+            w, b = weight[rows].to(x.dtype), None if bias is None else bias[rows].to(x.dtype)
+            if geometry is None:
+                narrow = F.linear(x, w, b)
+            else:
+                narrow = F.conv2d(x, w, b, geometry.stride, geometry.padding, geometry.dilation)
+            y.index_copy_(1, rows[:count], narrow[:, :count])
+        passes = margin.abs() > reference.WINDOW if estimator == "window" else torch.ones_like(active)
+        ctx.save_for_backward(x, weight, bias, active, passes, rows)
+        ctx.count, ctx.mask_bias, ctx.geometry = count, mask_bias, geometry
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: without this the results would count as constants
+            raise RuntimeError(
+                "second derivatives are not implemented by the narrow threshold layers; use spafl_kernels.reference, "
+                "which has them"
+            )
+        x, weight, bias, active, passes, rows = ctx.saved_tensors
+        count, geometry = ctx.count, ctx.geometry
+        need_input, need_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
+        dims = (0,) if geometry is None else (0, 2, 3)
+        dx = None
+        if need_input:
+            dx = torch.zeros_like(x)
+            if count:
+                note_number(count * _cost(x, weight, geometry))
+                columns = grad.index_select(1, rows[:count])
+                dx = _gradients(columns, x, weight[rows[:count]].to(x.dtype), geometry, True, False)[0]
+        if not need_weight:
+            return dx, None, None, None, None, None, None
+        # Pruned filters whose r_i is not certainly 0 need their row of G too.
+        listed, wanted = _first(active | (passes & (grad != 0).any(dims)))
+        dw, dtau = torch.zeros_like(weight), weight.new_zeros(len(weight))
+        total = grad.sum(dims).to(weight.dtype)
+        if wanted:
+            w = weight[listed]
+            note_number(len(listed) * _cost(x, weight, geometry))
+            rows_of_g = _gradients(grad.index_select(1, listed), x, w.to(x.dtype), geometry, False, True)[1]
+            assert rows_of_g is not None
+            rows_of_g = rows_of_g.to(weight.dtype)
+            r = (rows_of_g * w).flatten(1).sum(1)
+            if bias is not None and ctx.mask_bias:
+                r = r + total[listed] * bias[listed]
+            r = r * passes[listed]
+            shape = (-1, *(1,) * (w.dim() - 1))
+            found = active[listed].view(shape) * rows_of_g + r.view(shape) * w.sign() / w[0].numel()
+            dw.index_copy_(0, listed[:wanted], found[:wanted])
+            dtau.index_copy_(0, listed[:wanted], -r[:wanted])
+        db = None
+        if bias is not None:
+            db = total * active if ctx.mask_bias else total
+        return dx, dw, dtau, db, None, None, None
+
+
+def narrow(
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    estimator: Estimator,
+    mask_bias: bool,
+    geometry: Geometry | None,
+) -> Tensor:
+    """A threshold layer by dense operators on its active filters.
+
+    Args:
+        x: ``(M, in)``, or ``(N, in, H, W)`` with a geometry; under autocast cast to its dtype.
+        weight: ``(out, in)`` or ``(out, in, kH, kW)``.
+        threshold, bias: ``(out,)``.
+        estimator, mask_bias: as for :func:`spafl_kernels.reference.threshold_conv2d`.
+        geometry: of the convolution, None for a linear layer.
+
+    Returns:
+        ``(M, out)`` or ``(N, out, H', W')``, the latter channels last; dtype of ``x``. First derivatives only.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _Narrow.apply(x, weight, threshold, bias, estimator, mask_bias, geometry)

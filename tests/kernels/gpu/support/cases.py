@@ -1,0 +1,129 @@
+"""Inputs of layers with a chosen set of active filters, and what the definition makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spafl_kernels import reference
+from spafl_kernels.gpu import closed_form
+from spafl_kernels.gpu.geometry import Geometry
+from spafl_kernels.gpu.packing import Plan
+from spafl_kernels.gpu.triton import layer_backward, layer_forward, plan_layer
+
+
+@dataclasses.dataclass
+class Case:
+    geometry: Geometry
+    x: Tensor
+    weight: Tensor
+    threshold: Tensor
+    bias: Tensor
+    grad: Tensor
+    keep: Tensor
+
+    def plan(self, estimator: str = "identity") -> tuple[Plan, Tensor]:
+        data, packed = closed_form.plan_and_packed(self.weight, self.threshold, estimator, self.x.dtype)
+        return Plan(data, self.weight.shape[1]), packed
+
+
+def counts(out: int) -> list[int]:
+    """Active filters at densities 0, 1/out, .1, .5, .97 and 1, each number once."""
+    return sorted({0, 1, round(0.1 * out), out // 2, int(0.97 * out), out})
+
+
+def make(
+    out: int,
+    geometry: Geometry,
+    n: int,
+    count: int | None = None,
+    clients: int = 1,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    dead_gradient: bool = False,
+    weight_dtype: torch.dtype | None = None,
+) -> Case:
+    """A layer with ``count`` active filters per client (all different), margins far from 0 and from the window.
+
+    ``dead_gradient``: dL/dy of pruned filters is 0, as behind a ReLU; otherwise of about half of them.
+    """
+    g = torch.Generator().manual_seed(seed)
+    weight_dtype = weight_dtype or dtype
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=g)
+
+    weight = (3 * randn(clients, out, geometry.channels, *geometry.kernel)).to(weight_dtype)
+    scores = torch.stack([reference.filter_scores(w) for w in weight]).float()
+    keep = rand(clients, out).argsort(1) < (out // 2 if count is None else count)
+    distance = torch.where(rand(clients, out) < 0.5, 0.5, 1.5)
+    threshold = torch.where(keep, scores - distance, scores + distance).to(weight_dtype)
+    grad = randn(clients, n, out, *geometry.output).to(dtype)
+    zero = ~keep if dead_gradient else ~keep & (rand(clients, out) < 0.5)
+    grad[zero[:, None].expand(-1, n, -1)] = 0
+    x = randn(clients, n, geometry.channels, geometry.height, geometry.width).to(dtype)
+    return Case(geometry, x, weight, threshold, randn(clients, out).to(weight_dtype), grad, keep)
+
+
+def expected_output(case: Case, bias: bool, mask_bias: bool) -> Tensor:
+    """The definition in float64 on the same numbers, the mask given."""
+    weight = torch.where(case.keep[..., None, None, None], case.weight.double(), 0)
+    b = case.bias.double() * (case.keep if mask_bias else 1)
+    g = case.geometry
+    return torch.stack(
+        [
+            torch.nn.functional.conv2d(x.double(), w, c if bias else None, g.stride, g.padding, g.dilation)
+            for x, w, c in zip(case.x, weight, b, strict=True)
+        ]
+    )
+
+
+def expected_gradients(case: Case, plan: Plan, bias: bool, mask_bias: bool) -> tuple[Tensor, ...]:
+    """The closed form in float64 on the same numbers and the same plan."""
+    return closed_form.backward(
+        case.grad.double(), case.x.double(), case.weight.double(), plan, case.bias.double() if bias else None,
+        mask_bias, case.geometry,
+    )  # fmt: skip
+
+
+def run(
+    case: Case, estimator: str, bias: bool, mask_bias: bool, tf32: bool, forward: Any = None, backward: Any = None
+) -> tuple[Plan, Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """``(plan, packed, y, gradients)``, through the launchers; ``forward`` and ``backward``: tiles."""
+    b, g = case.bias if bias else None, case.geometry
+    plan, packed, _ = plan_layer(case.weight, case.threshold, estimator, case.x.dtype)
+    y = layer_forward(case.x, packed, plan, b, g, mask_bias, tf32, forward)
+    return plan, packed, y, layer_backward(
+        case.grad, case.x, case.weight, packed, plan, b, g, mask_bias, tf32, tile=backward
+    )  # fmt: skip
+
+
+def check(
+    case: Case, plan: Plan, y: Tensor, gradients: Sequence[Tensor | None], tolerance: float, bias: bool, mask_bias: bool
+) -> None:
+    """Mask, output and gradients are those of the definition."""
+    assert torch.equal(plan.mask, case.keep)
+    assert error(y, expected_output(case, bias, mask_bias)) < tolerance
+    kept_bias = case.bias.to(y.dtype)[:, None, :, None, None] if bias and not mask_bias else torch.zeros(())
+    pruned = ~case.keep[:, None, :, None, None].expand_as(y)
+    assert torch.equal(y[pruned], kept_bias.expand_as(y)[pruned])  # exactly the bias, or exactly 0
+    want = expected_gradients(case, plan, bias, mask_bias)
+    for name, got, expected in zip(("dx", "dw", "dtau", "dbias"), gradients, want, strict=True):
+        if got is not None:
+            assert error(got, expected) < tolerance, name
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Root mean square of the difference over that of ``want``; infinite where ``got`` is not finite."""
+    difference = got.double() - want.double()
+    if not difference.isfinite().all():
+        return float("inf")
+    size = want.double().square().mean().sqrt()
+    return float(difference.square().mean().sqrt() / size) if size > 0 else float(difference.abs().max())
