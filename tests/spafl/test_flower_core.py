@@ -64,7 +64,7 @@ class Memory(Link):
         try:
             return self.side(node).answer(kind, raw)
         except UserError as error:
-            return refusal(str(error))
+            return refusal(error)
 
     def say(self, text):
         self.said.append(text)
@@ -176,7 +176,7 @@ def test_nothing_leaves_a_client_but_what_its_algorithm_sends(problem, tmp_path)
         header, frames = unpack(reply)
         allowed = {"protocol", "version", "config", "client", "round", "heard"}
         allowed |= {"train": {"samples", "cost"}, "evaluate": set()}.get(
-            kind, {"instance", "trained", "classes", "image", "dtype", "model", "samples", "cpu", "torch"}
+            kind, {"instance", "trained", "outputs", "numbers", "image", "dtype", "model", "samples", "cpu", "torch"}
         )
         assert set(header) <= allowed
         assert [set(decode(frame)) for frame in frames] == ([thresholds] if kind == "train" else [])
@@ -348,9 +348,9 @@ def test_what_a_server_refuses(problem, tmp_path):
     assert roster.meet(7, b"noise") == "not a SpaFL parcel"
     told = {"protocol": 1, "version": __version__, "config": roster.digest, "client": 1, "instance": "x", "heard": 0,
             "samples": 5,
-            "classes": 10, "image": [1, 28, 28], "dtype": roster.form[2], "model": "0" * 16}  # fmt: skip
+            "outputs": 10, "image": [1, 28, 28], "dtype": roster.form.dtype, "model": "0" * 16}  # fmt: skip
     for change, said in [
-        ({}, "differs from the run in model"), ({"classes": 9}, "differs from the run in classes: 9 instead of 10"),
+        ({}, "differs from the run in model"), ({"outputs": 9}, "differs from the run in outputs: 9 instead of 10"),
         ({"client": 3}, "client 3 in a run of clients 0 to 2"),
         ({"samples": 0}, "samples must be a whole number from 1"),
         ({"image": "big"}, "no shape"), ({"protocol": 2}, "speaks protocol 2; this server speaks 1"),

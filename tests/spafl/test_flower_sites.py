@@ -100,7 +100,7 @@ def nothing():
     ("data", "server_says", "client_says"),
     [
         (nothing, "the client refuses: data: test_flower_sites:nothing failed", "nothing: the train part is empty"),
-        (other, "client 1 differs from the run in classes", "the server refused this client: client 1 differs"),
+        (other, "client 1 differs from the run in outputs", "the server refused this client: client 1 differs"),
     ],
 )
 def test_a_client_whose_data_do_not_fit_is_left_out(problem, tmp_path, data, server_says, client_says):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,20 +24,31 @@ from .. import plugins
 from ..algorithms import Client, Samples
 from ..config import RunConfig
 from ..cost import Cost
-from ..data import Dataset
+from ..data import DataError, Dataset
 from ..errors import UserError
 from ..simulation.placement import pick_device
-from ..simulation.problem import Method, build_method, cut_data, load_data, objective_of
+from ..simulation.problem import (
+    Method,
+    build_method,
+    check_single_samples,
+    cut_data,
+    load_data,
+    model_input,
+    objective_of,
+)
 from ..simulation.resident import ClientSetting, Resident
 from ..wire import WireError, decode
 from .disk import ClientDisk, ClientState, digest
 from .parcel import number, pack, unpack
+from .refusals import DataRefused, told, unexplained, without_quotes
 
 PROTOCOL = 1
 """Of the headers; a server and a client of different ones, or of different releases, refuse each other."""
 
 # Of a configuration, what the machines of a run may have different from one another.
 _OWN = {"rounds", "simulation", "flower"}
+
+LOG = logging.getLogger("flwr")  # Flower's, where there is one
 
 
 def run_digest(config: RunConfig) -> str:
@@ -74,7 +86,7 @@ class Site:
             dataset = _called(self.data)
             train, test = (None, None)
         else:
-            dataset = load_data(config)
+            dataset = _configured(config)
             parts = cut_data(config, dataset)
             train, test = (torch.from_numpy(part[client]) for part in (parts.train, parts.test))
         samples = [
@@ -87,12 +99,24 @@ class Site:
         return dataset, samples[0], samples[1]
 
 
+def _configured(config: RunConfig) -> Dataset:
+    try:
+        return load_data(config)
+    except UserError as error:
+        raise DataRefused(str(error), without_quotes(str(error))) from None
+
+
 def _called(path: str) -> Dataset:
     load = plugins.find("data", path)
     try:
         made = load()
+    except (DataError, UserError) as error:  # of this package, which checks what makes a data set
+        raise DataRefused(
+            f"data: {path} failed: {error}", f"data: {path} failed: {without_quotes(str(error))}"
+        ) from None
     except Exception as error:  # the owner's code may raise anything
-        raise UserError(f"data: {path} failed: {plugins.explain(error)}") from None
+        what = f"data: {path} failed"
+        raise DataRefused(f"{what}: {plugins.explain(error)}", f"{what}: {unexplained(error)}") from None
     if not isinstance(made, Dataset):
         raise UserError(f"data: {path} must return a spafl.data.Dataset; got {type(made).__name__}")
     return made
@@ -116,6 +140,9 @@ class ClientSide:
         self.method: Method = build_method(
             site.config, self.dataset.outputs, self.dataset.shape, str(self.dataset.train_x.dtype)
         )
+        self.objective = replace(objective_of(site.config, self.dataset), confusion=0)
+        sample = model_input(site.config, self.dataset.shape, str(self.dataset.train_x.dtype))
+        check_single_samples(site.config, self.method.model, sample, {client: len(self._train)})
         self._resident: Resident | None = None
 
     def answer(self, kind: str, raw: object) -> bytes:
@@ -136,27 +163,27 @@ class ClientSide:
             header, frames = unpack(raw)
             self._check(kind, header)
             disk = ClientDisk(self.site.state, _run_name(header), self.client)
-            with disk.turn():
+            # A process whose node was killed may still be at work; the server waits no longer than this either.
+            with disk.turn(self.site.config.flower.round_timeout):
                 reply = acts[kind](header, frames, disk)
                 if kind == "evaluate":
                     disk.keep_test(pack(header, frames))
                 return reply
-        except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
-            # One line, and no traceback: paths and values of this machine are nobody else's business.
-            text = str(error) if isinstance(error, ValueError | ArithmeticError) else f"{type(error).__name__}: {error}"
-            return self._reply({"error": text.splitlines()[0] if text else type(error).__name__})
+        except (UserError, WireError, ArithmeticError) as error:
+            LOG.error("spafl: %s", error)
+            return self._reply({"error": told(error)})
+        except Exception as error:  # of the owner's plug-ins, or of PyTorch
+            LOG.exception("spafl: %s", plugins.explain(error))
+            return self._reply({"error": told(error)})
 
     # -- acts
 
     def _query(self, header: dict[str, Any], frames: list[bytes], disk: ClientDisk) -> bytes:
         state = disk.load(self.method.client_state)
-        samples = {
-            "classes": self.dataset.outputs,
-            "image": list(self.dataset.shape),
-            "dtype": str(self.dataset.train_x.dtype),
-        }
+        samples = {"image": list(self.dataset.shape), "dtype": str(self.dataset.train_x.dtype)}
         # Its own normalisation tells of its data, and stays here.
-        disk.describe(self.site.config.to_toml(), json.dumps({**samples, **self.dataset.about()}))
+        described = {"classes": self.dataset.outputs, **samples, **self.dataset.about()}
+        disk.describe(self.site.config.to_toml(), json.dumps(described))
         if not disk.path.exists():
             disk.save(state)  # from here on the client has its instance
         return self._reply(
@@ -164,6 +191,8 @@ class ClientSide:
                 "instance": state.instance,
                 "heard": state.heard,
                 "trained": state.trained,
+                "outputs": self.dataset.outputs,
+                "numbers": not self.dataset.classes,
                 **samples,
                 "model": f"{self.method.uplink.model:016x}",
                 "samples": len(self._train),
@@ -189,15 +218,18 @@ class ClientSide:
         stream = client.stream("rounding", round)
         frame = self.method.uplink.pack(training.message, frames[0], round, client.memory, stream)
         self._take_back()
-        told: dict[str, Any] = {
+        before = _after_merge(state.unmerged, header)
+        answer: dict[str, Any] = {
             "round": round,
             "heard": state.heard,
+            **_unmerged(before),
             "samples": len(self._train),
             "cost": asdict(replace(training.cost, train_seconds=0)),
         }
         if self.site.metrics:
-            told |= {"loss": training.loss, "figures": training.figures}
-        state.trained, state.task, state.reply = round, task, self._reply(told, [frame])
+            answer |= {"loss": training.loss, "figures": training.figures}
+        state.unmerged = (*before, round)
+        state.trained, state.task, state.reply = round, task, self._reply(answer, [frame])
         disk.save(state)
         return state.reply
 
@@ -207,7 +239,8 @@ class ClientSide:
             raise WireError("an evaluation message without its frame")
         state = disk.load(self.method.client_state)
         message = decode(frames[0], round, self.method.uplink.model)
-        told: dict[str, Any] = {"round": round, "heard": state.heard}
+        answer: dict[str, Any] = {"round": round, "heard": state.heard}
+        answer |= _unmerged(_after_merge(state.unmerged, header))
         if self.site.metrics:
             # Nothing is kept: an evaluation changes no client, and what it hears here it hears again when it trains.
             client = self._lend(state)
@@ -215,8 +248,8 @@ class ClientSide:
             result = self.method.algorithm.evaluate(client, message, header.get("train_data") is True)
             if not math.isfinite(result.loss):
                 raise ArithmeticError(f"the test loss of client {self.client} became {result.loss} in round {round}")
-            told["evaluation"] = asdict(replace(result, masks=None))
-        return self._reply(told)
+            answer["evaluation"] = asdict(replace(result, masks=None))
+        return self._reply(answer)
 
     # -- parts of acts
 
@@ -246,7 +279,7 @@ class ClientSide:
             config = self.site.config
             setting = ClientSetting(
                 config.local_training(), self.dataset.transform, self.method.macs, config.seed, self.device,
-                objective=replace(objective_of(config, self.dataset), confusion=0),
+                objective=self.objective,
             )  # fmt: skip
             self._resident = Resident(
                 self.method.algorithm,
@@ -268,9 +301,20 @@ class ClientSide:
             state.heard += 1
 
 
-def refusal(reason: str) -> bytes:
+def _after_merge(rounds: Sequence[int], header: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of rounds that were trained in, those later than the last one that the server has merged."""
+    merged = number(header, "merged", -1) if "merged" in header else -1
+    return tuple(round for round in rounds if round > merged)
+
+
+def _unmerged(rounds: Sequence[int]) -> dict[str, Any]:
+    return {"unmerged": list(rounds)} if rounds else {}
+
+
+def refusal(error: Exception) -> bytes:
     """The reply of a client that cannot even be made: no data, a wrong setting."""
-    return pack({"protocol": PROTOCOL, "version": __version__, "error": reason})
+    LOG.error("spafl: %s", error)
+    return pack({"protocol": PROTOCOL, "version": __version__, "error": told(error)})
 
 
 def missed(heard: int, header: Mapping[str, Any], frames: Sequence[bytes]) -> list[tuple[int, bytes]]:

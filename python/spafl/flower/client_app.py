@@ -17,7 +17,6 @@ Settings of the node (``flower-supernode --node-config 'client-id=3 state-dir="/
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import tomllib
 from pathlib import Path
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from .client import ClientSide
 
 app = ClientApp()
-LOG = logging.getLogger("flwr")
 
 # In a process that serves many clients (a simulation) so many are kept at hand.
 _KEPT = 16
@@ -71,19 +69,15 @@ def _answer(kind: str, message: Message, context: Context) -> Message:
 
     from ..errors import UserError
     from .client import refusal
-    from .parcel import unpack
 
     torch.set_num_threads(1)  # the same arithmetic as everywhere else
     try:
         side = _side(config_text(context), tuple(sorted(context.node_config.items())))
         raw = side.answer(kind, unwrap(message))
     except tomllib.TOMLDecodeError as error:
-        raw = refusal(f"spafl-config is not valid TOML: {error}")
+        raw = refusal(UserError(f"spafl-config is not valid TOML: {error}"))
     except UserError as error:
-        raw = refusal(str(error))
-    refused = unpack(raw)[0].get("error")
-    if refused:
-        LOG.error("spafl: %s", refused)
+        raw = refusal(error)
     return Message(wrap(raw), reply_to=message)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from ..errors import UserError
 FORMAT = "1"
 _REPLY = "reply"  # the last upload, among the tensors; their names have a prefix
 _OWN = "own."
+_PAUSE = 0.1  # seconds between two looks whether another process is done
 
 
 @dataclass
@@ -39,6 +42,7 @@ class ClientState:
         reply: what it answered: a client that is asked again does not train again.
         instance: drawn when the state was made. Two clients of one number have different ones; one that was restarted
             has the same.
+        unmerged: rounds it has trained in since the last one of which it knows that its upload was merged.
     """
 
     tensors: dict[str, Tensor]
@@ -47,6 +51,7 @@ class ClientState:
     task: str = ""
     reply: bytes = b""
     instance: str = field(default_factory=lambda: uuid.uuid4().hex)
+    unmerged: tuple[int, ...] = ()
 
 
 def digest(raw: bytes) -> str:
@@ -76,8 +81,11 @@ class ClientDisk:
         self.path = folder / run / f"client-{client:05d}.safetensors"
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, patience: float = 0.0) -> Iterator[None]:
         """Keep other processes from taking this client's turn at the same time.
+
+        Args:
+            patience: seconds to wait for another process: one whose node was killed may still be at work.
 
         Raises:
             UserError: the folder cannot be written, or another process has this client's turn.
@@ -89,10 +97,11 @@ class ClientDisk:
         except OSError as error:
             raise UserError(f"client state {self.path.parent} cannot be written: {error.strerror}") from None
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"client state {self.path} is in use by another process") from None
+            end = time.monotonic() + patience
+            while not _locked(file.fileno()):
+                if time.monotonic() >= end:
+                    raise UserError(f"client state {self.path} is in use by another process")
+                time.sleep(_PAUSE)
             yield
 
     def load(self, initial: Mapping[str, Tensor]) -> ClientState:
@@ -116,13 +125,15 @@ class ClientDisk:
         if told.pop("digest", None) != _digest(told, tensors):
             raise UserError(f"client state {self.path} is damaged: its digest does not match")
         reply = tensors.pop(_REPLY)
-        own = {name.removeprefix(_OWN): tensor for name, tensor in tensors.items()}
+        # Where a tensor begins decides the last bits of what is computed with it: in memory of its own, as elsewhere.
+        own = {name.removeprefix(_OWN): tensor.clone() for name, tensor in tensors.items()}
         form = {name: (tensor.shape, tensor.dtype) for name, tensor in initial.items()}
         if {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()} != form:
             raise UserError(f"client state {self.path} belongs to another model or method")
         return ClientState(
-            own, int(told["heard"]), int(told["trained"]), told["task"], reply.numpy().tobytes(), told["instance"]
-        )
+            own, int(told["heard"]), int(told["trained"]), told["task"], reply.numpy().tobytes(), told["instance"],
+            tuple(json.loads(told.get("unmerged", "[]"))),
+        )  # fmt: skip
 
     def save(self, state: ClientState) -> None:
         """Write the state; a kill at any moment leaves the old file or the new one.
@@ -139,6 +150,7 @@ class ClientDisk:
             "heard": str(state.heard),
             "trained": str(state.trained),
             "task": state.task,
+            "unmerged": json.dumps(state.unmerged),
             "instance": state.instance,
         }
         told["digest"] = _digest(told, tensors)
@@ -180,4 +192,14 @@ class ClientDisk:
             os.fsync(folder)
             os.close(folder)
         except OSError as error:
+            with suppress(OSError):
+                part.unlink()  # where the disk is full, half a file makes it fuller
             raise UserError(f"client state {path} cannot be written: {error.strerror}") from None
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

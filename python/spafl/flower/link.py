@@ -77,7 +77,27 @@ class Link(ABC):
         self.send("query", {seat.node: farewell for seat in self.roster.seats.values()}, _FAREWELL)
 
     def exchange(self, kind: str, parcels: Mapping[int, bytes], seconds: float) -> dict[int, bytes | str]:
-        """Send each client its parcel; its reply, or in words why there is none after ``seconds``."""
+        """Send each client its parcel; its reply, or in words why there is none after ``seconds``.
+
+        A client that was lost on the way is asked once more as soon as it is back, if that is within the time and
+        within ``flower.patience``: it may have trained already, and then it only answers.
+        """
+        end = time.monotonic() + seconds
+        answers = self._ask(kind, parcels, seconds)
+        why = {client: answer for client, answer in answers.items() if isinstance(answer, str)}
+        lost = {client: parcels[client] for client in why}
+        left = end - time.monotonic()
+        if lost and left > 0:
+            for client, reason in why.items():
+                self.say(f"client {client}: {reason}; it is asked again once it is back")
+                self.roster.seats.pop(client, None)  # it has to say anew where it is
+            back = self.gather(lost, min(self.roster.config.flower.patience, left)) & lost.keys()
+            left = end - time.monotonic()
+            if back and left > 0:
+                answers |= self._ask(kind, {client: lost[client] for client in sorted(back)}, left)
+        return answers
+
+    def _ask(self, kind: str, parcels: Mapping[int, bytes], seconds: float) -> dict[int, bytes | str]:
         seats = self.roster.seats
         client_of = {seats[client].node: client for client in parcels}
         replies = self.send(kind, {seats[client].node: parcel for client, parcel in parcels.items()}, seconds)

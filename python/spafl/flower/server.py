@@ -37,7 +37,7 @@ from ..wire import Message, WireError, decode, encode, payload_bytes
 from .client import cost_of
 from .link import Link
 from .parcel import number
-from .roster import Roster, check_start, read_reply
+from .roster import Form, Roster, arithmetics, check_start, read_reply, unmerged_rounds
 
 _PAUSE = 1.0  # seconds between two looks at who has come
 
@@ -97,10 +97,10 @@ class Coordinator:
     def __init__(self, config: RunConfig, folder: RunFolder, roster: Roster, link: Link) -> None:
         assert roster.form is not None
         self.config, self.folder, self.roster, self.link = config, folder, roster, link
-        classes, image, dtype, told = roster.form
-        self.method = build_method(config, classes, image, dtype)
-        if f"{self.method.uplink.model:016x}" != told:
-            raise UserError(f"clients have another model than the server: fingerprint {told}")
+        form = roster.form
+        self.method = build_method(config, form.outputs, form.samples, form.dtype)
+        if f"{self.method.uplink.model:016x}" != form.model:
+            raise UserError(f"clients have another model than the server: fingerprint {form.model}")
         self.clients = config.partition.clients
         stored = folder.path / "config.toml"
         self.checkpoints = Checkpoints(
@@ -123,14 +123,27 @@ class Coordinator:
                 self.round, self.server, self.log = saved.state.round, saved.server, saved.state.log
                 self.ledger = Ledger(self.method.layer_weights, saved.state.cost)
             lines = [without_final_evaluation(line, config) for line in lines[: self.round + 1]]
-        folder.begin(config.to_toml(), json.dumps(self._partition(classes, image, dtype)), lines)
+        folder.begin(config.to_toml(), json.dumps(self._partition(form)), lines)
+        self._merged = {client: line["round"] for line in lines for client in line["merged"]}
+        self._noted = {(each["client"], each["round"]) for line in lines for each in line.get("unmerged", [])}
 
-    def _partition(self, classes: int, image: tuple[int, ...], dtype: str) -> dict[str, Any]:
-        """How many samples each client has; of which classes is its own business."""
+    def _partition(self, form: Form) -> dict[str, Any]:
+        """How many samples each client has; of which classes, and how they are normalised, is its own business."""
         counts = [self.roster.seats[k].samples if k in self.roster.seats else 0 for k in range(self.clients)]
+        numbers = form.targets == "numbers"
+        classes = 1 if numbers else form.outputs
         rows = [[count] + [0] * (classes - 1) for count in counts]
-        told = {"classes": classes, "image": list(image), "dtype": dtype, "train": rows, "test": rows}
-        return told | {"labels": "not told"}
+        return {
+            "classes": classes,
+            "targets": {"outputs": form.outputs, "edges": []} if numbers else None,
+            "image": list(form.samples),
+            "dtype": form.dtype,
+            "class_names": None,
+            "normalisation": None,
+            "train": rows,
+            "test": rows,
+            "labels": "not told",
+        }
 
     # -- the run
 
@@ -181,6 +194,7 @@ class Coordinator:
         """
         round, algorithm = asked.round, self.method.algorithm
         replies, told, lost, refused = [], {}, [], []
+        trained_before: list[tuple[int, int]] = []
         for k in asked.sent:
             raw = answers.get(k, "no answer")
             if isinstance(raw, str):
@@ -192,11 +206,12 @@ class Coordinator:
                     raise WireError(f"client {header['client']} answered for client {k}")
                 if len(frames) != 1:
                     raise WireError(f"an upload is one frame; got {len(frames)}")
-                told[k], heard = _training(header), number(header, "heard")
+                told[k], heard, unmerged = _training(header), number(header, "heard"), unmerged_rounds(header)
             except WireError as error:
                 refused.append(Rejection(k, str(error)))
                 continue
             self._heard(k, heard)
+            trained_before += [(k, r) for r in unmerged]
             replies.append(Reply(k, header.get("samples"), frames[0]))  # type: ignore[arg-type]
         merged = merge_replies(
             algorithm, self.server, round, asked.sent, replies, self.method.uplink, self.clients,
@@ -220,7 +235,10 @@ class Coordinator:
             "merged": list(merged.accepted),
             "absent": asked.absent,
             "lost": [{"client": r.client, "reason": r.reason} for r in lost],
+            "unmerged": [],
         }
+        self._note_unmerged(line, trained_before)
+        self._merged |= dict.fromkeys(merged.accepted, round)
         for r in (*lost, *rejected):
             self.link.say(f"round {round}: client {r.client}: {r.reason}")
         self.folder.append_metrics(line)
@@ -233,7 +251,10 @@ class Coordinator:
         # The client's own word: it may have heard one whose receipt was lost, or have started anew.
         known = self.log.heard[client] = min(max(self.roster.seats[client].heard, first), self.log.made)
         missed = self.log.pending[known - first :]
-        header = {"client": client, "round": round, "first": known, "rounds": [a.round for a in missed], **more}
+        header = {
+            "client": client, "round": round, "first": known, "rounds": [a.round for a in missed],
+            "merged": self._merged.get(client, -1), **more,
+        }  # fmt: skip
         frame = encode(message, round, self.method.uplink.model)
         tensors = payload_bytes(message) + sum(payload_bytes(decode(a.frame)) for a in missed)
         return self.roster.parcel(header, [frame, *(a.frame for a in missed)]), tensors
@@ -241,6 +262,13 @@ class Coordinator:
     def _heard(self, client: int, count: int) -> None:
         self.log.heard[client] = min(count, self.log.made)
         self.roster.seats[client] = replace(self.roster.seats[client], heard=count)
+
+    def _note_unmerged(self, line: dict[str, Any], told: Sequence[tuple[int, int]]) -> None:
+        """Write down, once, in which rounds clients have trained that were merged without them."""
+        for client, round in told:
+            if self._merged.get(client, -1) < round <= line["round"] and (client, round) not in self._noted:
+                self._noted.add((client, round))
+                line["unmerged"].append({"client": client, "round": round})
 
     def ask_evaluation(self, line: Mapping[str, Any]) -> dict[int, bytes]:
         """What clients are sent to be tested after the round of ``line``, and brought up to date."""
@@ -264,6 +292,7 @@ class Coordinator:
                 if number(header, "client") != k:
                     raise WireError(f"client {header['client']} answered for client {k}")
                 self._heard(k, number(header, "heard"))
+                self._note_unmerged(line, [(k, round) for round in unmerged_rounds(header)])
                 evaluation = _evaluation(header.get("evaluation"), set(self.method.layer_weights))
                 if evaluations and (evaluation.densities or {}).keys() != (evaluations[0].densities or {}).keys():
                     raise WireError("densities must be those of the layers that other clients tell")
@@ -288,6 +317,7 @@ class Coordinator:
     def _summarise(self) -> dict[str, Any]:
         lines = self.folder.read_metrics()
         name, where = self.config.algorithm["name"], environment(CPU, len(self.roster.seats))
+        where["clients"] = arithmetics(self.roster)
         if any(line["evaluation"] for line in lines):
             summary = run_summary(self.config.name, name, lines, where)
         else:  # clients keep their figures to themselves
@@ -318,6 +348,10 @@ def open_run(config: RunConfig, folder: RunFolder, link: Link) -> Coordinator:
     while len(link.gather((), config.flower.patience)) < wanted and time.monotonic() < end:
         time.sleep(_PAUSE)
     check_start(link.roster)
+    alike = arithmetics(link.roster)
+    if len(alike) > 1:
+        who = "; ".join(f"{name}: clients {', '.join(map(str, clients[:9]))}" for name, clients in alike.items())
+        link.say(f"no single machine has all bits of this run, because clients compute differently ({who})")
     return Coordinator(config, folder, link.roster, link)
 
 

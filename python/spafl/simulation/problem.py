@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def build_problem(config: RunConfig) -> Problem:
     objective_of(config, dataset)
     parts = cut_data(config, dataset)
     method = build_method(config, dataset.outputs, dataset.shape, str(dataset.train_x.dtype))
-    _check_single_samples(config, method.model, model_input(config, dataset.shape, str(dataset.train_x.dtype)), parts)
+    sizes = {k: len(part) for k, part in enumerate(parts.train)}
+    check_single_samples(config, method.model, model_input(config, dataset.shape, str(dataset.train_x.dtype)), sizes)
     return Problem(**vars(method), dataset=dataset, parts=parts)
 
 
@@ -218,12 +220,18 @@ def _feedback(config: RunConfig, uplink: Uplink, algorithm: Algorithm, model: nn
     return uplink.client_state(algorithm.expected_upload(server, 0, k) for k in range(config.partition.clients))
 
 
-def _check_single_samples(config: RunConfig, model: nn.Module, sample: Tensor, parts: Partition) -> None:
-    """Refuse parts that leave a training batch of one sample to a model that cannot normalise over one."""
+def check_single_samples(config: RunConfig, model: nn.Module, sample: Tensor, sizes: Mapping[int, int]) -> None:
+    """Refuse parts that leave a training batch of one sample to a model that cannot normalise over one.
+
+    Args:
+        sample: one sample, as the model takes it.
+        sizes: training samples by client.
+
+    Raises:
+        UserError: names the first such client.
+    """
     size, drop = config.training.batch_size, config.training.drop_last
-    lone = [
-        k for k, part in enumerate(parts.train) if len(part) == 1 or (len(part) % size == 1 and not drop) or size == 1
-    ]
+    lone = [k for k, count in sizes.items() if count == 1 or (count % size == 1 and not drop) or size == 1]
     if not lone:
         return
     try:
@@ -231,7 +239,7 @@ def _check_single_samples(config: RunConfig, model: nn.Module, sample: Tensor, p
             copy.deepcopy(model).train()(sample)
     except ValueError:
         raise UserError(
-            f"training: client {lone[0]} has {len(parts.train[lone[0]])} samples, so with batch_size = {size} a batch "
+            f"training: client {lone[0]} has {sizes[lone[0]]} samples, so with batch_size = {size} a batch "
             f"of one sample is left, which {config.model.name} cannot normalise; set training.drop_last = true, "
             "another training.batch_size or a larger partition.min_train"
         ) from None
