@@ -3,9 +3,9 @@
     python -m benchmarks.prices [--check] [RESULTS.csv ...]
 
 The seconds of every measured step, masked, compact, and compact without the extension, are explained by what the step
-does (:mod:`spafl_kernels.compact.estimate`) with prices that are not negative, to the smallest sum of squared relative
-errors; ``spafl_kernels/compact/estimate.json`` is written, and how far the estimates are off is printed. ``--check``
-writes nothing.
+does (:mod:`spafl_kernels.compact.plan.estimate`) with prices that are not negative, to the smallest sum of squared
+relative errors; ``spafl_kernels/compact/plan/estimate.json`` is written, and how far the estimates are off is printed.
+``--check`` writes nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from scipy.optimize import nnls
 from benchmarks import common
 from benchmarks.common import Row
 from benchmarks.zoo_models import ZOO
-from spafl_kernels.compact.estimate import ENGINES, FEATURES, PRICES, plan_of, work
-from spafl_kernels.compact.flow import Flow
-from spafl_kernels.compact.follow import follow_thresholds
-from spafl_kernels.compact.inputs import Input
-from spafl_kernels.compact.rows import Rows
-from spafl_kernels.compact.trace import check_traceable
+from spafl_kernels.compact.graph.flow import Flow
+from spafl_kernels.compact.graph.follow import follow_thresholds
+from spafl_kernels.compact.graph.inputs import Input
+from spafl_kernels.compact.graph.trace import check_traceable
+from spafl_kernels.compact.plan.estimate import ENGINES, FEATURES, PRICES, plan_of, work
+from spafl_kernels.compact.plan.rows import Rows
 
 
 def amounts(rows: Sequence[Row]) -> dict[str, list[list[float]]]:

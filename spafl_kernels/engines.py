@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from . import settings
 from .compact import CompactTrainer
-from .compact.estimate import Judge
+from .compact.plan.estimate import Judge
 from .compact.verify import Verify
 from .training import Loss, MaskedTrainer, Trainer, Unsupported
 
@@ -32,9 +32,9 @@ def make_trainer(
     Args:
         model: the resident model, on its final device.
         engine: ``"masked"``, ``"compact"``, or ``"auto"``: compact where it runs the model exactly and is expected to
-            gain, else masked. What is expected comes from a table of prices (:mod:`.compact.estimate`), the masks and
-            the batch, never from a clock: a training that is repeated, in whichever process, makes the same choice. On
-            a GPU "auto" is masked: the compact engine runs there, but asks the host at every step whether a mask
+            gain, else masked. What is expected comes from a table of prices (:mod:`.compact.plan.estimate`), the masks
+            and the batch, never from a clock: a training that is repeated, in whichever process, makes the same choice.
+            On a GPU "auto" is masked: the compact engine runs there, but asks the host at every step whether a mask
             changed, and has not been measured.
         loss: see :class:`spafl_kernels.training.Trainer`.
         strict: raise where the compact engine cannot run the model instead of taking the masked one; by default what

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spafl_kernels.compact.follow import trace_flow
-from spafl_kernels.compact.session import Session
+from spafl_kernels.compact.graph.follow import trace_flow
+from spafl_kernels.compact.train.session import Session
 from spafl_kernels.threshold_layer import ThresholdLayer
 from spafl_kernels.training import Loss, SGDOptions
 

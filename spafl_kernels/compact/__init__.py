@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from .audit import Audit, LayerAudit, audit
 from .export import export
-from .flow import Flow
-from .follow import trace_flow
+from .graph.flow import Flow
+from .graph.follow import trace_flow
 from .trainer import CompactTrainer
 
 if TYPE_CHECKING:

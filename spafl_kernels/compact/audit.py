@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..reference import Estimator, mask_weight_and_bias
-from .flow import Flow
-from .follow import trace_flow
+from .graph.flow import Flow
+from .graph.follow import trace_flow
 from .kinds.layers import Layer
-from .plan import Plan
-from .rows import Rows
+from .plan.plan import Plan
+from .plan.rows import Rows
 
 __all__ = ["Audit", "LayerAudit", "audit"]
 

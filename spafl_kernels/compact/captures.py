@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..training import Unsupported
-from .flow import Flow
-from .follow import follow_thresholds
-from .inputs import Form, Input, usual_form
-from .rows import Rows
-from .trace import Patterns, Trace, Untraceable, check_traceable
+from .graph.flow import Flow
+from .graph.follow import follow_thresholds
+from .graph.inputs import Form, Input, usual_form
+from .graph.trace import Patterns, Trace, Untraceable, check_traceable
+from .graph.watch import Modes, Watch
+from .plan.rows import Rows
 from .verify import Verify, check_verify
-from .watch import Modes, Watch
 
 __all__ = ["MOST", "Batch", "Captured", "Captures", "Recent"]
 
@@ -75,7 +75,7 @@ class Captured(Generic[T]):
         return Rows(self.flow)
 
     def changed(self, pattern: int = 0) -> str | None:
-        """Why this does not hold good any more; see :meth:`~spafl_kernels.compact.watch.Watch.changed`."""
+        """Why this does not hold good any more; see :meth:`~spafl_kernels.compact.graph.watch.Watch.changed`."""
         return self.flow.trace.watch.changed(pattern)
 
 

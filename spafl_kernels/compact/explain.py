@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .audit import Audit
-from .conditions import rows_in_words
-from .estimate import Estimate
-from .flow import Flow
+from .graph.flow import Flow
+from .plan.conditions import rows_in_words
+from .plan.estimate import Estimate
 
 __all__ = ["RowsBy", "layers_in_words", "nothing_skipped"]
 

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from ..training import Unsupported
-from .flow import Flow
-from .follow import trace_flow
+from .graph.flow import Flow
+from .graph.follow import trace_flow
+from .graph.trace import check_traceable, copy_of, kept_random_state
 from .kinds.base import Op
 from .kinds.ends import Output
 from .kinds.grouped import Depthwise, Grouped
 from .kinds.layers import Layer
 from .kinds.norms import BatchNorm
-from .plan import Plan
-from .rows import Rows
+from .plan.plan import Plan
+from .plan.rows import Rows
 from .small import Small
-from .trace import check_traceable, copy_of, kept_random_state
 from .verify import compared, differs
 
 __all__ = ["export"]

@@ -16,16 +16,16 @@ from ..settings import strict as strict_by_default
 from ..training import Unsupported
 from .captures import Batch, Captures
 from .explain import RowsBy, layers_in_words, nothing_skipped
-from .flow import Flow
-from .follow import check_has_thresholds
-from .fusion import always_fused, prefers_channels_last
-from .inputs import Form, inputs_of
-from .plan import Plan
-from .program import Program
-from .rows import Chosen, layer_states, norm_states
-from .scope import Scope
-from .state import LayerState, NormState, by_filter, channels_of, channels_of_norm, slots_of
-from .trace import Trace
+from .graph.flow import Flow
+from .graph.follow import check_has_thresholds
+from .graph.inputs import Form, inputs_of
+from .graph.trace import Trace
+from .plan.plan import Plan
+from .plan.rows import Chosen, layer_states, norm_states
+from .plan.state import LayerState, NormState, by_filter, channels_of, channels_of_norm, slots_of
+from .run.fusion import always_fused, prefers_channels_last
+from .run.program import Program
+from .run.scope import Scope
 from .verify import Verify, differs
 
 __all__ = ["CompactModule"]

@@ -12,16 +12,19 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..convert import to_dense
-from .constants import all_places, chosen, like_value
-from .flow import Flow
-from .plan import Channels, Plan
+from .graph.flow import Flow
+from .plan.plan import Channels, Plan
+from .run.constants import all_places, chosen, like_value
 
 __all__ = ["Small", "Value", "dense_copy", "out_of_place", "take_rows_of"]
 
 
 @dataclass
 class Value:
-    """A node of the new graph. ``channels``: those that are kept (None: all); ``constants``: see :mod:`.constants`."""
+    """A node of the new graph.
+
+    ``channels``: those that are kept (None: all); ``constants``: see :mod:`.run.constants`.
+    """
 
     node: fx.Node
     channels: Channels | None

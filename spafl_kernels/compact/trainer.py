@@ -1,7 +1,7 @@
 """The persistent engine: weights and momentum stay compact across steps, and only a mask that changes costs a rebuild.
 
 This is the life of a training: what the caller may do, which engine runs, who may write the model's tensors. The
-compact copy itself is in :mod:`.session`.
+compact copy itself is in :mod:`.train.session`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ..executed import Executed
 from ..training import Extra, Loss, MaskedTrainer, Options, SGDOptions, Trainer, TrainResult, Unsupported
 from .audit import measured
 from .captures import Batch, Captured, Captures
-from .estimate import expectation
 from .explain import layers_in_words, nothing_skipped
-from .flow import Flow
-from .follow import check_has_thresholds
-from .inputs import ONE, Input
-from .memory import pages
-from .momentum import OwnMomentum
-from .session import Session, settings_of
-from .trace import Trace
+from .graph.flow import Flow
+from .graph.follow import check_has_thresholds
+from .graph.inputs import ONE, Input
+from .graph.trace import Trace
+from .graph.watch import modes_of, set_modes
+from .plan.estimate import expectation
+from .run.memory import pages
+from .train.momentum import OwnMomentum
+from .train.session import Session, settings_of
 from .verify import Verify, differs_in_training
-from .watch import modes_of, set_modes
 
 __all__ = ["CompactTrainer"]
 
@@ -69,7 +69,7 @@ class CompactTrainer(Trainer):
         trace: of ``model``, where one has been made already.
         judge: asked about the model as it is at the first batch and the first step of a training, and after every 64
             steps that run masked because it said so: ``judge(flow, batch)`` is a sentence why they had better, or None
-            (:class:`~spafl_kernels.compact.estimate.Judge`). By default nobody is asked.
+            (:class:`~spafl_kernels.compact.plan.estimate.Judge`). By default nobody is asked.
 
     Raises:
         Unsupported: the model has no threshold layers, or cannot be traced.

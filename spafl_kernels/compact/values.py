@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .flow import Flow
-from .follow import follow_inputs
-from .rows import Rows
-from .trace import copy_of
-from .watch import set_modes
+from .graph.flow import Flow
+from .graph.follow import follow_inputs
+from .graph.trace import copy_of
+from .graph.watch import set_modes
+from .plan.rows import Rows
 
 __all__ = ["first_difference"]
 

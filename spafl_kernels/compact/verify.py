@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..layers import ThresholdLayer
 from ..reference import WINDOW
 from ..training import MaskedTrainer, SGDOptions, Trainer
-from .flow import Flow
-from .trace import copy_of, kept_random_state
-from .watch import Modes, set_modes
+from .graph.flow import Flow
+from .graph.trace import copy_of, kept_random_state
+from .graph.watch import Modes, set_modes
 
 __all__ = ["Verify", "check_verify", "compared", "differs", "differs_in_training", "twins"]
 

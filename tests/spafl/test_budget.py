@@ -249,7 +249,7 @@ def test_the_coefficients_path_is_recorded_and_resumed(small, tmp_path):
 
 def test_operations_are_steered_where_skipping_is_not_expected_to_be_faster(small, tmp_path, monkeypatch):
     """Engine ``auto`` would run such a model masked, where nothing that is pruned is saved."""
-    from spafl_kernels.compact.estimate import Judge
+    from spafl_kernels.compact.plan.estimate import Judge
 
     monkeypatch.setattr(Judge, "gain", lambda *_: 0.5)
     simulation = {"simulation": {"engine": "auto"}, "rounds": 1}

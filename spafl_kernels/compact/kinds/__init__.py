@@ -16,13 +16,13 @@ from torch import fx
 
 from ...layers import ThresholdLayer
 from ...training import Unsupported
-from ..calls import Call, Signature, target_of
+from ..graph.calls import Call, Signature, target_of
 from .base import Op, kinds_of
 from .ends import Input, Output
 from .whole import Constant, Whole
 
 if TYPE_CHECKING:
-    from ..flow import Flow
+    from ..graph.flow import Flow
 
 __all__ = ["KINDS", "recognise"]
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..heads import Heads, attend
+from ..run.heads import Heads, attend
+from ..run.spread import Pick, packed
 from ..small import Value
-from ..spread import Pick, packed
 from .base import Op
 from .whole import as_it_stands
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["Attention"]

@@ -14,14 +14,14 @@ from dataclasses import KW_ONLY, dataclass
 from enum import Enum, IntFlag
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..layout import Layout
+from ..graph.layout import Layout
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..calls import Call, Signature
-    from ..flow import Flow
-    from ..scope import Run, Scope
+    from ..graph.calls import Call, Signature
+    from ..graph.flow import Flow
+    from ..run.scope import Run, Scope
     from ..small import Small, Value
 
 __all__ = ["Const", "Op", "Sign", "Stop", "kinds_of"]

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..calls import Bound, Call, Signature, bound
+from ..graph.calls import Bound, Call, Signature, bound
+from ..run.spread import zero_pads
 from ..small import Value, out_of_place
-from ..spread import zero_pads
 from .base import Const, Op, Sign
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["Activation", "Channelwise", "Elementwise", "Relu", "Same", "exported_function"]

@@ -10,17 +10,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ...layers import ThresholdConv1d, ThresholdConvTranspose2d
-from ..constants import all_places, typed
+from ..run.constants import all_places, typed
 from ..small import Small
 from .base import Const, Op
 from .layers import Layer, under_mask
 from .whole import Whole
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
-    from ..slots import LayerSlot
+    from ..graph.flow import Flow
+    from ..plan.slots import LayerSlot
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
 
 __all__ = ["OtherConvolution"]
 

@@ -10,15 +10,15 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from ..calls import Call, Signature
+from ..graph.calls import Call, Signature
 from ..small import Value
 from .base import Op
 from .channelwise import Same
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["Dropout"]

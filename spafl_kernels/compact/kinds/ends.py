@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ...training import Unsupported
-from ..calls import Call, Signature
+from ..graph.calls import Call, Signature
 from ..small import Value
 from .base import Op, Sign
 from .whole import as_it_stands
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["Inner", "Input", "Output", "Shape"]

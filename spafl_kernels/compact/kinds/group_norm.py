@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..calls import Call, Signature
-from ..constants import like_value, typed
+from ..graph.calls import Call, Signature
+from ..run.constants import like_value, typed
 from ..small import Value
 from .base import Const, Op, Stop
 from .whole import as_it_stands
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["GroupNorm"]

@@ -10,17 +10,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ...layers import ThresholdLayer
-from ..constants import all_places, chosen, like_value, typed
-from ..layout import Layout
-from ..plan import Channels, Plan
+from ..graph.layout import Layout
+from ..plan.plan import Channels, Plan
+from ..run.constants import all_places, chosen, like_value, typed
+from ..run.spread import Pick, Spread, packed
 from ..small import Small, Value
-from ..spread import Pick, Spread, packed
 from .base import Const, Op
 from .layers import Layer, under_mask
 
 if TYPE_CHECKING:
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
 
 __all__ = ["Depthwise", "Grouped"]
 

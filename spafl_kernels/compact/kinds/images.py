@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import fx, nn
 from torch.nn import functional as F
 
-from ..calls import Call, Signature, bound
+from ..graph.calls import Call, Signature, bound
 from .base import Op, Sign, Stop
 from .spatial import Spatial
 
 if TYPE_CHECKING:
-    from ..flow import Flow
+    from ..graph.flow import Flow
 
 __all__ = ["Padding", "Upsampling"]
 

@@ -17,19 +17,19 @@ from ...cpu.conv_pool import MAX_IN_CHANNELS, DirectConvReluPool
 from ...cpu.image_conv import DirectImageConv, Passes, image_passes
 from ...layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
 from ...training import Unsupported
-from ..constants import all_places, typed
-from ..layout import Layout, Segment
-from ..plan import Channels, Plan
+from ..graph.layout import Layout, Segment
+from ..plan.plan import Channels, Plan
+from ..plan.state import by_filter
+from ..run.constants import all_places, typed
+from ..run.spread import pixels
 from ..small import Value, take_rows_of
-from ..spread import pixels
-from ..state import by_filter
 from .base import Const, Op, kinds_of
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
-    from ..slots import LayerSlot
+    from ..graph.flow import Flow
+    from ..plan.slots import LayerSlot
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["Layer", "under_mask"]

@@ -13,18 +13,18 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from ..calls import Call, Signature, target_of
-from ..constants import all_places, joined
-from ..layout import Layout, Segment
+from ..graph.calls import Call, Signature, target_of
+from ..graph.layout import Layout, Segment
+from ..run.constants import all_places, joined
 from ..small import Value
 from .base import Const, Op, Sign, Stop
 from .channelwise import Same
 from .reshapes import Reshape, Slice
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["Concatenation", "Flatten", "Item", "Split"]

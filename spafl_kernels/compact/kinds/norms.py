@@ -11,17 +11,17 @@ from torch.nn import functional as F
 
 from ...cpu.norm import DirectBatchNormRelu
 from ...cpu.norm import pools as takes_pool
-from ..constants import like_value, typed
-from ..layout import Layout
-from ..plan import Channels
+from ..graph.layout import Layout
+from ..plan.plan import Channels
+from ..run.constants import like_value, typed
 from ..small import Value, take_rows_of
 from .base import Const, Op
 from .whole import Whole
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["BatchNorm"]

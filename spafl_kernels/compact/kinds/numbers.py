@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import fx
 
-from ..calls import Call, Signature
+from ..graph.calls import Call, Signature
 from .base import Op, Sign, Stop
 from .channelwise import Elementwise
 
 if TYPE_CHECKING:
-    from ..flow import Flow
+    from ..graph.flow import Flow
 
 __all__ = ["WithNumber", "with_number"]
 

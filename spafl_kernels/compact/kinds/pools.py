@@ -12,18 +12,18 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ...cpu.conv_pool import POOLS, DirectReluPool
-from ..calls import Call, Signature, bound
-from ..constants import all_places
-from ..layout import Layout
+from ..graph.calls import Call, Signature, bound
+from ..graph.layout import Layout
+from ..run.constants import all_places
 from ..small import Value
 from .base import Sign, Stop
 from .channelwise import Channelwise, exported_function
 from .spatial import Spatial
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
     from .base import Op
 

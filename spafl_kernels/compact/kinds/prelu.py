@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..calls import Call, Signature
+from ..graph.calls import Call, Signature
 from ..small import Value
 from .base import Op, Stop
 from .channelwise import Channelwise
 from .whole import Constant
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..plan import Channels
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..plan.plan import Channels
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["PReLU"]

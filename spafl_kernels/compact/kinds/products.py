@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from ..calls import Call, Signature
-from ..constants import like_value
+from ..graph.calls import Call, Signature
+from ..run.constants import like_value
 from ..small import Value
 from .base import Const, Op, Stop
 from .numbers import with_number
 from .whole import Constant
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["Product"]

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..calls import Call, Signature, is_literal
-from ..constants import all_places, chosen
-from ..layout import Layout, Segment
-from ..plan import Channels
+from ..graph.calls import Call, Signature, is_literal
+from ..graph.layout import Layout, Segment
+from ..plan.plan import Channels
+from ..run.constants import all_places, chosen
+from ..run.spread import Spread
 from ..small import Value
-from ..spread import Spread
 from .base import Op, Sign, Stop
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["Permutation", "PixelShuffle", "Reshape", "Shuffle", "Slice"]

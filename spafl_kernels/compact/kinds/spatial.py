@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..constants import all_places
+from ..run.constants import all_places
+from ..run.spread import zero_pads
 from ..small import Value
-from ..spread import zero_pads
 from .base import Const, Stop
 from .channelwise import Channelwise, exported_function
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["Spatial"]

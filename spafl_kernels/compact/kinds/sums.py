@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import fx
 
-from ..calls import Call, Signature
-from ..constants import chosen, summed
-from ..plan import Channels
+from ..graph.calls import Call, Signature
+from ..plan.plan import Channels
+from ..run.constants import chosen, summed
+from ..run.spread import Spread, Summand
 from ..small import Value
-from ..spread import Spread, Summand
 from .base import Const, Op, Stop
 from .numbers import with_number
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["Sum"]

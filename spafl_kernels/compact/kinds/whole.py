@@ -13,9 +13,9 @@ from ..small import Value, dense_copy
 from .base import Op, Stop
 
 if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..program import Values
-    from ..scope import Run, Scope
+    from ..graph.flow import Flow
+    from ..run.program import Values
+    from ..run.scope import Run, Scope
     from ..small import Small
 
 __all__ = ["Constant", "Whole"]

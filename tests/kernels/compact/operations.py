@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from spafl_kernels import ThresholdConv1d, ThresholdConv2d, ThresholdConvTranspose2d, ThresholdLinear
 from spafl_kernels.compact import trace_flow
-from spafl_kernels.compact.trace import check_traceable
+from spafl_kernels.compact.graph.trace import check_traceable
 from spafl_kernels.training import Unsupported
 
 IMAGE = (3, 6, 6)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, convert, threshold_layers, to_dense
 from spafl_kernels.compact import CompactModule, CompactTrainer, audit, export, trace_flow
-from spafl_kernels.compact.fusion import prefers_channels_last
+from spafl_kernels.compact.run.fusion import prefers_channels_last
 from spafl_kernels.engines import make_trainer
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Unsupported
 

@@ -14,7 +14,7 @@ from random_models import call, draw, fix_norms, mask, usable
 
 from spafl_kernels.compact import CompactModule, CompactTrainer
 from spafl_kernels.compact.export import _exported
-from spafl_kernels.compact.session import Session
+from spafl_kernels.compact.train.session import Session
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Unsupported
 
 TOLERANCE = 1e-8

@@ -10,9 +10,10 @@ from torch import nn
 
 from spafl.models import Conv4, LeNet5, ResNet18, ViT
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, native, threshold_layers
-from spafl_kernels.compact import CompactTrainer, fusion
-from spafl_kernels.compact.follow import trace_flow
+from spafl_kernels.compact import CompactTrainer
+from spafl_kernels.compact.graph.follow import trace_flow
 from spafl_kernels.compact.kinds import norms
+from spafl_kernels.compact.run import fusion
 from spafl_kernels.engines import make_trainer
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Unsupported
 

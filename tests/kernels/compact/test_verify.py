@@ -16,24 +16,11 @@ from torch.nn import functional as F
 
 from spafl.models import LeNet5
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, convert, threshold_layers
-from spafl_kernels.compact import (
-    CompactModule,
-    CompactTrainer,
-    conditions,
-    export,
-    follow,
-    layout,
-    module,
-    rows,
-    session,
-    state,
-    trace,
-    verify,
-)
-from spafl_kernels.compact.calls import Call
+from spafl_kernels.compact import CompactModule, CompactTrainer, export, module, verify
 from spafl_kernels.compact.captures import Batch
-from spafl_kernels.compact.dropped import DroppedRows
-from spafl_kernels.compact.inputs import ONE, Input
+from spafl_kernels.compact.graph import follow, layout, trace
+from spafl_kernels.compact.graph.calls import Call
+from spafl_kernels.compact.graph.inputs import ONE, Input
 from spafl_kernels.compact.kinds import dropout as dropouts
 from spafl_kernels.compact.kinds import grouped as groups
 from spafl_kernels.compact.kinds import pools
@@ -47,7 +34,10 @@ from spafl_kernels.compact.kinds.norms import BatchNorm
 from spafl_kernels.compact.kinds.pools import Pool
 from spafl_kernels.compact.kinds.sums import Sum
 from spafl_kernels.compact.kinds.whole import Whole
+from spafl_kernels.compact.plan import conditions, rows, state
 from spafl_kernels.compact.small import Small
+from spafl_kernels.compact.train import session
+from spafl_kernels.compact.train.dropped import DroppedRows
 from spafl_kernels.training import MaskedTrainer, SGDOptions, Unsupported
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training import Unsupported
+from ...training import Unsupported
 
 __all__ = ["ONE", "Form", "Input", "inputs_of", "usual_form"]
 
@@ -145,7 +145,7 @@ def inputs_of(tensors: Sequence[Tensor]) -> tuple[tuple[Input, ...], int]:
     """What is known of the tensors of a call, and its batch: dimension 0 of the first that has one.
 
     A tensor is taken to be by sample if its dimension 0 is as large. That is a guess, with which the model may fail
-    (see :func:`~spafl_kernels.compact.follow.follow_inputs`); it is a part of what a program is kept for.
+    (see :func:`~spafl_kernels.compact.graph.follow.follow_inputs`); it is a part of what a program is kept for.
     """
     batch = next((len(t) for t in tensors if t.dim()), None)
     if batch is None:

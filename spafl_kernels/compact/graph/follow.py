@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from ..layers import ThresholdLayer
-from ..training import Unsupported
+from ...layers import ThresholdLayer
+from ...training import Unsupported
+from ..kinds import KINDS, recognise
+from ..kinds.base import Op, Sign, Stop
+from ..kinds.ends import Inner
+from ..kinds.layers import Layer
+from ..kinds.norms import BatchNorm
+from ..kinds.whole import Whole
 from .aliases import give_writes_a_value
 from .calls import target_of
 from .flow import Flow
 from .inputs import Input
-from .kinds import KINDS, recognise
-from .kinds.base import Op, Sign, Stop
-from .kinds.ends import Inner
-from .kinds.layers import Layer
-from .kinds.norms import BatchNorm
-from .kinds.whole import Whole
 from .layout import Layout
 from .trace import Shapes, Trace, check_traceable, copy_of, kept_random_state
 

@@ -15,22 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import native, reference
-from ..layers import ThresholdLayer
-from ..reference import WINDOW
-from ..training import SGDOptions
-from .arena import Arena, attach, shares_of
-from .dropped import DroppedRows
-from .flat_update import FlatUpdate
-from .flow import Flow
-from .fusion import always_fused, prefers_channels_last
-from .layout import Layout
-from .memory import Memory
-from .plan import Channels, Plan
-from .program import Program
-from .rows import Rows, layer_states, norm_states
-from .scope import Scope
-from .state import (
+from ... import native, reference
+from ...layers import ThresholdLayer
+from ...reference import WINDOW
+from ...training import SGDOptions
+from ..graph.flow import Flow
+from ..graph.layout import Layout
+from ..plan.plan import Channels, Plan
+from ..plan.rows import Rows, layer_states, norm_states
+from ..plan.state import (
     LayerState,
     NormState,
     Tensors,
@@ -41,6 +34,13 @@ from .state import (
     same_channels,
     slots_of,
 )
+from ..run.fusion import always_fused, prefers_channels_last
+from ..run.memory import Memory
+from ..run.program import Program
+from ..run.scope import Scope
+from .arena import Arena, attach, shares_of
+from .dropped import DroppedRows
+from .flat_update import FlatUpdate
 from .update import CompiledUpdate, Loose, PlainUpdate, Update
 
 __all__ = ["Session", "settings_of"]
@@ -332,7 +332,7 @@ class Session:
         return {la.name: far[la.part] for la in self._pruned if la.window and bool(known[la.part].any())}
 
     def in_front(self, layer: LayerState, norm: str, layout: Layout | None, zero: bool = False) -> Tensor:
-        """See :class:`~spafl_kernels.compact.conditions.Constants`."""
+        """See :class:`~spafl_kernels.compact.plan.conditions.Constants`."""
         if not norm:
             value = self._current((layer.name, "b"), layer.bias)
             return self._scores.new_zeros(layer.rows) if value is None or layer.mask_bias else value

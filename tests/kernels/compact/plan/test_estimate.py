@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, make_trainer
-from spafl_kernels.compact import CompactTrainer, estimate, trace_flow, trainer
-from spafl_kernels.compact.rows import Rows
+from spafl_kernels.compact import CompactTrainer, trace_flow, trainer
+from spafl_kernels.compact.plan import estimate
+from spafl_kernels.compact.plan.rows import Rows
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
 OPTIONS = SGDOptions(lr=0.05, momentum=0.9, penalty=1e-2, max_grad_norm=1.0, collapse_floor=0.3)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..cpu.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, DirectReluPool
-from ..layers import ThresholdLayer
-from .calls import target_of
-from .flow import Flow
-from .kinds.base import Op
-from .kinds.channelwise import Relu
-from .kinds.layers import Layer
-from .kinds.norms import BatchNorm
-from .kinds.pools import Pool
+from ...cpu.conv_pool import MAX_IN_CHANNELS, MAX_KERNEL, DirectReluPool
+from ...layers import ThresholdLayer
+from ..graph.calls import target_of
+from ..graph.flow import Flow
+from ..kinds.base import Op
+from ..kinds.channelwise import Relu
+from ..kinds.layers import Layer
+from ..kinds.norms import BatchNorm
+from ..kinds.pools import Pool
 
 __all__ = ["Tail", "always_fused", "deferred", "prefers_channels_last", "tails"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .kinds.ends import Input, Output
+from ..kinds.ends import Input, Output
 from .scope import Run, Scope, Values
 
 __all__ = ["Program", "Values"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..training import SGDOptions
+from ...training import SGDOptions
+from ..plan.state import LayerState
 from .arena import Arena
-from .state import LayerState
 from .update import PlainUpdate
 
 __all__ = ["FlatUpdate"]

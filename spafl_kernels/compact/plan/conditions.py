@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .flow import Flow
-from .layout import Layout
+from ..graph.flow import Flow
+from ..graph.layout import Layout
 from .state import LayerState
 
 __all__ = ["Condition", "Constants", "rows_in_words"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..reference import WINDOW
+from ...reference import WINDOW
+from ..graph.flow import Flow
+from ..graph.layout import Layout
 from .conditions import Condition, Constants
-from .flow import Flow
-from .layout import Layout
 from .state import LayerState, NormState, per_filter
 
 __all__ = ["Chosen", "Rows", "layer_states", "norm_states"]

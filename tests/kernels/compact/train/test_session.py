@@ -10,8 +10,9 @@ from torch import nn
 
 from spafl.models import LeNet5
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, native, threshold_layers
-from spafl_kernels.compact import CompactTrainer, session
-from spafl_kernels.compact.memory import pages
+from spafl_kernels.compact import CompactTrainer
+from spafl_kernels.compact.run.memory import pages
+from spafl_kernels.compact.train import session
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
 IMAGE = (2, 8, 8)

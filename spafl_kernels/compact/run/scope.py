@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import native
-from .flow import Flow
+from ... import native
+from ..graph.flow import Flow
+from ..plan.plan import Channels, Plan
+from ..plan.slots import LayerSlot, NormSlot
 from .fusion import deferred, tails
-from .plan import Channels, Plan
-from .slots import LayerSlot, NormSlot
 from .spread import Spread
 
 if TYPE_CHECKING:
-    from .kinds.base import Op
-    from .kinds.layers import Layer
-    from .kinds.norms import BatchNorm
+    from ..kinds.base import Op
+    from ..kinds.layers import Layer
+    from ..kinds.norms import BatchNorm
 
 __all__ = ["Run", "Scope", "Values"]
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..reference import WINDOW, filter_scores
-from ..training import SGDOptions
-from .state import LayerState
+from ...reference import WINDOW, filter_scores
+from ...training import SGDOptions
+from ..plan.state import LayerState
 
 __all__ = ["DroppedRows", "Powers"]
 

@@ -12,7 +12,7 @@ from torch import nn
 from spafl.models import LeNet5, ResNet18, ViT
 from spafl_kernels import ThresholdConv2d, ThresholdLinear
 from spafl_kernels.compact import CompactTrainer
-from spafl_kernels.compact.spread import Spread
+from spafl_kernels.compact.run.spread import Spread
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
 EVERYTHING = SGDOptions(lr=0.02, momentum=0.9, weight_decay=1e-3, max_grad_norm=1.0, penalty=0.003, collapse_floor=0.01)

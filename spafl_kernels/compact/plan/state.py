@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import ThresholdLayer
-from .flow import Flow
-from .layout import Layout
+from ...layers import ThresholdLayer
+from ..graph.flow import Flow
+from ..graph.layout import Layout
 from .plan import Channels, Plan
 from .slots import LayerSlot, NormSlot
 

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .flow import Flow
-from .layout import Layout, Segment
+from ..graph.flow import Flow
+from ..graph.layout import Layout, Segment
 
 __all__ = ["Channels", "Plan", "padding_for"]
 

@@ -22,10 +22,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 
-from ..convert import copy_of
-from ..flops import Counter
-from ..layers import ThresholdLayer
-from ..training import Unsupported
+from ...convert import copy_of
+from ...flops import Counter
+from ...layers import ThresholdLayer
+from ...training import Unsupported
 from .calls import target_of, writes_in_place
 from .inputs import ONE, Form, usual_form
 from .watch import HOOKS, Modes, Watch, frozen, modes_of, set_modes

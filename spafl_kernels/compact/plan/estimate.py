@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import native as extension
-from ..layers import ThresholdLayer
-from .flow import Flow
-from .fusion import always_fused
-from .kinds.base import Const, Op
-from .kinds.layers import Layer
+from ... import native as extension
+from ...layers import ThresholdLayer
+from ..graph.flow import Flow
+from ..kinds.base import Const, Op
+from ..kinds.layers import Layer
+from ..run.fusion import always_fused
 from .plan import Plan
 from .rows import Rows
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..training import Unsupported
+from ...training import Unsupported
 from .calls import target_of, writes_in_place
 
 __all__ = ["give_writes_a_value"]
@@ -27,7 +27,7 @@ def give_writes_a_value(graph: fx.Graph, places: Mapping[str, tuple[Any, ...]], 
 
     Args:
         graph: of one trace.
-        places: memory of every tensor, see :class:`~spafl_kernels.compact.trace.Shapes`.
+        places: memory of every tensor, see :class:`~spafl_kernels.compact.graph.trace.Shapes`.
         model: for its modules.
 
     Raises:

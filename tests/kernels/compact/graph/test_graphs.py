@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from spafl_kernels import ThresholdLinear, convert, threshold_layers
 from spafl_kernels.compact import CompactTrainer, trace_flow
-from spafl_kernels.compact.layout import Layout, Segment
+from spafl_kernels.compact.graph.layout import Layout, Segment
 from spafl_kernels.training import SGDOptions
 
 

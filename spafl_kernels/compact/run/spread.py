@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cpu.channels import DirectCollectChannels, DirectExpandChannels, is_channels_last
+from ...cpu.channels import DirectCollectChannels, DirectExpandChannels, is_channels_last
+from ..plan.plan import Channels
 from .constants import chosen
-from .plan import Channels
 
 if TYPE_CHECKING:
-    from .kinds.base import Op
+    from ..kinds.base import Op
     from .scope import Scope, Values
 
 __all__ = ["Pick", "Spread", "Summand", "packed", "pixels", "zero_pads"]

@@ -22,9 +22,9 @@ from .layout import Layout
 from .trace import Trace
 
 if TYPE_CHECKING:
-    from .kinds.base import Op
-    from .kinds.layers import Layer
-    from .kinds.norms import BatchNorm
+    from ..kinds.base import Op
+    from ..kinds.layers import Layer
+    from ..kinds.norms import BatchNorm
 
 __all__ = ["Flow"]
 
@@ -100,7 +100,7 @@ class Flow:
 
     def single_reader(self, op: Op) -> bool:
         """Whether one operation alone reads the numbers of ``op``."""
-        from .kinds.ends import Shape
+        from ..kinds.ends import Shape
 
         return len([user for user in self.users(op) if not isinstance(user, Shape)]) == 1
 

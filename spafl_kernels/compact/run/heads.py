@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .plan import Channels
+from ..plan.plan import Channels
 
 __all__ = ["Heads", "attend"]
 

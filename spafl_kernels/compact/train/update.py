@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..cpu.step import FilterRows, threshold_step
-from ..training import SGDOptions
+from ...cpu.step import FilterRows, threshold_step
+from ...training import SGDOptions
+from ..plan.state import LayerState
 from .arena import Arena, Piece, Region
-from .state import LayerState
 
 __all__ = ["CompiledUpdate", "Filters", "Loose", "PlainUpdate", "Update"]
 

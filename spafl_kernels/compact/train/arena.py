@@ -16,10 +16,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .flow import Flow
-from .memory import Memory
-from .plan import Channels
-from .state import LayerState, NormState, put_rows, take_rows
+from ..graph.flow import Flow
+from ..plan.plan import Channels
+from ..plan.state import LayerState, NormState, put_rows, take_rows
+from ..run.memory import Memory
 
 __all__ = ["Arena", "Parts", "Piece", "Region", "Share", "VectorShare", "WeightShare", "attach", "shares_of"]
 

@@ -1,0 +1,1 @@
+"""Which rows are computed, what that means for every tensor, and what it is expected to bring."""
