@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...layers import ThresholdLayer
 from ...reference import WINDOW
 from ..graph.flow import Flow
 from ..graph.layout import Layout
+from ..kinds.whole import Constant, Whole
 from .conditions import Condition, Constants
 from .state import LayerState, NormState, per_filter
 
@@ -68,7 +71,7 @@ class Rows:
         self.flow = flow
         every = list(layer_states(flow).values() if layers is None else layers)
         self.layers = [layer for layer in every if layer.is_threshold]
-        self._plain = [layer.module for layer in every if not layer.is_threshold]
+        self._factors = _factors(flow)
         self.conditions = [c for layer in self.layers if (c := Condition.of(flow, layer)) is not None]
 
     def kept(self, active: Tensor, constants: Constants, far: Mapping[str, Tensor], spoiled: bool) -> Tensor:
@@ -92,6 +95,15 @@ class Rows:
                 keep[layer.part] |= carry
         return keep
 
+    def spoiled(self, scores: Sequence[Tensor]) -> bool:
+        """Whether something is not finite that zeros of dropped channels are multiplied by.
+
+        Args:
+            scores: of all filters, which tell of the weights of threshold layers.
+        """
+        values = [*scores, *(getattr(owner, name).detach().sum().view(1) for owner, name in self._factors)]
+        return not math.isfinite(torch.cat(values).sum().item())
+
     @property
     def reasons(self) -> dict[str, str]:
         """By layer, why rows may be computed although they are pruned."""
@@ -103,8 +115,7 @@ class Rows:
         if not self.layers:
             return Chosen({}, {}, {})
         scores = [layer.module.scores() for layer in self.layers]
-        values = [*scores, *(m.weight.sum().view(1) for m in self._plain)]
-        spoiled = not math.isfinite(torch.cat(values).sum().item())
+        spoiled = self.spoiled(scores)
         masks, passes, far = {}, {}, {}
         for layer, score in zip(self.layers, scores):
             threshold = layer.module.threshold
@@ -115,6 +126,37 @@ class Rows:
         active = torch.cat(list(masks.values()))
         keep = self.kept(active, OfParameters(self.flow), far, spoiled) if gradients or spoiled else active
         return Chosen(masks, {layer.name: keep[layer.part] for layer in self.layers}, passes)
+
+
+def _factors(flow: Flow) -> list[tuple[Any, str]]:
+    """The floating-point tensors, but for the weights of threshold layers, that meet the zeros of dropped channels.
+
+    They are owner and attribute, for somebody may put another tensor there. A kept bias and what is added spoil a
+    constant, which is computed; whatever runs at full width gets the zeros themselves.
+    """
+    found: dict[int, tuple[Any, str]] = {}
+
+    def note(owner: Any, name: str) -> None:
+        value = getattr(owner, name)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            found[id(value)] = owner, name
+
+    for op in flow.ops.values():
+        m, sources = op.module, [flow.ops[s] for s in op.sources]
+        if isinstance(op, Whole) or not (op.layout or any(s.layout for s in sources)):
+            continue
+        if isinstance(m, ThresholdLayer):
+            if m.bias is not None and m.mask_bias:
+                note(m, "bias")
+        elif m is not None:
+            for name in m._parameters:
+                note(m, name)
+        for source in sources:
+            path = str(source.node.target)
+            if isinstance(source, Constant) and path not in flow.trace.constants:
+                parent, _, name = path.rpartition(".")
+                note(flow.model.get_submodule(parent), name)
+    return list(found.values())
 
 
 class OfParameters:

@@ -182,9 +182,7 @@ class Session:
         for layer in self._pruned:
             self._score(layer)
         self._tau = torch.cat([layer.threshold for layer in self._pruned]) if self._pruned else self._scores
-        # What is not finite is to spoil the result as it does in the masked model, where 0 * NaN is NaN.
-        plain = [layer.weight for layer in self._layers.values() if not layer.is_threshold]
-        self._spoiled = not math.isfinite(sum(t.sum().item() for t in (self._scores, *plain)))
+        self._spoiled = self._rows.spoiled([self._scores])
         # The compiled step knows one learning rate, plain momentum, and one coefficient of the penalty.
         self._in_one_call = (
             self.compiled and not options.nesterov and options.threshold_lr is None and options.penalty_scales is None

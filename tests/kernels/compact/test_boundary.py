@@ -769,6 +769,55 @@ def test_what_is_not_a_number_spoils_the_result(place):
         export(model, (6,))
 
 
+class Scaling(nn.Module):
+    """Zeros of pruned channels meet a masked bias, the scale of a norm, a slope, a parameter and a buffer."""
+
+    def __init__(self, estimator):
+        super().__init__()
+        self.a = ThresholdLinear(6, 8, mask_bias=True, estimator=estimator)
+        self.norm, self.slope = nn.BatchNorm1d(8), nn.PReLU(8)
+        self.b = ThresholdLinear(8, 8, bias=False, estimator=estimator)
+        self.scale = nn.Parameter(torch.ones(8))
+        self.register_buffer("map", torch.ones(8))
+        self.c = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.c(F.relu(self.b(self.slope(self.norm(self.a(x))))) * self.scale * self.map)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+@pytest.mark.parametrize("name", ["a.bias", "norm.weight", "slope.weight", "scale", "map", "a.threshold"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_multiplies_pruned_channels_spoils_the_result(name, value, estimator):
+    torch.manual_seed(0)
+    model = prune(Scaling(estimator).double(), 0.5)
+    place = model.a if name[0] in "ans" and name != "scale" else model.b
+    tensor = dict((*model.named_parameters(), *model.named_buffers()))[name].data
+    module = CompactModule(model, strict=True, verify="never")
+    x, y = data(1)[0]
+    assert module(x).isfinite().all()
+    tensor[int((~place.mask()).nonzero()[0])] = value
+    twin = copy.deepcopy(model)
+    for training in (True, False):
+        for m in (module, twin):
+            m.train(training)
+        torch.testing.assert_close(module(x), twin(x), rtol=1e-9, atol=1e-9, equal_nan=True)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), twin(x), rtol=1e-9, atol=1e-9, equal_nan=True)
+    assert name == "a.threshold" or not twin(x).isfinite().all()
+    losses = []
+    for m, kind in ((twin, MaskedTrainer), (model, lambda m: CompactTrainer(m, strict=True, verify="never"))):
+        trainer = kind(m)
+        if name == "a.threshold":
+            with pytest.raises(ValueError, match="finite"):
+                trainer.begin(SGDOptions(lr=0.1))
+            return
+        trainer.begin(SGDOptions(lr=0.1))
+        losses.append(trainer.step(x, y))
+    assert losses[0].isnan() and losses[1].isnan()
+
+
 def test_a_module_inside_another_saves_and_loads():
     whole = nn.ModuleDict({"net": CompactModule(net()), "other": nn.Linear(2, 2)})
     plain = nn.ModuleDict({"net": net(), "other": nn.Linear(2, 2)})
