@@ -447,7 +447,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spafl, m) {
   m.def(
       "batch_norm_relu_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, float momentum, float eps, int pool) -> (Tensor, Tensor)");
-  m.def("batch_norm_running(Tensor(a!) mean, Tensor(b!) var, Tensor stats, float momentum) -> ()");
   m.def(
       "threshold_pass(Tensor[] weights, Tensor[] thresholds, Tensor[] rests, int[] n_in, Tensor(a!)[] scores, "
       "Tensor(b!)[] masks) -> Tensor");
@@ -473,7 +472,6 @@ STABLE_TORCH_LIBRARY_IMPL(spafl, CPU, m) {
   m.impl("batch_norm_relu", TORCH_BOX(&spafl::batch_norm_relu));
   m.impl("batch_norm_relu_grad", TORCH_BOX(&spafl::batch_norm_relu_grad));
   m.impl("batch_norm_relu_train", TORCH_BOX(&spafl::batch_norm_relu_train));
-  m.impl("batch_norm_running", TORCH_BOX(&spafl::batch_norm_running));
   m.impl("threshold_pass", TORCH_BOX(&spafl::threshold_pass));
   m.impl("sgd_step", TORCH_BOX(&spafl::sgd_step));
   m.impl("threshold_step", TORCH_BOX(&spafl::threshold_step));

@@ -66,11 +66,8 @@ def expand_channels(
     shape = _check(input, kept, width, dim, constants, stream)
     tensors = [t for t in (input, constants, stream) if t is not None]
     if compiled.use_native("expand_channels", backend, lambda: compiled.unsupported(*tensors)):
-        order = _order(input, dim)
-        base = None if stream is None else stream.contiguous(memory_format=order)
         c = None if constants is None else constants.contiguous()
-        x = input.contiguous(memory_format=order)
-        return torch.ops.spafl.expand_channels(x, kept.contiguous(), width, dim, c, base)
+        return DirectExpandChannels.apply(input, kept.contiguous(), width, dim, c, stream)
     if constants is None:
         base = input.new_zeros(shape)
     else:
@@ -84,11 +81,8 @@ def expand_channels(
 
 
 class DirectExpandChannels(torch.autograd.Function):
-    """``DirectExpandChannels.apply(input, kept, width, dim, constants, stream)``: the compiled :func:`expand_channels`
-    for training engines that have checked everything once.
-
-    Only after :func:`spafl_kernels.ops.ready` has said yes; not for torch.compile or torch.func. The operator itself
-    still refuses tensors that it cannot read.
+    """``DirectExpandChannels.apply(input, kept, width, dim, constants, stream)``: the compiled kernel and its
+    derivative, see :mod:`spafl_kernels.cpu.compiled`.
     """
 
     @staticmethod
@@ -102,7 +96,8 @@ class DirectExpandChannels(torch.autograd.Function):
         stream: Tensor | None,
     ) -> Tensor:
         order = _order(input, dim)
-        ctx.kept, ctx.options = kept, (input.shape[dim], dim, constants is not None)
+        ctx.save_for_backward(kept)
+        ctx.options = input.shape[dim], dim, constants is not None
         ctx.set_materialize_grads(False)
         base = None if stream is None else stream.contiguous(memory_format=order)
         x = input.contiguous(memory_format=order)
@@ -113,12 +108,12 @@ class DirectExpandChannels(torch.autograd.Function):
         (grad,) = grad_outputs
         if grad is None:
             return (None,) * 6
-        stored, dim, constants = ctx.options
+        (kept,), (stored, dim, constants) = ctx.saved_tensors, ctx.options
         input_grad = constant_grad = None
         constants = constants and ctx.needs_input_grad[4]
         if constants or ctx.needs_input_grad[0]:
             dense = grad.contiguous(memory_format=_order(grad, dim))
-            input_grad, constant_grad = torch.ops.spafl.collect_channels(dense, ctx.kept, stored, dim, constants)
+            input_grad, constant_grad = torch.ops.spafl.collect_channels(dense, kept, stored, dim, constants)
         stream_grad = grad if ctx.needs_input_grad[5] else None
         return input_grad, None, None, None, constant_grad if constants else None, stream_grad
 
@@ -153,8 +148,7 @@ def _order(x: Tensor, dim: int) -> torch.memory_format:
 
 @compiled.registers
 def _register() -> None:
-    """Shapes for tracing, and derivatives, of the compiled operators."""
-    spafl = torch.ops.spafl
+    """Shapes for tracing."""
 
     def resized(x: Tensor, dim: int, size: int) -> Tensor:
         shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
@@ -168,18 +162,3 @@ def _register() -> None:
     def _(grad: Tensor, kept: Tensor, stored: int, dim: int, constants: bool) -> Any:
         dropped = grad.shape[dim] - kept.shape[0]
         return resized(grad, dim, stored), grad.new_empty((dropped if constants else 0,))
-
-    def keep(ctx: Any, inputs: Any, output: Any) -> None:
-        input, kept, _, ctx.dim, constants, _ = inputs
-        ctx.stored, ctx.constants = input.shape[ctx.dim], constants is not None
-        ctx.save_for_backward(kept)
-
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (kept,) = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=_order(grad, ctx.dim))
-        wanted = ctx.constants and ctx.needs_input_grad[4]
-        input_grad, constant_grad = spafl.collect_channels(grad, kept, ctx.stored, ctx.dim, wanted)
-        stream_grad = grad if ctx.needs_input_grad[5] else None
-        return input_grad, None, None, None, constant_grad if wanted else None, stream_grad
-
-    library.register_autograd("spafl::expand_channels", backward, setup_context=keep)

@@ -1,4 +1,13 @@
-"""The choice between a compiled kernel and its twin."""
+"""The choice between a compiled kernel and its twin, and how kernels come to a derivative.
+
+The operators ``torch.ops.spafl.*`` of a CPU compute, and nothing more. Their derivatives are written once, in autograd
+functions ``Direct...`` beside the checked functions, which call them. So do training engines that have checked
+everything once: only after :func:`ready` has said yes; the operators themselves still refuse tensors that they cannot
+read. ``torch.compile`` traces these functions; under transforms of ``torch.func`` the checked ones take the twin.
+
+Nothing is registered with the dispatcher beyond shapes: a derivative there is Python around every call of the kernel,
+also of those without gradients.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +23,7 @@ Backend = Literal["auto", "native", "torch"]
 
 _FLOATS = (torch.float32, torch.float64)
 
-# Functions that give the compiled operators their shapes for tracing and their derivatives; run once, after loading.
+# Functions that give the compiled operators their shapes for tracing; run once, after loading.
 _registrations: list[Callable[[], None]] = []
 
 
@@ -39,6 +48,8 @@ ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def unsupported(*tensors: Tensor) -> str | None:
     """Why no CPU kernel serves these tensors, or None: they must be dense, on the CPU, and all float32 or float64."""
+    if torch._C._are_functorch_transforms_active():
+        return "the kernels' derivatives are not for transforms of torch.func"
     dtype = tensors[0].dtype
     if dtype not in _FLOATS:
         return f"the kernels take float32 and float64, not {dtype}"

@@ -94,9 +94,9 @@ def conv_relu_pool(
     """
     pad_h, pad_w = _check(input, weight, bias, padding, pool)
     if compiled.use_native("conv_relu_pool", backend, lambda: _unsupported(input, weight, bias, backend)):
-        return torch.ops.spafl.conv_relu_pool(
+        return DirectConvReluPool.apply(
             input.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), pad_h, pad_w, pool
-        )[0]
+        )
     return F.max_pool2d(F.relu(F.conv2d(input, weight, bias, padding=(pad_h, pad_w))), pool)
 
 
@@ -122,17 +122,13 @@ def relu_pool(input: Tensor, pool: int = 2, backend: Backend = "auto") -> Tensor
     if min(input.shape[2:]) < pool:
         raise ValueError(f"input of {input.shape[2]}x{input.shape[3]} is too small for pool {pool}")
     if compiled.use_native("relu_pool", backend, lambda: compiled.unsupported(input)):
-        return torch.ops.spafl.relu_pool(input.contiguous(), pool)[0]
+        return DirectReluPool.apply(input.contiguous(), pool)
     return F.max_pool2d(F.relu(input), pool)
 
 
 class DirectConvReluPool(torch.autograd.Function):
-    """``DirectConvReluPool.apply(input, weight, bias, pad_h, pad_w, pool)``: the compiled :func:`conv_relu_pool` for
-    training engines that have checked everything once.
-
-    The same numbers, about 30 us less per forward and backward (measured) than the registered operator's derivative.
-    Only after :func:`spafl_kernels.ops.ready` has said yes; not for torch.compile or torch.func. The operator itself
-    still refuses tensors that it cannot read.
+    """``DirectConvReluPool.apply(input, weight, bias, pad_h, pad_w, pool)``: the compiled kernel and its derivative,
+    see :mod:`spafl_kernels.cpu.compiled`.
     """
 
     @staticmethod
@@ -146,12 +142,18 @@ class DirectConvReluPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        input, weight, argmax = ctx.saved_tensors
-        return (*_conv_gradients(ctx, grad_outputs[0], input, weight, argmax), None, None, None)
+        (input, weight, argmax), options = ctx.saved_tensors, ctx.options
+        spafl, grad = torch.ops.spafl, grad_outputs[0].contiguous()
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = spafl.conv_relu_pool_grad_input(grad, input, weight, argmax, *options)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_weight, grad_bias = spafl.conv_relu_pool_grad_weight(grad, input, weight, argmax, *options)
+        return grad_input, grad_weight, grad_bias if ctx.with_bias else None, None, None, None
 
 
 class DirectReluPool(torch.autograd.Function):
-    """``DirectReluPool.apply(input, pool)``: the compiled :func:`relu_pool`, as :class:`DirectConvReluPool`."""
+    """``DirectReluPool.apply(input, pool)``: the compiled kernel and its derivative."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, pool: int) -> Tensor:
@@ -166,21 +168,9 @@ class DirectReluPool(torch.autograd.Function):
         return torch.ops.spafl.relu_pool_grad(grad_outputs[0].contiguous(), argmax, *ctx.options), None
 
 
-def _conv_gradients(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor, argmax: Tensor) -> Any:
-    """Gradients of input, weight and bias, those that are asked for."""
-    spafl, grad = torch.ops.spafl, grad.contiguous()
-    grad_input = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_input = spafl.conv_relu_pool_grad_input(grad, input, weight, argmax, *ctx.options)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_weight, grad_bias = spafl.conv_relu_pool_grad_weight(grad, input, weight, argmax, *ctx.options)
-    return grad_input, grad_weight, grad_bias if ctx.with_bias else None
-
-
 @compiled.registers
 def _register() -> None:
-    """Shapes for tracing, and derivatives, of the compiled operators."""
-    spafl = torch.ops.spafl
+    """Shapes for tracing."""
 
     @library.register_fake("spafl::conv_relu_pool")
     def _(input: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: int, pool: int) -> Any:
@@ -205,33 +195,3 @@ def _register() -> None:
     @library.register_fake("spafl::relu_pool_grad")
     def _(grad: Tensor, argmax: Tensor, height: int, width: int, pool: int) -> Any:
         return grad.new_empty((*grad.shape[:2], height, width))
-
-    def keep_conv(ctx: Any, inputs: Any, output: Any) -> None:
-        input, weight, bias, *ctx.options = inputs
-        ctx.with_bias = bias is not None
-        ctx.mark_non_differentiable(output[1])
-        # The output gradient of the uint8 winners is never used: without this, a zero tensor is made of it every step.
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, output[1])
-
-    def conv_backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
-        if grad is None:
-            return (None,) * 6
-        return (*_conv_gradients(ctx, grad, *ctx.saved_tensors), None, None, None)
-
-    library.register_autograd("spafl::conv_relu_pool", conv_backward, setup_context=keep_conv)
-
-    def keep_pool(ctx: Any, inputs: Any, output: Any) -> None:
-        input, ctx.pool = inputs
-        ctx.size = input.shape[2:]
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1])
-
-    def pool_backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
-        if grad is None:
-            return None, None
-        (argmax,) = ctx.saved_tensors
-        return spafl.relu_pool_grad(grad.contiguous(), argmax, *ctx.size, ctx.pool), None
-
-    library.register_autograd("spafl::relu_pool", pool_backward, setup_context=keep_pool)

@@ -52,7 +52,7 @@ _RULES = {
 }
 _MOST = 256
 _LANES = {"avx512": 64, "avx2": 32}  # bytes
-_NONE = Passes(False, False, False)
+_NONE, _ALL = Passes(False, False, False), Passes(True, True, True)
 
 
 def _pays(rule: _Rule, channels: tuple[int, int]) -> bool:
@@ -142,7 +142,7 @@ def image_conv(
     if compiled.use_native("image_conv", backend, unsupported):
         x = input.contiguous(memory_format=torch.channels_last)
         b = None if bias is None else bias.contiguous()
-        return torch.ops.spafl.image_conv(x, weight.contiguous(), b, *stride, *padding, *used)
+        return DirectImageConv.apply(x, weight.contiguous(), b, stride, padding, used, _ALL)
     i, o = used
     b = None if bias is None else bias[:o]
     y = F.conv2d(input[:, :i], weight[:o, :i], b, stride, padding)
@@ -150,12 +150,10 @@ def image_conv(
 
 
 class DirectImageConv(torch.autograd.Function):
-    """``DirectImageConv.apply(input, weight, bias, stride, padding, used, passes)``: the compiled :func:`image_conv` in
-    the passes that gain by it, torch's convolution in the others. For training engines that have checked everything.
+    """``DirectImageConv.apply(input, weight, bias, stride, padding, used, passes)``: the compiled kernel and its
+    derivative, see :mod:`spafl_kernels.cpu.compiled`; torch's convolution in the passes that are not the kernel's.
 
-    Unused channels of ``input``, ``weight`` and ``bias`` must be 0, so that all passes compute the same. Only after
-    :func:`spafl_kernels.ops.ready` has said yes; not for torch.compile or torch.func. The operators themselves still
-    refuse tensors that they cannot read.
+    Where some are not, unused channels of ``input``, ``weight`` and ``bias`` must be 0, so that all compute the same.
 
     Args:
         input: ``(N, in, H, W)``, channels-last.
@@ -204,8 +202,7 @@ class DirectImageConv(torch.autograd.Function):
 
 @compiled.registers
 def _register() -> None:
-    """Shapes for tracing, and derivatives, of the compiled operators."""
-    spafl = torch.ops.spafl
+    """Shapes for tracing."""
 
     def images(like: Tensor, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
@@ -233,21 +230,3 @@ def _register() -> None:
     @library.register_fake("spafl::image_conv_grad_weight")
     def _(grad: Tensor, input: Tensor, weight: Tensor, *options: Any) -> Any:
         return torch.empty_like(weight), weight.new_empty((weight.shape[0] if options[-1] else 0,))
-
-    def keep(ctx: Any, inputs: Any, output: Any) -> None:
-        input, weight, bias, *ctx.options = inputs
-        ctx.with_bias = bias is not None
-        ctx.save_for_backward(input, weight)
-
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        input, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_input = grad_weight = grad_bias = None
-        want_bias = ctx.with_bias and ctx.needs_input_grad[2]
-        if ctx.needs_input_grad[0]:
-            grad_input = spafl.image_conv_grad_input(grad, weight, *input.shape[2:], *ctx.options)
-        if ctx.needs_input_grad[1] or want_bias:
-            grad_weight, grad_bias = spafl.image_conv_grad_weight(grad, input, weight, *ctx.options, want_bias)
-        return (grad_input, grad_weight, grad_bias if want_bias else None, *[None] * 6)
-
-    library.register_autograd("spafl::image_conv", backward, setup_context=keep)

@@ -118,12 +118,8 @@ def batch_norm_relu(
     reason = lambda: _unsupported(input, pool, running_mean, running_var, weight, bias)  # noqa: E731
     if not compiled.use_native("batch_norm_relu", backend, reason):
         return _torch(input, running_mean, running_var, weight, bias, training, momentum, eps, pool)
-    statistics = (None, None) if training else (running_mean, running_var)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    output, stats = torch.ops.spafl.batch_norm_relu(_dense(input), weight, bias, *statistics, eps, pool)
-    if training and running_mean is not None:
-        torch.ops.spafl.batch_norm_running(running_mean, running_var, stats, momentum)
-    return output
+    return DirectBatchNormRelu.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, pool)
 
 
 def _torch(
@@ -143,7 +139,7 @@ def _torch(
 
 class DirectBatchNormRelu(torch.autograd.Function):
     """``DirectBatchNormRelu.apply(input, running_mean, running_var, weight, bias, training, momentum, eps, pool)``: the
-    compiled :func:`batch_norm_relu` for training engines, as :class:`spafl_kernels.ops.DirectConvReluPool`.
+    compiled kernel and its derivative, see :mod:`spafl_kernels.cpu.compiled`.
 
     ``input`` must not be empty, have more than one value per channel in training, and with a pool be one that
     :func:`pools` takes.
@@ -175,8 +171,21 @@ class DirectBatchNormRelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        grad_input, grad_weight, grad_bias = _gradients(ctx, grad_outputs[0])
-        return grad_input, None, None, grad_weight, grad_bias, None, None, None, None
+        grad, (input, weight, bias, stats) = grad_outputs[0], ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # A graph of the gradient is wanted: PyTorch's operators make it.
+            given = [t for t in (input, weight, bias) if t is not None and t.requires_grad]
+            mean, var = (None, None) if ctx.training else (stats[0], stats[2])
+            output = _torch(input, mean, var, weight, bias, ctx.training, 0.0, ctx.eps, ctx.pool)
+            found = iter(torch.autograd.grad(output, given, grad, create_graph=True))
+            dx, dw, db = (next(found) if t is not None and t.requires_grad else None for t in (input, weight, bias))
+        else:
+            order = torch.contiguous_format if input.is_contiguous() else torch.channels_last
+            dx, dw, db = torch.ops.spafl.batch_norm_relu_grad(
+                grad.contiguous(memory_format=order), input, weight, bias, stats, ctx.training, ctx.pool
+            )
+            dw, db = None if weight is None else dw, None if bias is None else db
+        return dx, None, None, dw, db, None, None, None, None
 
 
 def _dense(input: Tensor) -> Tensor:
@@ -186,26 +195,9 @@ def _dense(input: Tensor) -> Tensor:
     return input.contiguous()
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias."""
-    input, weight, bias, stats = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        # A graph of the gradient is wanted: PyTorch's operators make it.
-        given = [t for t in (input, weight, bias) if t is not None and t.requires_grad]
-        mean, var = (None, None) if ctx.training else (stats[0], stats[2])
-        output = _torch(input, mean, var, weight, bias, ctx.training, 0.0, ctx.eps, ctx.pool)
-        found = iter(torch.autograd.grad(output, given, grad, create_graph=True))
-        return tuple(next(found) if t is not None and t.requires_grad else None for t in (input, weight, bias))  # type: ignore[return-value]
-    order = torch.contiguous_format if input.is_contiguous() else torch.channels_last
-    grads = torch.ops.spafl.batch_norm_relu_grad(
-        grad.contiguous(memory_format=order), input, weight, bias, stats, ctx.training, ctx.pool
-    )
-    return grads[0], None if weight is None else grads[1], None if bias is None else grads[2]
-
-
 @compiled.registers
 def _register() -> None:
-    """Shapes for tracing, and derivatives, of the compiled operators."""
+    """Shapes for tracing."""
 
     def forward(input: Tensor, *rest: Any) -> Any:
         stats, pool = input.new_empty(3, input.shape[1]), rest[-1]
@@ -228,21 +220,3 @@ def _register() -> None:
         pool: int,
     ) -> Any:
         return torch.empty_like(input), input.new_empty(input.shape[1]), input.new_empty(input.shape[1])
-
-    @library.register_fake("spafl::batch_norm_running")
-    def _(mean: Tensor, var: Tensor, stats: Tensor, momentum: float) -> None:
-        return None
-
-    def keep(ctx: Any, inputs: Any, output: Any) -> None:
-        input, weight, bias, mean, _, ctx.eps, ctx.pool = inputs
-        ctx.training = mean is None
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, bias, output[1])
-
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
-        if grad is None:
-            return (None,) * 7
-        return (*_gradients(ctx, grad), None, None, None, None)
-
-    library.register_autograd("spafl::batch_norm_relu", backward, setup_context=keep)

@@ -8,7 +8,6 @@ from torch import library
 from torch.nn import functional as F
 
 from spafl_kernels import native, ops
-from spafl_kernels.cpu import conv_pool
 
 
 def chain(x, w, b, padding, pool):
@@ -140,10 +139,8 @@ def test_opcheck(extension):
     x, w, b = torch.randn(2, 1, 8, 9), torch.randn(3, 1, 3, 3), torch.randn(3)
     y = ops.conv_relu_pool(x, w, b, backend="native")
     argmax = extension.conv_relu_pool(x, w, b, 0, 0, 2)[1]
-    for t in (x, w, b):
-        t.requires_grad_()
     library.opcheck(extension.conv_relu_pool.default, (x, w, b, 0, 0, 2))
-    grads = (torch.randn_like(y), x.detach(), w.detach(), argmax, 0, 0, 2)
+    grads = (torch.randn_like(y), x, w, argmax, 0, 0, 2)
     library.opcheck(extension.conv_relu_pool_grad_weight.default, grads)
     library.opcheck(extension.conv_relu_pool_grad_input.default, grads)
     library.opcheck(extension.relu_pool.default, (x, 2))
@@ -151,20 +148,19 @@ def test_opcheck(extension):
     library.opcheck(extension.relu_pool_grad.default, (torch.randn(2, 1, 4, 4), codes, 8, 9, 2))
 
 
-def test_direct_functions_are_the_same_to_the_bit(extension):
-    torch.manual_seed(0)
-    leaves = [torch.randn(s, requires_grad=True) for s in ((2, 3, 9, 8), (4, 3, 3, 2), (4,))]
-    conv = conv_pool.DirectConvReluPool
-    pairs = [
-        (conv.apply(*leaves, 1, 0, 2), ops.conv_relu_pool(*leaves, (1, 0), 2, "native"), leaves),
-        (conv.apply(*leaves[:2], None, 0, 0, 3), ops.conv_relu_pool(*leaves[:2], pool=3), leaves[:2]),
-        (conv_pool.DirectReluPool.apply(leaves[0], 2), ops.relu_pool(leaves[0], 2, "native"), leaves[:1]),
-    ]  # fmt: skip
-    for direct, registered, inputs in pairs:
-        assert torch.equal(direct, registered)
-        grad = torch.randn_like(direct)
-        for a, b in zip(torch.autograd.grad(direct, inputs, grad), torch.autograd.grad(registered, inputs, grad)):
-            assert torch.equal(a, b)
+@pytest.mark.parametrize("name", ["batch_norm_relu", "conv_relu_pool", "expand_channels", "image_conv", "relu_pool"])
+def test_a_derivative_is_written_once(name, extension):
+    """In the autograd function; a second one in the dispatcher would be Python around every call of the kernel."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spafl::{name}", "CPU")
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"spafl::{name}", "AutogradCPU")
+
+
+def test_transforms_take_the_twin(extension):
+    x = torch.randn(2, 3, 6, 6)
+    got, want = (torch.func.grad(lambda x, b=b: ops.relu_pool(x, 2, b).square().sum())(x) for b in ("auto", "torch"))
+    assert torch.equal(got, want)
+    with pytest.raises(RuntimeError, match=r"relu_pool: backend='native' cannot be used: .*torch\.func"):
+        torch.func.grad(lambda x: ops.relu_pool(x, 2, "native").sum())(x)
 
 
 def test_compiles_without_graph_breaks(extension):

@@ -182,10 +182,10 @@ def test_gradcheck_and_opcheck(extension):
     run = lambda *a: ops.image_conv(*a, (2, 1), (1, 0), backend="native")  # noqa: E731
     assert torch.autograd.gradcheck(run, (x, weight, bias))
     options = (2, 1, 1, 0, 2, 3)
+    x, weight, bias = (t.detach() for t in (x, weight, bias))
     library.opcheck(extension.image_conv.default, (x, weight, bias, *options))
     library.opcheck(extension.image_conv.default, (x, weight, None, *options))
     grad = torch.randn_like(run(x, weight, bias))
-    x, weight = x.detach(), weight.detach()
     library.opcheck(extension.image_conv_grad_input.default, (grad, weight, 4, 5, *options))
     for flag in (False, True):
         library.opcheck(extension.image_conv_grad_weight.default, (grad, x, weight, *options, flag))
