@@ -1,6 +1,7 @@
 """Local training of weights and thresholds: the interface, and the trainer that defines it.
 
-:class:`MaskedTrainer` runs the reference layers and ``torch.optim``; it is what every faster trainer must equal.
+:class:`MaskedTrainer` runs the model's own layers and ``torch.optim``. On a CPU these compute the masked reference,
+which every faster trainer must equal; on a GPU they run what :mod:`spafl_kernels.gpu.choice` says.
 :func:`spafl_kernels.engines.make_trainer` picks a trainer for a model and says why.
 
 One step, in this order (the order of the published code):
@@ -268,7 +269,7 @@ def scalar_loss(value: Any) -> Tensor:
 
 
 class MaskedTrainer(Trainer):
-    """The definition: dense operators on masked weights, autograd, ``torch.optim``."""
+    """The model's own layers, autograd, ``torch.optim``: on a CPU dense operators on masked weights, the definition."""
 
     engine = "masked"
     # Without it ``TrainResult.macs`` has only what counts itself.

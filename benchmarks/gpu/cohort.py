@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
-from spafl_kernels import threshold_layers
+from spafl_kernels import reference, threshold_layers
 from spafl_kernels.gpu import choice, cuda_ops
 from spafl_kernels.threshold_layer import Planned
 from spafl_kernels.training import MaskedTrainer, SGDOptions
@@ -127,7 +127,7 @@ class Cohort:
         o = self.options
         if o.penalty:
             for name in self.names[1]:
-                grads[name] = grads[name] - o.penalty * torch.exp(-self.params[name])
+                grads[name] = reference.add_penalty_gradient_(grads[name].clone(), self.params[name], o.penalty)
         if o.max_grad_norm is not None:
             norm = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
             factor = (o.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -8,7 +8,7 @@ Providers of a model:
 
 dense    the plain dense model, plain SGD with the same clip: the rival
 masked   the masked trainer on dense operators: what the published code does
-ours     the masked trainer with the packed kernels in its layers
+ours     the same trainer with the packed kernels in its layers: nothing is masked
 compact  the compact trainer; it asks the host whether a mask changed, so it has no graph
 compact-fixed  its steps under the plan of the first masks, which ask nothing (:mod:`.captured`)
 

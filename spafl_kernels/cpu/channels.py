@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, library
 
 from . import compiled
-from .compiled import Backend
+from .compiled import Kernel
 
 
 def _check(
@@ -43,7 +43,7 @@ def expand_channels(
     dim: int = 1,
     constants: Tensor | None = None,
     stream: Tensor | None = None,
-    backend: Backend = "auto",
+    backend: Kernel = "auto",
 ) -> Tensor:
     """``stream`` plus ``input`` in its channels and ``constants`` in the others, differentiable.
 

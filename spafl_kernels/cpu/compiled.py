@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import native
 
-Backend = Literal["auto", "native", "torch"]
+# What ``backend`` asks of an operator: the compiled kernel, its twin, or whichever applies.
+Kernel = Literal["auto", "native", "torch"]
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -87,7 +88,7 @@ def use_native(op: str, backend: str, reason: Callable[[], str | None]) -> bool:
     if backend == "auto":
         return ready() and reason() is None
     if backend != "native":
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
+        raise ValueError(f"backend must be one of {', '.join(get_args(Kernel))}; got {backend!r}")
     problem = reason() if ready() else native.why_not()
     if problem:
         raise RuntimeError(f"{op}: backend='native' cannot be used: {problem}")

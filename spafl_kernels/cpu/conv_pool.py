@@ -17,7 +17,7 @@ from torch import Tensor, library
 from torch.nn import functional as F
 
 from . import compiled
-from .compiled import Backend
+from .compiled import Kernel
 
 # What the kernel accepts, and up to where "auto" takes it: the gain is in small channel counts (forward and backward
 # against torch, measured: 2 -> 5 channels x0.40, 10 -> 25 x0.44, 16 -> 32 x0.66, 20 -> 50 x0.42; 32 -> 32 about equal).
@@ -54,7 +54,7 @@ def _check(
     return pad_h, pad_w
 
 
-def _unsupported(input: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend) -> str | None:
+def _unsupported(input: Tensor, weight: Tensor, bias: Tensor | None, backend: Kernel) -> str | None:
     if backend == "auto" and weight.shape[1] > MAX_IN_CHANNELS:
         return f"it pays up to {MAX_IN_CHANNELS} input channels, not {weight.shape[1]}"
     if weight.shape[1] > KERNEL_IN_CHANNELS:
@@ -72,7 +72,7 @@ def conv_relu_pool(
     bias: Tensor | None = None,
     padding: int | tuple[int, int] = 0,
     pool: int = 2,
-    backend: Backend = "auto",
+    backend: Kernel = "auto",
 ) -> Tensor:
     """``max_pool2d(relu(conv2d(input, weight, bias, padding=padding)), pool)``, differentiable.
 
@@ -100,7 +100,7 @@ def conv_relu_pool(
     return F.max_pool2d(F.relu(F.conv2d(input, weight, bias, padding=(pad_h, pad_w))), pool)
 
 
-def relu_pool(input: Tensor, pool: int = 2, backend: Backend = "auto") -> Tensor:
+def relu_pool(input: Tensor, pool: int = 2, backend: Kernel = "auto") -> Tensor:
     """``max_pool2d(relu(input), pool)``, differentiable.
 
     Args:

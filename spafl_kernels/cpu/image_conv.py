@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .. import native
 from . import compiled
-from .compiled import Backend
+from .compiled import Kernel
 
 
 class Passes(NamedTuple):
@@ -107,7 +107,7 @@ def image_conv(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     used: tuple[int, int] | None = None,
-    backend: Backend = "auto",
+    backend: Kernel = "auto",
 ) -> Tensor:
     """``conv2d(input, weight, bias, stride, padding)`` in channels-last order, differentiable.
 

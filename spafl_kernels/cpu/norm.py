@@ -17,7 +17,7 @@ from torch import Tensor, library
 from torch.nn import functional as F
 
 from . import compiled
-from .compiled import Backend
+from .compiled import Kernel
 
 # Pooled calls want their channels in blocks of this many.
 POOL_CHANNELS = 8
@@ -88,7 +88,7 @@ def batch_norm_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     pool: int = 1,
-    backend: Backend = "auto",
+    backend: Kernel = "auto",
 ) -> Tensor:
     """``relu(batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))``, differentiable;
     and ``max_pool2d(..., pool)`` of it.

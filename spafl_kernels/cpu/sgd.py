@@ -10,7 +10,7 @@ from torch import Tensor, library
 
 from .. import reference
 from . import compiled
-from .compiled import Backend
+from .compiled import Kernel
 
 
 def _check_numbers(lr: float, momentum: float, weight_decay: float, penalty: float, max_norm: float | None) -> None:
@@ -56,7 +56,7 @@ def sgd_step(
     max_norm: float | None = None,
     extra_norm2: float = 0.0,
     write_grad: bool = False,
-    backend: Backend = "auto",
+    backend: Kernel = "auto",
     check: bool = True,
 ) -> Tensor:
     """One SGD step in place, in the arithmetic of :func:`torch.nn.utils.clip_grad_norm_` and :class:`torch.optim.SGD`.

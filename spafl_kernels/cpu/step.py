@@ -15,7 +15,7 @@ from torch import Tensor, library
 from .. import reference
 from ..reference import Estimator
 from . import compiled
-from .compiled import Backend
+from .compiled import Kernel
 from .sgd import _check_numbers, _check_tensors, _unsupported
 
 _MOMENTA = ("weight_momenta", "dropped_momenta", "threshold_momenta")
@@ -132,7 +132,7 @@ def threshold_step(
     dropped_grads: Sequence[Tensor] | None = None,
     dots: Sequence[Tensor] | None = None,
     write_grad: bool = False,
-    backend: Backend = "auto",
+    backend: Kernel = "auto",
     check: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Complete the gradients of filters and thresholds, clip, update by SGD, and find the new scores and masks.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, library
 
 from . import compiled
-from .compiled import Backend
+from .compiled import Kernel
 
 
 def _check(
@@ -58,7 +58,7 @@ def threshold_pass(
     masks: Sequence[Tensor],
     rests: Sequence[Tensor] | None = None,
     n_in: Sequence[int] | None = None,
-    backend: Backend = "auto",
+    backend: Kernel = "auto",
     check: bool = True,
 ) -> Tensor:
     """Scores and masks of all layers, written in place, and how many filters of each layer changed state.
