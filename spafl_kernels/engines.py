@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from . import settings
 from .compact import CompactTrainer
+from .compact.captures import Batch, Verdict
 from .compact.plan.estimate import Judge
 from .compact.verify import Verify
 from .training import Loss, MaskedTrainer, Trainer, Unsupported
@@ -26,6 +28,7 @@ def make_trainer(
     *,
     strict: bool | None = None,
     verify: Verify = "first",
+    verdicts: Mapping[Batch, Verdict] | None = None,
 ) -> Trainer:
     """A trainer for ``model``; its ``engine`` and ``reason`` say what runs and why.
 
@@ -41,6 +44,7 @@ def make_trainer(
             the environment variable ``SPAFL_STRICT`` says. Where it can and is not expected to gain, "auto" is masked.
         verify: when the compact engine compares itself with the masked one, see
             :class:`~spafl_kernels.compact.CompactTrainer`.
+        verdicts: of a copy of ``model``, see :meth:`~spafl_kernels.compact.CompactTrainer.verdicts_on`.
 
     Raises:
         ValueError: unknown engine or ``verify``.
@@ -56,7 +60,8 @@ def make_trainer(
     if engine == "auto" and device != "cpu":
         return MaskedTrainer(model, loss, reason=f"the compact engine has not been measured on {device}")
     try:
-        return CompactTrainer(model, loss, strict, verify=verify, judge=Judge() if engine == "auto" else None)
+        judge = Judge() if engine == "auto" else None
+        return CompactTrainer(model, loss, strict, verify=verify, judge=judge, verdicts=verdicts)
     except Unsupported as error:
         if strict:
             raise

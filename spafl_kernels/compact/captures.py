@@ -7,7 +7,7 @@ what it was, and refused for as long as that which speaks against it stands. Of 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -24,7 +24,7 @@ from .graph.watch import Modes, Watch
 from .plan.rows import Rows
 from .verify import Verify, check_verify
 
-__all__ = ["MOST", "Batch", "Captured", "Captures", "Recent"]
+__all__ = ["MOST", "Batch", "Captured", "Captures", "Recent", "Verdict"]
 
 MOST = 8  # kinds of batches
 # A model is read at most so often in so many calls: what changes at every call would never be done.
@@ -59,6 +59,18 @@ class Batch(NamedTuple):
     gradients: bool = True
 
 
+class Verdict(NamedTuple):
+    """What verification found; it holds good for every copy of the model, in whatever process.
+
+    Args:
+        read: what had been read of the model, as text.
+        found: what an engine does otherwise than the masked model; None: nothing.
+    """
+
+    read: str
+    found: str | None
+
+
 @dataclass
 class Captured(Generic[T]):
     """What was read for one kind of batch.
@@ -91,6 +103,10 @@ class Captures(Generic[T]):
         bounded: read no more than :data:`KINDS_READ` kinds in :data:`AMONG_CALLS` calls. What runs then depends on the
             calls before, so not where any process must make the same choice.
         trace: one that has been made already.
+        verdicts: of a copy of ``model``; what they are about is not verified once more, unless under ``"always"``.
+
+    Attributes:
+        verdicts: those given and those found here, by kind of batch.
     """
 
     def __init__(
@@ -101,9 +117,11 @@ class Captures(Generic[T]):
         differs: Callable[[Flow, Sequence[Tensor]], str | None],
         bounded: bool = False,
         trace: Trace | None = None,
+        verdicts: Mapping[Batch, Verdict] | None = None,
     ) -> None:
         self.model, self.patterns, self.bounded = model, patterns, bounded
         self.verify, self._differs = check_verify(verify), differs
+        self.verdicts: Recent[Batch, Verdict] = Recent(verdicts or {})
         self._known: Recent[Batch, Captured[T]] = Recent()
         self._refused: Recent[Batch, tuple[Watch, str]] = Recent()
         self._traces: Recent[tuple[Form, bool, bool], Trace] = Recent()
@@ -197,13 +215,20 @@ class Captures(Generic[T]):
         """
         if captured.verified and not (again and self.verify == "always"):
             return
-        with torch.inference_mode(False):
-            found = self._differs(captured.flow, tensors)
-        if found is not None:
+        trace, verdict = captured.flow.trace, self.verdicts.get(batch)
+        if verdict is None or verdict.read != trace.text() or self.verify == "always":
+            with torch.inference_mode(False):
+                verdict = Verdict(trace.text(), self._differs(captured.flow, tensors))
+            whole = all(len(t) for i, t in zip(batch.inputs, tensors) if i.batched)
+        else:
+            whole = True
+        if whole:
+            self.verdicts[batch] = verdict
+        if verdict.found is not None:
             self._known.pop(batch, None)
-            self._refused[batch] = captured.flow.trace.watch, found
-            raise Unsupported(found)
-        captured.verified = all(len(t) for i, t in zip(batch.inputs, tensors) if i.batched)
+            self._refused[batch] = trace.watch, verdict.found
+            raise Unsupported(verdict.found)
+        captured.verified = whole
 
     def _trace(self, batch: Batch, modes: Modes | None, pattern: int) -> Trace:
         key = batch.form, batch.training, batch.gradients

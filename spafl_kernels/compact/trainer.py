@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..executed import Executed
 from ..training import Extra, Loss, MaskedTrainer, Options, SGDOptions, Trainer, TrainResult, Unsupported
 from .audit import measured
-from .captures import Batch, Captured, Captures
+from .captures import Batch, Captured, Captures, Verdict
 from .explain import layers_in_words, nothing_skipped
 from .graph.flow import Flow
 from .graph.follow import check_has_thresholds
@@ -70,6 +70,7 @@ class CompactTrainer(Trainer):
         judge: asked about the model as it is at the first batch and the first step of a training, and after every 64
             steps that run masked because it said so: ``judge(flow, batch)`` is a sentence why they had better, or None
             (:class:`~spafl_kernels.compact.plan.estimate.Judge`). By default nobody is asked.
+        verdicts: what :meth:`verdicts_on` found of a copy of ``model``, in another process perhaps.
 
     Raises:
         Unsupported: the model has no threshold layers, or cannot be traced.
@@ -88,11 +89,14 @@ class CompactTrainer(Trainer):
         verify: Verify = "first",
         trace: Trace | None = None,
         judge: Judge | None = None,
+        verdicts: Mapping[Batch, Verdict] | None = None,
     ) -> None:
         super().__init__(model, loss)
         if not patience >= 0:
             raise ValueError(f"patience must not be negative; got {patience!r}")
-        self._captures: Captures[Session] = Captures(model, "training", verify, self._differs, trace=trace)
+        self._captures: Captures[Session] = Captures(
+            model, "training", verify, self._differs, trace=trace, verdicts=verdicts
+        )
         check_has_thresholds(model)
         self._captures.read_early(training=True)
         self.strict, self.multiple, self.compiled, self.patience = strict, multiple, compiled, patience
@@ -137,6 +141,23 @@ class CompactTrainer(Trainer):
         self._wait, self._no_gain = 0, False  # masked steps until the judge is asked again, and whether it said so
         self._opened_by_evaluation = False
         self.model.train()
+
+    def verdicts_on(self, x: Tensor) -> dict[Batch, Verdict]:
+        """Verify on a batch of a training to come, between trainings, whether compact would be expected to gain or not.
+
+        Returns:
+            What was found here so far, for trainers of copies of this model; nothing of a model that cannot be read.
+        """
+        self.begin(SGDOptions(lr=0.0))
+        try:
+            kind = self._kind_of(x)
+            captured = self._captures.of(kind, (x,), modes_of(self.model))
+            self._captures.check(kind, captured, (x,))
+        except Unsupported:
+            pass  # as a trainer of a copy will find, or is told by the verdict
+        finally:
+            self.finish()
+        return dict(self._captures.verdicts)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         self._check_open()

@@ -8,6 +8,7 @@ import torch
 from spafl.simulation.loop import Simulation
 from spafl.simulation.pool import Pool
 from spafl.simulation.runfolder import RunFolder
+from spafl_kernels.compact import CompactTrainer
 
 
 def state(simulation):
@@ -53,3 +54,19 @@ def test_a_round_cut_short_never_was(small_config, tmp_path, monkeypatch, where)
         simulation.store.close()
         folder.close()
     assert_same(*states)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_parent_verifies_the_compact_engine_for_its_workers(small_config, tmp_path, monkeypatch, workers):
+    config = small_config(simulation={"workers": workers, "engine": "compact"})
+    folder = RunFolder(tmp_path / "run", resume=False)
+    simulation = Simulation(config, folder, quiet=True)
+    verified, original = [], CompactTrainer._differs
+    monkeypatch.setattr(CompactTrainer, "_differs", lambda *a: verified.append(1) or original(*a))
+    setup = simulation.worker_setup()
+    assert len(verified) == workers - 1
+    with Pool(setup, 1) as pool:  # one of them
+        simulation.run_round(pool, 0)
+    assert len(verified) == 1
+    simulation.store.close()
+    folder.close()

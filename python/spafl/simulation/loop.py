@@ -40,7 +40,7 @@ from .runfolder import RunFolder
 from .same_run import first_difference, run_digest
 from .sampling import evaluated_clients, sample_clients
 from .spool import write_data
-from .tasks import EvaluateOutcome, EvaluateTask, TrainOutcome, TrainTask, WorkerSetup
+from .tasks import EvaluateOutcome, EvaluateTask, TrainOutcome, TrainTask, WorkerSetup, verified
 
 # Clients per evaluation task: enough to make the cost of a task small, few enough to balance.
 _CLIENTS_PER_TASK = 8
@@ -189,7 +189,7 @@ class Simulation:
             system=self.system,
             objective=objective_of(self.config, self.problem.dataset),
         )
-        return WorkerSetup(
+        setup = WorkerSetup(
             self.algorithm,
             self.problem.model,
             self.config.simulation.engine,
@@ -200,6 +200,7 @@ class Simulation:
             self.store.file if self.store is not None else None,
             self.store.rows if self.store is not None else 0,
         )
+        return verified(setup) if self.workers > 1 else setup
 
     def run(self) -> dict[str, Any]:
         """Run the remaining rounds; returns (and writes) the summary.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from spafl_kernels.compact.captures import Batch, Verdict
 from spafl_kernels.engines import Engine, make_trainer
 from spafl_kernels.functional import threshold_layers
 from spafl_kernels.training import Trainer
@@ -30,6 +31,8 @@ class ClientSetting:
     device: torch.device
     system: System | None = None
     objective: Objective = CLASSES
+    verdicts: Mapping[Batch, Verdict] = field(default_factory=dict)
+    """What was verified already of the model of the run."""
 
 
 class Resident:
@@ -62,7 +65,7 @@ class Resident:
 
     def _make_trainer(self, model: nn.Module) -> Trainer:
         objective = self.setting.objective
-        trainer = make_trainer(model, self._engine, objective.function)
+        trainer = make_trainer(model, self._engine, objective.function, verdicts=self.setting.verdicts)
         trainer.hits = objective.hits
         return trainer
 

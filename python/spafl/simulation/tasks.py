@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from spafl_kernels import SGDOptions
+from spafl_kernels.compact import CompactTrainer
+
 from ..algorithms import Algorithm, Client, Evaluation, Training
 from ..errors import UserError
 from ..system import Usage
@@ -91,6 +94,20 @@ class EvaluateOutcome:
     clients: tuple[int, ...]
     evaluations: tuple[Evaluation, ...]
     seconds: float
+
+
+def verified(setup: WorkerSetup) -> WorkerSetup:
+    """``setup`` with what verification of the compact engine finds of the model on a first batch of client 0.
+
+    So it is paid for once, by the parent, while its workers import, and not by each of them.
+    """
+    model, state = copy.deepcopy(setup.model), copy.deepcopy(setup.client_state)
+    resident = Resident(setup.algorithm, model, setup.engine, setup.setting, state)
+    samples, trainer = map_samples(setup.scratch), resident.trainer
+    if not isinstance(trainer, CompactTrainer) or not isinstance(setup.setting.local.options_at(0), SGDOptions):
+        return setup
+    x, _ = next(iter(resident.lend(0, state, samples["train"][0], samples["test"][0]).training_batches(0)))
+    return replace(setup, setting=replace(setup.setting, verdicts=trainer.verdicts_on(x)))
 
 
 class Worker:

@@ -6,6 +6,7 @@ trace, as what ``forward`` says itself is: with others, the model is read anew.
 
 from __future__ import annotations
 
+import enum
 import inspect
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -50,11 +51,13 @@ class _Value:
     value: Any = field(compare=False)
 
 
-class _Place:
-    """Where a tensor is."""
+class _Place(enum.Enum):
+    """Where a tensor is; the same in every process."""
+
+    TENSOR = enum.auto()
 
 
-_TENSOR = _Place()
+_TENSOR = _Place.TENSOR
 
 
 @dataclass(frozen=True)

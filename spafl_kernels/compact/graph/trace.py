@@ -164,6 +164,11 @@ class Trace:
         """The same for a copy of the model."""
         return dataclasses.replace(self, watch=Watch(twin, self.reads, self.modes))
 
+    def text(self) -> str:
+        """Graph and flags; of a copy of the model, the same."""
+        others = {n.name: n.meta["otherwise"] for n in self.graph.nodes if "otherwise" in n.meta}
+        return f"{self.graph}\n{others}\n{self.modes}\n{self.gradients}"
+
     @property
     def trains(self) -> bool:
         """Whether an optimiser of this package steps the parameters; another one takes their gradients as they come."""

@@ -1,6 +1,7 @@
 """What was read of a model: one set of rules for the trainer and for the module."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -174,3 +175,41 @@ def test_a_trainer_makes_the_same_choice_after_any_calls():
     run.trainer.finish(), masked.finish()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("found", [None, "otherwise: made up"])
+def test_a_verdict_counts_for_copies_of_the_model(found, monkeypatch):
+    """Pickled, as for another process; not for a model that is read to be another one."""
+    asked = []
+    monkeypatch.setattr(CompactTrainer, "_differs", lambda *_: asked.append(1) or found)
+    model = convert(Gated()).double()
+    verdicts = pickle.loads(pickle.dumps(CompactTrainer(model).verdicts_on(X)))
+    assert len(verdicts) == len(asked) == 1
+
+    copied = Trained(copy.deepcopy(model), verdicts=verdicts)
+    assert copied(X) == (("compact", "all channels can be traced") if found is None else ("masked", found))
+    assert len(asked) == 1
+    other = copy.deepcopy(model)
+    other.b = nn.Sequential(other.b, nn.ReLU())
+    Trained(other, verdicts=verdicts)(X)
+    assert len(asked) == 2
+    Trained(copy.deepcopy(model), verdicts=verdicts, verify="always")(X)
+    assert len(asked) == 3
+
+
+def test_verifying_ahead_changes_nothing_of_a_model():
+    model = convert(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))).double().eval()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    trainer = CompactTrainer(model, strict=True)
+    assert [v.found for v in trainer.verdicts_on(X).values()] == [None]
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    trainer.begin(OPTIONS)
+    trainer.step(X, torch.zeros(len(X), dtype=torch.int64))
+    trainer.finish()
+
+
+def test_nothing_is_found_ahead_of_a_model_that_cannot_be_read():
+    model = convert(Gated()).double()
+    trainer = CompactTrainer(model)
+    model.looks = True
+    assert trainer.verdicts_on(X) == {}
