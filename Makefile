@@ -55,7 +55,7 @@ $(FLOWER_STAMP): requirements-flower.txt
 	@touch $(FLOWER_STAMP)
 
 flower: $(STAMP) $(FLOWER_STAMP)
-	$(FLOWER_PATH) SPAFL_SLOW_TESTS=1 $(FLOWER)/bin/python -m pytest -q tests/flower
+	$(FLOWER_PATH) SPAFL_SLOW_TESTS=1 $(FLOWER)/bin/python -m pytest -q -n 2 --durations=20 tests/flower
 
 flower-demo: $(STAMP) $(FLOWER_STAMP)
 	$(FLOWER_PATH) $(FLOWER)/bin/python -m spafl.flower.demo

@@ -3,14 +3,17 @@
     .venv-flower/bin/python -m benchmarks.flower [--rounds 5] [--cases NAME ...] [--out FILE.csv]
 
 Three clients on this machine (``make flower`` sets the environment up): a SuperLink without TLS, so that bytes can be
-looked at, and a SuperNode for every client behind a proxy that counts what passes. All cases: LeNet-5, synthetic data,
-one local epoch. Bytes are per client and round, up to the server and down: of sockets the median over rounds after the
-first, of payload the mean over all (SpaFL's first message down is half as long as the later ones). What
-nodes exchange while nothing happens is measured before and taken off. ``zipped`` is the size of the same bytes if each
-node's traffic were compressed as one stream (zlib, level 6), which bounds what compressing metadata can give; the
-``tested`` case tests all clients after every round, a second message: what it adds is what sending both in one would
-save. ``simulator_seconds`` is the same round in the simulator, one process. Peak resident memory is of a node's
-long-lived process, and of the largest process that it starts for a message.
+looked at, and a SuperNode for every client behind a proxy that keeps what passes. All cases: LeNet-5, synthetic data,
+one local epoch. Bytes are per client and round, up to the server and down, of rounds after the first (SpaFL's first
+message down is half as long as the later ones): of sockets the median over clients and rounds, of payload the mean.
+They are those of the calls that carry the round's messages (:mod:`benchmarks.flower_traffic`); what a node asks while
+it waits is told apart, as bytes of one such call. ``zipped`` is the size of the same bytes if each node's messages were
+compressed as one stream (zlib, level 6), which bounds what compressing metadata can give; the ``tested`` case tests all
+clients after every round, a second message: what it adds is what sending both in one would save.
+
+Bytes do not depend on the machine. Seconds do: ``load`` is the mean number of processes that wanted a core meanwhile,
+``cores`` how many there were. ``simulator_seconds`` is the same round in the simulator, one process. Peak resident
+memory is of a node's long-lived process, and of the largest process that it starts for a message.
 """
 
 from __future__ import annotations
@@ -19,22 +22,20 @@ import contextlib
 import itertools
 import json
 import os
-import selectors
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Row
+from benchmarks.flower_traffic import BEAT, PULL, Call, Delivery, Proxy, calls, messages, zipped
 from spafl.config import RunConfig, deep_merge, resolve_config
 from spafl.simulation import run
 
@@ -46,7 +47,6 @@ CASES: dict[str, dict[str, Any]] = {
     "spafl, tested": {"algorithm": {"name": "spafl", "penalty": 0.002}, "evaluation": {"every": 1}},
     "fedavg": {"algorithm": {"name": "fedavg"}},
 }
-IDLE_SECONDS = 30.0
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_LOG_LEVEL": "INFO"}
 
 
@@ -64,62 +64,6 @@ def settings(case: str, rounds: int) -> RunConfig:
         "flower": {"patience": 600.0, "round_timeout": 600.0},
     }  # fmt: skip
     return resolve_config(deep_merge(tables, CASES[case]))
-
-
-class Proxy(threading.Thread):
-    """Hands bytes on between a node and the server, and counts them.
-
-    Attributes:
-        up, down: bytes so far.
-        zipped_up, zipped_down: the same, had each direction been compressed as one stream.
-    """
-
-    def __init__(self, port: int) -> None:
-        super().__init__(daemon=True)
-        self._target = port
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._server.getsockname()[1]
-        self.up = self.down = self.zipped_up = self.zipped_down = 0
-        self._zip = {"up": zlib.compressobj(6), "down": zlib.compressobj(6)}
-        self.start()
-
-    def run(self) -> None:
-        with selectors.DefaultSelector() as ready:
-            ready.register(self._server, selectors.EVENT_READ)
-            while True:
-                for key, _ in ready.select():
-                    if key.fileobj is self._server:
-                        node, _ = self._server.accept()
-                        server = socket.create_connection(("127.0.0.1", self._target))
-                        ready.register(node, selectors.EVENT_READ, (server, "up"))
-                        ready.register(server, selectors.EVENT_READ, (node, "down"))
-                    elif key.data is not None:
-                        self._hand_on(ready, key)
-
-    def _hand_on(self, ready: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
-        source: Any = key.fileobj
-        target, way = key.data
-        try:
-            chunk = source.recv(1 << 16)
-            if chunk:
-                target.sendall(chunk)
-        except OSError:
-            chunk = b""
-        if not chunk:
-            for end in (source, target):
-                with contextlib.suppress(KeyError, ValueError):
-                    ready.unregister(end)
-                end.close()
-            return
-        packer = self._zip[way]
-        zipped = len(packer.compress(chunk)) + len(packer.flush(zlib.Z_SYNC_FLUSH))
-        if way == "up":
-            self.up, self.zipped_up = self.up + len(chunk), self.zipped_up + zipped
-        else:
-            self.down, self.zipped_down = self.down + len(chunk), self.zipped_down + zipped
-
-    def counts(self) -> tuple[int, int, int, int]:
-        return self.up, self.down, self.zipped_up, self.zipped_down
 
 
 @contextlib.contextmanager
@@ -202,58 +146,77 @@ class Federation:
         for k in range(CLIENTS):
             wait_for("a SuperNode", lambda k=k: "SuperNode ID" in (folder / f"node{k}.log").read_text())
 
-    def idle(self, seconds: float) -> list[list[float]]:
-        """Bytes a second of each node while nothing happens, as :meth:`Proxy.counts`."""
-        time.sleep(2.0)
-        before, begin = [p.counts() for p in self.proxies], time.monotonic()
-        time.sleep(seconds)
-        took = time.monotonic() - begin
-        return [
-            [(b - a) / took for a, b in zip(old, new.counts(), strict=True)]
-            for old, new in zip(before, self.proxies, strict=True)
-        ]
-
-    def carry_out(self, case: str, config: RunConfig, idle: list[list[float]]) -> dict[str, Any]:
+    def carry_out(self, case: str, config: RunConfig) -> dict[str, Any]:
         """One run; its figures."""
         name = case.replace(", ", "-")
         out, path = self.folder / name, self.folder / f"{name}.toml"
         path.write_text(config.to_toml())
         command = [sys.executable, "-m", "spafl.flower", path, "--out", out, "--federation", "deploy"]
-        metrics = out / "metrics.jsonl"
-        marks: list[tuple[float, list[tuple[int, int, int, int]]]] = []
+        stamps: list[float] = []
+        loads: list[float] = []
         largest: list[tuple[float, float]] = [(0.0, 0.0)] * CLIENTS
         end = time.monotonic() + 3000
         with started(self.folder / f"{name}.log", self.folder / "home", command) as process:
-            while len(marks) < config.rounds:
-                # A tested round is over when its line has its evaluation.
-                text = metrics.read_text() if metrics.exists() else ""
-                lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-                wanted = config.evaluation.every == 1
-                done = sum(line["evaluation"] is not None or not wanted for line in lines)
-                if done > len(marks):
-                    marks.append((time.monotonic(), [p.counts() for p in self.proxies]))
+            while not (out / "summary.json").exists():
+                lines = _lines(out)
+                if len(lines) > len(stamps):
+                    stamps.append(time.monotonic())
+                    loads.append(os.getloadavg()[0])
                 now = [peaks(node.pid) for node in self.nodes]
                 largest = [tuple(map(max, a, b)) for a, b in zip(largest, now, strict=True)]  # type: ignore[misc]
-                if time.monotonic() > end or (process.poll() is not None and len(marks) < config.rounds and not done):
+                if time.monotonic() > end or process.poll() is not None:
                     raise RuntimeError(f"{case}: the run did not end; see {self.folder}")
                 time.sleep(0.05)
-        gone = [lost for line in lines for lost in line["lost"] + line["rejected"] if line is not lines[-1]]
-        figures: dict[str, list[float]] = {"up": [], "down": [], "zipped_up": [], "zipped_down": [], "seconds": []}
-        for (before, old), (after, new) in itertools.pairwise(marks):
-            figures["seconds"].append(after - before)
-            for k in range(CLIENTS):
-                for at, way in enumerate(("up", "down", "zipped_up", "zipped_down")):
-                    figures[way].append(new[k][at] - old[k][at] - idle[k][at] * (after - before))
-        last = lines[-1]["cost"]["payload"]
+        lines = _lines(out)
+        gone = [lost for line in lines for lost in line["lost"] + line["rejected"]]
+        all_sent, waiting = zip(*(messages(calls(proxy.kept)) for proxy in self.proxies), strict=True)
+        sent = [[each for each in node if each.run == node[-1].run] for node in all_sent]
+        payload = [line["cost"]["payload"] for line in lines]
+        rounds = (len(lines) - 1) * CLIENTS
         return {
             "wrong": f"client {gone[0]['client']}: {gone[0]['reason']}" if gone else "",
-            **{f"{way}_bytes": round(statistics.median(figures[way])) for way in list(figures)[:4]},
-            "seconds": round(statistics.median(figures["seconds"]), 2),
-            "payload_up_bytes": round(last["up_bytes"] / config.rounds / CLIENTS),
-            "payload_down_bytes": round(last["down_bytes"] / config.rounds / CLIENTS),
+            **of_rounds(sent, config),
+            "seconds": round(statistics.median(b - a for a, b in itertools.pairwise(stamps)), 2),
+            "load": round(statistics.mean(loads), 1),
+            "cores": os.cpu_count(),
+            **{f"payload_{way}": (payload[-1][way] - payload[0][way]) // rounds for way in ("up_bytes", "down_bytes")},
             "node_mb": round(max(own for own, _ in largest)),
             "message_process_mb": round(max(other for _, other in largest)),
+            **of_waiting([call for each in waiting for call in each]),
         }
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    path = out / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def of_rounds(nodes: Sequence[Sequence[Delivery]], config: RunConfig) -> dict[str, int]:
+    """Bytes of sockets per client and round, rounds after the first, median over both; and the same compressed."""
+    kinds = {"train"} | ({"evaluate"} if config.evaluation.every == 1 else set())
+    figures: dict[str, list[int]] = {"up_bytes": [], "down_bytes": [], "zipped_up_bytes": [], "zipped_down_bytes": []}
+    for node in nodes:
+        wanted = [each for each in node if each.kind in kinds]
+        small = dict(zip(map(id, node), zipped(node), strict=True))
+        if len(wanted) != config.rounds * len(kinds):
+            raise RuntimeError(f"a node got {len(wanted)} messages in {config.rounds} rounds: {[d.kind for d in node]}")
+        rounds = [wanted[at : at + len(kinds)] for at in range(len(kinds), len(wanted), len(kinds))]
+        for deliveries in rounds:
+            sizes = [(*each.bytes(), *small[id(each)]) for each in deliveries]
+            for name, values in zip(figures, zip(*sizes, strict=True), strict=True):
+                figures[name].append(sum(values))
+    return {name: round(statistics.median(values)) for name, values in figures.items()}
+
+
+def of_waiting(made: Sequence[Call]) -> dict[str, int]:
+    """Bytes of a look for messages that finds none, and of a heartbeat."""
+    found = {}
+    for name, path in (("look", PULL), ("beat", BEAT)):
+        kind = [call for call in made if call.path == path]
+        for way in ("up", "down"):
+            found[f"{name}_{way}_bytes"] = round(statistics.median([len(getattr(call, way)) for call in kind] or [0]))
+    return found
 
 
 def simulated(config: RunConfig) -> float:
@@ -273,12 +236,13 @@ def table(rows: Sequence[Row]) -> str:
             row["case"],
             *(f"{int(row[c]):,}" for c in ("payload_up_bytes", "up_bytes", "zipped_up_bytes")),
             *(f"{int(row[c]):,}" for c in ("payload_down_bytes", "down_bytes", "zipped_down_bytes")),
-            row["seconds"], row["simulator_seconds"],
+            row["seconds"], row["load"], row["simulator_seconds"],
         ]
         for row in common.right(rows)
     ]  # fmt: skip
     header = [
-        "case", "payload up, B", "sockets", "zlib", "payload down, B", "sockets", "zlib", "s a round", "simulator, s",
+        "case", "payload up, B", "sockets", "zlib", "payload down, B", "sockets", "zlib", "s a round",
+        "load", "simulator, s",
     ]  # fmt: skip
     return common.markdown(header, lines)
 
@@ -296,19 +260,17 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whatever ends it, Flower's programs end too
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         federation = Federation(Path(folder), stack)
-        idle = federation.idle(IDLE_SECONDS)
         for case in args.cases:
             config = settings(case, args.rounds)
-            found = federation.carry_out(case, config, idle)
+            found = federation.carry_out(case, config)
             row = {
                 "case": case, "rounds": args.rounds, **found,
-                "idle_up_bytes_s": round(statistics.median(each[0] for each in idle)),
-                "idle_down_bytes_s": round(statistics.median(each[1] for each in idle)),
                 "simulator_seconds": round(simulated(config), 3),
             }  # fmt: skip
             common.tell(
                 rows, row, "{case:16}",
-                "up {payload_up_bytes} -> {up_bytes} B  down {payload_down_bytes} -> {down_bytes} B  {seconds} s",
+                "up {payload_up_bytes} -> {up_bytes} B  down {payload_down_bytes} -> {down_bytes} B  "
+                "{seconds} s at load {load}",
                 "measured",
             )  # fmt: skip
     return rows.failed()

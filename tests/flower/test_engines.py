@@ -57,7 +57,7 @@ def configured(**changes):
         "sampling": {"clients_per_round": CLIENTS},
         "evaluation": {"every": ROUNDS},
         "simulation": {"engine": "masked", "device": "cpu", "workers": 1},
-        "flower": {"patience": 240.0, "round_timeout": 180.0},
+        "flower": {"patience": 240.0, "round_timeout": 400.0},
     }  # fmt: skip
     return resolve_config(tables | changes)
 
@@ -68,10 +68,19 @@ def lines(out):
 
 
 def assert_simulator_bits(config, out, tmp_path, monkeypatch):
-    """The simulator, given who took part in which round, ends with the same bits."""
-    took_part = [line["merged"] for line in lines(out)]
-    assert len(took_part) == config.rounds
-    monkeypatch.setattr(loop, "sample_clients", lambda config, round: took_part[round])
+    """The simulator, given who trained in which round and who was merged, ends with the same bits."""
+    merged = [set(line["merged"]) for line in lines(out)]
+    assert len(merged) == config.rounds
+    trained = [set(clients) for clients in merged]
+    for each in (each for line in lines(out) for each in line["unmerged"]):
+        trained[each["round"]].add(each["client"])
+    original = loop.merge_replies
+
+    def merge(algorithm, server, round, messages, replies, *more):
+        return original(algorithm, server, round, messages, [r for r in replies if r.client in merged[round]], *more)
+
+    monkeypatch.setattr(loop, "sample_clients", lambda config, round: sorted(trained[round]))
+    monkeypatch.setattr(loop, "merge_replies", merge)
     run(config, tmp_path / "simulator", quiet=True)
     ours = load_latest(out / "checkpoints").server
     theirs = load_latest(tmp_path / "simulator" / "checkpoints").server
@@ -110,7 +119,7 @@ class Machine:
     def keep_alive(self, sign):
         """Start it until its log says ``sign``, as a service manager would."""
         before = self.log.read_text().count(sign)
-        end = time.monotonic() + 300
+        end = time.monotonic() + 900
         while self.log.read_text().count(sign) == before:
             assert time.monotonic() < end, f"{self.command[0]} did not come back"
             if self.process is None or self.process.poll() is not None:
@@ -194,11 +203,11 @@ def federation(tmp_path):
         return False
 
     try:
-        until(up, 120, "the SuperLink")
+        until(up, 300, "the SuperLink")
         for k in range(CLIENTS):
             register = [BIN / "flwr", "supernode", "register", tmp_path / f"node{k}.pub", "deploy"]
             environment = {**os.environ, **QUIET, "FLWR_HOME": str(home)}
-            subprocess.run(register, check=True, env=environment, capture_output=True, timeout=120)
+            subprocess.run(register, check=True, env=environment, capture_output=True, timeout=300)
             nodes.append(
                 Machine(
                     tmp_path / f"node{k}.log",
@@ -209,7 +218,7 @@ def federation(tmp_path):
                 ).start()
             )  # fmt: skip
         for node in nodes:
-            until(lambda node=node: node.said("SuperNode ID"), 120, "a SuperNode")
+            until(lambda node=node: node.said("SuperNode ID"), 300, "a SuperNode")
 
         def submit(config, out):
             (tmp_path / "run.toml").write_text(config.to_toml())
@@ -228,20 +237,20 @@ def test_a_deployment_in_which_machines_die_has_the_bits_of_the_simulator(federa
     config, out = configured(), tmp_path / "run"
     client = submit(config, out)
     try:
-        until(lambda: len(lines(out)) >= 2, 400, "two rounds")
+        until(lambda: len(lines(out)) >= 2, 900, "two rounds")
         nodes[1].kill()
         done = len(lines(out))
         # Flower lets a node in again once it has missed its heartbeats, after about a minute.
         nodes[1].keep_alive("SuperNode ID")
-        until(lambda: len(lines(out)) > done, 400, "a round after the SuperNode was killed")
+        until(lambda: len(lines(out)) > done, 900, "a round after the SuperNode was killed")
         link.kill()
         link.start()
         client.kill()
         before = lines(out)
         assert len(before) < ROUNDS
-        until(up, 120, "the SuperLink again")
+        until(up, 300, "the SuperLink again")
         client = submit(config, out)
-        until(lambda: (out / "summary.json").exists(), 500, "the end of the run")
+        until(lambda: (out / "summary.json").exists(), 900, "the end of the run")
     finally:
         client.kill()
         for log in tmp_path.glob("*.log"):
