@@ -31,7 +31,8 @@ from spafl.flower.client import ClientSide, Site
 from spafl.flower.disk import ClientDisk
 from spafl.flower.parcel import unpack
 from spafl.flower.refusals import told
-from spafl.simulation import loop, run
+from spafl.flower.server import Coordinator
+from spafl.simulation import RunFolder, loop, run
 from spafl.simulation.checkpoint import load_latest
 from spafl.wire import WireError
 
@@ -124,6 +125,46 @@ def test_a_restarted_server_still_knows_what_was_not_merged(problem, tmp_path, m
     assert [line["unmerged"] for line in metrics(tmp_path / "run")] == [[], [], [{"client": 1, "round": 1}]]
     replayed(config, tmp_path / "run", tmp_path / "simulator", monkeypatch)
     assert_same_thresholds(tmp_path / "run", tmp_path / "simulator")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "when"),
+    [
+        (RunFolder, "append_metrics"),
+        (Coordinator, "_save"),
+        (Coordinator, "_replace_last"),
+        (RunFolder, "write_results"),
+    ],
+)
+@pytest.mark.parametrize("after", [False, True])
+def test_a_server_killed_while_it_merges_repeats_the_round_and_no_training(
+    problem, tmp_path, monkeypatch, part, when, after
+):
+    config = problem(rounds=3, algorithm={"variant": "cifar10"})
+    original, calls = getattr(part, when), []
+
+    def kill(self, *given):
+        calls.append(given)
+        if len(calls) == 2 and not after:
+            raise KeyboardInterrupt
+        result = original(self, *given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(part, when, kill)
+        with pytest.raises(KeyboardInterrupt):
+            serve(config, tmp_path / "run", tmp_path / "state")
+    link, _ = serve(config, tmp_path / "run", tmp_path / "state", resume=True)
+    run(config, tmp_path / "simulator", quiet=True)
+    assert_same_thresholds(tmp_path / "run", tmp_path / "simulator")
+    assert_same_clients(tmp_path / "run", tmp_path / "state", tmp_path / "simulator", range(3))
+    ours, theirs = metrics(tmp_path / "run"), metrics(tmp_path / "simulator")
+    assert [a["evaluation"] for a in ours] == [b["evaluation"] for b in theirs]
+    assert [line["merged"] for line in ours] == [[0, 1, 2]] * 3 and not any(line["unmerged"] for line in ours)
+    assert not any(isinstance(reply, str) for _, _, _, reply in link.traffic)
 
 
 # -- two nodes
