@@ -1,13 +1,14 @@
 """Fair rivals of a compact step: plain PyTorch written well, and a dense network that is as small from the start.
 
-    python -m benchmarks.rivals [--models lenet5 ...] [--densities 1 .5 .25] [--threads 2] [--out FILE.csv]
+    python -m benchmarks.rivals [--models lenet5 ...] [--densities 1 .5 .25] [--threads 1 2] [--out FILE.csv]
+    SPAFL_CPU_ISA=avx2 python -m benchmarks.rivals      # our kernels without AVX-512: rows of their own
 
 The dense rival is the model without thresholds: no masks, no penalty, ``torch.optim.SGD(foreach=True)``, the memory
 format that is faster for it. The small one is the same for a network every hidden layer of which has the share
-``density`` of its channels, as if the widths had been known before. Beside them the masked trainer, training as
-published, and the compact engine with the extension (the instruction set is in the file; ``SPAFL_CPU_ISA=avx2`` forces
-one) and without. One process, in turns; a cell is the median of the ratios within a turn. Before a cell is timed masked
-and compact trainer take the same steps and agree, and the dense rival's first loss is theirs.
+``density`` of its channels, as if the widths had been known before; a model that cannot be narrowed (attention heads)
+has none. Beside them the masked trainer, training as published, and the compact engine with the extension and without.
+One process, in turns; a cell is the median of the ratios within a turn. Before a cell is timed masked and compact
+trainer take the same steps and agree, and the dense rival's first loss is theirs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import os
 import statistics
 import time
@@ -32,7 +34,7 @@ from spafl.algorithms import narrow
 from spafl_kernels import to_dense
 from spafl_kernels.compact import CompactTrainer
 
-KEY = ("model", "density", "threads")
+KEY = ("model", "density", "threads", "isa")
 RATIOS = ("published", "masked", "dense", "small", "plain")
 
 
@@ -53,10 +55,13 @@ def plain_loop(case: Case, model: nn.Module, layout: torch.memory_format) -> Cal
     return step
 
 
-def small(case: Case, density: float) -> nn.Module:
-    """The dense network whose hidden layers have the share ``density`` of their channels."""
+def small(case: Case, density: float) -> nn.Module | None:
+    """The dense network whose hidden layers have the share ``density`` of their channels; None where there is none."""
     model = to_dense(case.pruned(1.0))
-    return narrow.resized(model, narrow.shapes_at(model, torch.zeros(2, *case.image), density))
+    try:
+        return narrow.resized(model, narrow.shapes_at(model, torch.zeros(2, *case.image), density))
+    except ValueError:
+        return None
 
 
 def faster(case: Case, model: nn.Module, x: Tensor, y: Tensor, clock: Callable[[], float]) -> Callable[[], object]:
@@ -88,11 +93,13 @@ def measure(
             return row | {"wrong": f"{name}: loss {wrong}"}
     steps: dict[str, Callable[[], object]] = {n: functools.partial(t.step, x, y) for n, t in trainers.items()}
     steps["dense"] = faster(case, to_dense(base), x, y, clock)
-    steps["small"] = faster(case, small(case, density), x, y, clock)
+    if (narrower := small(case, density)) is not None:
+        steps["small"] = faster(case, narrower, x, y, clock)
     times = common.in_turns(common.evenly(steps, clock), turns, seconds)
-    ratios = {name: common.over(times[name], times["compact"]) for name in RATIOS}
+    ratios = {name: common.over(times[name], times["compact"]) for name in RATIOS if name in times}
     return row | {
         "compact_ms": round(1e3 * statistics.median(times["compact"]), 3),
+        **dict.fromkeys(RATIOS, ""),
         **{name: round(middle, 3) for name, (_, middle, _) in ratios.items()},
         **{f"{name}_q1": round(low, 3) for name, (low, _, _) in ratios.items()},
         **{f"{name}_q3": round(high, 3) for name, (_, _, high) in ratios.items()},
@@ -107,38 +114,41 @@ def table(rows: Sequence[Row]) -> str:
     """How many times as fast as each rival a compact step is."""
 
     def cells(row: Row) -> list[str]:
-        head = [f"{LABELS.get(row['model'], row['model'])}, {row['batch']}", row["density"], row["threads"]]
-        return [*head, *(["wrong"] * len(RATIOS) if row["wrong"] else [f"{float(row[n]):.3g}x" for n in RATIOS])]
+        head = [f"{LABELS.get(row['model'], row['model'])}, {row['batch']}", *(row[key] for key in KEY[1:])]
+        if row["wrong"]:
+            return [*head, *["wrong"] * len(RATIOS)]
+        return [*head, *(f"{float(row[n]):.3g}x" if row[n] else "none" for n in RATIOS)]
 
     names = ["as published", "masked", "dense PyTorch", "small dense network", "compact without the extension"]
-    return common.markdown(["model, batch", "density", "threads", *names], map(cells, rows))
+    return common.markdown(["model, batch", "density", "threads", "kernels", *names], map(cells, rows))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = common.options("benchmarks.rivals", __doc__)
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.5, 0.25])
-    parser.add_argument("--threads", type=int, default=1, help="with more than one, wall time is measured")
+    parser.add_argument(
+        "--threads", nargs="+", type=int, default=[1, 2], help="numbers; with more than one, wall time is measured"
+    )
     parser.add_argument("--turns", type=int, default=15, help="measurements per rival")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of measurement per cell, about")
     args = parser.parse_args(argv)
     common.check_densities(parser, args.densities)
-    if args.threads < 1:
+    if min(args.threads) < 1:
         parser.error(f"--threads must be at least 1; got {args.threads}")
     if args.quick:
         args.models, args.densities, args.turns = ["lenet5"], [0.25], 2
     rows = common.start(args, KEY)
-    torch.set_num_threads(args.threads)
-    clock = time.process_time if args.threads == 1 else time.perf_counter
-    for model in args.models:
-        for density in args.densities:
-            case = CASES[model].small() if args.quick else CASES[model]
-            common.tell(
-                rows, measure(case, density, args.threads, args.turns, args.budget, clock),
-                "{model:9} b{batch} density {density:<4} {threads} threads",
-                "compact {compact_ms:8.3f} ms: x{published} published, x{masked} masked, x{dense} dense, "
-                "x{small} small, x{plain} without the extension",
-            )  # fmt: skip
+    for threads, model, density in itertools.product(args.threads, args.models, args.densities):
+        torch.set_num_threads(threads)
+        clock = time.process_time if threads == 1 else time.perf_counter
+        case = CASES[model].small() if args.quick else CASES[model]
+        common.tell(
+            rows, measure(case, density, threads, args.turns, args.budget, clock),
+            "{model:9} b{batch} density {density:<4} {threads} threads",
+            "compact {compact_ms:8.3f} ms: x{published} published, x{masked} masked, x{dense} dense, "
+            "x{small} small, x{plain} without the extension",
+        )  # fmt: skip
     return rows.failed()
 
 

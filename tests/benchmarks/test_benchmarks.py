@@ -27,6 +27,7 @@ from benchmarks import (
     memory,
     native_cpu,
     readme,
+    rivals,
     training_step,
     workers,
     zoo,
@@ -161,6 +162,13 @@ def test_a_wrong_trainer_is_not_timed(name, trainer, monkeypatch, tmp_path, caps
     assert "WRONG" in capsys.readouterr().out
     table = importlib.import_module(f"benchmarks.{name}").table(rows)
     assert "wrong" in table or len(table.splitlines()) == 2
+
+
+def test_a_model_that_cannot_be_narrowed_has_no_small_rival():
+    assert rivals.small(cases.CASES["lenet5"], 0.5) is not None and rivals.small(cases.CASES["vit"], 0.5) is None
+    row = {"model": "vit", "batch": "16", "density": "0.5", "threads": "2", "isa": "avx2", "wrong": ""}
+    row |= dict.fromkeys(rivals.RATIOS, "1.5") | {"small": ""}
+    assert rivals.table([row]).endswith("| ViT, 16 | 0.5 | 2 | avx2 | 1.5x | 1.5x | 1.5x | none | 1.5x |")
 
 
 def test_a_wrong_layer_is_not_timed(monkeypatch, tmp_path):
