@@ -15,8 +15,10 @@ from spafl.algorithms.budget import (
     corrected,
     densities_of,
     first_set_point,
+    gentle,
     predicted,
     push_for,
+    pushed,
     reached,
 )
 from spafl.config import deep_merge, resolve_config
@@ -85,6 +87,30 @@ def test_thresholds_are_pulled_down_for_a_higher_density():
     push = push_for(scores, high, mean, 0.9).common
     assert push < 0
     assert density_of(scores, [torch.log(t.exp() + push) for t in high]) == pytest.approx(0.9, abs=0.06)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.6, 1.0])
+def test_a_push_made_at_once_gives_the_density(density):
+    """Up and down: the scores know of no threshold below 0, and thresholds stay finite."""
+    scores, thresholds = layers(4)
+    thresholds = [t + 0.08 for t in thresholds]
+    push = push_for(scores, thresholds, mean, density)
+    after = [pushed(t, a) for t, a in zip(thresholds, push.layers, strict=True)]
+    assert density_of(scores, after) == pytest.approx(density, abs=1 / (len(scores[0]) * len(scores)))
+    assert all(t.isfinite().all() and t.dtype == s.dtype for t, s in zip(after, scores, strict=True))
+
+
+def test_no_pull_takes_thresholds_where_they_run_away():
+    """One far below the others ends all of a layer at minus infinity, if the others are to come down to 0."""
+    threshold = torch.tensor([-0.4, 0.0, 0.9, 1.5])
+    at_once = pushed(threshold, 1 - math.exp(1.5))
+    assert torch.allclose(at_once, torch.tensor([-0.4, 0.0, 0.0, 0.0]), atol=1e-6)
+    push = gentle(-10.0, threshold)
+    tau = threshold.double()
+    for _ in range(1000):  # as a constant coefficient pulls
+        tau = tau + push / 1000 * torch.exp(-tau)
+    assert tau.isfinite().all() and tau.min() == pytest.approx(-0.4 - math.log(2), abs=0.01)
+    assert gentle(0.3, threshold) == 0.3 and gentle(-0.1, threshold) == -0.1
 
 
 def test_a_layers_last_filters_are_spared_and_the_others_go_on():
@@ -260,22 +286,38 @@ def test_operations_are_steered_where_skipping_is_not_expected_to_be_faster(smal
     assert not of_density.build_algorithm().needs_skipping
 
 
+def on_digits(target, clients=10, **tables):
+    return {
+        "rounds": 100,
+        "data": {"name": "digits"},
+        "partition": {"scheme": "dirichlet", "clients": clients, "alpha": 0.3, "min_train": 16, "min_test": 4},
+        "model": {"name": "lenet5"},
+        "algorithm": {"name": "spafl", "target": target},
+        "training": {"lr": 0.02, "batch_size": 16, "epochs": 1},
+        "sampling": {"clients_per_round": clients},
+        "evaluation": {"every": 100},
+        "simulation": {"workers": 0, "device": "cpu", "checkpoint_every": 100},
+        **tables,
+    }
+
+
+@pytest.mark.slow
+def test_budgets_by_class_are_kept_where_a_turn_is_short(tmp_path):
+    """Four or five steps from the same thresholds; half of the operations, and a quarter."""
+    target = {"phone": {"macs": 0.5}, "raspberry-pi-4": {"macs": 0.25}}
+    devices = {"devices": {"phone": 1.0, "raspberry-pi-4": 1.0}}
+    run(resolve_config(on_digits(target, 20, system=devices, rounds=60)), tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())["budget"]
+    assert {name: told[name]["budget"] for name in told} == {"phone": 0.5, "raspberry-pi-4": 0.25}
+    for budget in told.values():
+        assert budget["reached"] == pytest.approx(budget["budget"], rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [{"density": 0.3}, {"macs": 0.25}])
 def test_a_budget_is_kept_on_digits(tmp_path, target):
     """Within 5 % in the mean of the last tenth of the rounds."""
-    tables = {
-        "rounds": 100,
-        "data": {"name": "digits"},
-        "partition": {"scheme": "dirichlet", "clients": 10, "alpha": 0.3, "min_train": 16, "min_test": 4},
-        "model": {"name": "lenet5"},
-        "algorithm": {"name": "spafl", "target": target},
-        "training": {"lr": 0.02, "batch_size": 16, "epochs": 1},
-        "sampling": {"clients_per_round": 10},
-        "evaluation": {"every": 100},
-        "simulation": {"workers": 0, "device": "cpu", "checkpoint_every": 100},
-    }
-    run(resolve_config(tables), tmp_path / "run")
+    run(resolve_config(on_digits(target)), tmp_path / "run")
     kind, value = next(iter(target.items()))
     figure = {"density": "density", "macs": "macs_share"}[kind]
     last = [line["figures"][figure] for line in lines_of(tmp_path / "run")[-10:]]

@@ -5,9 +5,10 @@ A client knows its scores and the thresholds it receives. A constant coefficient
 ``A = c lr S``, and filter ``i`` is pruned where ``exp(s_i) - exp(tau_i) <= A``. That is the *model* of a turn: it says
 what densities a push ``A``, the same for all layers, leads to, and by :func:`predicted` what is spent with them. The
 client takes the push that leads to what is asked for (:func:`push_for`), and so ``c``. A negative one pulls thresholds
-down. A layer that has few filters left is pushed no further than to its last :data:`SPARED` share, two at least, and is
-pulled back where it has fewer: the data might do the rest, and the collapse guard would bring all of the layer back. It
-then has a smaller coefficient than the other layers.
+down; no further than to half of the lowest ``exp(tau)`` of their layer, for below 0 the equation runs away to minus
+infinity. A layer that has few filters left is pushed no further than to its last :data:`SPARED` share, two at least,
+and is pulled back where it has fewer: the data might do the rest, and the collapse guard would bring all of the layer
+back. It then has a smaller coefficient than the other layers.
 
 The model leaves out what the data do to weights and thresholds. So what is asked for is not the budget but a *set
 point* per client that is corrected after every turn by what the turn has brought (:func:`corrected`):
@@ -17,6 +18,11 @@ beginning included. The set point is clipped to [1e-3, 4]: above 1, where nothin
 thresholds are pulled down as many times as far, and earlier. A turn asks for at most a factor :data:`RATE` more or less
 than the last one, so that a model is not cut down at once. While this or the layers' last filters limit a turn, the set
 point stands still: it would run away from what can be had.
+
+Operations and time are spent from the first step on. Where their budgets differ by class of device, a client receives
+thresholds that are between what the classes need, and what a constant coefficient does in a turn comes too late. Such a
+client makes the whole push before its first step (:func:`pushed`) and trains without a penalty: the coefficient that
+would have made it in the turn is what the metrics say.
 """
 
 from __future__ import annotations
@@ -42,8 +48,10 @@ __all__ = [
     "corrected",
     "densities_of",
     "first_set_point",
+    "gentle",
     "predicted",
     "push_for",
+    "pushed",
     "reached",
 ]
 
@@ -77,6 +85,7 @@ class Steering:
         limited: the layers' last filters keep the turn from it.
         coefficient: of the penalty.
         scales: factors of it by layer; None: 1.
+        ahead: by layer, the push that is made before the first step, in the coefficient's place.
     """
 
     set_point: float
@@ -84,6 +93,7 @@ class Steering:
     limited: bool
     coefficient: float
     scales: dict[str, float] | None
+    ahead: tuple[float, ...] | None = None
 
 
 def first_set_point(budget: Budget) -> float:
@@ -234,6 +244,21 @@ def push_for(
         common *= more if common < 0 else 1.0
     own = (_most(m, n) for m, n in zip(margins, expendable, strict=True))
     return Push(common, tuple(min(common, most) for most in own), limited)
+
+
+def gentle(push: float, threshold: Tensor) -> float:
+    """``push`` of a layer's thresholds, as far as a coefficient can make it: see the module's text on pulls."""
+    return max(push, -0.5 * math.exp(threshold.min().item()))
+
+
+def pushed(threshold: Tensor, push: float) -> Tensor:
+    """Thresholds after a push made at once: ``log(exp(tau) + A)``.
+
+    A pull ends at 0, below which there are no scores; what is below it already stays.
+    """
+    t = threshold.double()
+    moved = (t.exp() + push).clamp_min(torch.finfo(torch.float64).tiny).log()
+    return torch.maximum(moved, t.clamp_max(0.0)).to(threshold.dtype)
 
 
 def _push_between(ordered: Tensor, pruned: int) -> float:

@@ -40,7 +40,7 @@ from spafl_kernels.layers import ThresholdLayer
 from spafl_kernels.reference import Estimator, filter_scores
 from spafl_kernels.training import Options as TrainerOptions
 
-from ..budgets import EXECUTED, kinds_of
+from ..budgets import EXECUTED, by_class, kinds_of
 from ..cost import Cost
 from ..wire import Message
 from .aggregate import AggregationOptions, robust_mean
@@ -55,8 +55,10 @@ from .budget import (
     corrected,
     densities_of,
     first_set_point,
+    gentle,
     predicted,
     push_for,
+    pushed,
 )
 from .client import Client, Evaluation
 
@@ -359,10 +361,18 @@ class SpaFL(Algorithm):
         spared = max(SPARED, self.options.collapse_floor or 0.0)
         push = push_for(scores, thresholds, spent, asked, spared)
         travel = client.travel(round, self.options.momentum_lifetime == "run")
-        coefficient, scales = push.common / travel if travel else 0.0, None
-        if coefficient and any(own != push.common for own in push.layers):
-            scales = {name: own / push.common for name, own in zip(layers, push.layers, strict=True)}
-        return Steering(set_point, asked, push.limited, coefficient, scales)
+        coefficient = push.common / travel if travel else 0.0
+        if budget.kind in EXECUTED and by_class(self.options.target or {}):
+            with torch.no_grad():
+                for threshold, own in zip(thresholds, push.layers, strict=True):
+                    threshold.copy_(pushed(threshold, own))
+            return Steering(set_point, asked, push.limited, coefficient, None, push.layers)
+        pushes = [gentle(own, threshold) for own, threshold in zip(push.layers, thresholds, strict=True)]
+        limited = push.limited or any(a > b for a, b in zip(pushes, push.layers, strict=True))
+        scales = None
+        if coefficient and any(own != push.common for own in pushes):
+            scales = {name: own / push.common for name, own in zip(layers, pushes, strict=True)}
+        return Steering(set_point, asked, limited, coefficient, scales)
 
     def _steered(
         self, client: Client, budget: Budget, steering: Steering, density: float, macs: int
@@ -394,7 +404,7 @@ class SpaFL(Algorithm):
     def _sgd_options(self, client: Client, round: int, steering: Steering | None = None) -> TrainerOptions:
         floor = self.options.collapse_floor
         if steering is not None:
-            c, scales = steering.coefficient, steering.scales
+            c, scales = 0.0 if steering.ahead else steering.coefficient, steering.scales
             return replace(client.sgd_options(round), penalty=c, penalty_scales=scales, collapse_floor=floor)
         penalty = penalty_at(self.options, round)
         return replace(client.sgd_options(round), penalty=penalty, collapse_floor=floor)
