@@ -18,7 +18,7 @@ One step, in this order (the order of the published code):
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,9 +36,22 @@ from .inventory import Inventory
 from .optimisers import AdamOptions, Options, SGDOptions, torch_optimiser, write_back
 from .shared_pass import share
 
-__all__ = ["AdamOptions", "Extra", "MaskedTrainer", "Options", "SGDOptions", "TrainResult", "Trainer", "Unsupported"]
+__all__ = [
+    "AdamOptions",
+    "Extra",
+    "Given",
+    "MaskedTrainer",
+    "Options",
+    "SGDOptions",
+    "TrainResult",
+    "Trainer",
+    "Unsupported",
+]
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
+Given = Tensor | Sequence[Any] | Mapping[str, Any]
+"""A batch as a model gets it: a tensor; a tuple or list of all its arguments; a dictionary of them by name."""
+
 Extra = Callable[[Mapping[str, nn.Parameter]], None]
 """``extra(parameters)`` gets the trained parameters by name, their ``grad`` complete, and changes these gradients in
 place: a proximal term, a correction, a mask. A parameter that the loss does not depend on has the gradient None."""
@@ -83,7 +96,7 @@ class Trainer:
 
     Args:
         model: any module; without threshold layers the training is plain SGD.
-        loss: ``loss(model(x), y)``, a scalar, the mean over the batch.
+        loss: ``loss(out, y)`` of what the model returns, a scalar, the mean over the batch.
     """
 
     engine: str
@@ -130,11 +143,12 @@ class Trainer:
         """
         raise NotImplementedError
 
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
+    def step(self, x: Given, y: Any) -> Tensor:
         """One step of the optimiser in train mode.
 
         Args:
-            x: a batch the model takes.
+            x: a batch the model takes: ``model(x)`` of a tensor, ``model(*x)`` of a tuple or list, ``model(**x)`` of a
+                dictionary. The samples are counted along dimension 0 of the first tensor in it.
             y: targets the loss takes.
 
         Returns:
@@ -143,16 +157,17 @@ class Trainer:
 
         Raises:
             ValueError: the loss is not a scalar tensor, or does not depend on what the model returns; every parameter
-                was frozen meanwhile.
+                was frozen meanwhile; there is no tensor in ``x``.
+            TypeError: ``x`` is nothing of that.
             RuntimeError: no training is open; parameters of the model were replaced.
         """
         raise NotImplementedError
 
-    def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, x: Given, y: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and hits on a batch in eval mode; the collapse guard fires here too, as in the published code.
 
         Args:
-            x: a batch the model takes; the output is ``(N, classes)``.
+            x: a batch as :meth:`step` takes it; the output is ``(N, classes)``.
             y: int64 ``(N,)`` classes.
 
         Returns:
@@ -257,6 +272,42 @@ def of_classes(out: Tensor, y: Tensor) -> Tensor:
     return (out.argmax(dim=1) == y).sum()
 
 
+def arguments_of(x: Given) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with, by place and by name; ``TypeError`` for what is no batch."""
+    if isinstance(x, Tensor):
+        return (x,), {}
+    if isinstance(x, (tuple, list)):
+        return tuple(x), {}
+    if isinstance(x, Mapping) and all(isinstance(name, str) for name in x):
+        return (), dict(x)
+    raise TypeError(
+        "x must be a tensor, a tuple or list of the model's arguments, or a dictionary of them by name; "
+        f"got a {type(x).__name__}"
+    )
+
+
+def called(model: nn.Module, x: Given) -> Any:
+    """What the model returns for a batch."""
+    if isinstance(x, Tensor):
+        return model(x)
+    args, kwargs = arguments_of(x)
+    return model(*args, **kwargs)
+
+
+def samples_of(x: Given) -> tuple[int, Hashable]:
+    """How many samples a batch has, and what of it a step's work depends on besides their number."""
+    if isinstance(x, Tensor) and x.dim():
+        return len(x), x.shape[1:]
+    leaves = tree_leaves(arguments_of(x))
+    count = next((len(t) for t in leaves if isinstance(t, Tensor) and t.dim()), None)
+    if count is None:
+        raise ValueError("x must have a tensor with a dimension of samples in it")
+    shapes = [
+        t.shape[t.dim() > 0 and len(t) == count :] if isinstance(t, Tensor) else (type(t), repr(t)) for t in leaves
+    ]
+    return count, tuple(shapes)
+
+
 def _words(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
@@ -323,10 +374,11 @@ class MaskedTrainer(Trainer):
         on_cpu = self._densities.device.type == "cpu"
         return backend.requesting("reference") if on_cpu else contextlib.nullcontext()
 
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
+    def step(self, x: Given, y: Any) -> Tensor:
         self._check_open()
         self._check_same_parameters()
-        key = tuple(x.shape[1:]), self.form, tuple(p.requires_grad for p in self._parameters.values())
+        count, shape = samples_of(x)
+        key = shape, self.form, tuple(p.requires_grad for p in self._parameters.values())
         if not self.counts_macs:
             self._steps += 1
             return self._step(x, y)
@@ -336,7 +388,7 @@ class MaskedTrainer(Trainer):
                 loss = self._step(x, y)
             # PyTorch's own operators that compute active filters alone are in both counts.
             twice = self._executed.numbers - before
-            macs, batch = counted.of_other_operators() // 2 - twice, len(x)
+            macs, batch = counted.of_other_operators() // 2 - twice, count
             if not batch:  # nothing was counted of an empty batch
                 self._steps += 1
                 return loss
@@ -345,14 +397,14 @@ class MaskedTrainer(Trainer):
             with self._executed.counting():
                 loss = self._step(x, y)
         macs, batch = self._macs_of[key]
-        self._macs += macs * len(x) // batch
+        self._macs += macs * count // batch
         self._steps += 1
         return loss
 
-    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+    def _step(self, x: Given, y: Any) -> Tensor:
         self._optimizer.zero_grad()
         with self._guard():
-            out = self.model(x)
+            out = called(self.model, x)
         loss = objective = self._loss_of(out, y)
         if not loss.requires_grad:
             self._trainable()
@@ -376,12 +428,13 @@ class MaskedTrainer(Trainer):
         return torch.stack(parts).sum()
 
     @torch.no_grad()
-    def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, x: Given, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_open()
         self._check_same_parameters()
+        samples_of(x)
         self.model.eval()
         with self._guard():
-            out = self.model(x)
+            out = called(self.model, x)
         self.model.train()
         return self._loss_and_hits(out, y)
 

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..reference import Estimator, mask_weight_and_bias
+from ..training import Given, arguments_of
 from .graph.flow import Flow
-from .graph.follow import trace_flow
+from .graph.follow import follow_inputs
+from .graph.inputs import Form, inputs_of
+from .graph.trace import check_traceable
 from .kinds.layers import Layer
 from .plan.plan import Plan
 from .plan.rows import Rows
@@ -87,7 +90,7 @@ class Audit:
         )
 
 
-def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
+def audit(model: nn.Module, x: Given, repeats: int = 5) -> Audit:
     """Measure every layer's forward and backward, masked and compact, on inputs of the sizes it gets from ``x``.
 
     Layers are timed alone, on random numbers: what the rest of a step costs (norms, activations, the update) is not in
@@ -95,7 +98,7 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
 
     Args:
         model: a model with threshold layers; not changed.
-        x: a batch the model takes.
+        x: a batch the model takes: a tensor, a tuple or list of its arguments, or a dictionary of them by name.
         repeats: measurements per layer and kind; medians are taken, masked and compact in turn.
 
     Raises:
@@ -104,20 +107,23 @@ def audit(model: nn.Module, x: Tensor, repeats: int = 5) -> Audit:
     """
     if repeats < 1:
         raise ValueError(f"repeats must be >= 1; got {repeats}")
-    flow = trace_flow(model, tuple(x.shape[1:]))
-    return measured(flow, Rows(flow).of_model(gradients=False).keep, x, repeats)
+    form, tensors = Form.of(*arguments_of(x))
+    inputs, batch = inputs_of(tensors)
+    flow = follow_inputs(model, inputs, check_traceable(model, form=form), batch)
+    return measured(flow, Rows(flow).of_model(gradients=False).keep, batch, repeats)
 
 
-def measured(flow: Flow, keep: dict[str, Tensor], x: Tensor, repeats: int = 5) -> Audit:
-    """:func:`audit` of a model that has been read, with the rows ``keep``, bool by threshold layer."""
+def measured(flow: Flow, keep: dict[str, Tensor], batch: int, repeats: int = 5) -> Audit:
+    """:func:`audit` of a model that has been read, with the rows ``keep``, bool by threshold layer, and a number of
+    samples."""
     exact, padded = Plan(flow, keep, multiple=1), Plan(flow, keep)
     found = []
     for name, op in flow.layers.items():
         m, source = op.module, flow.source(op)
-        shape_in = (len(x), *(source.shape or ())[1:])
+        shape_in = (batch, *(source.shape or ())[1:])
         rows, columns, _ = op.product(exact, padded=False)
         stored, width, groups = op.product(padded, padded=True)
-        kernel, positions = m.weight[0, 0].numel(), len(x) * op.positions
+        kernel, positions = m.weight[0, 0].numel(), batch * op.positions
         passes = 3 if source.grad else 2
         macs = [passes * positions * kernel * a * b for a, b in (op.weight.shape[:2], (rows, columns))]
         dense = _timer(op, shape_in, tuple(op.weight.shape), source.grad, getattr(m, "groups", 1), mask=True)

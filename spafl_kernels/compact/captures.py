@@ -24,7 +24,7 @@ from .graph.watch import Modes, Watch
 from .plan.rows import Rows
 from .verify import Verify, check_verify
 
-__all__ = ["MOST", "Batch", "Captured", "Captures", "Recent", "Verdict"]
+__all__ = ["KINDS_READ", "MOST", "Batch", "Captured", "Captures", "Recent", "Verdict"]
 
 MOST = 8  # kinds of batches
 # A model is read at most so often in so many calls: what changes at every call would never be done.

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..training import Unsupported
+from ..training import Given, Unsupported, arguments_of, samples_of
 from .graph.flow import Flow
-from .graph.follow import trace_flow
+from .graph.follow import follow_inputs
+from .graph.inputs import Form, Input, inputs_of
 from .graph.trace import check_traceable, copy_of, kept_random_state
 from .kinds.base import Op
 from .kinds.ends import Output
@@ -24,7 +25,7 @@ from .verify import compared, differs
 __all__ = ["export"]
 
 
-def export(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
+def export(model: nn.Module, image: tuple[int, ...] | Given) -> nn.Module:
     """A small dense model that computes what ``model`` computes in eval mode.
 
     Pruned filters and the input columns that read them are gone; BatchNorm behind a layer and the constants of pruned
@@ -34,10 +35,13 @@ def export(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
     Args:
         model: a model with threshold layers; not changed.
         image: shape of one input sample, without the batch. Where a constant meets zero padding its map is stored for
-            this size, so other sizes are refused by the addition.
+            this size, so other sizes are refused by the addition. Of a model that is called otherwise than with one
+            tensor of its own dtype, a batch: a tensor, a tuple or list of its arguments, or a dictionary of them by
+            name. Arguments that are no tensors stay what they are.
 
     Returns:
-        The model; ``(N, *image)`` gives the output of ``model.eval()`` up to rounding.
+        The model; ``(N, *image)`` gives the output of ``model.eval()`` up to rounding. It takes the tensors of the
+        batch one by one, in this order or by the names that they have in ``forward``, and returns what the model does.
 
     The result is compared with the model before it is returned, and so are exports of float64 copies under random
     masks, at two batch sizes.
@@ -45,16 +49,18 @@ def export(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
     Raises:
         Unsupported: the model cannot be traced (:func:`spafl_kernels.to_dense` still gives a dense model), or what
             comes out is not what the model computes; a parameter or buffer is not finite.
+        TypeError, ValueError: ``image`` is neither a shape nor a batch.
     """
     with kept_random_state():
-        return _compared(model, tuple(image))
+        return _compared(model, image)
 
 
-def _compared(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
+def _compared(model: nn.Module, image: tuple[int, ...] | Given) -> nn.Module:
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if t.is_floating_point() and not bool(t.isfinite().all()):
             raise Unsupported(f"{name!r} is not finite")
-    flow = trace_flow(model, image, check_traceable(model, "eval", gradients=False), stored=True)
+    form, examples = _example(model, image)
+    flow = _flow(model, form, examples)
     try:
         small = _small(flow)
     except Unsupported:
@@ -62,25 +68,51 @@ def _compared(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
     except Exception as error:
         raise Unsupported(f"cannot be exported: {error}") from error
     trace = flow.trace
+
+    def ours(twin: nn.Module, tensors: list[Tensor]) -> Any:
+        inputs = tuple(i.like(t) for i, t in zip(flow.inputs, tensors))
+        return _small(follow_inputs(twin, inputs, trace.on(twin), flow.batch, stored=True))(*tensors)
+
     for round, batch in enumerate((3, 1)):
-        x = torch.randn(batch, *image, dtype=torch.float64, device=next(model.parameters()).device)
-
-        def ours(twin: nn.Module, tensors: list[Tensor]) -> Any:
-            return _small(trace_flow(twin, image, trace.on(twin), stored=True))(*tensors)
-
-        if (found := differs(flow, [x], ours, gradients=False, rounds=(round,))) is not None:
+        tensors = [_some(i, t, batch) for i, t in zip(flow.inputs, examples)]
+        if (found := differs(flow, tensors, ours, gradients=False, rounds=(round,))) is not None:
             raise Unsupported(f"the exported model is not the model: {found}")
     with torch.no_grad():
         twin = copy_of(model).eval()
-        x = x.to(next(model.parameters()).dtype)
-        tolerance = 1e-9 if x.dtype == torch.float64 else 1e-3
-        if (found := compared(lambda: small(x), lambda: twin(x), tolerance)) is not None:
+        tensors = [t.to(i.dtype) for i, t in zip(flow.inputs, tensors)]
+        args, kwargs = trace.form.call(tensors)
+        tolerance = 1e-9 if next(model.parameters()).dtype == torch.float64 else 1e-3
+        if (found := compared(lambda: small(*tensors), lambda: twin(*args, **kwargs), tolerance)) is not None:
             raise Unsupported(f"the exported model is not the model: {found}")
     return small
 
 
+def _example(model: nn.Module, image: tuple[int, ...] | Given) -> tuple[Form | None, list[Tensor]]:
+    """How a model is called, where that is known, and tensors for it."""
+    if isinstance(image, (tuple, list)) and all(isinstance(size, int) for size in image):
+        like = next(model.parameters())
+        return None, [like.detach().new_zeros(2, *image)]
+    samples_of(image)
+    if isinstance(image, Tensor):
+        return None, [image]
+    return Form.of(*arguments_of(image))
+
+
+def _flow(model: nn.Module, form: Form | None, examples: list[Tensor]) -> Flow:
+    inputs, batch = inputs_of(examples)
+    return follow_inputs(model, inputs, check_traceable(model, "eval", False, form=form), batch, stored=True)
+
+
+def _some(i: Input, example: Tensor, batch: int) -> Tensor:
+    """Random numbers for one of the inputs; of whole numbers and booleans the example's own, which the model takes."""
+    t = example.detach()
+    if i.batched:
+        t = t[torch.arange(batch, device=t.device) % len(t)]
+    return torch.randn(t.shape, dtype=torch.float64, device=t.device) if t.is_floating_point() else t
+
+
 def _exported(model: nn.Module, image: tuple[int, ...]) -> nn.Module:
-    return _small(trace_flow(model, image, check_traceable(model, "eval", gradients=False), stored=True))
+    return _small(_flow(model, *_example(model, image)))
 
 
 def _small(flow: Flow) -> nn.Module:

@@ -9,20 +9,32 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..executed import Executed
-from ..training import Extra, Loss, MaskedTrainer, Options, SGDOptions, Trainer, TrainResult, Unsupported
+from ..training import (
+    Extra,
+    Given,
+    Loss,
+    MaskedTrainer,
+    Options,
+    SGDOptions,
+    Trainer,
+    TrainResult,
+    Unsupported,
+    arguments_of,
+    samples_of,
+)
 from .audit import measured
-from .captures import Batch, Captured, Captures, Verdict
+from .captures import KINDS_READ, Batch, Captured, Captures, Verdict
 from .explain import layers_in_words, nothing_skipped
 from .graph.flow import Flow
 from .graph.follow import check_has_thresholds
-from .graph.inputs import ONE, Input
+from .graph.inputs import ONE, Form, Input, inputs_of
 from .graph.trace import Trace
 from .graph.watch import modes_of, set_modes
 from .plan.estimate import expectation
@@ -43,7 +55,16 @@ NOT_LINEAR = (
 )
 
 
+NO_KIND = Batch(ONE, ())  # of batches with something in them of which nothing is known
 AGAIN = 64  # masked steps after which the judge is asked again
+
+
+class _Call(NamedTuple):
+    """A batch: its kind, the tensors that it has, and how many samples."""
+
+    kind: Batch
+    tensors: Sequence[Tensor]
+    samples: int
 
 
 class _NoGain(Unsupported):
@@ -108,7 +129,7 @@ class CompactTrainer(Trainer):
         self._executed = Executed()
         self._judge = judge
         self._batch = 0  # samples in the last batch
-        self._seen: tuple[Any, Batch] = (), Batch(ONE, ())  # shape and dtype of the last batch, and its kind
+        self._seen: tuple[Any, Batch] = (), NO_KIND  # shape and dtype of the last one that is a tensor, and its kind
         self._masked: MaskedTrainer | None = None
 
     # -- interface -------------------------------------------------------------------------------------------------
@@ -134,6 +155,7 @@ class CompactTrainer(Trainer):
         self._session, self._fallback = None, None
         self._captured: Captured[Session] | None = None
         self._kind: Batch | None = None
+        self._met: set[Batch] = set()  # kinds of batches in this training
         self._fresh = not self._given
         self._steps = self._macs = self._rebuilds = 0
         self._executed.reset()
@@ -142,7 +164,7 @@ class CompactTrainer(Trainer):
         self._opened_by_evaluation = False
         self.model.train()
 
-    def verdicts_on(self, x: Tensor) -> dict[Batch, Verdict]:
+    def verdicts_on(self, x: Given) -> dict[Batch, Verdict]:
         """Verify on a batch of a training to come, between trainings, whether compact would be expected to gain or not.
 
         Returns:
@@ -150,18 +172,19 @@ class CompactTrainer(Trainer):
         """
         self.begin(SGDOptions(lr=0.0))
         try:
-            kind = self._kind_of(x)
-            captured = self._captures.of(kind, (x,), modes_of(self.model))
-            self._captures.check(kind, captured, (x,))
+            kind, tensors, _ = self._call_of(x)
+            captured = self._captures.of(kind, tensors, modes_of(self.model))
+            self._captures.check(kind, captured, tensors)
         except Unsupported:
             pass  # as a trainer of a copy will find, or is told by the verdict
         finally:
             self.finish()
         return dict(self._captures.verdicts)
 
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
+    def step(self, x: Given, y: Any) -> Tensor:
         self._check_open()
-        session = self._ready(x)
+        call = self._call_of(x)
+        session = self._ready(call)
         if session is None:
             assert self._fallback is not None
             self._wait, self._fallback.form = max(self._wait - 1, 0), self.form
@@ -169,8 +192,9 @@ class CompactTrainer(Trainer):
         session.refresh()
         program, leaves = session.program, session.leaves
         # Threshold layers that run as they are may skip, which the program's count does not know.
-        with self._executed.counting() if session.flow.apart and not x.is_cuda else contextlib.nullcontext():
-            loss = self._loss_of(program(x, True), y)
+        counts = bool(session.flow.apart) and not call.tensors[0].is_cuda
+        with self._executed.counting() if counts else contextlib.nullcontext():
+            loss = self._loss_of(program(call.tensors, True), y)
             objective, penalty = loss, session.penalty()
             if penalty is not None:
                 objective = loss + penalty
@@ -180,23 +204,24 @@ class CompactTrainer(Trainer):
         with torch.no_grad():
             session.advance(grads)
         self._steps += 1
-        self._macs += program.macs * len(x) + program.macs_fixed
+        self._macs += program.macs * call.samples + program.macs_fixed
         return loss.detach()
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, x: Given, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_open()
+        call = self._call_of(x)
         # Modules that run as they are (dropout, attention) read their own flag.
         self._modes = modes_of(self.model)
         self.model.eval()
-        session = self._ready(x, training=False)
+        session = self._ready(call, training=False)
         if session is None:
             assert self._fallback is not None
             self._fallback.hits = self.hits
             return self._fallback.evaluate(x, y)
         session.refresh()
-        out = session.program(x, False)
+        out = session.program(call.tensors, False)
         self.model.train()
         return self._loss_and_hits(out, y)
 
@@ -225,7 +250,7 @@ class CompactTrainer(Trainer):
         )
         return self._result
 
-    def explain(self, measure: Tensor | None = None) -> str:
+    def explain(self, measure: Given | None = None) -> str:
         """Which engine runs and why; after the first batch also which channels are followed and where they stop, how
         many rows of each layer are computed, why more than are active, and what is expected to be gained.
 
@@ -233,6 +258,7 @@ class CompactTrainer(Trainer):
             measure: a batch; every layer is timed alone on inputs of the sizes it gets from it, masked and compact.
         """
         head, lines = f"{self.engine}: {self.reason}", []
+        timed = None if measure is None else self._call_of(measure)
         for kind, captured in self._captures:
             flow, open_now = captured.flow, self._session is not None
             session = next(iter(captured.made.values()), None)
@@ -247,8 +273,8 @@ class CompactTrainer(Trainer):
             on_cpu = next(flow.model.parameters()).device.type == "cpu"
             expected = expectation(flow, keep, self._batch, self.compiled) if rows and on_cpu and self._batch else None
             times = None
-            if measure is not None and rows and kind == self._kind_of(measure):
-                times = measured(flow, keep, measure)
+            if timed is not None and rows and kind == timed.kind:
+                times = measured(flow, keep, timed.samples)
             lines += [flow.explain(), *layers_in_words(flow, rows, expected, times)]
         return "\n".join([head, *lines])
 
@@ -260,32 +286,32 @@ class CompactTrainer(Trainer):
             if versions is not None and (p.data_ptr(), p._version) != versions[name]:
                 raise RuntimeError(f"{name!r} was changed by somebody else between begin() and finish()")
 
-    def _ready(self, x: Tensor, training: bool = True) -> Session | None:
-        """The compact copy for batches like ``x`` and the model as it is; None if the masked trainer is to run."""
-        kind = self._kind_of(x)
-        self._batch = len(x)
+    def _ready(self, call: _Call, training: bool = True) -> Session | None:
+        """The compact copy for such batches and the model as it is; None if the masked trainer is to run."""
+        kind, self._batch = call.kind, call.samples
         # What the batches of an evaluation said is asked of those of the training again.
         first, self._stepped = training and not self._stepped, self._stepped or training
         if self._session is not None and self._kind == kind:
             assert self._captured is not None
             watch = self._session.flow.trace.watch
             good = self._captured.verified and watch.changed(0 if training else 1, kinds=False) is None
-            if good and not (first and self._opened_by_evaluation and self._loses(self._session.flow, x)):
+            if good and not (first and self._opened_by_evaluation and self._loses(self._session.flow)):
                 return self._session
             self._leave()
         elif self._session is not None:
             self._leave()
         elif self._fallback is not None:
             # What was refused may have changed, or this batch may be of another kind.
-            if kind == self._kind and (self._refusal(kind, training) or self._still_loses(x, first, training)):
+            if kind == self._kind and (self._refusal(kind, training) or self._still_loses(first, training)):
                 return None
             self._end_masked()
         self._kind = kind
+        self._met.add(kind)
         with torch.inference_mode(False):
             try:
                 if (reason := self._refusal(kind, training)) is not None:
                     raise Unsupported(reason)
-                self._session = self._open_session(kind, x, training)
+                self._session = self._open_session(call, training)
             except _NoGain as error:
                 self._wait = AGAIN
                 self._run_masked(str(error), no_gain=True)
@@ -299,10 +325,18 @@ class CompactTrainer(Trainer):
         self.engine, self.reason = "compact", FOLLOWED
         return self._session
 
-    def _kind_of(self, x: Tensor) -> Batch:
-        if (x.shape[1:], x.dtype) != self._seen[0]:
-            self._seen = (x.shape[1:], x.dtype), Batch(ONE, (Input(tuple(x.shape[1:]), x.dtype),))
-        return self._seen[1]
+    def _call_of(self, x: Given) -> _Call:
+        if isinstance(x, Tensor) and x.dim():
+            if (x.shape[1:], x.dtype) != self._seen[0]:
+                self._seen = (x.shape[1:], x.dtype), Batch(ONE, (Input(tuple(x.shape[1:]), x.dtype),))
+            return _Call(self._seen[1], (x,), len(x))
+        count, _ = samples_of(x)
+        try:
+            form, tensors = Form.of(*arguments_of(x))
+        except Unsupported as error:
+            self._unknown = str(error)
+            return _Call(NO_KIND, (), count)
+        return _Call(Batch(form, inputs_of(tensors)[0]), tensors, count)
 
     def _refusal(self, kind: Batch, training: bool) -> str | None:
         """Why batches of this kind are known not to run compact."""
@@ -310,30 +344,35 @@ class CompactTrainer(Trainer):
             return HAS_EXTRA
         if not isinstance(self._options, SGDOptions):
             return NOT_LINEAR
+        if kind is NO_KIND:
+            return self._unknown
+        if len(self._met) > KINDS_READ:
+            return f"the batches of this training are of more than {KINDS_READ} kinds"
         return self._captures.refusal(kind, 0 if training else 1)
 
-    def _loses(self, flow: Flow, x: Tensor) -> str | None:
-        """Why batches like ``x`` had better run masked, the model being as it is."""
-        return None if self._judge is None else self._judge(flow, len(x))
+    def _loses(self, flow: Flow) -> str | None:
+        """Why batches like the last had better run masked, the model being as it is."""
+        return None if self._judge is None else self._judge(flow, self._batch)
 
-    def _still_loses(self, x: Tensor, first: bool, training: bool) -> bool:
+    def _still_loses(self, first: bool, training: bool) -> bool:
         """Whether the masked trainer, which runs because the judge said so, goes on."""
         if not self._no_gain:
             return False
         if first or (training and not self._wait):
             captured = None if self._kind is None else self._captures.get(self._kind)
-            reason = None if captured is None else self._loses(captured.flow, x)
+            reason = None if captured is None else self._loses(captured.flow)
             if reason is None:
                 return False
             self.reason, self._wait = reason, AGAIN
         return True
 
-    def _open_session(self, kind: Batch, x: Tensor, training: bool) -> Session:
+    def _open_session(self, call: _Call, training: bool) -> Session:
+        kind, tensors = call.kind, call.tensors
         modes = modes_of(self.model) if training else self._modes
-        captured = self._captures.of(kind, (x,), modes, 0 if training else 1)
-        if (reason := self._loses(captured.flow, x)) is not None:
+        captured = self._captures.of(kind, tensors, modes, 0 if training else 1)
+        if (reason := self._loses(captured.flow)) is not None:
             raise _NoGain(reason)
-        self._captures.check(kind, captured, (x,), again=not self._checked)
+        self._captures.check(kind, captured, tensors, again=not self._checked)
         self._checked, self._captured = True, captured
         return self._load(captured)
 

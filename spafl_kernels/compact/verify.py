@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layers import ThresholdLayer
 from ..reference import WINDOW
-from ..training import MaskedTrainer, SGDOptions, Trainer
+from ..training import Given, MaskedTrainer, SGDOptions, Trainer
 from .graph.flow import Flow
 from .graph.trace import copy_of, kept_random_state
 from .graph.watch import Modes, set_modes
@@ -232,7 +232,8 @@ def differs_in_training(
     trace, modes = flow.trace, flow.trace.modes[0]
 
     def compare(twin: nn.Module, parts: list[Tensor], seed: int) -> str | None:
-        losses, (part,) = [_Functional(seed), _Functional(seed)], parts
+        losses = [_Functional(seed), _Functional(seed)]
+        part = trace.form.given(parts)
         model, other = copy.deepcopy(twin), copy.deepcopy(twin)
         masked = MaskedTrainer(model, losses[0])
         masked.counts_macs = False  # nobody asks for them, and to count takes as long as the step
@@ -324,17 +325,17 @@ def compared(ours: Callable[[], Any], right: Callable[[], Any], tolerance: float
     return _outputs(values[1], values[0], tolerance)
 
 
-def _train(trainer: Trainer, modes: Modes, x: Tensor, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _train(trainer: Trainer, modes: Modes, x: Given, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A step and an evaluation; all that the model and the momentum are afterwards."""
     model = trainer.model
     trainer.begin(OPTIONS)
     set_modes(model, modes)
     torch.manual_seed(seed)
-    trainer.step(x, x)
+    trainer.step(x, None)
     torch.manual_seed(seed)
-    label = torch.zeros((), dtype=torch.int64, device=x.device)
+    label = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
     try:
-        trainer.evaluate(x, label.expand(1))
+        trainer.evaluate(x, label)
     except TypeError:  # the output has no classes in dimension 1
         model.train()
     result = trainer.finish()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...training import Unsupported
+from ...training import Given, Unsupported
 
 __all__ = ["ONE", "Form", "Input", "inputs_of", "usual_form"]
 
@@ -79,6 +79,11 @@ class Form:
         """``args`` and ``kwargs`` with these tensors."""
         order = iter(tensors)
         return _filled(self.args, order), _filled(self.kwargs, order)
+
+    def given(self, tensors: Sequence[Any]) -> Given:
+        """A trainer's batch with these tensors, whose model is called by place alone, or by name alone."""
+        args, kwargs = self.call(tensors)
+        return kwargs or args
 
     def names(self, forward: Callable[..., Any]) -> list[str]:
         """A name for every tensor."""

@@ -10,6 +10,7 @@ import torch
 
 from ...training import Unsupported
 from ..graph.calls import Call, Signature
+from ..graph.inputs import ONE
 from ..small import Value
 from .base import Op, Sign
 from .whole import as_it_stands
@@ -35,8 +36,7 @@ class Input(Op):
         raise AssertionError("an input is not computed")
 
     def export(self, small: Small) -> Value:
-        one = len(small.flow.inputs) == 1
-        return Value(small.graph.placeholder("x" if one else self.name), None)
+        return Value(small.graph.placeholder("x" if small.flow.trace.form == ONE else str(self.node.target)), None)
 
 
 @dataclass(eq=False)

@@ -147,6 +147,7 @@ def _failing(check):
     return failing
 
 
+@pytest.mark.slow
 @INTERFACES
 def test_what_is_kept_is_bounded(interface):
     model = nn.Sequential(ThresholdLinear(3, 4), nn.ReLU(), ThresholdLinear(4, 2)).double()
@@ -160,6 +161,7 @@ def test_what_is_kept_is_bounded(interface):
     assert len(kept) == captures.MOST and len(list(kept)) == captures.MOST
 
 
+@pytest.mark.slow
 def test_a_trainer_makes_the_same_choice_after_any_calls():
     """A module gives up on what always changes; a trainer does not, for others must come to the same numbers."""
     model = gated()
