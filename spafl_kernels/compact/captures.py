@@ -75,11 +75,13 @@ class Verdict(NamedTuple):
 class Captured(Generic[T]):
     """What was read for one kind of batch.
 
-    ``verified``: it has been, or need not be. ``made``: what whoever asks has made of it.
+    ``verified``: it has been, or need not be. ``samples``: in the last batch that was asked about. ``made``: what those
+    who ask have made of it.
     """
 
     flow: Flow
     verified: bool
+    samples: int
     made: dict[Any, T] = field(default_factory=dict)
 
     @cached_property
@@ -176,9 +178,11 @@ class Captures(Generic[T]):
             Unsupported: it must run masked.
         """
         self._calls += 1
+        samples = next(len(t) for i, t in zip(batch.inputs, tensors) if i.batched)
         captured = self._known.get(batch)
         if captured is not None:
             if captured.changed(pattern) is None:
+                captured.samples = samples
                 return captured
             del self._known[batch]
         if (reason := self.refusal(batch, pattern)) is not None:
@@ -190,8 +194,7 @@ class Captures(Generic[T]):
             try:
                 trace = self._trace(batch, modes, pattern)
                 watch = trace.watch
-                count = next(len(t) for i, t in zip(batch.inputs, tensors) if i.batched)
-                flow = follow_thresholds(self.model, batch.inputs, trace, count)
+                flow = follow_thresholds(self.model, batch.inputs, trace, samples)
             except Unsupported as error:
                 if (watch := error.watch if isinstance(error, Untraceable) else watch) is not None:
                     self._refused[batch] = watch, str(error)
@@ -199,7 +202,7 @@ class Captures(Generic[T]):
             finally:
                 if watch is not None:
                     self._read_at.append(self._calls)
-        self._known[batch] = captured = Captured(flow, self.verify == "never")
+        self._known[batch] = captured = Captured(flow, self.verify == "never", samples)
         return captured
 
     def check(self, batch: Batch, captured: Captured[T], tensors: Sequence[Tensor], again: bool = False) -> None:

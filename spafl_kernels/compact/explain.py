@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .audit import Audit
+from .audit import measured
 from .graph.flow import Flow
 from .plan.conditions import rows_in_words
-from .plan.estimate import Estimate
+from .plan.estimate import expectation
 
-__all__ = ["RowsBy", "layers_in_words", "nothing_skipped"]
+__all__ = ["RowsBy", "in_words", "nothing_skipped"]
 
 # By threshold layer: which filters are active, which rows are computed, and why more than these.
 RowsBy = Mapping[str, tuple[Tensor, Tensor, str]]
@@ -27,17 +27,27 @@ def nothing_skipped(rows: RowsBy) -> str | None:
     return f"nothing is skipped, all {pruned} pruned filters are computed: {'; '.join(reasons) or 'they are needed'}"
 
 
-def layers_in_words(flow: Flow, rows: RowsBy, expected: Estimate | None, measured: Audit | None = None) -> list[str]:
-    """A line for the step, where something is expected of it, and one for every threshold layer.
+def in_words(
+    flow: Flow, rows: RowsBy, batch: int, compiled: bool, gathers: bool = False, measure: int = 0
+) -> list[str]:
+    """What is followed, what is expected of a training step, and a line for every threshold layer.
 
     Args:
         flow: of the model.
-        rows: of the masks as they are.
-        expected: seconds by operation; None: nothing is expected.
-        measured: of the layers alone.
+        rows: of the masks as they are; empty: they are not known.
+        batch: samples in a step; 0: nothing is expected.
+        compiled: the compiled operators run where they are there.
+        gathers: the step gathers weights from the model besides, of which nothing is known.
+        measure: number of samples with which every layer is timed alone; 0: none is.
     """
-    lines = [] if expected is None else [f"a step is expected to be {expected.gain:.2f}x as fast as masked"]
-    times = {} if measured is None else {a.name: a.masked_seconds / a.compact_seconds for a in measured.layers}
+    lines, keep = [flow.explain()], {name: active | kept for name, (active, kept, _) in rows.items()}
+    expected = None
+    if rows and batch and next(flow.model.parameters()).device.type == "cpu":
+        expected = expectation(flow, keep, batch, compiled)
+        but = ", without its gathers" if gathers else ""
+        lines.append(f"a step is expected to be {expected.gain:.2f}x as fast as masked{but}")
+    audit = measured(flow, keep, measure) if rows and measure else None
+    times = {} if audit is None else {a.name: a.masked_seconds / a.compact_seconds for a in audit.layers}
     for name, (active, kept, why) in rows.items():
         text = rows_in_words(name, active, kept, why)
         for edge, reason in flow.stops:

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ..functional import refuse_transforms, warn_of_collapse
 from ..settings import strict as strict_by_default
-from ..training import Unsupported
+from ..training import Given, Unsupported, arguments_of
 from .captures import Batch, Captures
-from .explain import RowsBy, layers_in_words, nothing_skipped
+from .explain import RowsBy, in_words, nothing_skipped
 from .graph.flow import Flow
 from .graph.follow import check_has_thresholds
 from .graph.inputs import Form, inputs_of
@@ -172,17 +172,26 @@ class CompactModule(nn.Module):
             raise error
         self.engine, self.reason = "masked", str(error)
 
-    def explain(self) -> str:
-        """Which engine ran last and why; after a forward also which channels are followed, and which rows are computed
-        although they are pruned."""
-        lines = [f"{self.engine}: {self.reason}"]
-        for _, captured in self._captures:
-            lines.append(captured.flow.explain())
+    def explain(self, measure: Given | None = None) -> str:
+        """Which engine ran last and why; after a forward also which channels are followed, which rows are computed
+        although they are pruned, and what is expected to be gained in a step with gradients.
+
+        Args:
+            measure: a batch: a tensor, a tuple or list of the model's arguments, or a dictionary of them by name; every
+                layer is timed alone on inputs of the sizes it gets from it, masked and compact.
+        """
+        lines, timed, count = [f"{self.engine}: {self.reason}"], None, 0
+        if measure is not None:
+            form, tensors = Form.of(*arguments_of(measure))
+            timed, count = inputs_of(tensors)
+        for batch, captured in self._captures:
             for planned in list(captured.made.values())[-1:]:
                 rows = planned.made.rows(captured.rows.reasons)
                 if self.engine == "compact" and (nothing := nothing_skipped(rows)) is not None:
                     lines[0] = f"compact: {nothing}"
-                lines += layers_in_words(captured.flow, rows, None)
+                asked = count if timed is not None and (batch.form, batch.inputs) == (form, timed) else 0
+                samples = captured.samples if batch.gradients else 0
+                lines += in_words(captured.flow, rows, samples, True, gathers=True, measure=asked)
         return "\n".join(lines)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -29,15 +29,13 @@ from ..training import (
     arguments_of,
     samples_of,
 )
-from .audit import measured
 from .captures import KINDS_READ, Batch, Captured, Captures, Verdict
-from .explain import layers_in_words, nothing_skipped
+from .explain import in_words, nothing_skipped
 from .graph.flow import Flow
 from .graph.follow import check_has_thresholds
 from .graph.inputs import ONE, Form, Input, inputs_of
 from .graph.trace import Trace
 from .graph.watch import modes_of, set_modes
-from .plan.estimate import expectation
 from .run.memory import pages
 from .train.momentum import OwnMomentum
 from .train.session import Session, settings_of
@@ -173,6 +171,8 @@ class CompactTrainer(Trainer):
         self.begin(SGDOptions(lr=0.0))
         try:
             kind, tensors, _ = self._call_of(x)
+            if kind is NO_KIND:
+                raise Unsupported(self._unknown)
             captured = self._captures.of(kind, tensors, modes_of(self.model))
             self._captures.check(kind, captured, tensors)
         except Unsupported:
@@ -269,13 +269,8 @@ class CompactTrainer(Trainer):
                 rows = captured.rows.of_model(gradients=True).reasoned(captured.rows.reasons)
             if self.engine == "compact" and (nothing := nothing_skipped(rows)) is not None:
                 head = f"compact: {nothing}"
-            keep = {name: active | kept for name, (active, kept, _) in rows.items()}
-            on_cpu = next(flow.model.parameters()).device.type == "cpu"
-            expected = expectation(flow, keep, self._batch, self.compiled) if rows and on_cpu and self._batch else None
-            times = None
-            if timed is not None and rows and kind == timed.kind:
-                times = measured(flow, keep, timed.samples)
-            lines += [flow.explain(), *layers_in_words(flow, rows, expected, times)]
+            count = timed.samples if timed is not None and kind == timed.kind else 0
+            lines += in_words(flow, rows, self._batch, self.compiled, measure=count)
         return "\n".join([head, *lines])
 
     # -- start -----------------------------------------------------------------------------------------------------

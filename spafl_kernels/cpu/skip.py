@@ -5,8 +5,8 @@ the weight are gathered, never activations. Backward, the gradient of the input 
 come from the gathered channels of the incoming gradient. A pruned filter needs its row of ``G`` too where the estimator
 lets a gradient through that is not 0, which is asked at run time.
 
-What is not finite must not get lost: the reference computes ``0 * NaN``. Weights are looked at in the forward pass and
-the gradients of pruned channels in the backward pass; where one is not finite the reference runs.
+What is not finite must not get lost: the reference computes ``0 * NaN``. Weights and masked biases are looked at in the
+forward pass and the gradients of pruned channels in the backward pass; where one is not finite the reference runs.
 
 It pays where enough filters are pruned in a layer with enough work, see :func:`pays`.
 """
@@ -176,8 +176,9 @@ def _choose(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, l
         margin = scores - threshold
         active = margin > 0
         filters = int(active.sum())
-        if not math.isfinite(float(scores.sum())):
-            return Choice("a weight is not finite")
+        masked = [scores] if bias is None or not layer.mask_bias else [scores, bias]
+        if not math.isfinite(float(torch.cat(masked).sum())):
+            return Choice("a weight or a masked bias is not finite")
     if filters in (0, width) or not (always or pays(products, *work, width, filters)):
         return Choice(f"{filters} of {width} filters are active, where skipping does not pay")
     return Choice(f"{filters} of {width} filters are active and computed, the others skipped", active, margin, filters)

@@ -41,6 +41,20 @@ def test_identity_with_gelu_is_no_success():
     assert module.explain().startswith("compact: nothing is skipped, all 5 pruned filters")
 
 
+def test_a_module_expects_of_its_layers_what_a_trainer_does():
+    lines = told(net("window", nn.ReLU()))
+    module = CompactModule(net("window", nn.ReLU()), strict=True)
+    with torch.no_grad():
+        module(X)
+    assert "expected" not in module.explain()
+    module(X).sum().backward()
+    layers = [line for line in module.explain().splitlines() if line.startswith(("0: 3 of 8", "3: "))]
+    assert [line for line in layers if "expected" in line] == [line for line in lines if "; expected " in line]
+    assert len(layers) > 1 and "x as fast as masked, without its gathers" in module.explain()
+    assert "measured" not in module.explain() and module.explain(X).count("; measured ") == 2 * 2
+    assert "measured" not in module.explain([torch.randn(2, 3, 9, 9)])
+
+
 @pytest.mark.parametrize("estimator, activation", [("identity", nn.ReLU()), ("window", nn.GELU())])
 def test_what_is_skipped_is_expected_to_gain(estimator, activation):
     lines = told(net(estimator, activation), X)

@@ -129,6 +129,17 @@ def test_what_is_not_finite_is_not_lost(estimator):
         assert not layer(x).isfinite().all() and not runs(layer, x)
 
 
+@pytest.mark.parametrize("estimator", ["identity", "window"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_masked_bias_that_is_not_finite_is_not_lost(estimator, value):
+    layer, x = half(estimator)
+    layer.mask_bias = True
+    layer.bias.data[1] = value  # of a pruned filter
+    same(layer, x)
+    with backend.requesting("narrow"):
+        assert layer(x)[:, 1].isnan().all() and not runs(layer, x)
+
+
 @pytest.mark.parametrize(("estimator", "far"), [("identity", ()), ("window", ()), ("window", (1,))])
 def test_second_derivatives(estimator, far):
     layer, x = half(estimator, far)
