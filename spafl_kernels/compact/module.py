@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..functional import refuse_transforms, warn_of_collapse
 from ..settings import strict as strict_by_default
 from ..training import Given, Unsupported, arguments_of
 from .captures import Batch, Captures
-from .explain import RowsBy, in_words, nothing_skipped
+from .explain import in_words, nothing_skipped
 from .graph.flow import Flow
 from .graph.follow import check_has_thresholds
 from .graph.inputs import Form, inputs_of
@@ -162,7 +162,7 @@ class CompactModule(nn.Module):
             self._fall_back(error)
 
     def _reset(self, trace: Trace | None = None) -> None:
-        self._captures: Captures[_Planned] = Captures(
+        self._captures: Captures[Made] = Captures(
             self.model, "now", self.verify, self._differs, bounded=True, trace=trace
         )
         self._warned: set[str] = set()
@@ -185,8 +185,8 @@ class CompactModule(nn.Module):
             form, tensors = Form.of(*arguments_of(measure))
             timed, count = inputs_of(tensors)
         for batch, captured in self._captures:
-            for planned in list(captured.made.values())[-1:]:
-                rows = planned.made.rows(captured.rows.reasons)
+            for made in list(captured.made.values())[-1:]:
+                rows = made.chosen.reasoned(captured.rows.reasons)
                 if self.engine == "compact" and (nothing := nothing_skipped(rows)) is not None:
                     lines[0] = f"compact: {nothing}"
                 asked = count if timed is not None and (batch.form, batch.inputs) == (form, timed) else 0
@@ -255,22 +255,15 @@ class CompactModule(nn.Module):
         captured = self._captures.of(batch, tensors)
         with torch.no_grad():
             chosen = captured.rows.of_model(batch.gradients)
-            compiled = not torch.is_autocast_enabled(tensors[0].device.type)
-            passing = tuple(p is not None for p in chosen.passes.values())
-            state = torch.cat([*chosen.masks.values(), *chosen.keep.values()])
-            # Where the window lets gradients through depends on the margins, not on the masks: such plans are not
-            # reused.
-            windowed = any(chosen.passes[layer.name] is not None for layer in captured.rows.layers if layer.window)
-            # Tensors that a program keeps are of one kind only: made in inference mode, or not.
-            key = compiled, torch.is_inference_mode_enabled()
-            if key in captured.made and not windowed:
-                old = captured.made[key]
-                if old.passing == passing and torch.equal(old.state, state):
-                    return old.made
+        compiled = not torch.is_autocast_enabled(tensors[0].device.type)
+        # Tensors that a program keeps are of one kind only: made in inference mode, or not.
+        key = compiled, torch.is_inference_mode_enabled()
+        old = captured.made.get(key)
+        if old is not None and old.chosen.serves(chosen):
+            return old
         self._captures.check(batch, captured, tensors, again=True)
         with torch.no_grad():
-            made = Made(captured.flow, chosen, self.multiple, compiled)
-        captured.made[key] = _Planned(state, passing, made)
+            captured.made[key] = made = Made(captured.flow, chosen, self.multiple, compiled)
         if batch.gradients and batch.training:
             self._warned |= warn_of_collapse(chosen.masks, self._warned)
         return made
@@ -281,14 +274,6 @@ class CompactModule(nn.Module):
             return CompactModule(model, True, self.multiple, "never", flow.trace.on(model))(*args, **kwargs)
 
         return differs(flow, tensors, ours, flow.trace.gradients[0])
-
-
-class _Planned(NamedTuple):
-    """A program, and the masks and passes that it was made for."""
-
-    state: Tensor
-    passing: tuple[bool, ...]
-    made: Made
 
 
 class Made:
@@ -305,7 +290,7 @@ class Made:
         weight = next(flow.model.parameters())
         exact = always_fused(flow) if compiled and weight.device.type == "cpu" else set()
         self.plan = plan = Plan(flow, chosen.keep, multiple, exact)
-        self._chosen = chosen
+        self.chosen = chosen
         self.layers, self.norms = layer_states(flow), norm_states(flow)
         self.gathers: list[Callable[[], None]] = []
         for name, layer in self.layers.items():
@@ -326,9 +311,6 @@ class Made:
         slots = slots_of(self.layers), slots_of(self.norms)
         self.program = Program(Scope(flow, plan, *slots, prefers_channels_last(flow), compiled))
         self.release()
-
-    def rows(self, reasons: Mapping[str, str]) -> RowsBy:
-        return self._chosen.reasoned(reasons)
 
     def release(self) -> None:
         """Drop the gathered tensors, so that nothing keeps the autograd graph alive."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,11 +30,22 @@ class Chosen:
         masks: which filters are active, bool.
         keep: which are computed, bool.
         passes: where the estimator lets a gradient through, as numbers; None: nowhere.
+        windowed: some of that depends on the margins, not on the masks alone.
     """
 
     masks: dict[str, Tensor]
     keep: dict[str, Tensor]
     passes: dict[str, Tensor | None]
+    windowed: bool = False
+
+    @cached_property
+    def _state(self) -> Tensor:
+        return torch.cat([*self.masks.values(), *self.keep.values()])
+
+    def serves(self, other: Chosen) -> bool:
+        """Whether what was made for this choice is right for another one of the same model."""
+        passing = all((p is None) == (q is None) for p, q in zip(self.passes.values(), other.passes.values()))
+        return not other.windowed and passing and torch.equal(self._state, other._state)
 
     def reasoned(self, reasons: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor, str]]:
         """By layer: which filters are active, which are computed, and why more than these."""
@@ -125,7 +137,7 @@ class Rows:
                 passes[layer.name], far[layer.name] = beyond.to(score.dtype), beyond
         active = torch.cat(list(masks.values()))
         keep = self.kept(active, OfParameters(self.flow), far, spoiled) if gradients or spoiled else active
-        return Chosen(masks, {layer.name: keep[layer.part] for layer in self.layers}, passes)
+        return Chosen(masks, {layer.name: keep[layer.part] for layer in self.layers}, passes, bool(far))
 
 
 def _factors(flow: Flow) -> list[tuple[Any, str]]:

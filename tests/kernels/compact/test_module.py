@@ -115,8 +115,8 @@ def test_graphs_are_not_kept_alive():
     x, _ = next(batches(shape, 1, 2))
     compact(x).sum().backward()
     ((_, captured),) = compact._captures
-    (planned,) = captured.made.values()
-    assert all(layer.slot.weight is None for layer in planned.made.layers.values())
+    (made,) = captured.made.values()
+    assert all(layer.slot.weight is None for layer in made.layers.values())
 
 
 def test_what_cannot_be_traced():
