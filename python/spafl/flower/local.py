@@ -41,6 +41,7 @@ def simulation_link(home: Path, seconds: float = 180.0) -> Iterator[str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # as Ray will do unasked; else it warns in every run
         **os.environ,
         "FLWR_HOME": str(home),
         "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")]),  # Flower starts its other programs by name
