@@ -72,6 +72,7 @@ class Line:
         difference: of the accuracy to the reference's with the same seed: mean and half the width of its confidence
             interval, both in points; the second is None with fewer than two seeds. None for the reference itself.
         faults: why runs are missing, by seed.
+        budgets: what was spent of every budget, by seed.
     """
 
     label: str
@@ -81,6 +82,7 @@ class Line:
     values: dict[str, dict[int, float]]
     difference: tuple[float, float | None] | None
     faults: dict[int, str]
+    budgets: dict[tuple[str, str, float], dict[int, float]]
 
 
 def paired_difference(own: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float | None] | None:
@@ -112,6 +114,12 @@ def lines_of(experiment: Experiment, jobs: Sequence[Job], failed: Mapping[Path, 
         for label, by_seed in runs.items()
     }
     reference = values.get(experiment.reference, {}).get("accuracy", {})
+    budgets: dict[str, dict[tuple[str, str, float], dict[int, float]]] = {row.label: {} for row in experiment.rows}
+    for label, by_seed in runs.items():
+        for seed, run in by_seed.items():
+            for met in run.budgets:
+                if met.reached is not None:
+                    budgets[label].setdefault((met.name, met.kind, met.budget), {})[seed] = met.reached
     lines = []
     for row in experiment.rows:
         own = values[row.label]["accuracy"]
@@ -120,6 +128,7 @@ def lines_of(experiment: Experiment, jobs: Sequence[Job], failed: Mapping[Path, 
             Line(
                 row.label, row.note, not find_algorithm(row.tables["algorithm"]["name"]).macs_are_seconds,
                 experiment.published.get(row.label, ""), values[row.label], difference, faults[row.label],
+                budgets[row.label],
             )
         )  # fmt: skip
     return lines
@@ -168,6 +177,13 @@ def notes_of(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
     ]
     if any(line.not_seconds for line in lines):
         notes.append(f"{_NOT_SECONDS} counted by formula only: what runs is dense, so these MACs are not seconds.")
+    for line in lines:
+        for (name, kind, budget), reached in line.budgets.items():
+            of = "" if name == "all" else f" of {name}"
+            notes.append(
+                f"{line.label}: the budget{of} is {kind} {budget:g}; in the last tenth of the rounds "
+                f"{over_seeds(reached, 3)} was spent."
+            )
     notes += [f"{line.label}: {line.note}" for line in lines if line.note]
     notes += [f"{line.label}, seed {seed}: {fault}" for line in lines for seed, fault in line.faults.items()]
     return notes

@@ -23,6 +23,7 @@ from spafl.algorithms.budget import (
 )
 from spafl.config import deep_merge, resolve_config
 from spafl.errors import UserError
+from spafl.report.run_data import load_run
 from spafl.simulation import run
 from spafl_kernels import ThresholdLinear, threshold_layers
 from spafl_kernels.training import MaskedTrainer, SGDOptions
@@ -271,6 +272,9 @@ def test_the_coefficients_path_is_recorded_and_resumed(small, tmp_path):
         assert line["cost"]["payload"]["up_bytes"] == 4 * 580 * 3 * (line["round"] + 1)  # thresholds alone travel
     assert lines[0]["turns"]["macs_share"] == [pytest.approx(1.0, rel=0.02)] * 3  # nothing was pruned at the start
     assert len({c for line in lines for c in line["turns"]["coefficient"]}) > 6
+    (met,) = load_run(tmp_path / "whole").budgets
+    assert (met.name, met.kind, met.budget) == ("all", "macs", 0.5)
+    assert met.reached == pytest.approx(mean(lines[-1]["turns"]["macs_share"]))
 
 
 def test_operations_are_steered_where_skipping_is_not_expected_to_be_faster(small, tmp_path, monkeypatch):

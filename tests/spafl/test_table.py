@@ -13,7 +13,7 @@ from spafl.errors import UserError
 from spafl.experiment import carry_out, jobs_of, load_experiment, parse_seeds
 from spafl.report.run_data import load_run
 from spafl.sweep import parse_values, swept
-from spafl.table import COLUMNS, over_seeds, paired_difference
+from spafl.table import COLUMNS, Line, notes_of, over_seeds, paired_difference
 
 EXPERIMENT = """
 title = "A small one"
@@ -106,6 +106,15 @@ def test_figures_over_seeds_are_those_by_hand():
     assert (
         over_seeds({1: 1.0, 2: 3.0}, 1) == "2.0 ± 1.4" and over_seeds({}, 1) == "-" and over_seeds({5: 2.0}, 0) == "2"
     )
+
+
+def test_what_was_spent_of_budgets_is_noted():
+    budgets = {("all", "macs", 0.25): {1: 0.2, 2: 0.4}, ("phone", "seconds", 2.0): {1: 1.9}}
+    told = notes_of([Line("spafl", "", False, "", {}, None, {}, budgets)], [1, 2])
+    assert told[1:] == [
+        "spafl: the budget is macs 0.25; in the last tenth of the rounds 0.300 ± 0.141 was spent.",
+        "spafl: the budget of phone is seconds 2; in the last tenth of the rounds 1.900 was spent.",
+    ]
 
 
 def test_runs_are_made_once_gone_on_with_and_summed_up(path, tmp_path, capsys):

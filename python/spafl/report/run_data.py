@@ -93,6 +93,19 @@ class Turns:
 
 
 @dataclass(frozen=True)
+class BudgetMet:
+    """A budget of a run, and the mean of what was spent in the last tenth of its rounds (None: no turn was in them).
+
+    ``name``: the class of devices, or ``"all"``; ``kind``: ``density``, ``macs`` (a share) or ``seconds`` (of a turn).
+    """
+
+    name: str
+    kind: str
+    budget: float
+    reached: float | None
+
+
+@dataclass(frozen=True)
 class Run:
     """A loaded run folder. ``train`` and ``test`` count samples ``(clients, classes)``; ``accuracies`` ``(tested,)``
     belong to ``evaluated``, the last evaluated round; ``history`` holds the rounds ``(r,)`` in which all clients were
@@ -116,6 +129,7 @@ class Run:
     notes: tuple[str, ...]
     turns: Turns | None = None
     steering: tuple[Steering, ...] = ()
+    budgets: tuple[BudgetMet, ...] = ()
     class_names: tuple[str, ...] | None = None
     confused: bool = False
     """Whether the last evaluated round recorded confusion matrices."""
@@ -212,7 +226,7 @@ def load_run(folder: str | Path) -> Run:
     points, details, notes = _metrics(folder / "metrics.jsonl", len(train))
     turns = details["turns"] = _turns(folder, len(train))
     details["steering"] = _steering(folder, config["algorithm"], turns)
-    completed, environment, summary_notes = _summary(folder / "summary.json", points)
+    completed, environment, budgets, summary_notes = _summary(folder / "summary.json", points)
     return Run(
         folder=folder,
         name=config["name"].text(),
@@ -226,6 +240,7 @@ def load_run(folder: str | Path) -> Run:
         completed=completed,
         environment=environment,
         notes=(*notes, *summary_notes),
+        budgets=budgets,
         class_names=names,
         confused=_confused(folder, points),
         **details,
@@ -480,11 +495,12 @@ def _follows(before: Point, after: Point, where: str) -> None:
             raise ReportError(f"{where}: cost {name} must be cumulative; it falls from {earlier:g} to {value:g}")
 
 
-def _summary(path: Path, points: Sequence[Point]) -> tuple[bool, dict[str, Any], list[str]]:
+def _summary(path: Path, points: Sequence[Point]) -> tuple[bool, dict[str, Any], tuple[BudgetMet, ...], list[str]]:
     if not path.exists():
         return (
             False,
             {},
+            (),
             [f"the run has no summary.json: it is going on or was stopped; read up to round {points[-1].round}"],
         )
     value = _json(_bytes(path), str(path))
@@ -500,4 +516,11 @@ def _summary(path: Path, points: Sequence[Point]) -> tuple[bool, dict[str, Any],
             f"summary.json ends at round {final['round'].value}, but the last evaluated round in metrics.jsonl is "
             f"{found}; metrics.jsonl was used"
         )
-    return completed, environment.value, notes
+    budgets = value["budget"].items() if value.holds("budget") else ()
+    return completed, environment.value, tuple(_budget(*pair) for pair in budgets), notes
+
+
+def _budget(name: str, told: _Value) -> BudgetMet:
+    reached = told["reached"]
+    mean = None if reached.value is None else reached.number()
+    return BudgetMet(name, told["kind"].text(), told["budget"].number(), mean)
