@@ -14,7 +14,7 @@ from benchmarks.gpu.ahead import pack, spec, store, unpack
 from benchmarks.gpu.ahead.spec import Spec
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-SCRIPT = pathlib.PurePath("tests", "kernels", "triton", "support", "rehearsal.py")
+SCRIPT = pathlib.PurePath("tests", "kernels", "gpu", "support", "rehearsal.py")
 
 
 def process(root, *arguments):
