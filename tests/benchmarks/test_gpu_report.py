@@ -22,7 +22,7 @@ def stage(name, seconds=20.0, **rest):
     return Stage(name, seconds, f"about {name}", "none", **rest)
 
 
-def run(tmp_path, programs, seconds=60.0, **changes):
+def run(tmp_path, programs, seconds=60.0, patience=1.0, **changes):
     """Run stages whose processes are these programs; what ended how, and the folder."""
     folder = Folder(tmp_path / "report")
     chosen = [stage(name, **changes.get(name, {})) for name in programs]
@@ -31,7 +31,7 @@ def run(tmp_path, programs, seconds=60.0, **changes):
     def process(name, arguments):
         return [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(programs[name])]
 
-    ended = runner.run(folder, chosen, seconds, [], said.append, process)
+    ended = runner.run(folder, chosen, seconds, [], said.append, process, patience=patience)
     return {e.stage: e.state for e in ended}, folder, said
 
 
@@ -73,6 +73,10 @@ def test_a_stage_that_hangs_is_ended_with_its_children_and_says_where_it_was(tmp
             if pathlib.Path(f"/proc/{child.read_text()}/stat").read_text().split()[2] == "Z":
                 raise ProcessLookupError
             time.sleep(0.1)
+
+
+def test_a_rehearsal_is_patient_with_a_slow_machine(tmp_path):
+    assert run(tmp_path, {"slow": "pass"}, patience=1e6, slow={"seconds": 1e-4})[0] == {"slow": "ok"}
 
 
 def test_what_has_no_time_is_said_and_not_begun(tmp_path):

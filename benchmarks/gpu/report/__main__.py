@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
         ended = runner.run(
             folder, chosen, options.seconds, arguments, say=lambda line: print(line, flush=True),
-            before=compilations.begin, after=after,
+            before=compilations.begin, after=after, patience=runner.PATIENCE if options.rehearse else 1.0,
         )  # fmt: skip
     print(summary.text(folder.rows()))
     print(f"{time.monotonic() - began:.0f} s; {options.out}")

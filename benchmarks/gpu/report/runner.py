@@ -19,6 +19,8 @@ from .stages import Stage
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 # After a polite end, for Python to say where it hangs; then the process is killed.
 GRACE = 3.0
+# The limits of stages are those of a GPU. A rehearsal gives a CPU, which may have other work, as many times as long.
+PATIENCE = 10.0
 # A stage that has less than this left is not begun.
 LEAST = 5.0
 # What a stage's process answers if something it looked at is wrong: it did its work, others may go on.
@@ -103,6 +105,7 @@ def run(
     command: Callable[[str, list[str]], list[str]] = stages.command,
     before: Callable[[str], None] = lambda stage: None,
     after: Callable[[str], None] = lambda stage: None,
+    patience: float = 1.0,
 ) -> list[Ended]:
     """Run these stages for at most ``seconds`` in all.
 
@@ -110,6 +113,7 @@ def run(
         arguments: for every stage's process.
         say: takes a line after every stage.
         before, after: called with the name of a stage before and after it.
+        patience: times its limit that a stage may take before it is ended.
     """
     deadline, ended = time.monotonic() + seconds, list[Ended]()
     for stage in chosen:
@@ -122,7 +126,7 @@ def run(
             limit = min(stage.seconds, left)
             line = command(stage.name, [*arguments, "--seconds", f"{limit:.0f}"])
             before(stage.name)
-            done = run_one(stage, folder, line, limit)
+            done = run_one(stage, folder, line, min(patience * limit, left))
         ended.append(done)
         folder.add(stage.name, "stage", state=done.state, seconds=round(done.seconds, 1), code=done.code)
         say(f"{done.seconds:5.0f} s  {done.state:<7}  {stage.name}: {stage.about}")
