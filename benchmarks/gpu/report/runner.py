@@ -113,7 +113,7 @@ def run(
         arguments: for every stage's process.
         say: takes a line after every stage.
         before, after: called with the name of a stage before and after it.
-        patience: times its limit that a stage may take before it is ended.
+        patience: how many times its limit a stage gets.
     """
     deadline, ended = time.monotonic() + seconds, list[Ended]()
     for stage in chosen:
@@ -123,10 +123,10 @@ def run(
         if left < LEAST:
             done = Ended(stage.name, "no time", 0.0, None)
         else:
-            limit = min(stage.seconds, left)
+            limit = min(patience * stage.seconds, left)
             line = command(stage.name, [*arguments, "--seconds", f"{limit:.0f}"])
             before(stage.name)
-            done = run_one(stage, folder, line, min(patience * limit, left))
+            done = run_one(stage, folder, line, limit)
         ended.append(done)
         folder.add(stage.name, "stage", state=done.state, seconds=round(done.seconds, 1), code=done.code)
         say(f"{done.seconds:5.0f} s  {done.state:<7}  {stage.name}: {stage.about}")
