@@ -74,10 +74,10 @@ def plot(rows: Sequence[Row]) -> Figure:
             colour = common.COLOURS[i % len(common.COLOURS)]
             panel.errorbar(x, y, half, fmt="o", capsize=3, color=colour, label=method.split("_", 1)[-1])
         panel.set_xlim(0, 1.05)
-        panel.set_ylim(bottom=0)
         panel.set_xlabel("density, mean over layers and clients")
         panel.set_title(f"{group[0]}, {group[1]} rounds")
         panel.legend(fontsize=7)
+    panels[0].set_ylim(bottom=0)  # of all panels; any earlier it would fix the upper end too
     panels[0].set_ylabel("training minus test accuracy\n(percentage points)")
     return figure
 
