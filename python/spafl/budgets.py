@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-__all__ = ["EXECUTED", "FIGURES", "KINDS", "Kind", "by_class", "kinds_of"]
+__all__ = ["EVERYBODY", "EXECUTED", "FIGURES", "KINDS", "Kind", "by_class", "kinds_of"]
 
 Kind = Literal["density", "macs", "seconds"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 FIGURES: dict[Kind, str] = {"density": "density", "macs": "macs_share", "seconds": "turn_seconds"}
 """The name of what is measured among a turn's figures."""
+EVERYBODY = "all"
+"""What ``summary.json`` calls the clients of a budget that is not by class."""
 EXECUTED: frozenset[Kind] = frozenset(("macs", "seconds"))
 """Kinds that count what is executed, so that pruned filters have to be left out."""
 

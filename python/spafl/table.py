@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats  # scikit-learn needs it too
 
 from .algorithms import find_algorithm
+from .budgets import EVERYBODY
 from .errors import UserError
 from .experiment import Experiment, Job, carry_out, jobs_of
 from .latex import escaped, tabular
@@ -179,7 +180,7 @@ def notes_of(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
         notes.append(f"{_NOT_SECONDS} counted by formula only: what runs is dense, so these MACs are not seconds.")
     for line in lines:
         for (name, kind, budget), reached in line.budgets.items():
-            of = "" if name == "all" else f" of {name}"
+            of = "" if name == EVERYBODY else f" of {name}"
             notes.append(
                 f"{line.label}: the budget{of} is {kind} {budget:g}; in the last tenth of the rounds "
                 f"{over_seeds(reached, 3)} was spent."

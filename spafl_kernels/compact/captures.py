@@ -24,8 +24,9 @@ from .graph.watch import Modes, Watch
 from .plan.rows import Rows
 from .verify import Verify, check_verify
 
-__all__ = ["KINDS_READ", "MOST", "Batch", "Captured", "Captures", "Recent", "Verdict"]
+__all__ = ["FOLLOWED", "KINDS_READ", "MOST", "Batch", "Captured", "Captures", "Recent", "Verdict"]
 
+FOLLOWED = "all channels can be traced"  # why a model runs compact
 MOST = 8  # kinds of batches
 # A model is read at most so often in so many calls: what changes at every call would never be done.
 KINDS_READ, AMONG_CALLS = 2 * MOST, 16 * MOST
@@ -218,20 +219,18 @@ class Captures(Generic[T]):
         """
         if captured.verified and not (again and self.verify == "always"):
             return
-        trace, verdict = captured.flow.trace, self.verdicts.get(batch)
-        if verdict is None or verdict.read != trace.text() or self.verify == "always":
+        trace, learnt = captured.flow.trace, True
+        read, verdict = trace.text(), self.verdicts.get(batch)
+        if verdict is None or verdict.read != read or self.verify == "always":
             with torch.inference_mode(False):
-                verdict = Verdict(trace.text(), self._differs(captured.flow, tensors))
-            whole = all(len(t) for i, t in zip(batch.inputs, tensors) if i.batched)
-        else:
-            whole = True
-        if whole:
-            self.verdicts[batch] = verdict
+                verdict = Verdict(read, self._differs(captured.flow, tensors))
+            if learnt := all(len(t) for i, t in zip(batch.inputs, tensors) if i.batched):
+                self.verdicts[batch] = verdict
         if verdict.found is not None:
             self._known.pop(batch, None)
             self._refused[batch] = trace.watch, verdict.found
             raise Unsupported(verdict.found)
-        captured.verified = whole
+        captured.verified = learnt
 
     def _trace(self, batch: Batch, modes: Modes | None, pattern: int) -> Trace:
         key = batch.form, batch.training, batch.gradients

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..functional import refuse_transforms, warn_of_collapse
 from ..settings import strict as strict_by_default
 from ..training import Given, Unsupported, arguments_of
-from .captures import Batch, Captures
+from .captures import FOLLOWED, Batch, Captures
 from .explain import in_words, nothing_skipped
 from .graph.flow import Flow
 from .graph.follow import check_has_thresholds
@@ -29,8 +29,6 @@ from .run.scope import Scope
 from .verify import Verify, differs
 
 __all__ = ["CompactModule"]
-
-FOLLOWED = "all channels can be traced"
 
 
 class _GatherRows(torch.autograd.Function):

@@ -29,7 +29,7 @@ from ..training import (
     arguments_of,
     samples_of,
 )
-from .captures import KINDS_READ, Batch, Captured, Captures, Verdict
+from .captures import FOLLOWED, KINDS_READ, Batch, Captured, Captures, Verdict
 from .explain import in_words, nothing_skipped
 from .graph.flow import Flow
 from .graph.follow import check_has_thresholds
@@ -45,7 +45,6 @@ __all__ = ["CompactTrainer"]
 
 Judge = Callable[[Flow, int], str | None]  # why batches of a size had better run masked; None: they had not
 
-FOLLOWED = "all channels can be traced"
 HAS_EXTRA = "the training has an extra gradient term, which is written for full-size parameters"
 NOT_LINEAR = (
     "Adam moves pruned filters by their moments' quotient, which is no linear map, so steps that were left out "
@@ -171,12 +170,10 @@ class CompactTrainer(Trainer):
         self.begin(SGDOptions(lr=0.0))
         try:
             kind, tensors, _ = self._call_of(x)
-            if kind is NO_KIND:
-                raise Unsupported(self._unknown)
-            captured = self._captures.of(kind, tensors, modes_of(self.model))
-            self._captures.check(kind, captured, tensors)
-        except Unsupported:
-            pass  # as a trainer of a copy will find, or is told by the verdict
+            if kind is not NO_KIND:
+                with contextlib.suppress(Unsupported):  # as a trainer of a copy will find, or is told by the verdict
+                    captured = self._captures.of(kind, tensors, modes_of(self.model))
+                    self._captures.check(kind, captured, tensors)
         finally:
             self.finish()
         return dict(self._captures.verdicts)

@@ -8,6 +8,7 @@ import torch
 from spafl.simulation.loop import Simulation
 from spafl.simulation.pool import Pool
 from spafl.simulation.runfolder import RunFolder
+from spafl.simulation.tasks import Worker
 from spafl_kernels.compact import CompactTrainer
 
 
@@ -68,5 +69,8 @@ def test_the_parent_verifies_the_compact_engine_for_its_workers(small_config, tm
     with Pool(setup, 1) as pool:  # one of them
         simulation.run_round(pool, 0)
     assert len(verified) == 1
+    other = Worker(setup).resident._make_trainer(copy.deepcopy(setup.model))  # the verdict is not about this one
+    other.verdicts_on(torch.zeros(4, 1, 28, 28))
+    assert len(verified) == 2
     simulation.store.close()
     folder.close()

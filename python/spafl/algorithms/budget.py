@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..budgets import FIGURES, KINDS, Kind, by_class
+from ..budgets import EVERYBODY, FIGURES, KINDS, Kind, by_class
 
 __all__ = [
     "SPARED",
@@ -85,7 +85,7 @@ class Steering:
         limited: the layers' last filters keep the turn from it.
         coefficient: of the penalty.
         scales: factors of it by layer; None: 1.
-        ahead: by layer, the push that is made before the first step, in the coefficient's place.
+        ahead: the push was made before the first step, in the coefficient's place.
     """
 
     set_point: float
@@ -93,7 +93,7 @@ class Steering:
     limited: bool
     coefficient: float
     scales: dict[str, float] | None
-    ahead: tuple[float, ...] | None = None
+    ahead: bool = False
 
 
 def first_set_point(budget: Budget) -> float:
@@ -144,7 +144,8 @@ def budget_for(target: Mapping[str, Any] | None, device: str | None) -> Budget |
 def reached(
     target: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], classes: Sequence[str] | None
 ) -> dict[str, dict[str, Any]]:
-    """What clients with a budget have spent, by class of device (``"all"`` where there is one budget for all).
+    """What clients with a budget have spent, by class of device; :data:`~spafl.budgets.EVERYBODY` where there is one
+    budget for all.
 
     Args:
         lines: the metrics of a run; the mean is over the turns of the last tenth of the rounds, rounded up.
@@ -152,7 +153,7 @@ def reached(
     """
     found: dict[str, dict[str, Any]] = {}
     classed = by_class(target)
-    for name in target if classed else ("all",):
+    for name in target if classed else (EVERYBODY,):
         budget = budget_for(target, name if classed else None)
         assert budget is not None
         spent = []

@@ -366,7 +366,7 @@ class SpaFL(Algorithm):
             with torch.no_grad():
                 for threshold, own in zip(thresholds, push.layers, strict=True):
                     threshold.copy_(pushed(threshold, own))
-            return Steering(set_point, asked, push.limited, coefficient, None, push.layers)
+            return Steering(set_point, asked, push.limited, coefficient, None, ahead=True)
         pushes = [gentle(own, threshold) for own, threshold in zip(push.layers, thresholds, strict=True)]
         limited = push.limited or any(a > b for a, b in zip(pushes, push.layers, strict=True))
         scales = None

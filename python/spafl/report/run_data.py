@@ -96,7 +96,8 @@ class Turns:
 class BudgetMet:
     """A budget of a run, and the mean of what was spent in the last tenth of its rounds (None: no turn was in them).
 
-    ``name``: the class of devices, or ``"all"``; ``kind``: ``density``, ``macs`` (a share) or ``seconds`` (of a turn).
+    ``name``: the class of devices, or :data:`~spafl.budgets.EVERYBODY`; ``kind``: ``density``, ``macs`` (a share) or
+    ``seconds`` (of a turn).
     """
 
     name: str

@@ -59,13 +59,13 @@ class Resident:
             self._bind(self._there)
         self._layers = dict(threshold_layers(self.model))
         self._engine = cast(Engine, "compact" if engine == "auto" and algorithm.needs_skipping else engine)
-        self.trainer: Trainer = self._make_trainer(self.model)
+        self.trainer: Trainer = self._make_trainer(self.model, setting.verdicts)
         self._others: dict[Hashable, tuple[nn.Module, Trainer]] = {}
         self._counts: dict[str, float] = {}
 
-    def _make_trainer(self, model: nn.Module) -> Trainer:
+    def _make_trainer(self, model: nn.Module, verdicts: Mapping[Batch, Verdict] | None = None) -> Trainer:
         objective = self.setting.objective
-        trainer = make_trainer(model, self._engine, objective.function, verdicts=self.setting.verdicts)
+        trainer = make_trainer(model, self._engine, objective.function, verdicts=verdicts)
         trainer.hits = objective.hits
         return trainer
 

@@ -99,15 +99,19 @@ class EvaluateOutcome:
 def verified(setup: WorkerSetup) -> WorkerSetup:
     """``setup`` with what verification of the compact engine finds of the model on a first batch of client 0.
 
-    So it is paid for once, by the parent, while its workers import, and not by each of them.
+    So it is paid for once, by the parent, while its workers import, and not by each of them. Not on a GPU, which is the
+    workers' alone.
     """
+    setting = setup.setting
+    if setting.device.type != "cpu" or not isinstance(setting.local.options_at(0), SGDOptions):
+        return setup
     model, state = copy.deepcopy(setup.model), copy.deepcopy(setup.client_state)
-    resident = Resident(setup.algorithm, model, setup.engine, setup.setting, state)
+    resident = Resident(setup.algorithm, model, setup.engine, setting, state)
     samples, trainer = map_samples(setup.scratch), resident.trainer
-    if not isinstance(trainer, CompactTrainer) or not isinstance(setup.setting.local.options_at(0), SGDOptions):
+    if not isinstance(trainer, CompactTrainer):
         return setup
     x, _ = next(iter(resident.lend(0, state, samples["train"][0], samples["test"][0]).training_batches(0)))
-    return replace(setup, setting=replace(setup.setting, verdicts=trainer.verdicts_on(x)))
+    return replace(setup, setting=replace(setting, verdicts=trainer.verdicts_on(x)))
 
 
 class Worker:
