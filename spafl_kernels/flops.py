@@ -59,7 +59,7 @@ def _(
 
 @register_flop_formula(_SPAFL.threshold_linear_backward)
 def _(
-    grad: Shape, input: Shape, weight: Shape, packed: Shape, plan: Shape, bias: Shape | None, mask_bias: bool,
+    grad: Shape, input: Shape, weight: Shape, packed: Shape, selection: Shape, bias: Shape | None, mask_bias: bool,
     need_input: bool, need_weight: bool, **_: Any,
 ) -> int:  # fmt: skip
     return (need_input + need_weight) * _linear(input, weight)
@@ -67,7 +67,7 @@ def _(
 
 @register_flop_formula(_SPAFL.threshold_conv2d_backward)
 def _(
-    grad: Shape, input: Shape, weight: Shape, packed: Shape, plan: Shape, bias: Shape | None, stride: Shape,
+    grad: Shape, input: Shape, weight: Shape, packed: Shape, selection: Shape, bias: Shape | None, stride: Shape,
     padding: Shape, dilation: Shape, mask_bias: bool, need_input: bool, need_weight: bool, **_: Any,
 ) -> int:  # fmt: skip
     return (need_input + need_weight) * _conv2d(input, weight, stride, padding, dilation)

@@ -15,7 +15,7 @@ from .cpu import skip
 from .gpu import choice, single
 from .gpu.tables.classes import DENSITIES, density_step
 from .reference import Estimator, filter_scores
-from .threshold_layer import Planned, ThresholdLayer, check_layer
+from .threshold_layer import Selected, ThresholdLayer, check_layer
 
 __all__ = [
     "Estimator",
@@ -47,7 +47,7 @@ def threshold_conv2d(
     estimator: Estimator = "identity",
     mask_bias: bool = False,
     known_density: float = 1.0,
-    planned: Planned | None = None,
+    selected: Selected | None = None,
 ) -> Tensor:
     """2-d convolution whose filters are pruned, whole, while ``mean|w| <= threshold`` (SpaFL, arXiv 2406.00431).
 
@@ -61,7 +61,7 @@ def threshold_conv2d(
         mask_bias: prune the bias together with its filter.
         known_density: a share of active filters that is not exceeded, in (0, 1], as far as the host knows. On a GPU it
             picks the backend, by measured times; the result does not depend on it.
-        planned: a threshold pass over this weight and threshold with this estimator, packed in the dtype of ``input``
+        selected: a threshold pass over this weight and threshold with this estimator, packed in the dtype of ``input``
             (of autocast under it); the kernels make their own if None. Nothing may change in between.
 
     Returns:
@@ -83,7 +83,7 @@ def threshold_conv2d(
             estimator,
             mask_bias,
             known_density,
-            planned,
+            selected,
         )
     check_layer(weight, threshold, estimator)
 
@@ -195,7 +195,7 @@ def threshold_linear(
     estimator: Estimator = "identity",
     mask_bias: bool = False,
     known_density: float = 1.0,
-    planned: Planned | None = None,
+    selected: Selected | None = None,
 ) -> Tensor:
     """Linear map whose neurons are pruned, whole, while ``mean|w| <= threshold`` (SpaFL, arXiv 2406.00431).
 
@@ -206,7 +206,7 @@ def threshold_linear(
         bias: ``(out,)`` or None. A pruned neuron keeps its bias unless ``mask_bias``.
         estimator: straight-through rule of the threshold comparison, ``"identity"`` or ``"window"``.
         mask_bias: prune the bias together with its neuron.
-        known_density, planned: as for :func:`threshold_conv2d`.
+        known_density, selected: as for :func:`threshold_conv2d`.
 
     Returns:
         ``(..., out)``.
@@ -215,7 +215,7 @@ def threshold_linear(
         ValueError: unknown estimator, or a threshold of another shape, dtype or device than the weight asks for.
     """
     if choice.on_gpu(weight):
-        return single.linear(input, weight, threshold, bias, estimator, mask_bias, known_density, planned)
+        return single.linear(input, weight, threshold, bias, estimator, mask_bias, known_density, selected)
     check_layer(weight, threshold, estimator)
 
     def masked(x: Tensor, w: Tensor, tau: Tensor, b: Tensor | None) -> Tensor:

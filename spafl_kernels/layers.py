@@ -38,7 +38,7 @@ class ThresholdConv2d(ThresholdLayer, nn.Conv2d):
         dilation: Any = self.dilation
         return functional.threshold_conv2d(
             input, self.weight, self.threshold, self.bias, stride, padding, dilation, self.groups,
-            self.estimator, self.mask_bias, self.known_density, self.planned,
+            self.estimator, self.mask_bias, self.known_density, self.selected,
         )  # fmt: skip
 
 
@@ -105,5 +105,5 @@ class ThresholdLinear(ThresholdLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return functional.threshold_linear(
             input, self.weight, self.threshold, self.bias, self.estimator, self.mask_bias, self.known_density,
-            self.planned,
+            self.selected,
         )  # fmt: skip

@@ -8,7 +8,7 @@ elsewhere, ``"native"`` raises where the kernel cannot be used, ``"torch"`` alwa
 On a GPU: ``torch.ops.spafl.threshold_linear`` and ``torch.ops.spafl.threshold_conv2d``, with schema, CPU, CUDA and fake
 implementations, autograd, autocast and vmap. They take a leading client dimension in every tensor: each client has its
 own weights, thresholds and batch, and all run in one launch. ``torch.func.vmap`` over them becomes more clients of the
-same call; a single layer is one client. They return ``(output, plan, packed)``; plan and packed weights (see
+same call; a single layer is one client. They return ``(output, selection, packed)``; selection and packed weights (see
 :mod:`spafl_kernels.gpu.packing`) are what the backward operators need. Weights may be float32 while the input is
 float16 or bfloat16: masks are always decided in the dtype of the weights, so autocast casts the input only. A layer in
 plain eager mode runs the same launchers without the dispatcher (:mod:`spafl_kernels.gpu.direct`).

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import backend
 from .gpu import choice
 from .gpu.geometry import row_order
-from .threshold_layer import Planned, ThresholdLayer
+from .threshold_layer import Selected, ThresholdLayer
 
 if TYPE_CHECKING:
     from .gpu.triton import ModelPass
@@ -34,7 +34,7 @@ def can_share(layers: Sequence[ThresholdLayer]) -> bool:
 
 
 class SharedPass:
-    """The pass of some layers, made in one launch; while it is open their forwards take its plans.
+    """The pass of some layers, made in one launch; while it is open their forwards take its selections.
 
     Args:
         layers: for which :func:`can_share` holds. Weights and thresholds are read where they lie now, at each opening.
@@ -42,9 +42,9 @@ class SharedPass:
 
     def __init__(self, layers: Sequence[ThresholdLayer]) -> None:
         self._layers = list(layers)
-        self._passes: dict[torch.dtype, tuple[ModelPass, list[Planned]]] = {}
+        self._passes: dict[torch.dtype, tuple[ModelPass, list[Selected]]] = {}
 
-    def _of(self, dtype: torch.dtype) -> tuple[ModelPass, list[Planned]]:
+    def _of(self, dtype: torch.dtype) -> tuple[ModelPass, list[Selected]]:
         """The pass that packs weights in ``dtype``, and what it makes for every layer, rewritten by each run of it."""
         if dtype not in self._passes:
             from .gpu.triton import ModelPass
@@ -52,8 +52,11 @@ class SharedPass:
             weights = [layer.weight.detach() for layer in self._layers]
             thresholds = [layer.threshold.detach() for layer in self._layers]
             made = ModelPass(weights, thresholds, self._layers[0].estimator, dtype)
-            planned = [Planned(plan.data[0], rows[0]) for plan, rows in zip(made.plans, made.packed, strict=True)]
-            self._passes[dtype] = made, planned
+            selected = [
+                Selected(selection.data[0], rows[0])
+                for selection, rows in zip(made.selections, made.packed, strict=True)
+            ]
+            self._passes[dtype] = made, selected
         return self._passes[dtype]
 
     @contextlib.contextmanager
@@ -67,16 +70,16 @@ class SharedPass:
         """
         first = self._layers[0].weight
         kind = first.device.type
-        made, planned = self._of(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype)
+        made, selected = self._of(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype)
         made()
         made.densities(densities.unsqueeze(1))
         try:
-            for layer, each in zip(self._layers, planned, strict=True):
-                layer.planned = each
+            for layer, each in zip(self._layers, selected, strict=True):
+                layer.selected = each
             yield
         finally:
             for layer in self._layers:
-                layer.planned = None
+                layer.selected = None
 
 
 def share(layers: Sequence[Any]) -> SharedPass | None:

@@ -11,10 +11,10 @@ from . import reference
 from .reference import Estimator
 
 
-class Planned(NamedTuple):
-    """What a threshold pass made for a layer, on the device: its plan, and the packed weights of its active filters."""
+class Selected(NamedTuple):
+    """What a threshold pass made for a layer, on the device: its selection and its packed active filters."""
 
-    plan: Tensor
+    selection: Tensor
     packed: Tensor
 
 
@@ -51,7 +51,7 @@ class ThresholdLayer:
     # What the host knows of the density; see spafl_kernels.observe. Not part of the state: any value gives the same.
     known_density: float = 1.0
     # Set by spafl_kernels.shared_pass while a forward of the whole model runs; None: the layer makes its own pass.
-    planned: Planned | None = None
+    selected: Selected | None = None
 
     def __init__(self, *args: Any, estimator: Estimator = "identity", mask_bias: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from spafl_kernels import reference, threshold_layers
 from spafl_kernels.gpu import choice, cuda_ops
-from spafl_kernels.threshold_layer import Planned
+from spafl_kernels.threshold_layer import Selected
 from spafl_kernels.training import MaskedTrainer, SGDOptions
 
 __all__ = ["Cohort", "Loop"]
@@ -78,14 +78,14 @@ class Cohort:
                 penalty=options.penalty, momentum=options.momentum,
             )  # fmt: skip
 
-    def _loss(self, params: Any, buffers: Any, planned: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
-        for name, value in planned.items():
-            self.skeleton.get_submodule(name).planned = Planned(*value)  # type: ignore[assignment]
+    def _loss(self, params: Any, buffers: Any, selected: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+        for name, value in selected.items():
+            self.skeleton.get_submodule(name).selected = Selected(*value)  # type: ignore[assignment]
         loss = F.cross_entropy(functional_call(self.skeleton, (params, buffers), (x,)), y)
         return loss, buffers
 
     def _guard(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The collapse guard of every client; then the pass of the forward that follows: plan and packed weights."""
+        """The collapse guard of every client; then the forward's pass: selection and packed weights."""
         floor = self.options.collapse_floor
         if floor is not None:
             for tau, collapsed in zip(self.thresholds, (self.density <= floor).unbind(), strict=True):
@@ -94,20 +94,20 @@ class Cohort:
             masks = (w.flatten(2).abs().mean(2) > t for w, t in zip(self.weights, self.thresholds, strict=True))
             torch.stack([mask.to(self.density.dtype).mean(1) for mask in masks], out=self.density)
             return {}
-        plans = self.passes()
+        selections = self.passes()
         self.passes.densities(self.density)
-        return {n: (p.data, rows) for n, p, rows in zip(self.layers, plans, self.passes.packed, strict=True)}
+        return {n: (p.data, rows) for n, p, rows in zip(self.layers, selections, self.passes.packed, strict=True)}
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of every client; ``x`` and ``y`` with the client first. Returns the losses, ``(clients,)``."""
-        planned = self._guard()
+        selected = self._guard()
         gradient = vmap(grad_and_value(self._loss, has_aux=True), randomness="different")
         try:
             with _without_cudnn():
-                grads, (losses, buffers) = gradient(self.params, self.buffers, planned, x, y)
+                grads, (losses, buffers) = gradient(self.params, self.buffers, selected, x, y)
         finally:
-            for name in planned:  # what a layer holds belongs to the transform that is over
-                self.skeleton.get_submodule(name).planned = None  # type: ignore[assignment]
+            for name in selected:  # what a layer holds belongs to the transform that is over
+                self.skeleton.get_submodule(name).selected = None  # type: ignore[assignment]
         for name, value in buffers.items():
             self.buffers[name].copy_(value)
         self._update_fused(grads) if self.fused else self._update(grads)

@@ -111,7 +111,7 @@ def whole(layer: nn.Module, x: Tensor, repeats: int) -> tuple[Time, Time]:
     return forward, backward
 
 
-def parts(layer: ThresholdConv2d | ThresholdLinear, x: Tensor, repeats: int, planned: bool) -> tuple[Time, Time]:
+def parts(layer: ThresholdConv2d | ThresholdLinear, x: Tensor, repeats: int, selected: bool) -> tuple[Time, Time]:
     """What launches the kernels of a layer's call, on its tensors."""
     geometry = None
     if isinstance(layer, nn.Conv2d):
@@ -119,14 +119,14 @@ def parts(layer: ThresholdConv2d | ThresholdLinear, x: Tensor, repeats: int, pla
         geometry = arguments.geometry((1, *x.shape), (1, *layer.weight.shape), *steps)
     x, weight, threshold, bias = (t.detach() for t in (x, layer.weight, layer.threshold, layer.bias))
     call = direct.Call(x, weight, threshold, bias, geometry, "identity", False, False)
-    y, plan, packed = call.forward(x, weight, threshold, bias, None, None)
-    given = (plan, packed) if planned else (None, None)
+    y, selection, packed = call.forward(x, weight, threshold, bias, None, None)
+    given = (selection, packed) if selected else (None, None)
     gradient = torch.empty_like(y)
-    call.backward(gradient, x, weight, packed, plan, bias, True, True)
+    call.backward(gradient, x, weight, packed, selection, bias, True, True)
     forward, backward = times(
         repeats,
         lambda _: call.forward(x, weight, threshold, bias, *given),
-        lambda _: call.backward_again(gradient, x, weight, packed, plan, bias),
+        lambda _: call.backward_again(gradient, x, weight, packed, selection, bias),
     )
     return forward, backward
 
@@ -160,9 +160,9 @@ def report(layer: ThresholdConv2d | ThresholdLinear, x: Tensor, repeats: int) ->
     shared = SharedPass([layer])
     for name, context in (("alone", contextlib.nullcontext()), ("shared", shared.open(densities))):
         with context:
-            planned = name == "shared"
+            selected = name == "shared"
             launched(layer, x)  # compiled and remembered
-            total, inner = whole(layer, x, repeats), parts(layer, x, repeats, planned)
+            total, inner = whole(layer, x, repeats), parts(layer, x, repeats, selected)
             yield row(f"{name}: whole", total, launched(layer, x))
             yield row(f"{name}: parts", inner)
             yield row(f"{name}: rest", (total[0] - inner[0], total[1] - inner[1]))

@@ -51,7 +51,7 @@ class Case:
     """Tensors of one layer at one batch and density, and what every provider does with them.
 
     Args:
-        kernels: holds ``plan_layer``, ``layer_forward`` and ``layer_backward``; those of the package by default.
+        kernels: holds ``select_layer``, ``layer_forward`` and ``layer_backward``; those of the package by default.
     """
 
     def __init__(self, layer: Layer, batch: int, dtype: str, density: float, device: str, kernels: Any = None) -> None:
@@ -133,20 +133,20 @@ class Case:
         return y, dx, *reference.mask_gradients(self.weight, self.threshold, dw.view_as(self.weight), "identity")
 
     def ours(self, mode: str, tile: Tile | None = None) -> tuple[torch.Tensor | None, ...]:
-        """The same through the kernels; plan and packed weights are made once, except in ``whole``.
+        """The same through the kernels; selection and packed weights are made once, except in ``whole``.
 
         ``tile``: for the products of the mode, instead of those that the kernels choose.
         """
         g, w, sizes = self.layer.geometry, self.weight.unsqueeze(0), {} if tile is None else {"tile": tile}
         if mode == "whole" or not hasattr(self, "state"):
-            self.state = self.kernels.plan_layer(w, self.threshold.unsqueeze(0), "identity")[:2]
-        plan, packed = self.state
+            self.state = self.kernels.select_layer(w, self.threshold.unsqueeze(0), "identity")[:2]
+        selection, packed = self.state
         x, y, gradients = self.x.unsqueeze(0), None, (None, None, None, None)
         if mode in ("forward", "whole"):
-            y = self.kernels.layer_forward(x, packed, plan, None, g, tf32=self.tf32, **sizes)[0]
+            y = self.kernels.layer_forward(x, packed, selection, None, g, tf32=self.tf32, **sizes)[0]
         if mode != "forward":
             gradients = self.kernels.layer_backward(
-                self.grad.unsqueeze(0), x, w, packed, plan, None, g, tf32=self.tf32, need_input=mode != "wgrad",
+                self.grad.unsqueeze(0), x, w, packed, selection, None, g, tf32=self.tf32, need_input=mode != "wgrad",
                 need_weight=mode != "dgrad", **sizes,
             )  # type: ignore[assignment]  # fmt: skip
         dx, dw, dtau, _ = (None if r is None else r[0] for r in gradients)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .geometry import Geometry
-from .packing import capacity, plan_size, row_stride
+from .packing import capacity, row_stride, selection_size
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -55,21 +55,23 @@ def check(
         )
 
 
-def check_planned(input: Tensor, weight: Tensor, plan: Tensor | None, packed: Tensor | None) -> None:
+def check_selected(input: Tensor, weight: Tensor, selection: Tensor | None, packed: Tensor | None) -> None:
     """Refuse a pass that was made for another layer, or in another dtype.
 
     Raises:
         ValueError: says what was expected and what was given.
     """
-    if plan is None and packed is None:
+    if selection is None and packed is None:
         return
     clients, out = weight.shape[:2]
     rows = (clients, capacity(out), row_stride(weight.shape[2:].numel()))
-    if plan is None or packed is None or plan.shape != (clients, plan_size(out)) or packed.shape != rows:
-        shapes = [None if t is None else tuple(t.shape) for t in (plan, packed)]
-        raise ValueError(f"plan and packed must have shapes {(clients, plan_size(out))} and {rows}; got {shapes}")
-    if plan.dtype != torch.int32:
-        raise ValueError(f"plan must be int32; got {plan.dtype}")
+    if selection is None or packed is None or selection.shape != (clients, selection_size(out)) or packed.shape != rows:
+        shapes = [None if t is None else tuple(t.shape) for t in (selection, packed)]
+        raise ValueError(
+            f"selection and packed must have shapes {(clients, selection_size(out))} and {rows}; got {shapes}"
+        )
+    if selection.dtype != torch.int32:
+        raise ValueError(f"selection must be int32; got {selection.dtype}")
     if packed.dtype != input.dtype:
         raise ValueError(f"packed must have the dtype of input; got {packed.dtype} and {input.dtype}")
 

@@ -14,15 +14,15 @@ from torch.nn import grad as conv_grad
 from .. import executed, reference
 from ..reference import Estimator
 from .geometry import Geometry
-from .packing import ACTIVE, FLIPPED, PASSES, Plan, capacity, row_stride
+from .packing import ACTIVE, FLIPPED, PASSES, Selection, capacity, row_stride
 
 
-def plan_and_packed(
+def selection_and_packed(
     weight: Tensor, threshold: Tensor, estimator: Estimator, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Plan and packed weights, as the threshold pass makes them for a layer that had no plan before."""
+    """Selection and packed weights, as the threshold pass makes them for a layer that had no selection before."""
     clients, out = weight.shape[:2]
-    plan = Plan.empty(clients, out, weight.device)
+    selection = Selection.empty(clients, out, weight.device)
     n_in = weight.shape[2:].numel()
     packed = torch.zeros(clients, capacity(out), row_stride(n_in), dtype=dtype, device=weight.device)
     for i in range(clients):
@@ -34,24 +34,26 @@ def plan_and_packed(
         count = active.sum()
         order = torch.argsort((~active).to(torch.int8), stable=True).int()
         rank = torch.arange(out, dtype=torch.int32, device=weight.device)
-        plan.count[i] = count
-        plan.changed[i] = 1
-        plan.index[i] = torch.where(rank < count, order, -1)
-        plan.inverse[i] = torch.where(active, active.cumsum(0).int() - 1, -1)
-        plan.flags[i] = ACTIVE * active + PASSES * passes + FLIPPED
+        selection.count[i] = count
+        selection.changed[i] = 1
+        selection.index[i] = torch.where(rank < count, order, -1)
+        selection.inverse[i] = torch.where(active, active.cumsum(0).int() - 1, -1)
+        selection.flags[i] = ACTIVE * active + PASSES * passes + FLIPPED
         rows = weight[i].movedim(1, -1).flatten(1)  # (kH, kW, in) order
         kept = rows.index_select(0, order.long()) * (rank < count).unsqueeze(1)
         packed[i, :out, :n_in] = kept.to(dtype)
-    return plan.data, packed
+    return selection.data, packed
 
 
 def forward(
-    input: Tensor, weight: Tensor, plan: Plan, bias: Tensor | None, mask_bias: bool, geometry: Geometry | None
+    input: Tensor, weight: Tensor, selection: Selection, bias: Tensor | None, mask_bias: bool, geometry: Geometry | None
 ) -> Tensor:
     """``(clients, M, out)``, or ``(clients, N, out, H', W')`` with a geometry."""
     outputs = []
-    executed.note(plan.count, _cost(input, weight, geometry), weight.shape[2])
-    for x, w, active, b in zip(input, weight, plan.mask, [None] * len(weight) if bias is None else bias, strict=True):
+    executed.note(selection.count, _cost(input, weight, geometry), weight.shape[2])
+    for x, w, active, b in zip(
+        input, weight, selection.mask, [None] * len(weight) if bias is None else bias, strict=True
+    ):
         masked = torch.where(active.view(-1, *(1,) * (w.dim() - 1)), w, 0).to(x.dtype)
         if b is not None:
             b = (torch.where(active, b, 0) if mask_bias else b).to(x.dtype)
@@ -72,7 +74,7 @@ def backward(
     grad: Tensor,
     input: Tensor,
     weight: Tensor,
-    plan: Plan,
+    selection: Selection,
     bias: Tensor | None,
     mask_bias: bool,
     geometry: Geometry | None,
@@ -83,9 +85,9 @@ def backward(
     ``needs``: whether the gradients of the input, and of the rest, are wanted; for what is counted as executed.
     """
     results: tuple[list[Tensor], ...] = ([], [], [], [])
-    active, passes = plan.mask, (plan.flags & PASSES).bool()
+    active, passes = selection.mask, (selection.flags & PASSES).bool()
     if needs[0]:
-        executed.note(plan.count, _cost(input, weight, geometry), weight.shape[2])
+        executed.note(selection.count, _cost(input, weight, geometry), weight.shape[2])
     if needs[1] and executed.counting():
         arrives = (grad != 0).transpose(1, 2).flatten(2).any(2)
         computed = active | (passes & arrives)

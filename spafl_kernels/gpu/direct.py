@@ -82,8 +82,8 @@ class Call:
         biased = None if bias is None else (bias.dtype, row)
         made = self._pass
         self._forward = run.forward.prepare(
-            *x, (input.dtype, input.dtype, torch.int32), made.packed.strides[0], made.plan.strides[0], None, biased,
-            row, g, mask_bias, tf32, None, device, id(run.forward.measured.of(device)),
+            *x, (input.dtype, input.dtype, torch.int32), made.packed.strides[0], made.selection.strides[0], None,
+            biased, row, g, mask_bias, tf32, None, device, id(run.forward.measured.of(device)),
         ).of_one_client(geometry is None)  # fmt: skip
         self._backward: dict[Any, Any] = {}
         # The gradient of the last backward pass, what was needed, and its launches.
@@ -92,23 +92,23 @@ class Call:
         self._device = device if torch.cuda.device_count() > 1 else None
 
     def forward(
-        self, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, plan: Tensor | None,
+        self, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, selection: Tensor | None,
         packed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """``(output, plan, packed)``."""
+        """``(output, selection, packed)``."""
         if self._device is not None:
             with torch.cuda.device(self._device):
-                return self._run(input, weight, threshold, bias, plan, packed)
-        return self._run(input, weight, threshold, bias, plan, packed)
+                return self._run(input, weight, threshold, bias, selection, packed)
+        return self._run(input, weight, threshold, bias, selection, packed)
 
     def _run(
-        self, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, plan: Tensor | None,
+        self, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, selection: Tensor | None,
         packed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         stream = kernels.launchers().current_stream(input.get_device())
-        if plan is None or packed is None:
-            plan, packed = self._pass.without_scores(stream, weight, threshold)
-        return self._forward.run(stream, input, packed, bias, plan, plan), plan, packed
+        if selection is None or packed is None:
+            selection, packed = self._pass.without_scores(stream, weight, threshold)
+        return self._forward.run(stream, input, packed, bias, selection, selection), selection, packed
 
     def repeats(self, grad: Tensor, need_input: bool, need_weight: bool) -> bool:
         """Whether :meth:`backward` ran with such a gradient last, and would again."""
@@ -119,37 +119,37 @@ class Call:
         )  # fmt: skip
 
     def backward(
-        self, grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None,
+        self, grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, selection: Tensor, bias: Tensor | None,
         need_input: bool, need_weight: bool,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """``(dinput, dweight, dthreshold, dbias)``, None where not needed; ``grad`` in the dtype of the output."""
         key = grad.stride(), need_input, need_weight
         made = self._backward.get(key)
         if made is None:
-            made = self._backward[key] = self._prepare(grad, packed, plan, bias, need_input, need_weight)
+            made = self._backward[key] = self._prepare(grad, packed, selection, bias, need_input, need_weight)
         self._last = same_as(grad), need_input, need_weight, made
-        return self.backward_again(grad, input, weight, packed, plan, bias)
+        return self.backward_again(grad, input, weight, packed, selection, bias)
 
     def backward_again(
-        self, grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None
+        self, grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, selection: Tensor, bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """The same where it :meth:`repeats`."""
         assert self._last is not None
         made, stream = self._last[3], kernels.launchers().current_stream(input.get_device())
         if self._device is not None:
             with torch.cuda.device(self._device):
-                return made.run(stream, grad, input, weight, packed, bias, plan, plan)  # type: ignore[no-any-return]
-        return made.run(stream, grad, input, weight, packed, bias, plan, plan)  # type: ignore[no-any-return]
+                return made.run(stream, grad, input, weight, packed, bias, selection, selection)  # type: ignore[no-any-return]
+        return made.run(stream, grad, input, weight, packed, bias, selection, selection)  # type: ignore[no-any-return]
 
     def _prepare(
-        self, grad: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None, need_input: bool, need_weight: bool
+        self, grad: Tensor, packed: Tensor, selection: Tensor, bias: Tensor | None, need_input: bool, need_weight: bool
     ) -> Any:
         run, (x, w, dtype, kind, g, tf32, device), made = kernels.launchers(), self._facts, self._pass
         tail = (1, 1) if self.geometry is None else ()
         biased = None if bias is None else (bias.dtype, w[0][1])
         return run.backward.prepare(
-            _with_client(grad, tail), x, w, (grad.dtype, dtype, kind, packed.dtype, plan.dtype),
-            made.packed.strides[0], made.plan.strides[0], None, biased, g, self.mask_bias, tf32, need_input,
+            _with_client(grad, tail), x, w, (grad.dtype, dtype, kind, packed.dtype, selection.dtype),
+            made.packed.strides[0], made.selection.strides[0], None, biased, g, self.mask_bias, tf32, need_input,
             need_weight, None, device, id(run.backward.measured.of(device)),
         ).of_one_client(self.geometry is None)  # fmt: skip
 
@@ -163,23 +163,23 @@ class ThresholdLayer(torch.autograd.Function):
         rest: tuple[Call, Tensor | None, Tensor | None],
     ) -> Tensor:  # fmt: skip
         call, given, rows = rest
-        y, plan, packed = call.forward(input, weight, threshold, bias, given, rows)
+        y, selection, packed = call.forward(input, weight, threshold, bias, given, rows)
         ctx.save_for_backward(input, weight, bias)
-        ctx.kept = call, plan, packed  # nobody else has them: no version to watch, and saving costs twice as much
+        ctx.kept = call, selection, packed  # nobody else has them: no version to watch, and saving costs twice as much
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias = ctx.saved_tensors
-        (call, plan, packed), needs = ctx.kept, ctx.needs_input_grad
+        (call, selection, packed), needs = ctx.kept, ctx.needs_input_grad
         need_weight = needs[1] or needs[2] or needs[3]
         alone = not torch.is_grad_enabled()
         if alone and call.repeats(grad, needs[0], need_weight):
-            dx, dw, dtau, db = call.backward_again(grad, input, weight, packed, plan, bias)
+            dx, dw, dtau, db = call.backward_again(grad, input, weight, packed, selection, bias)
         elif alone and eager.plain(grad):
-            dx, dw, dtau, db = call.backward(grad, input, weight, packed, plan, bias, needs[0], need_weight)
+            dx, dw, dtau, db = call.backward(grad, input, weight, packed, selection, bias, needs[0], need_weight)
         else:
-            dx, dw, dtau, db = _by_operator(call, grad, input, weight, packed, plan, bias, needs[0], need_weight)
+            dx, dw, dtau, db = _by_operator(call, grad, input, weight, packed, selection, bias, needs[0], need_weight)
         if not (needs[1] and needs[2]):
             dw, dtau = dw if needs[1] else None, dtau if needs[2] else None
         return dx, dw, dtau, db if needs[3] else None, None
@@ -190,7 +190,7 @@ _apply = super(torch.autograd.Function, ThresholdLayer).apply
 
 
 def _by_operator(
-    call: Call, grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None,
+    call: Call, grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, selection: Tensor, bias: Tensor | None,
     need_input: bool, need_weight: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients by the operator, which modes and transforms see, and whose own derivative is refused in words."""
@@ -198,9 +198,9 @@ def _by_operator(
     op = operators.threshold_linear_backward if g is None else operators.threshold_conv2d_backward
     steps = () if g is None else (g.stride, g.padding, g.dilation)
     # A pass that was shared has no client dimension.
-    packed, plan = packed.reshape(1, *packed.shape[-2:]), plan.reshape(1, -1)
+    packed, selection = packed.reshape(1, *packed.shape[-2:]), selection.reshape(1, -1)
     biased = None if bias is None else bias.unsqueeze(0)
-    dx, dw, dtau, db = op(*first, packed, plan, biased, *steps, call.mask_bias, need_input, need_weight)
+    dx, dw, dtau, db = op(*first, packed, selection, biased, *steps, call.mask_bias, need_input, need_weight)
     return (
         dx.squeeze(0) if need_input else None,
         *((dw.squeeze(0), dtau.squeeze(0)) if need_weight else (None, None)),
@@ -209,14 +209,14 @@ def _by_operator(
 
 
 def run(
-    call: Call, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, plan: Tensor | None,
+    call: Call, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, selection: Tensor | None,
     packed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """``(N, out, H', W')`` of an input ``(N, in, H, W)``, or ``(M, out)`` of ``(M, in)``, with a derivative.
 
     Args:
         call: for tensors with these facts.
-        plan, packed: of a threshold pass over these weights, without a client dimension; made here if None.
+        selection, packed: of a threshold pass over these weights, without a client dimension; made here if None.
     """
     if torch.is_grad_enabled() and (
         input.requires_grad
@@ -224,5 +224,5 @@ def run(
         or threshold.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return _apply(input, weight, threshold, bias, (call, plan, packed))  # type: ignore[no-any-return]
-    return call.forward(input, weight, threshold, bias, plan, packed)[0]
+        return _apply(input, weight, threshold, bias, (call, selection, packed))  # type: ignore[no-any-return]
+    return call.forward(input, weight, threshold, bias, selection, packed)[0]

@@ -3,8 +3,8 @@
 Four operators: ``threshold_linear``, ``threshold_conv2d`` and their backward ones. All take a leading client dimension
 in every tensor. They are registered directly: a decorator of PyTorch would wrap every call in checks of its own.
 
-``threshold_linear(input, weight, threshold, bias, estimator, mask_bias, plan=None, packed=None)``
-``threshold_conv2d(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias, plan=None, packed=None)``
+``threshold_linear(input, weight, threshold, bias, estimator, mask_bias, selection=None, packed=None)``
+``threshold_conv2d(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias, selection=None, packed=None)``
 
 Args of both:
 
@@ -13,12 +13,12 @@ Args of both:
 * threshold: ``(clients, out)``, dtype of weight. bias: the same, or None.
 * stride, padding, dilation: two integers each.
 * estimator: ``"identity"`` or ``"window"``. mask_bias: prune the bias with its filter.
-* plan, packed: of a threshold pass over this weight and threshold with this estimator, ``(clients, plan_size)`` and
-  ``(clients, capacity, row_stride)`` in the dtype of input; made by the operator if None.
+* selection, packed: of a threshold pass over this weight and threshold with this estimator, ``(clients,
+  selection_size)`` and ``(clients, capacity, row_stride)`` in the dtype of input; made by the operator if None.
 
 They return the output, ``(clients, M, out)``, or ``(clients, N, out, H', W')`` stored channels last, in the dtype of
-input; then the plan and the packed weights, empty if they were given. An argument of a wrong shape, dtype, device or
-value is a ``ValueError``. The backward operators return ``(dinput, dweight, dthreshold, dbias)``, empty where not
+input; then the selection and the packed weights, empty if they were given. An argument of a wrong shape, dtype, device
+or value is a ``ValueError``. The backward operators return ``(dinput, dweight, dthreshold, dbias)``, empty where not
 needed.
 """  # noqa: E501
 
@@ -34,15 +34,15 @@ from torch import Tensor, library
 
 from . import closed_form
 from . import packed as kernels
-from .arguments import check, check_planned, geometry
+from .arguments import check, check_selected, geometry
 from .geometry import Geometry, empty_channels_last, like_rows
-from .packing import Plan, capacity, plan_size, row_stride
+from .packing import Selection, capacity, row_stride, selection_size
 
 _STEPS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 _FORWARD = "(Tensor input, Tensor weight, Tensor threshold, Tensor? bias, {}str estimator, bool mask_bias, " \
-    "Tensor? plan=None, Tensor? packed=None) -> (Tensor, Tensor, Tensor)"  # fmt: skip
-_BACKWARD = "(Tensor grad, Tensor input, Tensor weight, Tensor packed, Tensor plan, Tensor? bias, {}bool mask_bias, " \
-    "bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)"  # fmt: skip
+    "Tensor? selection=None, Tensor? packed=None) -> (Tensor, Tensor, Tensor)"  # fmt: skip
+_BACKWARD = "(Tensor grad, Tensor input, Tensor weight, Tensor packed, Tensor selection, Tensor? bias, " \
+    "{}bool mask_bias, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)"  # fmt: skip
 
 _library = library.Library("spafl", "FRAGMENT")
 for _name, _schema, _more in (
@@ -93,42 +93,42 @@ def _or_empty(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
-def _made(given: Tensor | None, plan: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Plan and packed weights as an operator returns them: it must not return what was given to it."""
-    return (plan, packed) if given is None else (plan.new_empty(0), packed.new_empty(0))
+def _made(given: Tensor | None, selection: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Selection and packed weights as an operator returns them: it must not return what was given to it."""
+    return (selection, packed) if given is None else (selection.new_empty(0), packed.new_empty(0))
 
 
 # --------------------------------------------------------------------------------------------------- on the CPU
 def _pass(
-    input: Tensor, weight: Tensor, threshold: Tensor, estimator: Any, plan: Tensor | None, packed: Tensor | None
+    input: Tensor, weight: Tensor, threshold: Tensor, estimator: Any, selection: Tensor | None, packed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The given pass, checked, or one by the closed form."""
-    check_planned(input, weight, plan, packed)
-    if plan is not None and packed is not None:
-        return plan, packed
-    return closed_form.plan_and_packed(weight, threshold, estimator, input.dtype)
+    check_selected(input, weight, selection, packed)
+    if selection is not None and packed is not None:
+        return selection, packed
+    return closed_form.selection_and_packed(weight, threshold, estimator, input.dtype)
 
 
 @_implements(threshold_linear, "CPU")
-def _(input, weight, threshold, bias, estimator, mask_bias, plan=None, packed=None):
+def _(input, weight, threshold, bias, estimator, mask_bias, selection=None, packed=None):
     check(input, weight, threshold, bias, estimator, (3, 3))
-    data, rows = _pass(input, weight, threshold, estimator, plan, packed)
-    y = closed_form.forward(input, weight, Plan(data, weight.shape[1]), bias, mask_bias, None)
-    return y, *_made(plan, data, rows)
+    data, rows = _pass(input, weight, threshold, estimator, selection, packed)
+    y = closed_form.forward(input, weight, Selection(data, weight.shape[1]), bias, mask_bias, None)
+    return y, *_made(selection, data, rows)
 
 
 @_implements(threshold_conv2d, "CPU")
-def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias, plan=None, packed=None):
+def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias, selection=None, packed=None):
     check(input, weight, threshold, bias, estimator, (5, 5))
     g = geometry(input.shape, weight.shape, stride, padding, dilation)
-    data, rows = _pass(input, weight, threshold, estimator, plan, packed)
-    y = closed_form.forward(input, weight, Plan(data, weight.shape[1]), bias, mask_bias, g)
-    return _empty_output(input, weight, g).copy_(y), *_made(plan, data, rows)
+    data, rows = _pass(input, weight, threshold, estimator, selection, packed)
+    y = closed_form.forward(input, weight, Selection(data, weight.shape[1]), bias, mask_bias, g)
+    return _empty_output(input, weight, g).copy_(y), *_made(selection, data, rows)
 
 
-def _closed_form_backward(grad, input, weight, plan, bias, mask_bias, geometry, need_input, need_weight):
+def _closed_form_backward(grad, input, weight, selection, bias, mask_bias, geometry, need_input, need_weight):
     dx, dw, dtau, db = closed_form.backward(
-        grad, input, weight, Plan(plan, weight.shape[1]), bias, mask_bias, geometry, (need_input, need_weight)
+        grad, input, weight, Selection(selection, weight.shape[1]), bias, mask_bias, geometry, (need_input, need_weight)
     )
     if geometry is not None:
         dx, dw = _empty_input_gradient(input).copy_(dx), like_rows(weight).copy_(dw)
@@ -139,42 +139,42 @@ def _closed_form_backward(grad, input, weight, plan, bias, mask_bias, geometry, 
 
 
 @_implements(threshold_linear_backward, "CPU")
-def _(grad, input, weight, packed, plan, bias, mask_bias, need_input, need_weight):
-    return _closed_form_backward(grad, input, weight, plan, bias, mask_bias, None, need_input, need_weight)
+def _(grad, input, weight, packed, selection, bias, mask_bias, need_input, need_weight):
+    return _closed_form_backward(grad, input, weight, selection, bias, mask_bias, None, need_input, need_weight)
 
 
 @_implements(threshold_conv2d_backward, "CPU")
-def _(grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_bias, need_input, need_weight):
+def _(grad, input, weight, packed, selection, bias, stride, padding, dilation, mask_bias, need_input, need_weight):
     g = geometry(input.shape, weight.shape, stride, padding, dilation)
-    return _closed_form_backward(grad, input, weight, plan, bias, mask_bias, g, need_input, need_weight)
+    return _closed_form_backward(grad, input, weight, selection, bias, mask_bias, g, need_input, need_weight)
 
 
 # --------------------------------------------------------------------------------------------------- on a GPU
 @_implements(threshold_linear, "CUDA")
-def _(input, weight, threshold, bias, estimator, mask_bias, plan=None, packed=None):
+def _(input, weight, threshold, bias, estimator, mask_bias, selection=None, packed=None):
     check(input, weight, threshold, bias, estimator, (3, 3))
-    y, *state = kernels.forward(input, weight, threshold, bias, None, estimator, mask_bias, plan, packed)
-    return y, *_made(plan, *state)
+    y, *state = kernels.forward(input, weight, threshold, bias, None, estimator, mask_bias, selection, packed)
+    return y, *_made(selection, *state)
 
 
 @_implements(threshold_conv2d, "CUDA")
-def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias, plan=None, packed=None):
+def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias, selection=None, packed=None):
     check(input, weight, threshold, bias, estimator, (5, 5))
     g = geometry(input.shape, weight.shape, stride, padding, dilation)
-    y, *state = kernels.forward(input, weight, threshold, bias, g, estimator, mask_bias, plan, packed)
-    return y, *_made(plan, *state)
+    y, *state = kernels.forward(input, weight, threshold, bias, g, estimator, mask_bias, selection, packed)
+    return y, *_made(selection, *state)
 
 
 @_implements(threshold_linear_backward, "CUDA")
-def _(grad, input, weight, packed, plan, bias, mask_bias, need_input, need_weight):
-    results = kernels.backward(grad, input, weight, packed, plan, bias, None, mask_bias, need_input, need_weight)
+def _(grad, input, weight, packed, selection, bias, mask_bias, need_input, need_weight):
+    results = kernels.backward(grad, input, weight, packed, selection, bias, None, mask_bias, need_input, need_weight)
     return _or_empty(weight, *results)
 
 
 @_implements(threshold_conv2d_backward, "CUDA")
-def _(grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_bias, need_input, need_weight):
+def _(grad, input, weight, packed, selection, bias, stride, padding, dilation, mask_bias, need_input, need_weight):
     g = geometry(input.shape, weight.shape, stride, padding, dilation)
-    results = kernels.backward(grad, input, weight, packed, plan, bias, g, mask_bias, need_input, need_weight)
+    results = kernels.backward(grad, input, weight, packed, selection, bias, g, mask_bias, need_input, need_weight)
     return _or_empty(weight, *results)
 
 
@@ -188,13 +188,13 @@ def _empty_input_gradient(input: Tensor) -> Tensor:
     return empty_channels_last(clients, n, c, (high, wide), input.dtype, input.device)
 
 
-def _fake_state(input: Tensor, weight: Tensor, plan: Tensor | None) -> tuple[Tensor, Tensor]:
-    if plan is not None:
-        return plan.new_empty(0), input.new_empty(0)
+def _fake_state(input: Tensor, weight: Tensor, selection: Tensor | None) -> tuple[Tensor, Tensor]:
+    if selection is not None:
+        return selection.new_empty(0), input.new_empty(0)
     clients, out = weight.shape[:2]
     n_in = weight.shape[2:].numel()
     return (
-        weight.new_empty(clients, plan_size(out), dtype=torch.int32),
+        weight.new_empty(clients, selection_size(out), dtype=torch.int32),
         input.new_empty(clients, capacity(out), row_stride(n_in)),
     )
 
@@ -212,27 +212,27 @@ def _fake_gradients(
 
 
 @_implements(threshold_linear, "fake")
-def _(input, weight, threshold, bias, estimator, mask_bias, plan=None, packed=None):
+def _(input, weight, threshold, bias, estimator, mask_bias, selection=None, packed=None):
     check(input, weight, threshold, bias, estimator, (3, 3))
-    check_planned(input, weight, plan, packed)
-    return input.new_empty(*input.shape[:2], weight.shape[1]), *_fake_state(input, weight, plan)
+    check_selected(input, weight, selection, packed)
+    return input.new_empty(*input.shape[:2], weight.shape[1]), *_fake_state(input, weight, selection)
 
 
 @_implements(threshold_conv2d, "fake")
-def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias, plan=None, packed=None):
+def _(input, weight, threshold, bias, stride, padding, dilation, estimator, mask_bias, selection=None, packed=None):
     check(input, weight, threshold, bias, estimator, (5, 5))
-    check_planned(input, weight, plan, packed)
+    check_selected(input, weight, selection, packed)
     g = geometry(input.shape, weight.shape, stride, padding, dilation)
-    return _empty_output(input, weight, g), *_fake_state(input, weight, plan)
+    return _empty_output(input, weight, g), *_fake_state(input, weight, selection)
 
 
 @_implements(threshold_linear_backward, "fake")
-def _(grad, input, weight, packed, plan, bias, mask_bias, need_input, need_weight):
+def _(grad, input, weight, packed, selection, bias, mask_bias, need_input, need_weight):
     return _fake_gradients(weight, bias, input.new_empty(input.shape), need_input, need_weight)
 
 
 @_implements(threshold_conv2d_backward, "fake")
-def _(grad, input, weight, packed, plan, bias, stride, padding, dilation, mask_bias, need_input, need_weight):
+def _(grad, input, weight, packed, selection, bias, stride, padding, dilation, mask_bias, need_input, need_weight):
     return _fake_gradients(weight, bias, _empty_input_gradient(input), need_input, need_weight)
 
 
@@ -277,9 +277,9 @@ class _GradientForTransforms(torch.autograd.Function):
 
 def _gradients(ctx: Any, op: Any, grad: Tensor, *options: Any) -> tuple[Tensor | None, ...]:
     """Of the arguments that need one; None for the others."""
-    input, weight, bias, plan, packed = ctx.saved_tensors
+    input, weight, bias, selection, packed = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    args = (grad, input, weight, packed, plan, bias, *options, needs[0], any(needs[1:4]))
+    args = (grad, input, weight, packed, selection, bias, *options, needs[0], any(needs[1:4]))
     under_transforms = torch._C._are_functorch_transforms_active()
     results = _GradientForTransforms.apply(op, *args) if under_transforms else op(*args)
     needed = (r if need else None for r, need in zip(results, needs[:4], strict=True))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..reference import Estimator
 from . import choice
-from .arguments import check_planned
+from .arguments import check_selected
 from .geometry import Geometry
-from .packing import Plan
+from .packing import Selection
 
 
 @functools.cache
@@ -28,20 +28,20 @@ def launchers() -> types.ModuleType:
 
 def forward(
     input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, geometry: Geometry | None,
-    estimator: Estimator, mask_bias: bool, plan: Tensor | None, packed: Tensor | None,
+    estimator: Estimator, mask_bias: bool, selection: Tensor | None, packed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``(output, plan, packed)``; the last two are those that were given, or made here.
+    """``(output, selection, packed)``; the last two are those that were given, or made here.
 
     Args:
-        input, weight, threshold, bias, estimator, mask_bias, plan, packed: as for the operators.
+        input, weight, threshold, bias, estimator, mask_bias, selection, packed: as for the operators.
         geometry: of a convolution; None: a linear layer.
     """
     run = launchers()
-    check_planned(input, weight, plan, packed)
-    if plan is None or packed is None:
-        made, packed, _ = run.plan_layer(weight, threshold, estimator, input.dtype)
+    check_selected(input, weight, selection, packed)
+    if selection is None or packed is None:
+        made, packed, _ = run.select_layer(weight, threshold, estimator, input.dtype)
     else:
-        made = Plan(plan, weight.shape[1])
+        made = Selection(selection, weight.shape[1])
     tf32 = input.dtype == torch.float32 and choice.tf32(conv=geometry is not None)
     if geometry is not None:
         return run.layer_forward(input, packed, made, bias, geometry, mask_bias, tf32), made.data, packed
@@ -50,11 +50,11 @@ def forward(
 
 
 def backward(
-    grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, plan: Tensor, bias: Tensor | None,
+    grad: Tensor, input: Tensor, weight: Tensor, packed: Tensor, selection: Tensor, bias: Tensor | None,
     geometry: Geometry | None, mask_bias: bool, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """``(dinput, dweight, dthreshold, dbias)``; None where not needed."""
-    run, made = launchers(), Plan(plan, weight.shape[1])
+    run, made = launchers(), Selection(selection, weight.shape[1])
     tf32 = input.dtype == torch.float32 and choice.tf32(conv=geometry is not None)
     if geometry is not None:
         return run.layer_backward(

@@ -1,10 +1,10 @@
-"""Which filters of a layer are active, as one int32 tensor on the device: the plan every kernel reads.
+"""Which filters of a layer are active, as one int32 tensor on the device: the selection every kernel reads.
 
-A plan of a layer with ``out`` filters holds, for every client, ``2 + 3 * out`` numbers:
+A selection of a layer with ``out`` filters holds, for every client, ``2 + 3 * out`` numbers:
 
 ========================  ==========================================================================================
 ``[0]``                   count of active filters
-``[1]``                   1 if the mask differs from the one the plan held before, else 0
+``[1]``                   1 if the mask differs from the one the selection held before, else 0
 ``[2 : 2 + out]``         active filters, ascending; -1 behind the last one
 ``[2 + out : 2 + 2 out]`` position of a filter in that list, or -1 if it is pruned
 ``[2 + 2 out :]``         bit 0: active; bit 1: the estimator lets the gradient through (``h_i``); bit 2: flipped
@@ -40,14 +40,14 @@ def row_stride(n_in: int) -> int:
     return -(-n_in // 16) * 16
 
 
-def plan_size(out: int) -> int:
-    """Numbers in the plan of one layer of one client."""
+def selection_size(out: int) -> int:
+    """Numbers in the selection of one layer of one client."""
     return HEADER + 3 * out
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Views into a plan tensor of shape ``(clients, plan_size(out))``; nothing is copied or read."""
+class Selection:
+    """Views into a selection tensor of shape ``(clients, selection_size(out))``; nothing is copied or read."""
 
     data: Tensor
     out: int
@@ -86,6 +86,6 @@ class Plan:
         return (self.flags & ACTIVE).bool()
 
     @staticmethod
-    def empty(clients: int, out: int, device: torch.device | str) -> Plan:
-        """A plan that holds no mask yet: the first pass reports a change."""
-        return Plan(torch.full((clients, plan_size(out)), -1, dtype=torch.int32, device=device), out)
+    def empty(clients: int, out: int, device: torch.device | str) -> Selection:
+        """A selection that holds no mask yet: the first pass reports a change."""
+        return Selection(torch.full((clients, selection_size(out)), -1, dtype=torch.int32, device=device), out)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import backend, eager, reference
 from ..reference import Estimator
-from ..threshold_layer import Planned, check_layer
+from ..threshold_layer import Selected, check_layer
 from . import arguments, choice, direct, operators
 from .geometry import Geometry
 from .narrow import narrow
@@ -37,8 +37,8 @@ def _client(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(0)
 
 
-def _clients(planned: Planned | None) -> tuple[Tensor, ...]:
-    return () if planned is None else (planned.plan.unsqueeze(0), planned.packed.unsqueeze(0))
+def _clients(selected: Selected | None) -> tuple[Tensor, ...]:
+    return () if selected is None else (selected.selection.unsqueeze(0), selected.packed.unsqueeze(0))
 
 
 # ----------------------------------------------------------------------------------------------- checked calls
@@ -59,7 +59,7 @@ _MOST = 4096  # a program whose shapes never repeat starts over
 
 
 def _facts(
-    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, planned: Planned | None, conv: bool,
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, selected: Selected | None, conv: bool,
     *options: Hashable,
 ) -> Hashable | None:  # fmt: skip
     """Everything that checks, choice and launches depend on; None for a call that operators must see."""
@@ -70,7 +70,7 @@ def _facts(
         index, dtype, weight.shape, weight.stride(), input.get_device(), input.dtype, input.shape, input.stride(),
         threshold.get_device(), threshold.dtype, threshold.shape, threshold.stride(),
         None if bias is None else (bias.get_device(), bias.dtype, bias.shape, bias.stride()),
-        None if planned is None else _facts_of_pass(*planned), _settings(index, dtype, conv), options,
+        None if selected is None else _facts_of_pass(*selected), _settings(index, dtype, conv), options,
     )  # fmt: skip
 
 
@@ -84,12 +84,12 @@ def _settings(index: int, dtype: torch.dtype, conv: bool) -> Hashable:
     )  # fmt: skip
 
 
-def _facts_of_pass(plan: Tensor, packed: Tensor) -> Hashable:
-    return plan.get_device(), plan.dtype, plan.shape, packed.get_device(), packed.dtype, packed.shape
+def _facts_of_pass(selection: Tensor, packed: Tensor) -> Hashable:
+    return selection.get_device(), selection.dtype, selection.shape, packed.get_device(), packed.dtype, packed.shape
 
 
 def _first(
-    facts: Hashable, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, planned: Planned | None,
+    facts: Hashable, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, selected: Selected | None,
     geometry: Geometry | None, estimator: Estimator, mask_bias: bool, pad: tuple[int, ...] | None = None,
 ) -> Tensor | None:  # fmt: skip
     """A first call with these facts: checks, and remembers that they are right; None where operators are to do it.
@@ -100,10 +100,10 @@ def _first(
     if torch.is_autocast_enabled("cuda"):
         cast = operators.cast(input, "cuda")
         dtype, input = None if cast is input else cast.dtype, cast
-    plan, packed = (None, None) if planned is None else planned
+    selection, packed = (None, None) if selected is None else selected
     first, dims = (input.unsqueeze(0), weight.unsqueeze(0)), (3, 3) if geometry is None else (5, 5)
     arguments.check(*first, threshold.unsqueeze(0), _client(bias), estimator, dims)
-    arguments.check_planned(*first, _client(plan), _client(packed))
+    arguments.check_selected(*first, _client(selection), _client(packed))
     if not direct.possible(input, weight, threshold, bias):
         return None
     tf32 = input.dtype == torch.float32 and choice.tf32(conv=geometry is not None)
@@ -112,19 +112,19 @@ def _first(
         _known.clear()
     index = weight.get_device()
     _known[facts] = _Known(call, dtype, pad, (choices.SHELF.of(index), tiles.SHELF.of(index)))
-    return direct.run(call, input, weight, threshold, bias, plan, packed)
+    return direct.run(call, input, weight, threshold, bias, selection, packed)
 
 
 def _again(
-    known: _Known, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, planned: Planned | None
+    known: _Known, input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, selected: Selected | None
 ) -> Tensor:
     """Another call with the same facts."""
     if known.pad is not None:
         input = F.pad(input, known.pad)
     if known.dtype is not None:
         input = input.to(known.dtype)
-    plan, packed = (None, None) if planned is None else planned
-    return direct.run(known.call, input, weight, threshold, bias, plan, packed)
+    selection, packed = (None, None) if selected is None else selected
+    return direct.run(known.call, input, weight, threshold, bias, selection, packed)
 
 
 class _Repeated(NamedTuple):
@@ -141,11 +141,11 @@ _repeated: dict[Hashable, _Repeated] = {}
 
 
 def _tensors(
-    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, planned: Planned | None
+    input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, selected: Selected | None
 ) -> tuple[Tensor, ...]:
-    if planned is None:
+    if selected is None:
         return (input, weight, threshold) if bias is None else (input, weight, threshold, bias)
-    return (input, weight, threshold, *planned) if bias is None else (input, weight, threshold, bias, *planned)
+    return (input, weight, threshold, *selected) if bias is None else (input, weight, threshold, bias, *selected)
 
 
 def _recognise(tensors: tuple[Tensor, ...], biased: bool, conv: bool, options: tuple[Any, ...]) -> _Known | None:
@@ -179,20 +179,20 @@ def _remember(tensors: tuple[Tensor, ...], biased: bool, conv: bool, options: tu
 # ----------------------------------------------------------------------------------------------- the two layers
 def linear(
     input: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, estimator: Estimator, mask_bias: bool,
-    density: float = 1.0, planned: Planned | None = None,
+    density: float = 1.0, selected: Selected | None = None,
 ) -> Tensor:  # fmt: skip
     """One linear layer through the operator, or the reference with a stated reason. Shapes as ``F.linear`` has them."""
-    options, tensors = (estimator, mask_bias, density), _tensors(input, weight, threshold, bias, planned)
+    options, tensors = (estimator, mask_bias, density), _tensors(input, weight, threshold, bias, selected)
     facts, known = None, _recognise(tensors, bias is not None, False, options)
     if known is None:
-        facts = _facts(input, weight, threshold, bias, planned, False, *options)
+        facts = _facts(input, weight, threshold, bias, selected, False, *options)
         known = None if facts is None else _known.get(facts)
         if known is not None:
             _remember(tensors, bias is not None, False, options, known)
     if known is not None:
         if input.dim() == 2:
-            return _again(known, input, weight, threshold, bias, planned)
-        y = _again(known, input.reshape(-1, input.shape[-1]), weight, threshold, bias, planned)
+            return _again(known, input, weight, threshold, bias, selected)
+        y = _again(known, input.reshape(-1, input.shape[-1]), weight, threshold, bias, selected)
         return y.reshape(*input.shape[:-1], weight.shape[0])
     check_layer(weight, threshold, estimator)
     _check_dtype(input, weight)
@@ -206,11 +206,11 @@ def linear(
     if chosen == "narrow":
         found = narrow(rows, weight, threshold, bias, estimator, mask_bias, None)
     elif facts is not None:
-        found = _first(facts, rows, weight, threshold, bias, planned, None, estimator, mask_bias)
+        found = _first(facts, rows, weight, threshold, bias, selected, None, estimator, mask_bias)
     if found is None:
         found = operators.call_linear(
             rows.unsqueeze(0), weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), estimator, mask_bias,
-            *_clients(planned),
+            *_clients(selected),
         )  # fmt: skip
     return found.reshape(*input.shape[:-1], weight.shape[0])
 
@@ -242,17 +242,17 @@ def conv2d(
     estimator: Estimator,
     mask_bias: bool,
     density: float = 1.0,
-    planned: Planned | None = None,
+    selected: Selected | None = None,
 ) -> Tensor:
     """One convolution through the operator, or the reference with a stated reason. Shapes as ``F.conv2d`` has them."""
     options = (stride, padding, dilation, groups, estimator, mask_bias, density)
-    tensors = _tensors(input, weight, threshold, bias, planned)
+    tensors = _tensors(input, weight, threshold, bias, selected)
     facts, known = None, _recognise(tensors, bias is not None, True, options)
     strides, dilations = choice._pair(stride), choice._pair(dilation)
     if known is None:
         given = padding if isinstance(padding, str) else choice._pair(padding)
         facts = _facts(
-            input, weight, threshold, bias, planned, True, strides, given, dilations, groups, estimator, mask_bias,
+            input, weight, threshold, bias, selected, True, strides, given, dilations, groups, estimator, mask_bias,
             density,
         )  # fmt: skip
         known = None if facts is None else _known.get(facts)
@@ -260,8 +260,8 @@ def conv2d(
             _remember(tensors, bias is not None, True, options, known)
     if known is not None:
         if input.dim() == 4:
-            return _again(known, input, weight, threshold, bias, planned)
-        return _again(known, input.unsqueeze(0), weight, threshold, bias, planned).squeeze(0)
+            return _again(known, input, weight, threshold, bias, selected)
+        return _again(known, input.unsqueeze(0), weight, threshold, bias, selected).squeeze(0)
     check_layer(weight, threshold, estimator)
     _check_dtype(input, weight)
     if input.dim() not in (3, 4):
@@ -280,11 +280,11 @@ def conv2d(
         if chosen == "narrow":
             found = narrow(batch, weight, threshold, bias, estimator, mask_bias, geometry)
         else:
-            found = _first(facts, batch, weight, threshold, bias, planned, geometry, estimator, mask_bias, pad)
+            found = _first(facts, batch, weight, threshold, bias, selected, geometry, estimator, mask_bias, pad)
     if found is None:
         found = operators.call_conv2d(
             batch.unsqueeze(0), weight.unsqueeze(0), threshold.unsqueeze(0), _client(bias), strides, pads, dilations,
-            estimator, mask_bias, *_clients(planned),
+            estimator, mask_bias, *_clients(selected),
         )  # fmt: skip
         found = found.squeeze(0)
     return found if input.dim() == 4 else found.squeeze(0)

@@ -105,24 +105,24 @@ def test_dense_operators_on_active_filters_count_the_rows_that_they_compute():
 
 
 def test_a_step_that_raises_leaves_nothing_behind():
-    counter, plan = executed.Executed(), torch.tensor([3], dtype=torch.int32)
+    counter, selection = executed.Executed(), torch.tensor([3], dtype=torch.int32)
     with pytest.raises(KeyError), counter.counting():
-        executed.note(plan, 10, 2)
+        executed.note(selection, 10, 2)
         raise KeyError
     assert not executed.counting()
-    executed.note(plan, 10, 2)  # nobody counts
+    executed.note(selection, 10, 2)  # nobody counts
     with counter.counting():
-        executed.note(plan, 100, 1)
-        executed.note(plan, 1, torch.tensor([7], dtype=torch.int32))
+        executed.note(selection, 100, 1)
+        executed.note(selection, 1, torch.tensor([7], dtype=torch.int32))
         executed.note_number(5000)
     assert counter.total() == 300 + 21 + 5000
 
 
 def test_sums_do_not_overflow_and_do_not_round():
-    counter, plan = executed.Executed(), torch.tensor([2**30, 1], dtype=torch.int32)
+    counter, selection = executed.Executed(), torch.tensor([2**30, 1], dtype=torch.int32)
     for _ in range(3):
         with counter.counting():
-            executed.note(plan, 2**31 + 1, 1)
+            executed.note(selection, 2**31 + 1, 1)
     assert counter.total() == 3 * (2**30 + 1) * (2**31 + 1)
 
 

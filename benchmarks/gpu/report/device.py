@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spafl_kernels.gpu import closed_form
 from spafl_kernels.gpu.geometry import Geometry
-from spafl_kernels.gpu.packing import Plan
+from spafl_kernels.gpu.packing import Selection
 
 from .. import results, roofline
 from ..clock import Call, Cuda, Device
@@ -40,20 +40,20 @@ class Pretended:
 class Closed:
     """The launchers of the kernels in plain PyTorch, for the layers of a rehearsal."""
 
-    def plan_layer(self, weight: Tensor, threshold: Tensor, estimator: Any) -> tuple[Plan, Tensor, None]:
+    def select_layer(self, weight: Tensor, threshold: Tensor, estimator: Any) -> tuple[Selection, Tensor, None]:
         self.weight = weight
-        data, packed = closed_form.plan_and_packed(weight, threshold, estimator, weight.dtype)
-        return Plan(data, weight.shape[1]), packed, None
+        data, packed = closed_form.selection_and_packed(weight, threshold, estimator, weight.dtype)
+        return Selection(data, weight.shape[1]), packed, None
 
-    def layer_forward(self, x: Tensor, packed: Tensor, plan: Plan, bias: None, g: Geometry, tf32: bool,
+    def layer_forward(self, x: Tensor, packed: Tensor, selection: Selection, bias: None, g: Geometry, tf32: bool,
                       tile: object = None) -> Tensor:  # fmt: skip
-        return closed_form.forward(x, self.weight, plan, bias, False, g)
+        return closed_form.forward(x, self.weight, selection, bias, False, g)
 
     def layer_backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, packed: Tensor, plan: Plan, bias: None, g: Geometry, tf32: bool,
-        need_input: bool, need_weight: bool, tile: object = None,
+        self, grad: Tensor, x: Tensor, weight: Tensor, packed: Tensor, selection: Selection, bias: None, g: Geometry,
+        tf32: bool, need_input: bool, need_weight: bool, tile: object = None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        dx, dw, dtau, _ = closed_form.backward(grad, x, weight, plan, bias, False, g)
+        dx, dw, dtau, _ = closed_form.backward(grad, x, weight, selection, bias, False, g)
         return dx if need_input else None, *((dw, dtau) if need_weight else (None, None)), None
 
 

@@ -116,8 +116,8 @@ def _one(case: Any, where: str, allowed: bool, estimator: Any, mask_bias: bool) 
     got = _once(moved, allowed, estimator, mask_bias)
     again = [_once(moved, allowed, estimator, mask_bias) for _ in range(repeats)]
     same = all(torch.equal(a, b) for other in again for a, b in zip(got, other, strict=True))
-    plan, _ = case.plan(estimator)
-    want = [cases.expected_output(case, True, mask_bias), *cases.expected_gradients(case, plan, True, mask_bias)]
+    selection, _ = case.selection(estimator)
+    want = [cases.expected_output(case, True, mask_bias), *cases.expected_gradients(case, selection, True, mask_bias)]
     names = ("y", "dx", "dw", "dtau", "dbias")
     return {n: cases.error(a.cpu(), b) for n, a, b in zip(names, got, want, strict=True)}, same
 
@@ -135,7 +135,7 @@ def _whole_model(visit: Visit, where: str) -> None:
     made = [cases.make(out, Geometry(c, k, k, (k, k)), 1, count, 3, seed=out) for out, c, k, count in sizes]
     weights, thresholds = ([getattr(c, n).to(where) for c in made] for n in ("weight", "threshold"))
     model = ModelPass(weights, thresholds)
-    want = [closed_form.plan_and_packed(c.weight, c.threshold, "identity", torch.float32) for c in made]
+    want = [closed_form.selection_and_packed(c.weight, c.threshold, "identity", torch.float32) for c in made]
     right = 0
     for turn in range(1 if visit.rehearsal else PASSES):
         if visit.rehearsal:
@@ -146,8 +146,8 @@ def _whole_model(visit: Visit, where: str) -> None:
         else:
             model()
         right += all(
-            torch.equal(plan.count.cpu(), c.keep.sum(1).int()) and torch.equal(packed.cpu(), rows)
-            for plan, packed, c, (_, rows) in zip(model.plans, model.packed, made, want, strict=True)
+            torch.equal(selection.count.cpu(), c.keep.sum(1).int()) and torch.equal(packed.cpu(), rows)
+            for selection, packed, c, (_, rows) in zip(model.selections, model.packed, made, want, strict=True)
         )
         if right <= turn:
             visit.wrong(f"the pass of a model is wrong in launch {turn}")

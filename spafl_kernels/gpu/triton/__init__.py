@@ -9,9 +9,9 @@ _HOME = {
     "ModelPass": "threshold",
     "layer_backward": "backward",
     "layer_forward": "forward",
-    "plan_layer": "threshold",
+    "select_layer": "threshold",
 }
-__all__ = ["ModelPass", "layer_backward", "layer_forward", "plan_layer"]
+__all__ = ["ModelPass", "layer_backward", "layer_forward", "select_layer"]
 
 
 def __getattr__(name: str) -> Any:

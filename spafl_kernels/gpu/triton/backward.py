@@ -43,7 +43,7 @@ from ..geometry import (
     positions,
     strides_like_rows,
 )
-from ..packing import Plan, capacity
+from ..packing import Selection, capacity
 from ..tables import tiles as measured
 from .collect import Statistics, collecting
 from .device import on_device_of_first
@@ -57,7 +57,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 # Places of tensors in the program; those from EXTENDED on are scratch memory.
-GRAD, X, WEIGHT, PACKED, BIAS, PLAN, INPUTS, DX, DW, DTAU, DBIAS = range(11)
+GRAD, X, WEIGHT, PACKED, BIAS, SELECTION, INPUTS, DX, DW, DTAU, DBIAS = range(11)
 EXTENDED, COLLECTED, PARTIAL, WORDS, SUMS, SLABS = range(11, 17)
 
 
@@ -90,17 +90,19 @@ class Backward:
 
     def run(
         self, stream: int | None, grad: Tensor, x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None,
-        plan: Tensor, inputs: Tensor,
+        selection: Tensor, inputs: Tensor,
     ) -> Gradients:  # fmt: skip
-        """The gradients; ``inputs``: the plan of the input, or the plan again."""
+        """The gradients; ``inputs``: the selection of the input, or the selection again."""
         device, empty, dx = self.device, torch.empty_strided, None
         if self.need_input:
             size, strides, dtype = self.dx
             dx = torch.empty_like(x) if self.like_x else empty(size, strides, dtype=dtype, device=device)
-        # A tensor that no launch takes has the plan in its place.
-        product = plan if dx is None else dx
+        # A tensor that no launch takes has the selection in its place.
+        product = selection if dx is None else dx
         if not self.need_weight:
-            self._launch(stream, grad, x, weight, packed, plan, plan, inputs, product, plan, plan, plan)
+            self._launch(
+                stream, grad, x, weight, packed, selection, selection, inputs, product, selection, selection, selection
+            )
             return dx, None, None, None
         x = channels_last(x) if self.copy else x
         size, strides, dtype = self.dw
@@ -108,10 +110,10 @@ class Backward:
         size, strides, dtype = self.row
         dtau = empty(size, strides, dtype=dtype, device=device)
         if bias is None:
-            self._launch(stream, grad, x, weight, packed, weight, plan, inputs, product, dw, dtau, dtau)
+            self._launch(stream, grad, x, weight, packed, weight, selection, inputs, product, dw, dtau, dtau)
             return dx, dw, dtau, None
         dbias = empty(size, strides, dtype=bias.dtype, device=device)
-        self._launch(stream, grad, x, weight, packed, bias, plan, inputs, product, dw, dtau, dbias)
+        self._launch(stream, grad, x, weight, packed, bias, selection, inputs, product, dw, dtau, dbias)
         return dx, dw, dtau, dbias
 
     def _launch(self, stream: int | None, *tensors: Tensor) -> None:
@@ -121,20 +123,20 @@ class Backward:
         extended = self.program.apart(stream, *tensors)[0]
         channels = self.channels if self.channels is not None else _counts(tensors[INPUTS])
         if self.need_input:
-            note(_counts(tensors[PLAN]), self.cost, channels)
+            note(_counts(tensors[SELECTION]), self.cost, channels)
         if self.need_weight:  # the active filters, and the pruned ones whose row is needed
             note(_counts(extended), self.cost, channels)
 
 
-def _counts(plans: Tensor) -> Tensor:
-    """How many filters plans list, ``(clients,)``; their client dimension may be missing."""
-    return plans[..., 0].reshape(-1)
+def _counts(selections: Tensor) -> Tensor:
+    """How many filters selections list, ``(clients,)``; their client dimension may be missing."""
+    return selections[..., 0].reshape(-1)
 
 
 @functools.lru_cache(REMEMBERED)
 def prepare(
     grad: tuple[tuple[int, ...], tuple[int, ...]], x: tuple[tuple[int, ...], tuple[int, ...]],
-    weight: tuple[tuple[int, ...], tuple[int, ...]], dtypes: tuple[torch.dtype, ...], packed: int, plan: int,
+    weight: tuple[tuple[int, ...], tuple[int, ...]], dtypes: tuple[torch.dtype, ...], packed: int, selection: int,
     inputs: tuple[int, int] | None, bias: tuple[torch.dtype, int] | None, geometry: Geometry, mask_bias: bool,
     tf32: bool, need_input: bool, need_weight: bool, tile: Tile | None, device: torch.device, table: int,
 ) -> Backward:  # fmt: skip
@@ -142,9 +144,9 @@ def prepare(
 
     Args:
         grad, x, weight: shapes and strides.
-        dtypes: of these three, the packed weights and the plan.
-        packed, plan: distances between clients in the packed weights and the plan.
-        inputs: the same of the plan of the input, and its channels.
+        dtypes: of these three, the packed weights and the selection.
+        packed, selection: distances between clients in the packed weights and the selection.
+        inputs: the same of the selection of the input, and its channels.
         bias: its dtype and the distance between clients.
         device: of all.
         table: identity of the table of measured tiles.
@@ -152,25 +154,25 @@ def prepare(
     (clients, n, out, high, wide), g = grad[0], geometry
     channels, listed = (g.channels, None) if inputs is None else (inputs[1], inputs[0])
     statistics = Statistics.of(grad[0]) if need_weight else None
-    left = (PLAN, PLAN) if statistics is None else (PARTIAL, WORDS)
+    left = (SELECTION, SELECTION) if statistics is None else (PARTIAL, WORDS)
     stages: list[tuple[Launch, tuple[int, ...]]] = []
-    stages.append((collecting(*grad, plan, statistics=statistics), (GRAD, COLLECTED, *left, PLAN, PLAN)))
+    stages.append((collecting(*grad, selection, statistics=statistics), (GRAD, COLLECTED, *left, SELECTION, SELECTION)))
     scratch = [Memory.dense((clients, 1 + 2 * out), torch.int32)]  # whose rows are computed
     scratch.append(Memory.dense((clients, n * high * wide, capacity(out)), dtypes[0]))
     if need_input:
-        product = input_gradient(clients, n, out, g, channels, dtypes[1], tf32, tile, device, packed, plan, listed)
-        stages.append((product, (COLLECTED, PACKED, DX, PLAN, INPUTS)))
+        product = input_gradient(clients, n, out, g, channels, dtypes[1], tf32, tile, device, packed, selection, listed)
+        stages.append((product, (COLLECTED, PACKED, DX, SELECTION, INPUTS)))
     if statistics is not None:
         weights = weight_gradients(
             grad, statistics, positions(*x), weight, dtypes[1], None if bias is None else bias[1], g, channels,
-            mask_bias, tf32, tile, device, plan, listed,
+            mask_bias, tf32, tile, device, selection, listed,
         )  # fmt: skip
         scratch += weights.scratch
         stages += [
-            (weights.extend, (PARTIAL, SUMS, WORDS, PLAN, EXTENDED)),
-            (weights.extra, (GRAD, COLLECTED, PLAN, PLAN, PLAN, EXTENDED)),
+            (weights.extend, (PARTIAL, SUMS, WORDS, SELECTION, EXTENDED)),
+            (weights.extra, (GRAD, COLLECTED, SELECTION, SELECTION, SELECTION, EXTENDED)),
             (weights.product, (X, COLLECTED, SLABS, EXTENDED, INPUTS)),
-            (weights.finish, (WEIGHT, BIAS, SLABS, SUMS, PLAN, EXTENDED, INPUTS, DW, DTAU, DBIAS)),
+            (weights.finish, (WEIGHT, BIAS, SLABS, SUMS, SELECTION, EXTENDED, INPUTS, DW, DTAU, DBIAS)),
         ]
     size, (shape, strides) = (channels, g.height, g.width), weight
     dx = Memory((clients, n, *size), channels_last_strides(*size, n), dtypes[1])
@@ -198,7 +200,7 @@ def layer_backward(
     x: Tensor,
     weight: Tensor,
     packed: Tensor,
-    plan: Plan,
+    selection: Selection,
     bias: Tensor | None,
     geometry: Geometry,
     mask_bias: bool = False,
@@ -206,18 +208,18 @@ def layer_backward(
     need_input: bool = True,
     need_weight: bool = True,
     tile: Tile | None = None,
-    input_plan: Plan | None = None,
+    input_selection: Selection | None = None,
 ) -> Gradients:
     """Gradients of :func:`~.forward.layer_forward` through the mask, as the definition gives them.
 
     Args:
         grad: ``dL/dy``, ``(clients, N, out, H', W')``, dtype of ``x``, any strides (also expanded).
-        x, packed, plan, bias, geometry, mask_bias, tf32: as in the forward pass.
+        x, packed, selection, bias, geometry, mask_bias, tf32: as in the forward pass.
         weight: ``(clients, out, in[, kH, kW])``, the unmasked weight.
         need_input: whether ``dL/dx`` is wanted.
         need_weight: whether ``dL/dw``, ``dL/dtau`` and ``dL/db`` are wanted.
         tile: for both products, instead of the measured ones, or those of the rule.
-        input_plan: as in the forward pass; ``dx`` and the columns of ``G`` of channels that are not listed are 0.
+        input_selection: as in the forward pass; ``dx`` and the columns of ``G`` of channels that are not listed are 0.
 
     Returns:
         ``(dx, dw, dtau, dbias)``: ``(clients, N, C, H, W)`` channels last in the dtype of ``x``; shape, dtype and
@@ -228,14 +230,14 @@ def layer_backward(
     bias = None if bias is None else bias.contiguous()
     if grad.numel() == 0:
         return _nothing(x, weight, bias, need_input, need_weight)
-    data, device, inputs = plan.data, x.device, None
-    if input_plan is not None:
-        x, packed, geometry = restrict(x, packed, input_plan, geometry)
-        inputs = input_plan.data
+    data, device, inputs = selection.data, x.device, None
+    if input_selection is not None:
+        x, packed, geometry = restrict(x, packed, input_selection, geometry)
+        inputs = input_selection.data
     made = prepare(
         (grad.shape, grad.stride()), (x.shape, x.stride()), (weight.shape, weight.stride()),
         (grad.dtype, x.dtype, weight.dtype, packed.dtype, data.dtype), packed.stride(0), data.stride(0),
-        None if inputs is None or input_plan is None else (inputs.stride(0), input_plan.out),
+        None if inputs is None or input_selection is None else (inputs.stride(0), input_selection.out),
         None if bias is None else (bias.dtype, bias.stride(0)), geometry, mask_bias, tf32, need_input, need_weight,
         tile, device, id(measured.of(device)),
     )  # fmt: skip

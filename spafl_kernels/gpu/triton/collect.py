@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import Memory, client_step
-from ..packing import HEADER, WIDEST, Plan, capacity
+from ..packing import HEADER, WIDEST, Selection, capacity
 from .bounds import within
 from .launch import REMEMBERED, Launch, current_stream
 
@@ -54,8 +54,8 @@ def _places(row, total, g_n, g_h, g_w, P: tl.constexpr, Q: tl.constexpr):
 
 @triton.jit(do_not_specialize=["total", "steps"])
 def threshold_collect(
-    grad, collected, partial, words, plan, extended, grad_client, collected_client, partial_client, plan_client,
-    extended_client, total, steps, out, number, g_n, g_h, g_w, g_c,
+    grad, collected, partial, words, selection, extended, grad_client, collected_client, partial_client,
+    selection_client, extended_client, total, steps, out, number, g_n, g_h, g_w, g_c,
     HEADER: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, EXTRA: tl.constexpr, STATISTICS: tl.constexpr,
     CAP: tl.constexpr, WIDEST: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +65,8 @@ def threshold_collect(
     ``words``: ``number`` of them become 0, for the next launch.
     """
     client = tl.program_id(2).to(tl.int64)
-    plan += client * plan_client
-    count = tl.load(plan)
+    selection += client * selection_client
+    count = tl.load(selection)
     if EXTRA:
         extended += client * extended_client
         lo = count
@@ -77,7 +77,7 @@ def threshold_collect(
     else:
         lo = 0
         hi = count
-        index = plan + HEADER
+        index = selection + HEADER
     grad += client * grad_client
     collected += client * collected_client
     limit = _padded(hi, CAP, WIDEST)
@@ -151,16 +151,16 @@ class Statistics:
 
 
 def collecting(
-    shape: Sequence[int], strides: Sequence[int], plan_client: int, extended_client: int | None = None,
+    shape: Sequence[int], strides: Sequence[int], selection_client: int, extended_client: int | None = None,
     statistics: Statistics | None = None,
 ) -> Launch:  # fmt: skip
-    """The launch over ``(x, collected, partial, words, plan, extended)``; see :func:`collect_channels`.
+    """The launch over ``(x, collected, partial, words, selection, extended)``; see :func:`collect_channels`.
 
     Args:
         shape, strides: of ``x``.
-        plan_client, extended_client: distance between the clients of a plan, and of ``extended``; None where there is
-            none, and the plan stands for it.
-        statistics: what is left behind; None: nothing, and the plan stands for ``partial`` and ``words``.
+        selection_client, extended_client: distance between the clients of a selection, and of ``extended``; None where
+            there is none, and the selection stands for it.
+        statistics: what is left behind; None: nothing, and the selection stands for ``partial`` and ``words``.
     """
     clients, n, out, high, wide = shape
     total, cap = n * high * wide, capacity(out)
@@ -172,8 +172,8 @@ def collecting(
         (blocks, columns, clients),
         (
             client_step(clients, strides[0]), client_step(clients, total * cap),
-            partial, plan_client, plan_client if extended_client is None else extended_client, total, steps, out,
-            words, strides[1], strides[3], strides[4], strides[2],
+            partial, selection_client, selection_client if extended_client is None else extended_client, total, steps,
+            out, words, strides[1], strides[3], strides[4], strides[2],
         ),
         {
             "HEADER": HEADER, "P": high, "Q": wide, "EXTRA": extended_client is not None,
@@ -185,25 +185,29 @@ def collecting(
 
 @functools.lru_cache(REMEMBERED)
 def _prepare(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device, plan: int
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    selection: int,
 ) -> Launch:
-    """By everything that the launch depends on: of ``x``, its dtype and that of the plan, and the plan's clients."""
-    return collecting(shape, strides, plan)
+    """By everything that the launch depends on: of ``x``, its dtype and that of the selection, and its clients."""
+    return collecting(shape, strides, selection)
 
 
-def collect_channels(x: Tensor, plan: Plan) -> Tensor:
-    """The channels of ``x`` that a plan lists, next to each other.
+def collect_channels(x: Tensor, selection: Selection) -> Tensor:
+    """The channels of ``x`` that a selection lists, next to each other.
 
     Args:
-        x: ``(clients, N, plan.out, H, W)``, any strides.
-        plan: whose active filters are the list.
+        x: ``(clients, N, selection.out, H, W)``, any strides.
+        selection: whose active filters are the list.
 
     Returns:
-        ``(clients, N * H * W, capacity(plan.out))``; zeros behind the list up to a whole tile, the rest unwritten.
+        ``(clients, N * H * W, capacity(selection.out))``; zeros behind the list up to a whole tile, the rest unwritten.
     """
     clients, n, out, high, wide = x.shape
     into = x.new_empty(clients, n * high * wide, capacity(out))
-    data = plan.data
+    data = selection.data
     launch = _prepare(x.shape, x.stride(), (x.dtype, data.dtype), x.device, data.stride(0))
     launch(current_stream(x.get_device()), x, into, data, data, data, data)
     return into

@@ -16,8 +16,8 @@ from .tiles import Tile, arithmetic, choose, power_of_two, precision, rows_of
 
 @triton.jit(do_not_specialize=["total", "row_tiles"])
 def threshold_dgrad(
-    collected, packed, dx, plan, inputs, collected_client, packed_client, dx_client, plan_client, inputs_client,
-    total, stride, channels, row_tiles,
+    collected, packed, dx, selection, inputs, collected_client, packed_client, dx_client, selection_client,
+    inputs_client, total, stride, channels, row_tiles,
     HEADER: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, SHAPE: tl.constexpr, STEP_H: tl.constexpr,
     STEP_W: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     DEPTH: tl.constexpr, PIECE: tl.constexpr,
@@ -39,7 +39,7 @@ def threshold_dgrad(
     HIGH: tl.constexpr = (H + SH - 1) // SH  # positions of a class, at most
     WIDE: tl.constexpr = (W + SW - 1) // SW
     client = tl.program_id(2).to(tl.int64)
-    count = tl.load(plan + client * plan_client)
+    count = tl.load(selection + client * selection_client)
     collected += client * collected_client
     packed += client * packed_client
     dx += client * dx_client
@@ -127,17 +127,18 @@ def threshold_dgrad(
 
 def input_gradient(
     clients: int, n: int, out: int, geometry: Geometry, channels: int, dtype: torch.dtype, tf32: bool,
-    tile: Tile | None, device: torch.device, packed: int, plan: int, inputs: int | None,
+    tile: Tile | None, device: torch.device, packed: int, selection: int, inputs: int | None,
 ) -> Launch:  # fmt: skip
-    """The launch over ``(collected, packed, dx, plan, inputs)`` that writes ``dL/dx``, stored channels last.
+    """The launch over ``(collected, packed, dx, selection, inputs)`` that writes ``dL/dx``, stored channels last.
 
-    ``collected`` holds dL/dy of the active filters. With a plan of the input, packed and geometry are those of its
+    ``collected`` holds dL/dy of the active filters. With a selection of the input, packed and geometry are those of its
     list, and channels that are not listed get 0.
 
     Args:
         clients, n: of the batch; the launch is for ``dx`` of ``(clients, n, channels, H, W)``.
         dtype, device: of ``dx``.
-        packed, plan, inputs: distances between clients in the packed weights, the plan, and the plan of the input.
+        packed, selection, inputs: distances between clients in the packed weights, the selection, and the selection of
+            the input.
     """
     g, cap, listed = geometry, capacity(out), inputs is not None
     kind = arithmetic(dtype, tf32)
@@ -152,7 +153,7 @@ def input_gradient(
         (row_tiles * triton.cdiv(g.channels, columns), g.stride[0] * g.stride[1], clients),
         (
             client_step(clients, n * high * wide * cap), packed,
-            client_step(clients, n * channels * g.height * g.width), plan, plan if inputs is None else inputs,
+            client_step(clients, n * channels * g.height * g.width), selection, selection if inputs is None else inputs,
             rows, row_stride(g.n_in), channels, row_tiles,
         ),
         {

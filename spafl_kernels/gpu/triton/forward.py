@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...executed import counting, note
 from ..geometry import Geometry, Memory, channels_last, channels_last_strides, client_step, needs_copy, positions
-from ..packing import HEADER, Plan, capacity, row_stride
+from ..packing import HEADER, Selection, capacity, row_stride
 from ..tables import tiles as measured
 from .bounds import last_of, within
 from .collect import collect_channels
@@ -142,15 +142,15 @@ def _forward_tile(
 
 @triton.jit(do_not_specialize=["total", "row_tiles"])
 def threshold_forward(
-    x, packed, bias, y, plan, inputs, x_client, packed_client, bias_client, y_client, plan_client, inputs_client,
-    total, out, stride, x_n, x_h, x_w, row_tiles,
+    x, packed, bias, y, selection, inputs, x_client, packed_client, bias_client, y_client, selection_client,
+    inputs_client, total, out, stride, x_n, x_h, x_w, row_tiles,
     HEADER: tl.constexpr, SHAPE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """``y = conv(x, packed) + bias`` in dense layout; grid (row tiles * filter tiles, clients)."""
     client = tl.program_id(1).to(tl.int64)
-    plan += client * plan_client
-    count = tl.load(plan)
+    selection += client * selection_client
+    count = tl.load(selection)
     # Filter tiles vary slowest: all programs with work come first, those behind the count last.
     first = tl.program_id(0) // row_tiles * TILE
     if (first >= count) & (first > 0):
@@ -162,7 +162,7 @@ def threshold_forward(
     channels = SHAPE[0]
     if MODE[5]:
         channels = tl.load(inputs + client * inputs_client)
-    index = plan + HEADER
+    index = selection + HEADER
     inverse = index + out
     rows = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     start = tl.where(first > 0, tl.load(index + first), 0)
@@ -192,7 +192,9 @@ def threshold_pack_columns(
             tl.store(narrow + tap * CAP + c0 + lane, part)
 
 
-def restrict(x: Tensor, packed: Tensor, input_plan: Plan, geometry: Geometry) -> tuple[Tensor, Tensor, Geometry]:
+def restrict(
+    x: Tensor, packed: Tensor, input_selection: Selection, geometry: Geometry
+) -> tuple[Tensor, Tensor, Geometry]:
     """Input and packed weights with the listed input channels side by side, so that products stop behind them.
 
     A copy of the listed channels is the price: one read of ``x`` (whole memory sectors) and one write of the listed
@@ -205,13 +207,13 @@ def restrict(x: Tensor, packed: Tensor, input_plan: Plan, geometry: Geometry) ->
         ``(clients, capacity(out), kH * kW * capacity(C))``, and the geometry with ``capacity(C)`` channels.
     """
     clients, n, channels, high, wide = x.shape
-    if input_plan.out != channels or input_plan.data.shape[0] != clients:
+    if input_selection.out != channels or input_selection.data.shape[0] != clients:
         raise ValueError(
-            f"input_plan must be over {channels} channels of {clients} clients; it is over {input_plan.out} of "
-            f"{input_plan.data.shape[0]}"
+            f"input_selection must be over {channels} channels of {clients} clients; it is over "
+            f"{input_selection.out} of {input_selection.data.shape[0]}"
         )
-    cap, taps, data = capacity(channels), geometry.kernel[0] * geometry.kernel[1], input_plan.data
-    listed = collect_channels(x, input_plan).view(clients, n, high, wide, cap).permute(0, 1, 4, 2, 3)
+    cap, taps, data = capacity(channels), geometry.kernel[0] * geometry.kernel[1], input_selection.data
+    listed = collect_channels(x, input_selection).view(clients, n, high, wide, cap).permute(0, 1, 4, 2, 3)
     narrow = packed.new_empty(clients, packed.shape[1], taps * cap)
     threshold_pack_columns[(packed.shape[1], clients)](
         packed, narrow, data, packed.stride(0), narrow.stride(0), data.stride(0), packed.shape[2], channels, taps,
@@ -246,23 +248,23 @@ class Forward:
         return dataclasses.replace(self, y=self.y.part(slice(1, 3 if linear else None)))
 
     def run(
-        self, stream: int | None, x: Tensor, packed: Tensor, bias: Tensor | None, plan: Tensor, inputs: Tensor
+        self, stream: int | None, x: Tensor, packed: Tensor, bias: Tensor | None, selection: Tensor, inputs: Tensor
     ) -> Tensor:
-        """The output; ``inputs``: the plan of the input, or the plan again."""
+        """The output; ``inputs``: the selection of the input, or the selection again."""
         size, strides, dtype = self.y
         y = torch.empty_strided(size, strides, dtype=dtype, device=self.device)
         if self.launch is not None:
             if counting():
                 listed = inputs[..., 0].reshape(-1)
-                note(plan[..., 0].reshape(-1), self.cost, listed if self.channels is None else self.channels)
+                note(selection[..., 0].reshape(-1), self.cost, listed if self.channels is None else self.channels)
             x = channels_last(x) if self.copy else x
-            self.launch(stream, x, packed, x if bias is None else bias, y, plan, inputs)
+            self.launch(stream, x, packed, x if bias is None else bias, y, selection, inputs)
         return y
 
 
 @functools.lru_cache(REMEMBERED)
 def prepare(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtypes: tuple[torch.dtype, ...], packed: int, plan: int,
+    shape: tuple[int, ...], strides: tuple[int, ...], dtypes: tuple[torch.dtype, ...], packed: int, selection: int,
     inputs: int | None,
     bias: tuple[torch.dtype, int] | None, out: int, geometry: Geometry, mask_bias: bool, tf32: bool, tile: Tile | None,
     device: torch.device, table: int,
@@ -271,8 +273,9 @@ def prepare(
 
     Args:
         shape, strides, device: of x.
-        dtypes: of x, the packed weights and the plan.
-        packed, plan, inputs: distances between clients in the packed weights, the plan, and the plan of the input.
+        dtypes: of x, the packed weights and the selection.
+        packed, selection, inputs: distances between clients in the packed weights, the selection, and the selection of
+            the input.
         bias: its dtype and the distance between clients.
         table: identity of the table of measured tiles.
     """
@@ -301,8 +304,8 @@ def prepare(
         threshold_forward,
         (row_tiles * triton.cdiv(out, filters), clients),
         (
-            at.client, packed, 0 if bias is None else bias[1], client_step(clients, memory[0]), plan,
-            plan if inputs is None else inputs, total, out, row_stride(g.n_in), at.image, at.row,
+            at.client, packed, 0 if bias is None else bias[1], client_step(clients, memory[0]), selection,
+            selection if inputs is None else inputs, total, out, row_stride(g.n_in), at.image, at.row,
             at.step(pointwise), row_tiles,
         ),
         {
@@ -322,40 +325,40 @@ def prepare(
 def layer_forward(
     x: Tensor,
     packed: Tensor,
-    plan: Plan,
+    selection: Selection,
     bias: Tensor | None,
     geometry: Geometry,
     mask_bias: bool = False,
     tf32: bool = False,
     tile: Tile | None = None,
-    input_plan: Plan | None = None,
+    input_selection: Selection | None = None,
 ) -> Tensor:
     """Convolution of every client's input by that client's active filters; pruned outputs are 0 (plus bias).
 
     Args:
         x: ``(clients, N, C, H, W)``, float32, float16 or bfloat16; read in place if the channel stride is 1.
         packed: ``(clients, capacity(out), row_stride(n_in))``, dtype of ``x``.
-        plan: of the same layer.
+        selection: of the same layer.
         bias: ``(clients, out)`` of any floating dtype, or None.
         geometry: sizes of the layer.
         mask_bias: leave out the bias of pruned filters.
         tf32: round float32 operands of the product to tf32.
         tile: instead of the measured one, or that of the rule.
-        input_plan: plan over the ``C`` input channels, usually that of the layer before: only its active channels are
-            read and multiplied, the others count as 0. That is the same function where they are 0 (a ReLU or nothing
-            between the layers, no bias of pruned filters); see :func:`restrict` for its price.
+        input_selection: selection over the ``C`` input channels, usually that of the layer before: only its active
+            channels are read and multiplied, the others count as 0. That is the same function where they are 0 (a ReLU
+            or nothing between the layers, no bias of pruned filters); see :func:`restrict` for its price.
 
     Returns:
         ``(clients, N, out, H', W')`` in channels-last order, dtype of ``x``.
     """
-    inputs, device, data = None, x.device, plan.data
+    inputs, device, data = None, x.device, selection.data
     bias = None if bias is None else bias.contiguous()
-    if input_plan is not None and x.numel() > 0:
-        x, packed, geometry = restrict(x, packed, input_plan, geometry)
-        inputs = input_plan.data
+    if input_selection is not None and x.numel() > 0:
+        x, packed, geometry = restrict(x, packed, input_selection, geometry)
+        inputs = input_selection.data
     made = prepare(
         x.shape, x.stride(), (x.dtype, packed.dtype, data.dtype), packed.stride(0), data.stride(0),
-        None if inputs is None else inputs.stride(0), None if bias is None else (bias.dtype, bias.stride(0)), plan.out,
-        geometry, mask_bias, tf32, tile, device, id(measured.of(device)),
+        None if inputs is None else inputs.stride(0), None if bias is None else (bias.dtype, bias.stride(0)),
+        selection.out, geometry, mask_bias, tf32, tile, device, id(measured.of(device)),
     )  # fmt: skip
     return made.run(current_stream(x.get_device()), x, packed, bias, data, data if inputs is None else inputs)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...reference import Estimator, check_estimator
 from ..geometry import Memory, dense_rows, row_order
-from ..packing import HEADER, Plan, capacity, plan_size, row_stride
+from ..packing import HEADER, Selection, capacity, row_stride, selection_size
 from .bounds import within
 from .device import device_of, on_device_of_first
 from .kinds import DTYPES
@@ -107,12 +107,12 @@ def _pack(
 
 @triton.jit
 def _block(
-    weight, threshold, plan, scores, packed, words, mine, out, n_in, inner, outer, cap, stride,
+    weight, threshold, selection, scores, packed, words, mine, out, n_in, inner, outer, cap, stride,
     WINDOW: tl.constexpr, COMPARE: tl.constexpr, HEADER: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """Block ``mine`` of a layer, from scores to packed rows; ``words``: of the blocks of this layer."""
-    index = plan + HEADER
+    index = selection + HEADER
     inverse = index + out
     flags = inverse + out
     row = mine * ROWS + tl.arange(0, ROWS)
@@ -121,14 +121,14 @@ def _block(
     rank, flipped = look_back(words, mine, count, flipped, LANES)
     _pack(weight, flag, index, inverse, packed, row, rank, out, n_in, inner, outer, cap, stride, ROWS, STEP)
     if (mine + 1) * ROWS >= cap:  # the last block of the layer
-        tl.store(plan, rank + count)
-        tl.store(plan + 1, flipped)
+        tl.store(selection, rank + count)
+        tl.store(selection + 1, flipped)
 
 
 @triton.jit
 def threshold_pass_layer(
-    weight, threshold, plan, scores, packed, words, weight_client, threshold_client, plan_client, packed_client,
-    out, n_in, inner, outer, cap, stride, blocks,
+    weight, threshold, selection, scores, packed, words, weight_client, threshold_client, selection_client,
+    packed_client, out, n_in, inner, outer, cap, stride, blocks,
     WINDOW: tl.constexpr, COMPARE: tl.constexpr, HEADER: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +139,7 @@ def threshold_pass_layer(
     ticket = tl.atomic_add(words + tl.num_programs(0), 1, sem="relaxed")
     client = (ticket // blocks).to(tl.int64)
     _block(
-        weight + client * weight_client, threshold + client * threshold_client, plan + client * plan_client,
+        weight + client * weight_client, threshold + client * threshold_client, selection + client * selection_client,
         scores + client * out, packed + client * packed_client, words + client * blocks, ticket % blocks,
         out, n_in, inner, outer, cap, stride, WINDOW, COMPARE, HEADER, ROWS, STEP, LANES,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def threshold_pass_layer(
 
 @triton.jit
 def threshold_pass_model(
-    table, owners, tickets, words, plans, scores, packed,
+    table, owners, tickets, words, selections, scores, packed,
     DTYPE: tl.constexpr, WINDOW: tl.constexpr, COMPARE: tl.constexpr, HEADER: tl.constexpr, FIELDS: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -164,49 +164,54 @@ def threshold_pass_model(
     entry = table + tl.load(owners + ticket) * FIELDS
     weight = tl.load(entry).to(tl.pointer_type(DTYPE))
     threshold = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
-    plan_at, scores_at, packed_at = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+    selection_at, scores_at, packed_at = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
     out, n_in = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
     inner, outer = tl.load(entry + 7).to(tl.int32), tl.load(entry + 8).to(tl.int32)
     cap, stride = tl.load(entry + 9).to(tl.int32), tl.load(entry + 10).to(tl.int32)
     first = tl.load(entry + 11).to(tl.int32)  # ticket of the layer's first block
     _block(
-        weight, threshold, plans + plan_at, scores + scores_at, packed + packed_at, words + turn * programs + first,
+        weight, threshold, selections + selection_at, scores + scores_at, packed + packed_at,
+        words + turn * programs + first,
         ticket - first, out, n_in, inner, outer, cap, stride, WINDOW, COMPARE, HEADER, ROWS, STEP, LANES,
     )  # fmt: skip
 
 
 @on_device_of_first
-def plan_layer(
-    weight: Tensor, threshold: Tensor, estimator: Estimator, dtype: torch.dtype | None = None, plan: Plan | None = None
-) -> tuple[Plan, Tensor, Tensor]:
-    """Plan, packed weights and scores of one layer of every client.
+def select_layer(
+    weight: Tensor,
+    threshold: Tensor,
+    estimator: Estimator,
+    dtype: torch.dtype | None = None,
+    selection: Selection | None = None,
+) -> tuple[Selection, Tensor, Tensor]:
+    """Selection, packed weights and scores of one layer of every client.
 
     Args:
         weight: ``(clients, out, in)`` or ``(clients, out, in, kH, kW)``, float32, float16 or bfloat16.
         threshold: ``(clients, out)``, dtype of ``weight``.
         estimator: ``"identity"`` or ``"window"``.
         dtype: of the packed weights; that of ``weight`` by default.
-        plan: overwritten in place if given, and compared with, for :attr:`Plan.changed`.
+        selection: overwritten in place if given, and compared with, for :attr:`Selection.changed`.
 
     Returns:
-        ``(plan, packed, scores)``; packed ``(clients, capacity(out), row_stride(n_in))`` with every row in
+        ``(selection, packed, scores)``; packed ``(clients, capacity(out), row_stride(n_in))`` with every row in
         ``(kH, kW, in)`` order; scores float32 ``(clients, out)``.
     """
     weight, threshold = dense_rows(weight), threshold.contiguous()
     made = prepare(
         weight.shape, weight.stride(), threshold.stride(0), (weight.dtype, threshold.dtype, dtype or weight.dtype),
-        weight.device, None if plan is None else plan.data.stride(0), estimator == "window",
+        weight.device, None if selection is None else selection.data.stride(0), estimator == "window",
     )  # fmt: skip
     stream = current_stream(weight.get_device())
-    data, packed, scores = made.run(stream, weight, threshold, None if plan is None else plan.data)
-    return plan or Plan(data, weight.shape[1]), packed, scores
+    data, packed, scores = made.run(stream, weight, threshold, None if selection is None else selection.data)
+    return selection or Selection(data, weight.shape[1]), packed, scores
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPass:
-    """The pass of one layer of given sizes, see :func:`plan_layer`."""
+    """The pass of one layer of given sizes, see :func:`select_layer`."""
 
-    plan: Memory
+    selection: Memory
     packed: Memory
     scores: Memory
     words: int
@@ -219,54 +224,54 @@ class LayerPass:
         return -(-4 * self.words // LINE) * LINE + self.scores.bytes
 
     def run(
-        self, stream: int | None, weight: Tensor, threshold: Tensor, plan: Tensor | None = None
+        self, stream: int | None, weight: Tensor, threshold: Tensor, selection: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(plan, packed, scores)``; weight and threshold may lack the client dimension where there is one client."""
+        """``(selection, packed, scores)``; weight and threshold of one client may lack its dimension."""
         device, empty = self.device, torch.empty_strided
-        if plan is None:
-            size, strides, dtype = self.plan
-            plan = empty(size, strides, dtype=dtype, device=device)
+        if selection is None:
+            size, strides, dtype = self.selection
+            selection = empty(size, strides, dtype=dtype, device=device)
         size, strides, dtype = self.packed
         packed = empty(size, strides, dtype=dtype, device=device)
         size, strides, dtype = self.scores
         scores = empty(size, strides, dtype=dtype, device=device)
         words = torch.zeros(self.words, dtype=torch.int32, device=device)
-        self.launch(stream, weight, threshold, plan, scores, packed, words)
-        return plan, packed, scores
+        self.launch(stream, weight, threshold, selection, scores, packed, words)
+        return selection, packed, scores
 
     def without_scores(self, stream: int | None, weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-        """A new plan and packed weights; scores are scratch memory, which is had at once with the words."""
+        """A new selection and packed weights; scores are scratch memory, which is had at once with the words."""
         known = self.launch.known
         if stream is None or known is None:
             return self.run(stream, weight, threshold)[:2]
         device, empty = self.device, torch.empty_strided
-        size, strides, dtype = self.plan
-        plan = empty(size, strides, dtype=dtype, device=device)
+        size, strides, dtype = self.selection
+        selection = empty(size, strides, dtype=dtype, device=device)
         size, strides, dtype = self.packed
         packed = empty(size, strides, dtype=dtype, device=device)
         scratch = torch.zeros(self.scratch, dtype=torch.uint8, device=device)
         words = scratch.data_ptr()
         addresses = (
-            weight.data_ptr(), threshold.data_ptr(), plan.data_ptr(), words + self.scratch - self.scores.bytes,
+            weight.data_ptr(), threshold.data_ptr(), selection.data_ptr(), words + self.scratch - self.scores.bytes,
             packed.data_ptr(), words,
         )  # fmt: skip
         if unaligned(addresses):
             return self.run(stream, weight, threshold)[:2]
         run, grid, rest, values = known
         run(*grid, stream, *rest, *addresses, *values)
-        return plan, packed
+        return selection, packed
 
 
 @functools.lru_cache(REMEMBERED)
 def prepare(
     shape: tuple[int, ...], strides: tuple[int, ...], threshold: int, dtypes: tuple[torch.dtype, ...],
-    device: torch.device, plan: int | None, window: bool,
+    device: torch.device, selection: int | None, window: bool,
 ) -> LayerPass:  # fmt: skip
     """The pass by everything that its launch depends on.
 
     Args:
         shape, strides: of the weight, clients first; rows are dense.
-        threshold, plan: distances between clients; no plan: a new one is made.
+        threshold, selection: distances between clients; no selection: a new one is made.
         dtypes: of weight, threshold and packed weights.
         device: of all.
         window: the estimator.
@@ -280,16 +285,16 @@ def prepare(
         threshold_pass_layer,
         (blocks * clients,),
         (
-            strides[0], threshold, plan_size(out) if plan is None else plan, cap * stride, out, n_in, *order, cap,
-            stride, blocks,
+            strides[0], threshold, selection_size(out) if selection is None else selection, cap * stride, out, n_in,
+            *order, cap, stride, blocks,
         ),
         {
-            "WINDOW": window, "COMPARE": plan is not None, "HEADER": HEADER, "ROWS": ROWS, "STEP": STEP, "LANES": LANES,
-            "num_warps": WARPS,
+            "WINDOW": window, "COMPARE": selection is not None, "HEADER": HEADER, "ROWS": ROWS, "STEP": STEP,
+            "LANES": LANES, "num_warps": WARPS,
         },
     )  # fmt: skip
     return LayerPass(
-        Memory.dense((clients, plan_size(out)), torch.int32),
+        Memory.dense((clients, selection_size(out)), torch.int32),
         Memory.dense((clients, cap, stride), dtypes[2]),
         Memory.dense((clients, out), torch.float32),
         blocks * clients + 1,
@@ -315,7 +320,7 @@ class ModelPass:
             dense.
 
     Attributes:
-        plans: one :class:`Plan` per layer, rewritten by every call.
+        selections: one :class:`Selection` per layer, rewritten by every call.
         packed: one ``(clients, capacity(out), row_stride(n_in))`` tensor per layer, rows in ``(kH, kW, in)`` order.
         scores: one float32 ``(clients, out)`` tensor per layer.
 
@@ -352,10 +357,12 @@ class ModelPass:
             whole = torch.full((sum(spans),), fill, dtype=dtype, device=device)
             return whole, [part[: n * size].view(n, -1) for part, size in zip(whole.split(spans), sizes, strict=True)]
 
-        self._plans, plans = parts([plan_size(layer.out) for layer in self._layers], torch.int32, fill=-1)
+        self._selections, selections = parts(
+            [selection_size(layer.out) for layer in self._layers], torch.int32, fill=-1
+        )
         self._packed, packed = parts([layer.cap * layer.stride for layer in self._layers], dtype or kind)
         self._scores, self.scores = parts([layer.out for layer in self._layers], torch.float32)
-        self.plans = [Plan(part, layer.out) for part, layer in zip(plans, self._layers, strict=True)]
+        self.selections = [Selection(part, layer.out) for part, layer in zip(selections, self._layers, strict=True)]
         self.packed = [part.view(n, layer.cap, -1) for part, layer in zip(packed, self._layers, strict=True)]
         self._filters = torch.tensor([[layer.out] for layer in self._layers], dtype=torch.float64, device=device)
         blocks = [layer.blocks for layer in self._layers for _ in range(n)]
@@ -376,29 +383,31 @@ class ModelPass:
 
     def _make_table(self) -> Tensor:
         rows, ticket = [], 0
-        for layer, plan, scores, packed in zip(self._layers, self.plans, self.scores, self.packed, strict=True):
+        for layer, selection, scores, packed in zip(
+            self._layers, self.selections, self.scores, self.packed, strict=True
+        ):
             for client, (weight, threshold) in enumerate(zip(layer.weight, layer.threshold, strict=True)):
-                places = [t.storage_offset() + client * t.stride(0) for t in (plan.data, scores, packed)]
+                places = [t.storage_offset() + client * t.stride(0) for t in (selection.data, scores, packed)]
                 at = [weight.data_ptr(), threshold.data_ptr(), *places]
                 rows.append([*at, layer.out, layer.n_in, *layer.order, layer.cap, layer.stride, ticket])
                 ticket += layer.blocks
-        return torch.tensor(rows, dtype=torch.int64, device=self._plans.device)
+        return torch.tensor(rows, dtype=torch.int64, device=self._selections.device)
 
-    def __call__(self) -> list[Plan]:
-        """Run the pass and return :attr:`plans`. No host synchronisation unless a weight was moved to new memory."""
+    def __call__(self) -> list[Selection]:
+        """Run the pass and return :attr:`selections`; waits for the device only if a weight was moved to new memory."""
         if (addresses := self._current_addresses()) != self._addresses:
             self._addresses = addresses
             self._table = self._make_table()
-        with device_of(self._plans):
+        with device_of(self._selections):
             self._launch(
-                current_stream(self._plans.get_device()), self._table, self._owners, self._tickets, self._words,
-                self._plans, self._scores, self._packed,
+                current_stream(self._selections.get_device()), self._table, self._owners, self._tickets, self._words,
+                self._selections, self._scores, self._packed,
             )  # fmt: skip
-        return self.plans
+        return self.selections
 
     def densities(self, out: Tensor) -> None:
         """Write the share of active filters, as of the last call, to ``out``: floating, ``(layers, clients)``."""
-        torch.div(torch.stack([plan.count for plan in self.plans]), self._filters, out=out)
+        torch.div(torch.stack([selection.count for selection in self.selections]), self._filters, out=out)
 
 
 @dataclasses.dataclass(frozen=True)

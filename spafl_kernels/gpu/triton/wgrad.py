@@ -28,7 +28,7 @@ PROGRAMS, LEAST_STEPS = 528, 8
 
 @triton.jit(do_not_specialize=["blocks"])
 def threshold_extend(
-    partial, sums, words, plan, extended, partial_client, sums_client, plan_client, extended_client,
+    partial, sums, words, selection, extended, partial_client, sums_client, selection_client, extended_client,
     blocks, out, groups,
     HEADER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -41,10 +41,10 @@ def threshold_extend(
     client = (ticket // groups).to(tl.int64)
     group = ticket % groups
     partial += client * partial_client
-    plan += client * plan_client
+    selection += client * selection_client
     extended += client * extended_client
-    flags = plan + HEADER + 2 * out
-    inverse = plan + HEADER + out
+    flags = selection + HEADER + 2 * out
+    inverse = selection + HEADER + out
     c = group * COLUMNS + tl.arange(0, COLUMNS)
     live = c < out
     column = within(c, live)
@@ -61,7 +61,7 @@ def threshold_extend(
     extra = (live & ((flag & 1) == 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
     count = tl.sum(extra, 0)
     before, _ = look_back(words + client * groups, group, count, (count > 0).to(tl.int32), LANES)
-    before += tl.load(plan)
+    before += tl.load(selection)
     at = before + tl.cumsum(extra, 0) - extra
     tl.store(extended + 1 + at, c, mask=extra > 0)
     where = tl.where(extra > 0, at, tl.load(inverse + column, mask=live, other=-1))
@@ -160,8 +160,8 @@ def threshold_wgrad(
 
 @triton.jit(do_not_specialize=["parts"])
 def threshold_finish(
-    weight, bias, slabs, sums, plan, extended, inputs, dw, dtau, dbias,
-    weight_client, bias_client, slabs_client, plan_client, extended_client, inputs_client,
+    weight, bias, slabs, sums, selection, extended, inputs, dw, dtau, dbias,
+    weight_client, bias_client, slabs_client, selection_client, extended_client, inputs_client,
     out, n_in, inner, outer, channels, stride, parts,
     HEADER: tl.constexpr, LISTED: tl.constexpr, INPUT_CAP: tl.constexpr, CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, STEP: tl.constexpr, DEEP: tl.constexpr,
@@ -169,8 +169,8 @@ def threshold_finish(
     """Gradients of one filter from its row of G, if it has one; grid (filters, clients)."""
     row = tl.program_id(0)
     client = tl.program_id(1).to(tl.int64)
-    plan += client * plan_client
-    flag = tl.load(plan + HEADER + 2 * out + row)
+    selection += client * selection_client
+    flag = tl.load(selection + HEADER + 2 * out + row)
     position = tl.load(extended + client * extended_client + 1 + out + row)
     listed = position >= 0
     slabs += client * slabs_client + tl.where(listed, position, 0).to(tl.int64) * stride
@@ -252,10 +252,10 @@ class WeightGradients(NamedTuple):
     """The launches behind collecting ``dL/dy``.
 
     ========  ==========================================================================
-    extend    ``(partial, sums, words, plan, extended)``
+    extend    ``(partial, sums, words, selection, extended)``
     extra     as for collecting, with ``extended``
     product   ``(x, collected, slabs, extended, inputs)``
-    finish    ``(weight, bias, slabs, sums, plan, extended, inputs, dw, dtau, dbias)``
+    finish    ``(weight, bias, slabs, sums, selection, extended, inputs, dw, dtau, dbias)``
     ========  ==========================================================================
     """
 
@@ -269,17 +269,18 @@ class WeightGradients(NamedTuple):
 def weight_gradients(
     grad: tuple[Sequence[int], Sequence[int]], statistics: Statistics, x: Positions,
     weight: tuple[Sequence[int], Sequence[int]], dtype: torch.dtype, bias: int | None, geometry: Geometry,
-    channels: int, mask_bias: bool, tf32: bool, tile: Tile | None, device: torch.device, plan: int, inputs: int | None,
+    channels: int, mask_bias: bool, tf32: bool, tile: Tile | None, device: torch.device, selection: int,
+    inputs: int | None,
 ) -> WeightGradients:  # fmt: skip
     """The launches for ``dw``, ``dtau`` and ``dbias``.
 
     Args:
         grad: shape and strides of ``dL/dy``.
         statistics: what collecting leaves behind.
-        x: where its positions lie; with a plan of the input, x and geometry are those of its list.
+        x: where its positions lie; with a selection of the input, x and geometry are those of its list.
         weight: shape and strides; rows are dense.
         dtype, device: of ``x``.
-        bias, plan, inputs: distances between clients in the bias, the plan, and the plan of the input.
+        bias, selection, inputs: distances between clients in the bias, the selection, and the selection of the input.
         channels: of the input, listed or not.
     """
     shape, strides = weight
@@ -287,11 +288,11 @@ def weight_gradients(
     assert order is not None
     g, listed, (clients, n, out, high, wide) = geometry, inputs is not None, grad[0]
     cap, taps, stride, n_in = capacity(out), g.kernel[0] * g.kernel[1], row_stride(g.n_in), math.prod(shape[2:])
-    total, listing, inputs = n * high * wide, 1 + 2 * out, plan if inputs is None else inputs
+    total, listing, inputs = n * high * wide, 1 + 2 * out, selection if inputs is None else inputs
     extend = Launch(
         threshold_extend,
         (statistics.groups * clients,),
-        (statistics.client, out, plan, listing, statistics.blocks, out, statistics.groups),
+        (statistics.client, out, selection, listing, statistics.blocks, out, statistics.groups),
         {"HEADER": HEADER, "ROWS": EXTEND_ROWS, "COLUMNS": GROUP, "LANES": LANES, "num_warps": WARPS},
     )
 
@@ -326,8 +327,8 @@ def weight_gradients(
         threshold_finish,
         (out, clients),
         (
-            strides[0], 0 if bias is None else bias, client_step(clients, math.prod(slabs[1:])), plan, listing, inputs,
-            out, n_in, *order, channels, stride, parts,
+            strides[0], 0 if bias is None else bias, client_step(clients, math.prod(slabs[1:])), selection, listing,
+            inputs, out, n_in, *order, channels, stride, parts,
         ),
         {
             "HEADER": HEADER, "LISTED": listed, "INPUT_CAP": capacity(channels), "CAP": cap,
@@ -335,7 +336,7 @@ def weight_gradients(
             "STEP": step, "DEEP": 512 * warps // step, "num_warps": warps,
         },
     )  # fmt: skip
-    extra = collecting(*grad, plan, extended_client=listing)
+    extra = collecting(*grad, selection, extended_client=listing)
     scratch = Scratch(
         statistics.partial,
         statistics.words,

@@ -32,8 +32,8 @@ else:
 
     from benchmarks.gpu.shapes import layers_of
     from spafl_kernels.gpu.geometry import Geometry
-    from spafl_kernels.gpu.packing import Plan, capacity, plan_size
-    from spafl_kernels.gpu.triton import ModelPass, layer_backward, layer_forward, plan_layer
+    from spafl_kernels.gpu.packing import Selection, capacity, selection_size
+    from spafl_kernels.gpu.triton import ModelPass, layer_backward, layer_forward, select_layer
     from spafl_kernels.gpu.triton.tiles import CANDIDATES, TILES, candidates
 
     MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
@@ -55,21 +55,21 @@ else:
         target, out, geometry, n, clients, dtype, tf32, forward=None, backward=None, listed=False,
         how=compile_only.compiling,
     ):  # fmt: skip
-        """All launches of plan, forward and backward of one layer."""
+        """All launches of selection, forward and backward of one layer."""
         with FakeTensorMode(), how(target) as log:
             fake = {"device": "cuda"}
             weight = torch.empty(clients, out, geometry.channels, *geometry.kernel, **fake)
             threshold = torch.empty(clients, out, **fake)
             x = torch.empty(clients, n, geometry.height, geometry.width, geometry.channels, dtype=dtype, **fake)
             x = x.permute(0, 1, 4, 2, 3)
-            plan, packed, _ = plan_layer(weight, threshold, "identity", dtype)
+            selection, packed, _ = select_layer(weight, threshold, "identity", dtype)
             channels = geometry.channels
-            inputs = torch.empty(clients, plan_size(channels), dtype=torch.int32, **fake)
-            inputs = Plan(inputs, channels) if listed else None
-            y = layer_forward(x, packed, plan, None, geometry, tf32=tf32, tile=forward, input_plan=inputs)
+            inputs = torch.empty(clients, selection_size(channels), dtype=torch.int32, **fake)
+            inputs = Selection(inputs, channels) if listed else None
+            y = layer_forward(x, packed, selection, None, geometry, tf32=tf32, tile=forward, input_selection=inputs)
             assert y.is_cuda and y.shape == (clients, n, out, *geometry.output)
             layer_backward(
-                y, x, weight, packed, plan, None, geometry, tf32=tf32, tile=backward, input_plan=inputs
+                y, x, weight, packed, selection, None, geometry, tf32=tf32, tile=backward, input_selection=inputs
             )  # fmt: skip
         return log
 
@@ -176,9 +176,9 @@ else:
         )
         with FakeTensorMode(), torch.device("cuda:1"):
             weight, threshold, x = torch.empty(1, 8, 5), torch.empty(1, 8), torch.empty(1, 6, 5, 1, 1)
-            plan, packed, _ = plan_layer(weight, threshold, "identity")
-            y = layer_forward(x=x, packed=packed, plan=plan, bias=None, geometry=Geometry(5))
-            layer_backward(y, x, weight, packed, plan, None, Geometry(5))
+            selection, packed, _ = select_layer(weight, threshold, "identity")
+            y = layer_forward(x=x, packed=packed, selection=selection, bias=None, geometry=Geometry(5))
+            layer_backward(y, x, weight, packed, selection, None, Geometry(5))
         assert len(seen) == 8 and {device for _, device in seen} == {1}, seen
         ModelPass([torch.empty(8, 5)], [torch.empty(8)])()  # fake tensors have no addresses; those of the CPU no index
         assert seen[8:] == [("threshold_pass_model", None)]
@@ -217,8 +217,10 @@ else:
             FakeTensorMode(),
             compile_only.compiling(),
         ):
-            plan, _, _ = plan_layer(torch.empty(1, 4, 8, device="cuda"), torch.empty(1, 4, device="cuda"), "identity")
-            int(plan.count)
+            selection, _, _ = select_layer(
+                torch.empty(1, 4, 8, device="cuda"), torch.empty(1, 4, device="cuda"), "identity"
+            )
+            int(selection.count)
 
     # ------------------------------------------------------------------------------------------- sweeps
     # A compilation costs one to two seconds.

@@ -25,8 +25,8 @@ else:
 
     from spafl_kernels.gpu import closed_form
     from spafl_kernels.gpu.geometry import Geometry
-    from spafl_kernels.gpu.packing import Plan
-    from spafl_kernels.gpu.triton import ModelPass, layer_backward, layer_forward, plan_layer
+    from spafl_kernels.gpu.packing import Selection
+    from spafl_kernels.gpu.triton import ModelPass, layer_backward, layer_forward, select_layer
     from spafl_kernels.gpu.triton.tiles import TILES, every
 
     HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -57,15 +57,15 @@ else:
             yield executing(TARGETS[target], seed=seed, warp_by_warp=warp_by_warp, **options)
 
     def check(case, target, arithmetic, estimator="identity", bias=True, mask_bias=False, orders=(False, True)):
-        """Plan, forward and backward through the launchers against the definition in float64."""
+        """Selection, forward and backward through the launchers against the definition in float64."""
         dtype, tf32, tolerance = ARITHMETIC[arithmetic]
         assert case.x.dtype is dtype
-        data, rows = closed_form.plan_and_packed(case.weight, case.threshold, estimator, dtype)
+        data, rows = closed_form.selection_and_packed(case.weight, case.threshold, estimator, dtype)
         for order in both_orders(target, orders):
             with order as log:
-                plan, packed, y, gradients = cases.run(case, estimator, bias, mask_bias, tf32)
-            assert torch.equal(plan.data, data) and torch.equal(packed, rows)
-            cases.check(case, plan, y, gradients, tolerance, bias, mask_bias)
+                selection, packed, y, gradients = cases.run(case, estimator, bias, mask_bias, tf32)
+            assert torch.equal(selection.data, data) and torch.equal(packed, rows)
+            cases.check(case, selection, y, gradients, tolerance, bias, mask_bias)
         return {launch.name: launch.kernel.asm["ptx"] for launch in log}
 
     def make(shape, arithmetic, count=None, **rest):
@@ -114,14 +114,14 @@ else:
     def test_pruned_weights_are_not_read_after_the_mask_is_made():
         """NaN in them reaches nothing, where dL/dy of pruned filters is 0."""
         case = make("strided", "fp16", 20, dead_gradient=True)
-        plan, packed = case.plan()
-        want = cases.expected_gradients(case, plan, True, False)
+        selection, packed = case.selection()
+        want = cases.expected_gradients(case, selection, True, False)
         output = cases.expected_output(case, True, False)
         case.weight[~case.keep] = float("nan")
         for order in both_orders("sm_90"):
             with order:
-                y = layer_forward(case.x, packed, plan, case.bias, case.geometry)
-                gradients = layer_backward(case.grad, case.x, case.weight, packed, plan, case.bias, case.geometry)
+                y = layer_forward(case.x, packed, selection, case.bias, case.geometry)
+                gradients = layer_backward(case.grad, case.x, case.weight, packed, selection, case.bias, case.geometry)
             for got, expected in zip((y, *gradients), (output, *want), strict=True):
                 assert cases.error(got, expected) < ARITHMETIC["fp16"][2]
 
@@ -130,19 +130,19 @@ else:
         """Values of other channels (here NaN) are not even read."""
         case = make("strided", "fp16", 20, seed=6)
         before = cases.make(case.geometry.channels, Geometry(4), 1, listed, 2, seed=7)
-        inputs, _ = before.plan()
+        inputs, _ = before.selection()
         keep = before.keep[:, None, :, None, None]
         zeroed = dataclasses.replace(case, x=torch.where(keep, case.x, 0.0))
         case.x = torch.where(keep, case.x, float("nan"))
-        plan, packed = case.plan()
+        selection, packed = case.selection()
         output = cases.expected_output(zeroed, True, False)
-        dx, *rest = cases.expected_gradients(zeroed, plan, True, False)
+        dx, *rest = cases.expected_gradients(zeroed, selection, True, False)
         want = output, torch.where(keep, dx, 0.0), *rest
         for order in both_orders("sm_90"):
             with order:
-                y = layer_forward(case.x, packed, plan, case.bias, case.geometry, input_plan=inputs)
+                y = layer_forward(case.x, packed, selection, case.bias, case.geometry, input_selection=inputs)
                 gradients = layer_backward(
-                    case.grad, case.x, case.weight, packed, plan, case.bias, case.geometry, input_plan=inputs
+                    case.grad, case.x, case.weight, packed, selection, case.bias, case.geometry, input_selection=inputs
                 )
             for got, expected in zip((y, *gradients), want, strict=True):
                 assert cases.error(got, expected) < ARITHMETIC["fp16"][2]
@@ -163,23 +163,23 @@ else:
         for launch, order in enumerate(both_orders(target, (False, True, False), also=(*weights, *thresholds))):
             with order:
                 model()
-            for case, plan, packed in zip(layers, model.plans, model.packed, strict=True):
-                data, rows = closed_form.plan_and_packed(case.weight, case.threshold, "identity", BRAIN)
-                assert plan.changed.tolist() == [int(launch == 0)] * 2
+            for case, selection, packed in zip(layers, model.selections, model.packed, strict=True):
+                data, rows = closed_form.selection_and_packed(case.weight, case.threshold, "identity", BRAIN)
+                assert selection.changed.tolist() == [int(launch == 0)] * 2
                 for part in ("count", "index", "inverse", "mask"):
-                    assert torch.equal(getattr(plan, part), getattr(Plan(data, plan.out), part)), part
+                    assert torch.equal(getattr(selection, part), getattr(Selection(data, selection.out), part)), part
                 assert torch.equal(packed, rows)
 
     def test_changed_tells_a_flip_and_only_a_flip():
         case = cases.make(20, Geometry(8), 1, 10)
         with executing(TARGETS["sm_90"]):
-            plan, _, _ = plan_layer(case.weight, case.threshold, "identity")
-            seen = plan.changed.tolist()
-            plan_layer(case.weight, case.threshold, "identity", plan=plan)
-            seen += plan.changed.tolist()
+            selection, _, _ = select_layer(case.weight, case.threshold, "identity")
+            seen = selection.changed.tolist()
+            select_layer(case.weight, case.threshold, "identity", selection=selection)
+            seen += selection.changed.tolist()
             case.threshold[0, 3] = 1e6 if case.keep[0, 3] else -1e6
-            plan_layer(case.weight, case.threshold, "identity", plan=plan)
-            assert [*seen, *plan.changed.tolist()] == [1, 0, 1]
+            select_layer(case.weight, case.threshold, "identity", selection=selection)
+            assert [*seen, *selection.changed.tolist()] == [1, 0, 1]
 
     # ------------------------------------------------------------------------------------------- tiles and shapes
     EVERY_TILE = [
@@ -196,20 +196,20 @@ else:
         geometry, n = Geometry(128, 6, 5, (2, 2)), 9
         out, count = (70, 45) if tile.filters <= 64 else (tile.filters, tile.filters - 9)
         case = cases.make(out, geometry, n, count, dtype=dtype, seed=4, dead_gradient=tile.filters > 64)
-        plan, packed = case.plan()
+        selection, packed = case.selection()
         for order in both_orders(target):
             with order:
                 if operation == "forward":
-                    got = (layer_forward(case.x, packed, plan, None, geometry, tf32=tf32, tile=tile),)
+                    got = (layer_forward(case.x, packed, selection, None, geometry, tf32=tf32, tile=tile),)
                 else:
                     got = layer_backward(
-                        case.grad, case.x, case.weight, packed, plan, None, geometry, tf32=tf32, tile=tile,
+                        case.grad, case.x, case.weight, packed, selection, None, geometry, tf32=tf32, tile=tile,
                         need_input=operation == "dgrad", need_weight=operation == "wgrad",
                     )  # fmt: skip
             if operation == "forward":
                 want = (cases.expected_output(case, False, False),)
             else:
-                want = cases.expected_gradients(case, plan, False, False)
+                want = cases.expected_gradients(case, selection, False, False)
             for a, b in zip(got, want, strict=True):
                 assert a is None or cases.error(a, b) < tolerance
 

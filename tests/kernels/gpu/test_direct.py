@@ -23,7 +23,7 @@ else:
     from spafl_kernels import ThresholdConv2d, ThresholdLinear, backend, functional, reference
     from spafl_kernels.gpu import choice, direct, operators, single
     from spafl_kernels.gpu.tables import choices
-    from spafl_kernels.threshold_layer import Planned
+    from spafl_kernels.threshold_layer import Selected
 
     checks.install()
 
@@ -218,8 +218,8 @@ else:
                 functional.threshold_linear(*given)
         with pytest.raises(ValueError, match="estimator must be one of"):
             functional.threshold_linear(*args, estimator="sigmoid")
-        with pytest.raises(ValueError, match="plan and packed must have shapes"):
-            functional.threshold_linear(*args, planned=Planned(torch.zeros(3).int(), torch.zeros(16, 16)))
+        with pytest.raises(ValueError, match="selection and packed must have shapes"):
+            functional.threshold_linear(*args, selected=Selected(torch.zeros(3).int(), torch.zeros(16, 16)))
         before = len(direct_calls)
         table = choices.Table(
             "made-up GPU", {}, {"conv1x1/1 in8 out8 positions4": {"fp32": {"eager": {1.0: "narrow"}}}}

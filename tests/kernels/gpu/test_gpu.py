@@ -15,7 +15,7 @@ import spafl_kernels
 from spafl.models import build_model
 from spafl_kernels import explain, reference
 from spafl_kernels.gpu.geometry import Geometry
-from spafl_kernels.gpu.packing import Plan
+from spafl_kernels.gpu.packing import Selection
 from spafl_kernels.training import MaskedTrainer
 
 pytestmark = [
@@ -81,8 +81,8 @@ def run(case, estimator="identity", mask_bias=False):
     case = dataclasses.replace(
         case, **{n: getattr(case, n).detach().requires_grad_() for n in ("x", "weight", "threshold", "bias")}
     )
-    y, plan, _ = operator(case, estimator, mask_bias)
-    return plan, [y, *torch.autograd.grad(y, (case.x, case.weight, case.threshold, case.bias), case.grad)]
+    y, selection, _ = operator(case, estimator, mask_bias)
+    return selection, [y, *torch.autograd.grad(y, (case.x, case.weight, case.threshold, case.bias), case.grad)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,8 +96,11 @@ def test_values_and_gradients(monkeypatch, kind, shape):
         case = cases.make(out, geometry, n, count, 2, dtype, seed)
         with tf32(allowed), poisoned(monkeypatch):
             _, got = run(on_gpu(case), estimator, mask_bias)
-        plan, _ = case.plan(estimator)
-        want = [cases.expected_output(case, True, mask_bias), *cases.expected_gradients(case, plan, True, mask_bias)]
+        selection, _ = case.selection(estimator)
+        want = [
+            cases.expected_output(case, True, mask_bias),
+            *cases.expected_gradients(case, selection, True, mask_bias),
+        ]
         for name, a, b in zip(("y", "dx", "dw", "dtau", "dbias"), got, want, strict=True):
             assert cases.error(a.cpu(), b) < bound, (name, count)
         pruned = ~case.keep[:, None, :, None, None].expand_as(got[0].cpu())
@@ -118,13 +121,13 @@ def test_layers_choose_triton_and_agree_with_the_reference():
 
 
 def test_pruned_weights_are_not_read_after_the_mask_is_made():
-    from spafl_kernels.gpu.triton import layer_backward, layer_forward, plan_layer
+    from spafl_kernels.gpu.triton import layer_backward, layer_forward, select_layer
 
     case = on_gpu(cases.make(64, SHAPES["same"][1], 5, 20, dead_gradient=True))
-    plan, packed, _ = plan_layer(case.weight, case.threshold, "identity")
+    selection, packed, _ = select_layer(case.weight, case.threshold, "identity")
     case.weight[~case.keep] = float("nan")
-    y = layer_forward(case.x, packed, plan, case.bias, case.geometry)
-    gradients = layer_backward(case.grad, case.x, case.weight, packed, plan, case.bias, case.geometry)
+    y = layer_forward(case.x, packed, selection, case.bias, case.geometry)
+    gradients = layer_backward(case.grad, case.x, case.weight, packed, selection, case.bias, case.geometry)
     assert y.isfinite().all() and all(g.isfinite().all() for g in gradients)
     assert not gradients[1][~case.keep].any()
 
@@ -148,13 +151,13 @@ def test_graph_replay_follows_an_in_place_change_of_the_mask():
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        plan, captured = run(case)
+        selection, captured = run(case)
     for seed, count in ((1, 0), (2, 64), (3, 7)):
         other = on_gpu(cases.make(64, SHAPES["same"][1], 5, count, seed=seed))
         for name in ("x", "weight", "threshold", "bias", "grad"):
             getattr(case, name).copy_(getattr(other, name))
         graph.replay()
-        assert int(plan[0, 0]) == count
+        assert int(selection[0, 0]) == count
         for a, b in zip(captured, run(other)[1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -268,13 +271,15 @@ def test_the_pass_of_a_model_is_one_launch_for_layers_of_any_size():
     ]
     model = ModelPass([c.weight for c in layers], [c.threshold for c in layers])
     for turn in range(20):  # words of counts take turns; no order of blocks may hang or change anything
-        plans = model()
-        for case, plan, packed in zip(layers, plans, model.packed, strict=True):
-            data, rows = (t.cuda() for t in closed_form.plan_and_packed(
+        selections = model()
+        for case, selection, packed in zip(layers, selections, model.packed, strict=True):
+            data, rows = (t.cuda() for t in closed_form.selection_and_packed(
                 case.weight.cpu(), case.threshold.cpu(), "identity", SINGLE
             ))  # fmt: skip
-            assert torch.equal(plan.index, Plan(data, plan.out).index) and torch.equal(packed, rows), turn
-            assert plan.changed.tolist() == [int(turn == 0)] * 3
+            assert torch.equal(selection.index, Selection(data, selection.out).index) and torch.equal(packed, rows), (
+                turn
+            )
+            assert selection.changed.tolist() == [int(turn == 0)] * 3
         if turn == 0:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 model()

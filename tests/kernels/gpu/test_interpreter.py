@@ -31,8 +31,8 @@ else:
     from spafl_kernels import executed
     from spafl_kernels.gpu import closed_form, operators
     from spafl_kernels.gpu.geometry import Geometry
-    from spafl_kernels.gpu.packing import HEADER, Plan
-    from spafl_kernels.gpu.triton import ModelPass, layer_backward, layer_forward, plan_layer
+    from spafl_kernels.gpu.packing import HEADER, Selection
+    from spafl_kernels.gpu.triton import ModelPass, layer_backward, layer_forward, select_layer
     from spafl_kernels.gpu.triton.lookback import LANES
     from spafl_kernels.gpu.triton.tiles import TILES, Tile, every
 
@@ -56,14 +56,14 @@ else:
             yield
 
     def run(case, estimator="identity", bias=True, mask_bias=False, tf32=False, **tiles):
-        """Plan, output and gradients through the launchers."""
-        plan, _, y, gradients = cases.run(case, estimator, bias, mask_bias, tf32, **tiles)
-        return plan, y, gradients
+        """Selection, output and gradients through the launchers."""
+        selection, _, y, gradients = cases.run(case, estimator, bias, mask_bias, tf32, **tiles)
+        return selection, y, gradients
 
     def check(case, tolerance, estimator="identity", bias=True, mask_bias=False, **rest):
-        plan, y, gradients = run(case, estimator, bias, mask_bias, **rest)
+        selection, y, gradients = run(case, estimator, bias, mask_bias, **rest)
         assert not checks.state.stats.duplicate_stores  # other programs' stores are the race check's
-        cases.check(case, plan, y, gradients, tolerance, bias, mask_bias)
+        cases.check(case, selection, y, gradients, tolerance, bias, mask_bias)
         return y, gradients
 
     # ------------------------------------------------------------------------------------------- bounds of masked lanes
@@ -106,16 +106,16 @@ else:
     @pytest.mark.parametrize("name", ["threshold", "forward", "dgrad", "collect", "wgrad"])
     def test_kernels_without_the_clamp_are_found(monkeypatch, name):
         case = cases.make(17, Geometry(37), 9, 9)
-        plan, packed = case.plan()
+        selection, packed = case.selection()
 
         def launch():
             if name == "threshold":
-                return plan_layer(case.weight, case.threshold, "identity")
+                return select_layer(case.weight, case.threshold, "identity")
             if name == "forward":
-                return layer_forward(case.x, packed, plan, None, case.geometry)
+                return layer_forward(case.x, packed, selection, None, case.geometry)
             need_input = name == "dgrad"
             return layer_backward(
-                case.grad, case.x, case.weight, packed, plan, None, case.geometry, need_input=need_input,
+                case.grad, case.x, case.weight, packed, selection, None, case.geometry, need_input=need_input,
                 need_weight=not need_input,
             )  # fmt: skip
 
@@ -135,37 +135,37 @@ else:
             if seed == 2:
                 weight = weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
             with checks.options(order_seed=seed):
-                plan, packed, scores = plan_layer(weight, case.threshold, estimator)
-            data, rows = closed_form.plan_and_packed(case.weight, case.threshold, estimator, dtype)
-            assert torch.equal(plan.data, data)
+                selection, packed, scores = select_layer(weight, case.threshold, estimator)
+            data, rows = closed_form.selection_and_packed(case.weight, case.threshold, estimator, dtype)
+            assert torch.equal(selection.data, data)
             assert torch.equal(packed, rows)
-            assert plan.count.tolist() == [count, count]
+            assert selection.count.tolist() == [count, count]
             torch.testing.assert_close(scores, case.weight.float().flatten(2).abs().mean(2), rtol=1e-2, atol=0)
 
     def test_pass_over_more_blocks_than_are_read_at_once():
         out = threshold_module.ROWS * (LANES + 2) + 3
         case = cases.make(out, Geometry(3), 1, out // 3)
         with checks.options(order_seed=3) as stats:
-            plan, packed, _ = plan_layer(case.weight, case.threshold, "identity")
+            selection, packed, _ = select_layer(case.weight, case.threshold, "identity")
         assert stats.programs > LANES
-        data, rows = closed_form.plan_and_packed(case.weight, case.threshold, "identity", SINGLE)
-        assert torch.equal(plan.data, data) and torch.equal(packed, rows)
+        data, rows = closed_form.selection_and_packed(case.weight, case.threshold, "identity", SINGLE)
+        assert torch.equal(selection.data, data) and torch.equal(packed, rows)
 
     def test_ties_are_pruned():
         weight = torch.tensor([[0.5, -0.5, 0.5, -0.5], [0.5, 0.5, 0.5, 0.5], [0.25, 0.75, -0.5, 0.5]])
-        plan, _, scores = plan_layer(weight[None], torch.tensor([[0.5, 0.4999, 0.5]]), "identity")
+        selection, _, scores = select_layer(weight[None], torch.tensor([[0.5, 0.4999, 0.5]]), "identity")
         assert scores.tolist() == [[0.5, 0.5, 0.5]]
-        assert plan.mask.tolist() == [[False, True, False]]
+        assert selection.mask.tolist() == [[False, True, False]]
 
     def test_changed_tells_a_flip_and_only_a_flip():
         case = cases.make(20, Geometry(8), 1, 10)
-        plan, _, _ = plan_layer(case.weight, case.threshold, "identity")
-        assert plan.changed.tolist() == [1]
-        plan_layer(case.weight, case.threshold, "identity", plan=plan)
-        assert plan.changed.tolist() == [0]
+        selection, _, _ = select_layer(case.weight, case.threshold, "identity")
+        assert selection.changed.tolist() == [1]
+        select_layer(case.weight, case.threshold, "identity", selection=selection)
+        assert selection.changed.tolist() == [0]
         case.threshold[0, 3] = 1e6 if case.keep[0, 3] else -1e6
-        plan_layer(case.weight, case.threshold, "identity", plan=plan)
-        assert plan.changed.tolist() == [1]
+        select_layer(case.weight, case.threshold, "identity", selection=selection)
+        assert selection.changed.tolist() == [1]
 
     @pytest.mark.parametrize("clients", [pytest.param(None, marks=pytest.mark.slow), 2])
     def test_model_pass_is_one_launch_and_equals_the_pass_of_every_layer(clients):
@@ -184,19 +184,21 @@ else:
             with checks.options(order_seed=seed, also=(*weights, *thresholds)) as stats:
                 model()
             assert stats.programs == n * sum(-(-cap // threshold_module.ROWS) for cap in (16, 128, 64))
-            for case, plan, packed in zip(layers, model.plans, model.packed, strict=True):
-                data, rows = closed_form.plan_and_packed(case.weight, case.threshold, "identity", SINGLE)
-                assert torch.equal(plan.data[:, 2 : 2 + 2 * plan.out], data[:, 2 : 2 + 2 * plan.out])
-                assert torch.equal(plan.count, data[:, 0]) and torch.equal(plan.mask, Plan(data, plan.out).mask)
+            for case, selection, packed in zip(layers, model.selections, model.packed, strict=True):
+                data, rows = closed_form.selection_and_packed(case.weight, case.threshold, "identity", SINGLE)
+                assert torch.equal(selection.data[:, 2 : 2 + 2 * selection.out], data[:, 2 : 2 + 2 * selection.out])
+                assert torch.equal(selection.count, data[:, 0]) and torch.equal(
+                    selection.mask, Selection(data, selection.out).mask
+                )
                 assert torch.equal(packed, rows)
 
         for seed in range(2):
             launch(seed)
-            assert [p.changed.tolist() for p in model.plans] == [[int(seed == 0)] * n] * 3
+            assert [p.changed.tolist() for p in model.selections] == [[int(seed == 0)] * n] * 3
         thresholds[1][-1] = 1e6
         launch(3)
-        assert [p.changed.tolist() for p in model.plans] == [[0] * n, [0] * (n - 1) + [1], [0] * n]
-        assert int(model.plans[1].count[-1]) == 0
+        assert [p.changed.tolist() for p in model.selections] == [[0] * n, [0] * (n - 1) + [1], [0] * n]
+        assert int(model.selections[1].count[-1]) == 0
         weights[0].mul_(2)  # in place: the next call sees it
         launch(4)
 
@@ -304,24 +306,26 @@ else:
         case = cases.make(out, geometry, n, out // 3, clients=2)
         counter, active = executed.Executed(), 2 * (out // 3)
         with counter.counting():
-            plan, packed, _, _ = cases.run(case, estimator, True, False, False)
+            selection, packed, _, _ = cases.run(case, estimator, True, False, False)
         pruned = ~case.keep & (case.grad != 0).transpose(1, 2).flatten(2).any(2)
         # Margins of pruned filters are .5 and 1.5: the window lets some of them pass.
-        needed = pruned if estimator == "identity" else pruned & (plan.flags & 2).bool()
+        needed = pruned if estimator == "identity" else pruned & (selection.flags & 2).bool()
         assert 0 < needed.sum() <= pruned.sum() and (needed.sum() < pruned.sum()) == (estimator == "window")
         products = 2 * active + active + int(needed.sum())
         positions = n * geometry.output[0] * geometry.output[1]
         assert counter.total() == positions * geometry.n_in * products
         counter.reset()
         with counter.counting():
-            closed_form.forward(case.x, case.weight, plan, case.bias, False, geometry)
-            closed_form.backward(case.grad, case.x, case.weight, plan, case.bias, False, geometry)
+            closed_form.forward(case.x, case.weight, selection, case.bias, False, geometry)
+            closed_form.backward(case.grad, case.x, case.weight, selection, case.bias, False, geometry)
         assert counter.total() == positions * geometry.n_in * products
         counter.reset()
-        input_plan, _ = cases.make(geometry.channels, Geometry(4), 1, 2, 2, seed=7).plan()
+        input_selection, _ = cases.make(geometry.channels, Geometry(4), 1, 2, 2, seed=7).selection()
         with counter.counting():
-            layer_forward(case.x, packed, plan, case.bias, geometry, input_plan=input_plan)
-            layer_backward(case.grad, case.x, case.weight, packed, plan, case.bias, geometry, input_plan=input_plan)
+            layer_forward(case.x, packed, selection, case.bias, geometry, input_selection=input_selection)
+            layer_backward(
+                case.grad, case.x, case.weight, packed, selection, case.bias, geometry, input_selection=input_selection
+            )
         assert counter.total() == positions * geometry.kernel[0] * geometry.kernel[1] * 2 * products
 
     def test_results_do_not_depend_on_the_order_of_programs():
@@ -358,11 +362,11 @@ else:
         """Proof that rows are skipped: NaN in them reaches nothing, where dL/dy of pruned filters is 0."""
         out, geometry, n = SHAPES[shape]
         case = cases.make(out, geometry, n, out // 3, dead_gradient=True)
-        plan, packed, _ = plan_layer(case.weight, case.threshold, "identity")
-        want = cases.expected_gradients(case, plan, True, False)
+        selection, packed, _ = select_layer(case.weight, case.threshold, "identity")
+        want = cases.expected_gradients(case, selection, True, False)
         case.weight[~case.keep] = float("nan")
-        y = layer_forward(case.x, packed, plan, case.bias, geometry)
-        gradients = layer_backward(case.grad, case.x, case.weight, packed, plan, case.bias, geometry)
+        y = layer_forward(case.x, packed, selection, case.bias, geometry)
+        gradients = layer_backward(case.grad, case.x, case.weight, packed, selection, case.bias, geometry)
         assert y.isfinite().all()
         for got, expected in zip(gradients, want, strict=True):
             assert cases.error(got, expected) < TOLERANCE[SINGLE]
@@ -370,24 +374,24 @@ else:
 
     @pytest.mark.parametrize(("shape", "listed"), [("strided", 0), ("linear", 1), ("strided", 0.4), ("pointwise", 1.0)])
     def test_an_input_channel_list_is_the_layer_on_those_channels(shape, listed):
-        """The list is the plan of the layer before; values of other channels (here NaN) are not even read."""
+        """The list is the selection of the layer before; values of other channels (here NaN) are not even read."""
         out, geometry, n = SHAPES[shape]
         channels = geometry.channels
         case = cases.make(out, geometry, n, clients=2, seed=6)
         before = cases.make(
             channels, Geometry(4), 1, int(listed * channels) if isinstance(listed, float) else listed, 2, seed=7
         )
-        input_plan, _ = before.plan()
+        input_selection, _ = before.selection()
         keep = before.keep[:, None, :, None, None]
         zeroed = dataclasses.replace(case, x=torch.where(keep, case.x, 0.0))
         case.x = torch.where(keep, case.x, float("nan"))
-        plan, packed = case.plan()
-        y = layer_forward(case.x, packed, plan, case.bias, geometry, input_plan=input_plan)
+        selection, packed = case.selection()
+        y = layer_forward(case.x, packed, selection, case.bias, geometry, input_selection=input_selection)
         assert cases.error(y, cases.expected_output(zeroed, True, False)) < TOLERANCE[SINGLE]
         got = layer_backward(
-            case.grad, case.x, case.weight, packed, plan, case.bias, geometry, input_plan=input_plan
+            case.grad, case.x, case.weight, packed, selection, case.bias, geometry, input_selection=input_selection
         )  # fmt: skip
-        dx, *want = cases.expected_gradients(zeroed, plan, True, False)
+        dx, *want = cases.expected_gradients(zeroed, selection, True, False)
         for a, b in zip(got, (torch.where(keep, dx, 0.0), *want), strict=True):
             assert cases.error(a, b) < TOLERANCE[SINGLE]
         assert not got[0][~keep.expand_as(got[0])].any()
@@ -395,15 +399,16 @@ else:
     def test_work_follows_the_input_channel_list():
         geometry, n = Geometry(128), 16
         case = cases.make(64, geometry, n, 64)
-        plan, packed = case.plan()
+        selection, packed = case.selection()
         work = {}
         for listed in (0, 32, 64, 128):
-            input_plan, _ = cases.make(128, Geometry(4), 1, listed).plan()
+            input_selection, _ = cases.make(128, Geometry(4), 1, listed).selection()
             with checks.options() as stats:
-                layer_forward(case.x, packed, plan, None, geometry, tf32=True, input_plan=input_plan)
+                layer_forward(case.x, packed, selection, None, geometry, tf32=True, input_selection=input_selection)
                 forward_work = stats.dot_flops
                 layer_backward(
-                    case.grad, case.x, case.weight, packed, plan, None, geometry, tf32=True, input_plan=input_plan
+                    case.grad, case.x, case.weight, packed, selection, None, geometry, tf32=True,
+                    input_selection=input_selection
                 )  # fmt: skip
             work[listed] = forward_work, stats.dot_flops - forward_work
         assert work[0][0] == 0 and work[64][0] == 2 * work[32][0] and work[128][0] == 2 * work[64][0]
@@ -424,22 +429,22 @@ else:
         sizes = Tile(16, tile, 16, 8, 2)
         for count in counts:
             case = cases.make(out, geometry, n, count, dead_gradient=True, seed=count)
-            plan, packed = case.plan()
+            selection, packed = case.selection()
             with checks.options() as stats:
-                y = layer_forward(case.x, packed, plan, None, geometry, tf32=True, tile=sizes)
+                y = layer_forward(case.x, packed, selection, None, geometry, tf32=True, tile=sizes)
             assert stats.dot_flops == 2 * n * 16 * quantised(count, tile), count
             assert cases.error(y, cases.expected_output(case, False, False)) < TF32
 
     def test_wide_tiles_of_the_weight_gradient_read_no_row_behind_the_last():
         case = cases.make(150, Geometry(16), 16, 150)  # 192 rows: the second tile of 128 has 64
-        plan, packed = case.plan()
+        selection, packed = case.selection()
         with checks.options() as stats:
             _, dw, _, _ = layer_backward(
-                case.grad, case.x, case.weight, packed, plan, None, case.geometry, tf32=True, need_input=False,
+                case.grad, case.x, case.weight, packed, selection, None, case.geometry, tf32=True, need_input=False,
                 tile=Tile(16, 128, 16, 8, 2),
             )  # fmt: skip
         assert stats.dot_flops == 2 * 16 * 16 * (128 + 32)
-        assert cases.error(dw, cases.expected_gradients(case, plan, False, False)[1]) < TF32
+        assert cases.error(dw, cases.expected_gradients(case, selection, False, False)[1]) < TF32
 
     def test_forward_work_is_proportional_to_the_active_filters():
         geometry, out, n = Geometry(32), 160, 64
@@ -447,9 +452,9 @@ else:
         seen = {}
         for count in (0, 1, 17, 80, 155, 160):
             case = cases.make(out, geometry, n, count)
-            plan, packed = case.plan()
+            selection, packed = case.selection()
             with checks.options() as stats:
-                layer_forward(case.x, packed, plan, None, geometry, tf32=True)
+                layer_forward(case.x, packed, selection, None, geometry, tf32=True)
             seen[count] = stats.dot_flops
             assert stats.dot_flops == per_filter * quantised(count), count
         assert seen[80] == seen[160] // 2 and seen[0] == 0
@@ -460,9 +465,9 @@ else:
         for count in (0, 32, 64):
             for dead in (True, False):
                 case = cases.make(out, geometry, n, count, dead_gradient=dead)
-                plan, packed = case.plan()
+                selection, packed = case.selection()
                 with checks.options() as stats:
-                    layer_backward(case.grad, case.x, case.weight, packed, plan, None, geometry, tf32=True)
+                    layer_backward(case.grad, case.x, case.weight, packed, selection, None, geometry, tf32=True)
                 work[count, dead] = stats.dot_flops
                 needed = int((case.grad != 0).any(1).any(-1).any(-1).sum())
                 listed = count if dead else needed
@@ -475,11 +480,20 @@ else:
         """Stride 2, kernel 3: 9 taps over 4 classes of positions, not 36."""
         geometry = Geometry(16, 8, 8, (3, 3), (2, 2), (1, 1))
         case = cases.make(16, geometry, 1, 16)
-        plan, packed = case.plan()
+        selection, packed = case.selection()
         tile = dataclasses.replace(TILES["dgrad"]["tf32"][1][1], rows=16, depth=16)
         with checks.options() as stats:
             layer_backward(
-                case.grad, case.x, case.weight, packed, plan, None, geometry, tf32=True, need_weight=False, tile=tile
+                case.grad,
+                case.x,
+                case.weight,
+                packed,
+                selection,
+                None,
+                geometry,
+                tf32=True,
+                need_weight=False,
+                tile=tile,
             )
         assert stats.dot_flops == 9 * 2 * 16 * 16 * 16
 
@@ -495,9 +509,9 @@ else:
         out, geometry, n = 70, Geometry(20, 4, 3, (2, 2)), 12
         case = cases.make(out, geometry, n, 45, seed=4)
         side = "forward" if operation == "forward" else "backward"
-        plan, packed = case.plan()
+        selection, packed = case.selection()
         if side == "forward":
-            y = layer_forward(case.x, packed, plan, None, geometry, tile=tile)
+            y = layer_forward(case.x, packed, selection, None, geometry, tile=tile)
             assert cases.error(y, cases.expected_output(case, False, False)) < TOLERANCE[SINGLE]
             return
         dgrad = operation == "dgrad"
@@ -506,14 +520,14 @@ else:
             case.x,
             case.weight,
             packed,
-            plan,
+            selection,
             None,
             geometry,
             tile=tile,
             need_input=dgrad,
             need_weight=not dgrad,
         )
-        want = cases.expected_gradients(case, plan, False, False)
+        want = cases.expected_gradients(case, selection, False, False)
         for a, b in zip(got, want, strict=True):
             assert a is None or cases.error(a, b) < TOLERANCE[SINGLE]
         assert (got[0] is None) == (not dgrad) and (got[1] is None) == dgrad
@@ -523,15 +537,15 @@ else:
         """Some programs of a forward pass over 2.2e9 numbers; memory is never filled, only addresses are checked."""
         geometry, out, n = Geometry(64, 4, 4, (3, 3), (1, 1), (1, 1)), 64, 2_200_000
         data = torch.zeros(1, HEADER + 3 * out, dtype=torch.int32)
-        plan = Plan(data, out)
-        plan.count[0] = 40
-        plan.index[0, :40] = torch.arange(40)
-        plan.inverse[0] = torch.where(torch.arange(out) < 40, torch.arange(out), -1)
+        selection = Selection(data, out)
+        selection.count[0] = 40
+        selection.index[0, :40] = torch.arange(40)
+        selection.inverse[0] = torch.where(torch.arange(out) < 40, torch.arange(out), -1)
         packed = torch.zeros(1, 64, geometry.n_in, dtype=HALF)
         x = torch.empty(1, n, 4, 4, 64, dtype=HALF).permute(0, 1, 4, 2, 3)
         assert x.numel() > 2**31
         with checks.options(race=False, sample=3) as stats:
-            y = layer_forward(x, packed, plan, None, geometry)
+            y = layer_forward(x, packed, selection, None, geometry)
         assert stats.programs == 3 and y.numel() > 2**31
 
     @pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest.mark.slow)])
@@ -572,10 +586,10 @@ else:
         for a, b in zip(*results, strict=True):
             assert a.stride() == b.stride() and a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-        plan, packed = results[1][1:]
+        selection, packed = results[1][1:]
         op = operators.threshold_linear_backward if linear else operators.threshold_conv2d_backward
         for needs in ((True, True), (True, False), (False, True)):
-            arguments = (dy, x, w, packed, plan, case.bias, *steps, True, *needs)
+            arguments = (dy, x, w, packed, selection, case.bias, *steps, True, *needs)
             for a, b in zip(operators.CUDA[op](*arguments), op(*arguments), strict=True):
                 assert a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -600,20 +614,22 @@ else:
 
     def test_a_given_pass_is_the_one_that_counts(layers_as_on_cuda):
         from spafl_kernels import ThresholdLinear
-        from spafl_kernels.threshold_layer import Planned
+        from spafl_kernels.threshold_layer import Selected
 
         layer = ThresholdLinear(5, 6)
-        plan, packed, _ = plan_layer(layer.weight.detach()[None], torch.tensor([[-1.0, 9, -1, 9, 9, 9]]), "identity")
-        layer.planned = Planned(plan.data[0], packed[0])
+        selection, packed, _ = select_layer(
+            layer.weight.detach()[None], torch.tensor([[-1.0, 9, -1, 9, 9, 9]]), "identity"
+        )
+        layer.selected = Selected(selection.data[0], packed[0])
         y = layer(torch.randn(3, 5))
         assert (y - layer.bias != 0).any(0).tolist() == [True, False, True, False, False, False]
         y.sum().backward()
         assert (layer.weight.grad != 0).any(1).tolist() == [True] * 6  # identity: pruned filters learn by their sign
         for wrong, message in (
-            (Planned(plan.data[0], packed[0].double()), "packed must have the dtype of input"),
-            (Planned(plan.data[0, :-1], packed[0]), "plan and packed must have shapes"),
+            (Selected(selection.data[0], packed[0].double()), "packed must have the dtype of input"),
+            (Selected(selection.data[0, :-1], packed[0]), "selection and packed must have shapes"),
         ):
-            layer.planned = wrong
+            layer.selected = wrong
             with pytest.raises(ValueError, match=message):
                 layer(torch.randn(3, 5))
 
@@ -638,7 +654,7 @@ else:
                 for _ in range(2):
                     trainer.step(x, y)
                 trainer.evaluate(x, y)
-            assert all(layer.planned is None for _, layer in threshold_layers(model))
+            assert all(layer.selected is None for _, layer in threshold_layers(model))
             trained.append((trainer.finish(), model.state_dict()))
         assert made == [BRAIN if autocast else SINGLE] * 3
         assert trained[0][0].densities == trained[1][0].densities

@@ -38,7 +38,7 @@ else:
     from spafl_kernels import ThresholdConv2d, ThresholdLinear, eager, env
     from spafl_kernels.gpu import direct
     from spafl_kernels.gpu.geometry import Geometry
-    from spafl_kernels.gpu.triton import backward, launch, layer_backward, layer_forward, plan_layer
+    from spafl_kernels.gpu.triton import backward, launch, layer_backward, layer_forward, select_layer
     from spafl_kernels.shared_pass import SharedPass
 
     LAST = torch.channels_last
@@ -110,9 +110,9 @@ else:
         grad = torch.randn(clients, n, out, *g.output, dtype=dtype)
         for at in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (8, 8, 8, 8), (0, 0, 0, 0)):
             w, t, i, dy = (shifted(value, k) for value, k in zip((weight, threshold, x, grad), at, strict=True))
-            plan, packed, _ = plan_layer(w, t, "identity", dtype)
-            layer_forward(i, packed, plan, b, g, False, tf32)
-            layer_backward(dy, i, w, packed, plan, b, g, False, tf32)
+            selection, packed, _ = select_layer(w, t, "identity", dtype)
+            layer_forward(i, packed, selection, b, g, False, tf32)
+            layer_backward(dy, i, w, packed, selection, b, g, False, tf32)
         assert len(compared) == 7 * 8
 
     def test_launches_that_come_together_are_those_one_by_one(monkeypatch, plain):
@@ -120,11 +120,11 @@ else:
         out, g, n, clients, dtype, tf32, _ = CASES["convolution"]
         weight, threshold = torch.randn(clients, out, 16, 3, 3).to(dtype), torch.zeros(clients, out, dtype=dtype)
         x, grad = (torch.randn(clients, n, 6, 6, 16).to(dtype).permute(0, 1, 4, 2, 3) for _ in range(2))
-        plan, packed, _ = plan_layer(weight, threshold, "identity", dtype)
+        selection, packed, _ = select_layer(weight, threshold, "identity", dtype)
         programs, stock = [], launch.Program.__init__
         monkeypatch.setattr(launch.Program, "__init__", lambda self, *a: (programs.append(self), stock(self, *a))[1])
         backward.prepare.cache_clear()
-        layer_backward(grad, x, weight, packed, plan, None, g, False, tf32)
+        layer_backward(grad, x, weight, packed, selection, None, g, False, tf32)
         (program,), sent = programs, []
 
         def spied(known):
@@ -134,9 +134,9 @@ else:
         program._ready = [spied(known) for known in program._ready]
         del plain[:]
         before = pretended.launches()
-        results = layer_backward(grad, x, weight, packed, plan, None, g, False, tf32)
+        results = layer_backward(grad, x, weight, packed, selection, None, g, False, tf32)
         assert pretended.launches() == before + 6 and not plain
-        given = [grad, x, weight, packed, weight, plan.data, plan.data, *results[:3], results[2]]
+        given = [grad, x, weight, packed, weight, selection.data, selection.data, *results[:3], results[2]]
         addresses = dict(enumerate(t.data_ptr() for t in given))
         for arguments, (one, pick) in zip(sent, program.stages, strict=True):
             _, grid, rest, values = one.known
@@ -147,7 +147,7 @@ else:
                 assert addresses.setdefault(place, address) == address
         assert sorted(addresses) == list(range(backward.SLABS + 1))
         # An address that is no multiple of 16 needs another kernel.
-        layer_backward(shifted(grad, 1), x, weight, packed, plan, None, g, False, tf32)
+        layer_backward(shifted(grad, 1), x, weight, packed, selection, None, g, False, tf32)
         assert plain
         found = sorted((addresses[backward.EXTENDED + i], m.bytes) for i, m in enumerate(program.scratch))
         assert all(begin % launch.ALIGNMENT == 0 for begin, _ in found)
@@ -158,7 +158,7 @@ else:
         layers = [ThresholdLinear(5, out) for out in (7, 10, 3)]
         with SharedPass(layers).open(torch.empty(3, dtype=torch.float64)):
             for layer in layers:
-                assert all(t.data_ptr() % launch.ALIGNMENT == 0 and t.is_contiguous() for t in layer.planned)
+                assert all(t.data_ptr() % launch.ALIGNMENT == 0 and t.is_contiguous() for t in layer.selected)
 
     @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
     def test_hooks_on_launches_see_every_launch(hook):

@@ -86,11 +86,13 @@ def test_opcheck_conv2d(channels_last):
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
 def test_opcheck_of_the_backward_operators(needs):
     x, w, t, b = inputs(True, requires_grad=False)
-    y, plan, packed = LINEAR(x, w, t, b, "identity", True)
-    library.opcheck(torch.ops.spafl.threshold_linear_backward, (y, x, w, packed, plan, b, True, *needs))
+    y, selection, packed = LINEAR(x, w, t, b, "identity", True)
+    library.opcheck(torch.ops.spafl.threshold_linear_backward, (y, x, w, packed, selection, b, True, *needs))
     x, w, t, b = inputs(False, requires_grad=False)
-    y, plan, packed = CONV2D(x, w, t, b, *STEPS, "identity", False)
-    library.opcheck(torch.ops.spafl.threshold_conv2d_backward, (y, x, w, packed, plan, None, *STEPS, False, *needs))
+    y, selection, packed = CONV2D(x, w, t, b, *STEPS, "identity", False)
+    library.opcheck(
+        torch.ops.spafl.threshold_conv2d_backward, (y, x, w, packed, selection, None, *STEPS, False, *needs)
+    )
 
 
 @pytest.mark.parametrize("linear", [True, False])

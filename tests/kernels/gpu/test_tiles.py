@@ -13,7 +13,7 @@ from benchmarks.gpu import results, schedule, shapes
 from benchmarks.gpu import tiles as tuning
 from spafl_kernels.gpu import closed_form, tables
 from spafl_kernels.gpu.geometry import Geometry
-from spafl_kernels.gpu.packing import Plan, capacity
+from spafl_kernels.gpu.packing import Selection, capacity
 from spafl_kernels.gpu.tables import FOLDER, file_name
 from spafl_kernels.gpu.tables import tiles as measured
 from spafl_kernels.gpu.tables.tiles import Table, Tile
@@ -160,10 +160,10 @@ class Kernels:
     def __init__(self, wrong=(), broken=()):
         self.wrong, self.broken, self.asked = wrong, broken, []
 
-    def plan_layer(self, weight, threshold, estimator):
+    def select_layer(self, weight, threshold, estimator):
         self.weight = weight
-        data, packed = closed_form.plan_and_packed(weight, threshold, estimator, weight.dtype)
-        return Plan(data, weight.shape[1]), packed, None
+        data, packed = closed_form.selection_and_packed(weight, threshold, estimator, weight.dtype)
+        return Selection(data, weight.shape[1]), packed, None
 
     def _ask(self, tile):
         self.asked.append(tile)
@@ -171,11 +171,11 @@ class Kernels:
             raise RuntimeError("out of resources: shared memory")
         return 1.5 if tile in self.wrong else 1.0
 
-    def layer_forward(self, x, packed, plan, bias, g, tf32, tile):
-        return self._ask(tile) * closed_form.forward(x, self.weight, plan, bias, False, g)
+    def layer_forward(self, x, packed, selection, bias, g, tf32, tile):
+        return self._ask(tile) * closed_form.forward(x, self.weight, selection, bias, False, g)
 
-    def layer_backward(self, grad, x, weight, packed, plan, bias, g, tf32, need_input, need_weight, tile):
-        dx, dw, dtau, _ = closed_form.backward(grad, x, weight, plan, bias, False, g)
+    def layer_backward(self, grad, x, weight, packed, selection, bias, g, tf32, need_input, need_weight, tile):
+        dx, dw, dtau, _ = closed_form.backward(grad, x, weight, selection, bias, False, g)
         factor = self._ask(tile)
         return factor * dx if need_input else None, *((factor * dw, dtau) if need_weight else (None, None)), None
 

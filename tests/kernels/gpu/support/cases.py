@@ -12,8 +12,8 @@ from torch import Tensor
 from spafl_kernels import reference
 from spafl_kernels.gpu import closed_form
 from spafl_kernels.gpu.geometry import Geometry
-from spafl_kernels.gpu.packing import Plan
-from spafl_kernels.gpu.triton import layer_backward, layer_forward, plan_layer
+from spafl_kernels.gpu.packing import Selection
+from spafl_kernels.gpu.triton import layer_backward, layer_forward, select_layer
 
 
 @dataclasses.dataclass
@@ -26,9 +26,9 @@ class Case:
     grad: Tensor
     keep: Tensor
 
-    def plan(self, estimator: str = "identity") -> tuple[Plan, Tensor]:
-        data, packed = closed_form.plan_and_packed(self.weight, self.threshold, estimator, self.x.dtype)
-        return Plan(data, self.weight.shape[1]), packed
+    def selection(self, estimator: str = "identity") -> tuple[Selection, Tensor]:
+        data, packed = closed_form.selection_and_packed(self.weight, self.threshold, estimator, self.x.dtype)
+        return Selection(data, self.weight.shape[1]), packed
 
 
 def counts(out: int) -> list[int]:
@@ -85,36 +85,42 @@ def expected_output(case: Case, bias: bool, mask_bias: bool) -> Tensor:
     )
 
 
-def expected_gradients(case: Case, plan: Plan, bias: bool, mask_bias: bool) -> tuple[Tensor, ...]:
-    """The closed form in float64 on the same numbers and the same plan."""
+def expected_gradients(case: Case, selection: Selection, bias: bool, mask_bias: bool) -> tuple[Tensor, ...]:
+    """The closed form in float64 on the same numbers and the same selection."""
     return closed_form.backward(
-        case.grad.double(), case.x.double(), case.weight.double(), plan, case.bias.double() if bias else None,
+        case.grad.double(), case.x.double(), case.weight.double(), selection, case.bias.double() if bias else None,
         mask_bias, case.geometry,
     )  # fmt: skip
 
 
 def run(
     case: Case, estimator: str, bias: bool, mask_bias: bool, tf32: bool, forward: Any = None, backward: Any = None
-) -> tuple[Plan, Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """``(plan, packed, y, gradients)``, through the launchers; ``forward`` and ``backward``: tiles."""
+) -> tuple[Selection, Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """``(selection, packed, y, gradients)``, through the launchers; ``forward`` and ``backward``: tiles."""
     b, g = case.bias if bias else None, case.geometry
-    plan, packed, _ = plan_layer(case.weight, case.threshold, estimator, case.x.dtype)
-    y = layer_forward(case.x, packed, plan, b, g, mask_bias, tf32, forward)
-    return plan, packed, y, layer_backward(
-        case.grad, case.x, case.weight, packed, plan, b, g, mask_bias, tf32, tile=backward
+    selection, packed, _ = select_layer(case.weight, case.threshold, estimator, case.x.dtype)
+    y = layer_forward(case.x, packed, selection, b, g, mask_bias, tf32, forward)
+    return selection, packed, y, layer_backward(
+        case.grad, case.x, case.weight, packed, selection, b, g, mask_bias, tf32, tile=backward
     )  # fmt: skip
 
 
 def check(
-    case: Case, plan: Plan, y: Tensor, gradients: Sequence[Tensor | None], tolerance: float, bias: bool, mask_bias: bool
+    case: Case,
+    selection: Selection,
+    y: Tensor,
+    gradients: Sequence[Tensor | None],
+    tolerance: float,
+    bias: bool,
+    mask_bias: bool,
 ) -> None:
     """Mask, output and gradients are those of the definition."""
-    assert torch.equal(plan.mask, case.keep)
+    assert torch.equal(selection.mask, case.keep)
     assert error(y, expected_output(case, bias, mask_bias)) < tolerance
     kept_bias = case.bias.to(y.dtype)[:, None, :, None, None] if bias and not mask_bias else torch.zeros(())
     pruned = ~case.keep[:, None, :, None, None].expand_as(y)
     assert torch.equal(y[pruned], kept_bias.expand_as(y)[pruned])  # exactly the bias, or exactly 0
-    want = expected_gradients(case, plan, bias, mask_bias)
+    want = expected_gradients(case, selection, bias, mask_bias)
     for name, got, expected in zip(("dx", "dw", "dtau", "dbias"), gradients, want, strict=True):
         if got is not None:
             assert error(got, expected) < tolerance, name

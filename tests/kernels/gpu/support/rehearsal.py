@@ -17,15 +17,15 @@ from benchmarks.gpu.ahead import pretend, spec, store
 from benchmarks.gpu.ahead.compile import compile_all
 from benchmarks.gpu.ahead.record import record
 from spafl_kernels.gpu.geometry import Geometry
-from spafl_kernels.gpu.triton import layer_forward, plan_layer
+from spafl_kernels.gpu.triton import layer_forward, select_layer
 
 
 def launch(device: pretend.Cpu) -> None:
     """Pass and forward of a linear layer of two clients."""
     x = torch.randn(2, 9, 37, 1, 1, device=device.where)
     weight, threshold = (torch.randn(*size, device=device.where) for size in ((2, 21, 37, 1, 1), (2, 21)))
-    plan, packed, _ = plan_layer(weight, threshold, "identity")
-    layer_forward(x, packed, plan, None, Geometry(37))
+    selection, packed, _ = select_layer(weight, threshold, "identity")
+    layer_forward(x, packed, selection, None, Geometry(37))
 
 
 def refuse(*_: object) -> None:

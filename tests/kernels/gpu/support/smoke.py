@@ -17,8 +17,8 @@ import triton.language as tl
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from spafl_kernels.gpu import cuda_ops
 from spafl_kernels.gpu.geometry import Geometry
-from spafl_kernels.gpu.packing import Plan
-from spafl_kernels.gpu.triton import ModelPass, layer_backward, layer_forward, plan_layer
+from spafl_kernels.gpu.packing import Selection
+from spafl_kernels.gpu.triton import ModelPass, layer_backward, layer_forward, select_layer
 from support import cases
 
 SHAPES = {
@@ -44,17 +44,17 @@ def layers(device: str) -> None:
         out, geometry, n = SHAPES[name]
         case = cases.make(out, geometry, n, out // 3, clients=2)
         x, w, t, b, dy = (getattr(case, f).to(device) for f in ("x", "weight", "threshold", "bias", "grad"))
-        plan, packed, _ = plan_layer(w, t, "identity")
+        selection, packed, _ = select_layer(w, t, "identity")
         channels = geometry.channels
         keep = torch.arange(channels, device=device) % 2
-        inputs = Plan.empty(2, channels, device)
+        inputs = Selection.empty(2, channels, device)
         inputs.count.fill_(int(keep.sum()))
         inputs.index[:, : int(keep.sum())] = keep.nonzero().flatten().int()
         inputs.inverse.copy_(torch.where(keep > 0, keep.cumsum(0) - 1, -1).int())
         inputs.flags.copy_(keep.int())
         for listed in (None, inputs):
-            y = layer_forward(x, packed, plan, b, geometry, input_plan=listed)
-            gradients = layer_backward(dy, x, w, packed, plan, b, geometry, input_plan=listed)
+            y = layer_forward(x, packed, selection, b, geometry, input_selection=listed)
+            gradients = layer_backward(dy, x, w, packed, selection, b, geometry, input_selection=listed)
             assert all(r.isfinite().all() for r in (y, *gradients)), name
 
 
@@ -76,8 +76,8 @@ def model_pass(device: str) -> None:
     weights = [torch.randn(s, device=device) for s in ((20, 1, 5, 5), (50, 20, 5, 5), (123, 300), (10, 123))]
     thresholds = [torch.full((len(w),), 0.7, device=device) for w in weights]
     with strict(device, *weights, *thresholds):
-        plans = ModelPass(weights, thresholds)()
-    assert all(0 <= int(plan.count) <= plan.out for plan in plans)
+        selections = ModelPass(weights, thresholds)()
+    assert all(0 <= int(selection.count) <= selection.out for selection in selections)
 
 
 def cuda_kernels() -> bool:

@@ -1,7 +1,7 @@
 """Executes the PTX that Triton generates for sm_80 and sm_90: does compiled code compute the right thing?
 
     with executing(("cuda", 90, 32), seed=0):  # host code runs unchanged, on CPU tensors
-        y = layer_forward(x, packed, plan, bias, geometry)
+        y = layer_forward(x, packed, selection, bias, geometry)
 
 The interpreter (``support.interpreter``) runs a kernel before the compiler has seen it. This runs what the compiler
 made of it, on CPU tensors: layouts, swizzled shared memory, software pipelines with cp.async, wgmma and its

@@ -52,7 +52,7 @@ def executing(target=compile_only.H200, **options):
     """Launches inside on CPU tensors compile for ``target`` as on the device and run at once, in the executor.
 
     with executing(("cuda", 90, 32), seed=1) as log:
-        y = layer_forward(x, packed, plan, bias, geometry)
+        y = layer_forward(x, packed, selection, bias, geometry)
     """
     chosen = Options(**options)
     with compile_only.compiling(target, then=lambda launch, named: execute(launch, named, chosen)) as log:
