@@ -22,7 +22,16 @@ from .graph.inputs import Form, inputs_of
 from .graph.trace import Trace
 from .plan.plan import Plan
 from .plan.rows import Chosen, layer_states, norm_states
-from .plan.state import LayerState, NormState, by_filter, channels_of, channels_of_norm, slots_of
+from .plan.state import (
+    LayerState,
+    NormState,
+    by_filter,
+    channels_of,
+    channels_of_norm,
+    slots_of,
+    take_rows,
+    take_weight,
+)
 from .run.fusion import always_fused, prefers_channels_last
 from .run.program import Program
 from .run.scope import Scope
@@ -41,29 +50,21 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, threshold: Tensor, bias: Tensor | None, spec: _Spec) -> Any:
         rows, cols = spec.rows, spec.columns
-        part = weight.reshape(weight.shape[0], spec.inputs, -1)
-        part = part.index_select(0, rows.kept) if len(rows.dropped) else part
-        kept, dropped = part, None
-        if len(cols.dropped):
-            kept = part.index_select(1, cols.kept)
+        shape = weight.shape[2:]
+        kept, dropped = weight.new_empty(rows.stored, cols.stored, *shape), None
         if len(cols.dropped) and spec.constants:
-            dropped = part.index_select(1, cols.dropped)
-            if rows.pads:
-                dropped = F.pad(dropped, (0, 0, 0, 0, 0, rows.pads))
-        if rows.pads or cols.pads:
-            kept = F.pad(kept, (0, 0, 0, cols.pads, 0, rows.pads))
-        elif kept is part and not len(rows.dropped):
-            kept = kept.clone()
+            dropped = weight.new_empty(rows.stored, len(cols.dropped), *shape)
+        take_weight(
+            weight.reshape(weight.shape[0], spec.inputs, -1), rows, cols, kept.view(rows.stored, cols.stored, -1),
+            None if dropped is None else dropped.view(rows.stored, len(cols.dropped), -1),
+        )  # fmt: skip
         mask = F.pad(spec.active.to(weight.dtype), (0, rows.pads))
         row_bias = None
         if bias is not None:
-            row_bias = F.pad(bias.index_select(0, rows.kept), (0, rows.pads))
+            row_bias = bias.new_empty(rows.stored)
+            take_rows(bias, rows, row_bias)
         ctx.spec = spec
         ctx.save_for_backward(weight, bias)
-        shape = weight.shape[2:]
-        kept = kept.reshape(rows.stored, cols.stored, *shape)
-        if dropped is not None:
-            dropped = dropped.reshape(rows.stored, len(cols.dropped), *shape)
         ctx.set_materialize_grads(False)
         return kept, dropped, mask, row_bias
 
@@ -72,30 +73,30 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         weight, bias = ctx.saved_tensors
         spec, (g_kept, g_dropped, g_mask, g_bias) = ctx.spec, grads
-        rows, cols, live = spec.rows, spec.columns, len(spec.rows.kept)
+        rows, cols, count = spec.rows, spec.columns, len(spec.rows.kept)
         full = weight.reshape(weight.shape[0], spec.inputs, -1)
         w = full.index_select(0, rows.kept) if len(rows.dropped) else full
         g = torch.zeros_like(w)
         if g_kept is not None:
-            part = g_kept.reshape(rows.stored, cols.stored, -1)[:live, : len(cols.kept)]
+            part = g_kept.reshape(rows.stored, cols.stored, -1)[:count, : len(cols.kept)]
             g = g.index_copy_(1, cols.kept, part) if len(cols.dropped) else part.clone()
         if g_dropped is not None:
-            g.index_copy_(1, cols.dropped, g_dropped.reshape(rows.stored, len(cols.dropped), -1)[:live])
+            g.index_copy_(1, cols.dropped, g_dropped.reshape(rows.stored, len(cols.dropped), -1)[:count])
         grad_bias = None
         if bias is not None:
             grad_bias = torch.zeros_like(bias)
             if g_bias is not None:
-                grad_bias.index_copy_(0, rows.kept, g_bias[:live])
+                grad_bias.index_copy_(0, rows.kept, g_bias[:count])
         grad_threshold = weight.new_zeros(weight.shape[0])
         if spec.passes is not None:
             if g_mask is not None:
-                r = g_mask[:live]
+                r = g_mask[:count]
             else:
                 r = (g * w).sum((1, 2))
                 if g_bias is not None:
-                    r = r + g_bias[:live] * bias[rows.kept]
+                    r = r + g_bias[:count] * bias[rows.kept]
             r = r * spec.passes
-            g += (r / w[0].numel()).view(-1, 1, 1) * w.sign() if live else 0
+            g += (r / w[0].numel()).view(-1, 1, 1) * w.sign() if count else 0
             grad_threshold.index_copy_(0, rows.kept, -r)
         grad_weight = g
         if len(rows.dropped):

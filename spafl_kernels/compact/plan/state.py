@@ -16,7 +16,7 @@ from .slots import LayerSlot, NormSlot
 
 __all__ = [
     "LayerState", "NormState", "Tensors", "all_channels", "by_filter", "channels_of", "channels_of_norm", "full_name",
-    "per_filter", "put_rows", "same_channels", "slots_of", "take_rows",
+    "per_filter", "put_rows", "same_channels", "slots_of", "take_rows", "take_weight",
 ]  # fmt: skip
 
 # Key of a tensor, the tensor at full size, and its momentum.
@@ -189,10 +189,37 @@ def put_rows(full: Tensor, rows: Channels, values: Tensor) -> None:
 
 def take_rows(full: Tensor, rows: Channels, out: Tensor) -> None:
     """The kept rows of ``full``, then zeros, into ``out``."""
-    live = len(rows.kept)
+    count = len(rows.kept)
     if rows.pads:
-        out[live:].zero_()
+        out[count:].zero_()
     if len(rows.dropped):
-        torch.index_select(full, 0, rows.kept, out=out[:live])
+        torch.index_select(full, 0, rows.kept, out=out[:count])
     else:
-        out[:live].copy_(full)
+        out[:count].copy_(full)
+
+
+def take_weight(
+    full: Tensor, rows: Channels, columns: Channels, kept: Tensor, dropped: Tensor | None, scratch: Tensor | None = None
+) -> None:
+    """The kept rows of a weight, their kept columns and their dropped ones apart, with zeros behind rows and columns.
+
+    Args:
+        full: ``(filters, inputs, kernel)``.
+        rows, columns: which of them are kept.
+        kept: ``(rows.stored, columns.stored, kernel)``, overwritten.
+        dropped: ``(rows.stored, dropped columns, kernel)``, overwritten; None where these are not wanted.
+        scratch: ``(kept rows, inputs, kernel)`` if rows are dropped; allocated if None.
+    """
+    count = len(rows.kept)
+    part = torch.index_select(full, 0, rows.kept, out=scratch) if len(rows.dropped) else full
+    if columns.pads or rows.pads:
+        kept.zero_()
+        kept = kept[:count, : len(columns.kept)]
+    if len(columns.dropped):
+        torch.index_select(part, 1, columns.kept, out=kept)
+    else:
+        kept.copy_(part)
+    if dropped is not None:
+        if rows.pads:
+            dropped[count:].zero_()
+        torch.index_select(part, 1, columns.dropped, out=dropped[:count])

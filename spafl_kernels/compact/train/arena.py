@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..graph.flow import Flow
 from ..plan.plan import Channels
-from ..plan.state import LayerState, NormState, put_rows, take_rows
+from ..plan.state import LayerState, NormState, put_rows, take_rows, take_weight
 from ..run.memory import Memory
 
 __all__ = ["Arena", "Parts", "Piece", "Region", "Share", "VectorShare", "WeightShare", "attach", "shares_of"]
@@ -115,32 +115,18 @@ class WeightShare(Share):
     columns: Channels
 
     def load(self, full: Tensor, flat: Tensor, memory: Memory) -> None:
-        rows, columns = self.rows, self.columns
-        live = len(rows.kept)
-        part = full
-        if len(rows.dropped):
-            part = torch.index_select(full, 0, rows.kept, out=memory.take("rows", (live, *full.shape[1:])))
-        kept = self.kept.columns(flat)
-        if columns.pads or rows.pads:
-            kept.zero_()
-            kept = kept[:live, : len(columns.kept)]
-        if self.dropped is None:
-            kept.copy_(part)
-            return
-        torch.index_select(part, 1, columns.kept, out=kept)
-        dropped = self.dropped.columns(flat)
-        if rows.pads:
-            dropped[live:].zero_()
-        torch.index_select(part, 1, columns.dropped, out=dropped[:live])
+        rows, dropped = self.rows, None if self.dropped is None else self.dropped.columns(flat)
+        scratch = memory.take("rows", (len(rows.kept), *full.shape[1:])) if len(rows.dropped) else None
+        take_weight(full, rows, self.columns, self.kept.columns(flat), dropped, scratch)
 
     def store(self, full: Tensor, flat: Tensor, memory: Memory) -> None:
         rows, columns = self.rows, self.columns
-        live = len(rows.kept)
-        part = self.kept.columns(flat)[:live, : len(columns.kept)]
+        count = len(rows.kept)
+        part = self.kept.columns(flat)[:count, : len(columns.kept)]
         if self.dropped is not None:
-            dropped = self.dropped.columns(flat)[:live]
+            dropped = self.dropped.columns(flat)[:count]
             # One gather of the two side by side takes half the time of two scatters.
-            shape = (live, columns.width, full.shape[2])
+            shape = (count, columns.width, full.shape[2])
             both = torch.cat([part, dropped], 1, out=memory.take("rows", shape))
             part = torch.index_select(both, 1, columns.order, out=memory.take("whole rows", shape))
         put_rows(full, rows, part)
