@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,9 +126,10 @@ class CompactModule(nn.Module):
 
     It is called as ``model`` is, with any number of tensors, also in lists and dictionaries and by name; numbers and
     strings among the arguments are a part of what is read. A call that cannot run compact (with objects of other kinds,
-    with a number that is another one at every call, or of a model that cannot be read) runs the model as it is;
-    ``engine`` and ``reason`` are those of the last call. What was read of the model is compared with what it is at
-    every call, and read anew when it has changed.
+    with a number that is another one at every call, or of a model that cannot be read) runs the model as it is, and so
+    does whoever exports or scripts it, since the masks of that moment would be in the result; ``engine`` and ``reason``
+    are those of the last call. What was read of the model is compared with what it is at every call, and read anew when
+    it has changed. Calls from several threads wait for each other.
 
     Args:
         model: the model; shared, not copied.
@@ -165,6 +166,7 @@ class CompactModule(nn.Module):
             self.model, "now", self.verify, self._differs, bounded=True, trace=trace
         )
         self._warned: set[str] = set()
+        self._lock = threading.RLock()  # the tensors of a call are in the slots of the program while it runs
 
     def _fall_back(self, error: Unsupported) -> None:
         if self.strict:
@@ -210,22 +212,28 @@ class CompactModule(nn.Module):
         m = self.model
         return dict.fromkeys([*m._modules, *m._parameters, *m._buffers], "model")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompactModule:
-        new = CompactModule(copy.deepcopy(self.model, memo), self.strict, self.multiple, self.verify)
-        new.training = self.training
-        return new
-
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_captures"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_captures", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return self.model(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
     # A program is chosen by the masks: a compiler would follow that anew at every other one.
     @torch.compiler.disable
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         refuse_transforms("a CompactModule")
+        with self._lock:
+            if self._captures.model is not self.model:
+                self._reset()
+            return self._called(args, kwargs)
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         made = None
         tensors: list[Tensor] = []
         try:
@@ -240,12 +248,13 @@ class CompactModule(nn.Module):
         self.engine, self.reason = "compact", FOLLOWED
         for gather in made.gathers:
             gather()
-        out = made.program(tensors, True)
-        with torch.no_grad():
-            for put in made.puts:
-                put()
-        made.release()
-        return out
+        try:
+            return made.program(tensors, True)
+        finally:  # what stops in the middle (a checkpoint, which has all it needs) has changed statistics too
+            with torch.no_grad():
+                for put in made.puts:
+                    put()
+            made.release()
 
     # -- a plan ----------------------------------------------------------------------------------------------------
 
@@ -360,12 +369,9 @@ def _norm_gather(norm: NormState) -> Callable[[], None]:
 
 
 def _norm_put(norm: NormState) -> Callable[[], None]:
-    m = norm.module
-
     def put() -> None:
-        if m.training:
-            if m.num_batches_tracked is not None:
-                m.num_batches_tracked += 1
+        if norm.slot.batches:
+            norm.count_batches()
             norm.store_statistics()
 
     return put

@@ -77,6 +77,7 @@ class BatchNorm(Op):
         def run(env: Values, training: bool) -> None:
             x = env.kept[j] if read is None else read(env)
             training = m.training
+            slot.batches += training
             arguments = (x, slot.running_mean, slot.running_var, slot.weight, slot.bias, training, momentum, eps)
             # Of one value per channel, or none, PyTorch knows what to say.
             if tail is not None and x.numel() > x.shape[1]:

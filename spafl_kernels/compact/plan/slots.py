@@ -41,7 +41,10 @@ class LayerSlot:
 
 @dataclass
 class NormSlot:
-    """Compact tensors of one BatchNorm; the last four are those of dropped channels, None if there are none."""
+    """Compact tensors of one BatchNorm; four are those of dropped channels, None if there are none.
+
+    ``batches``: how many it has seen in training that its module does not know of.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
@@ -51,3 +54,4 @@ class NormSlot:
     bias_dropped: Tensor | None = None
     mean_dropped: Tensor | None = None
     var_dropped: Tensor | None = None
+    batches: int = 0

@@ -85,6 +85,7 @@ class NormState:
 
     def read(self, momentum: Mapping[str, Tensor]) -> None:
         """Take hold of the model's tensors and of their momenta (none if ``momentum`` is empty)."""
+        self.slot.batches = 0  # those of a training that broke off
         self._tensors = [
             ((self.name, key), p.data, momentum[full_name(self.name, leaf)] if momentum else None)
             for key, leaf, p in (("ng", "weight", self.module.weight), ("nb", "bias", self.module.bias))
@@ -112,6 +113,12 @@ class NormState:
             take_rows(full, channels, kept)
             if dropped is not None:
                 torch.index_select(full, 0, channels.dropped, out=dropped)
+
+    def count_batches(self, batches: int | None = None) -> None:
+        """Tell the module of the batches that were seen; ``batches``: so many instead, where nobody has counted."""
+        seen, self.slot.batches = self.slot.batches if batches is None else batches, 0
+        if self.module.num_batches_tracked is not None:
+            self.module.num_batches_tracked += seen
 
     def store_statistics(self) -> None:
         m, slot, channels = self.module, self.slot, self.channels

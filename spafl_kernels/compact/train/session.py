@@ -543,6 +543,7 @@ class Session:
 
         ``steps``: of this training, where some were taken without :meth:`advance` being called, from a CUDA graph.
         """
+        counted = steps
         if steps is not None:
             self._dropped.clock = steps
         arena, steps = self._arena, self._dropped.clock
@@ -554,8 +555,9 @@ class Session:
             if self._dropped.moving:
                 self._dropped.catch_up(~self._keep)
         for norm in self._norms.values():
-            if norm.module.num_batches_tracked is not None:
-                norm.module.num_batches_tracked += steps
+            if norm.slot.batches and not steps:  # of a step that broke off
+                norm.store_statistics()
+            norm.count_batches(counted)
         for layer in self._pruned:
             layer.threshold.copy_(arena.tau[layer.part])
 

@@ -1,7 +1,9 @@
 """CompactModule where people train: inside other modules, in several processes, averaged, saved, compiled."""
 
+import copy
 import os
 import socket
+import threading
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from spafl_kernels import convert
 from spafl_kernels.compact import CompactModule
@@ -96,6 +99,71 @@ def test_inference_first_then_training():
     assert len(list(module._captures)) == 2
     for (name, p), q in zip(model.state_dict().items(), module.state_dict().values(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-11, msg=name)
+
+
+class Named(CompactModule):
+    pass
+
+
+def test_a_copy_has_class_attributes_and_hooks():
+    module, seen = Named(plain(), verify="never"), []
+    module.note = "mine"
+    module.register_forward_hook(lambda *_: seen.append(1))
+    other = copy.deepcopy(module)
+    other(batch()[0])
+    assert type(other) is Named and other.note == "mine" and seen == [1]
+    assert other.model is not module.model and other._captures.model is other.model
+
+
+def test_another_model_may_take_the_place_of_the_first():
+    x, module = batch()[0], CompactModule(plain(), strict=True, verify="never")
+    module(x)
+    module.model = plain(1)
+    torch.testing.assert_close(module(x), copy.deepcopy(module.model)(x))
+
+
+def test_threads_wait_for_each_other():
+    module, xs = (
+        CompactModule(plain().eval(), strict=True, verify="never").eval(),
+        [batch(seed)[0] for seed in range(4)],
+    )
+    right, found = [copy.deepcopy(module.model)(x) for x in xs], {}
+
+    def call(k):
+        found[k] = all(torch.allclose(module(xs[k]), right[k]) for _ in range(40))
+
+    threads = [threading.Thread(target=call, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(4), True)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_module_counts_batches_as_the_model_does(reentrant):
+    """The second forward stops as soon as the backward pass has what it needs."""
+    model, module = plain(), CompactModule(plain(), strict=True, verify="never")
+    for run in (model, module):
+        x = batch()[0].requires_grad_()
+        checkpoint(run, x, use_reentrant=reentrant).square().sum().backward()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[key], value, rtol=1e-9, atol=1e-11, msg=key)
+    for p, q in zip(model.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("how", ["script", "export"])
+def test_what_is_exported_is_the_model_not_a_program_for_its_masks(how):
+    x, module = batch()[0], CompactModule(plain(), strict=True, verify="never").eval()
+    with torch.no_grad():
+        made = torch.jit.trace(module, x) if how == "script" else torch.export.export(module, (x,)).module()
+        parameters = dict(made.named_parameters())
+        for name, p in module.named_parameters():
+            if name.endswith("threshold"):
+                p.copy_(p.flip(0))
+                parameters[name].copy_(p)
+        torch.testing.assert_close(made(x), copy.deepcopy(module.model)(x))
 
 
 class Around(nn.Module):

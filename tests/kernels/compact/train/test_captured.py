@@ -120,7 +120,7 @@ def addresses(runner):
     tensors = [
         arena.flat, arena.velocity, arena.grad, session._scores, session._tau, session._keep, session._active,
         session._needed, runner.changed, runner.steps, *session.leaves, *session._loose.params, *session._loose.momenta,
-        *(v for slot in slots for v in vars(slot).values() if v is not None),
+        *(v for slot in slots for v in vars(slot).values() if isinstance(v, torch.Tensor)),
     ]  # fmt: skip
     return [t.data_ptr() for t in tensors]
 

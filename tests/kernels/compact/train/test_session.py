@@ -113,6 +113,22 @@ def test_a_training_that_diverged_leaves_nothing_behind(options, compiled):
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize("fails", [{0}, {0, 1, 2, 3}, {2}])
+def test_a_step_whose_loss_fails_has_seen_its_batch(fails):
+    model = make()
+    twin = copy.deepcopy(model)
+    for trainer in (MaskedTrainer(twin), CompactTrainer(model, strict=True, verify="never")):
+        trainer.begin(MOMENTUM)
+        for k, (x, y) in enumerate(data(4)):
+            if k in fails:
+                with pytest.raises(IndexError):
+                    trainer.step(x, y + 100)
+            else:
+                trainer.step(x, y)
+        trainer.finish()
+    assert_same(model, twin)
+
+
 def test_a_plan_that_broke_off_is_not_used_again(monkeypatch):
     model, other = make(), make(0.3, seed=1).state_dict()
     trainer = CompactTrainer(model, strict=True)
