@@ -21,7 +21,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -89,10 +89,11 @@ class TrainResult:
 class Trainer:
     """Trains and evaluates one resident model; between ``begin`` calls its parameters may point at other memory.
 
-    Use: ``begin(...)``, any number of ``step`` and ``evaluate``, ``finish()``. The parameters are read at ``begin`` and
-    complete again, in place, after ``finish``; in between their contents are undefined and nobody else may write them.
-    The ``nn.Parameter`` objects must stay the same; their ``data`` may be swapped (same shape, dtype, device) while no
-    training is open. A trainer is not thread safe.
+    Use: ``begin(...)``, any number of ``step`` and ``evaluate``, ``finish()``. The parameters, and the statistics of
+    norms, are read at ``begin`` and complete again, in place, after ``finish``; in between their contents are undefined
+    and nobody else may write them. The ``nn.Parameter`` objects must stay the same; their ``data`` may be swapped (same
+    shape, dtype, device) while no training is open. A trainer is not thread safe, and is not copied: who needs another
+    one copies the model.
 
     Args:
         model: any module; without threshold layers the training is plain SGD.
@@ -187,6 +188,13 @@ class Trainer:
     def explain(self, measure: Tensor | None = None) -> str:
         """Which engine runs, and why; ``measure``: a batch on which an engine that skips measures what that brings."""
         return f"{self.engine}: {self.reason}"
+
+    # A copy would share with its original whatever holds memory and is no tensor: programs, graphs, an optimiser.
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} is neither copied nor pickled; finish the training, copy or pickle its model and "
+            "the momentum of its result, and make a trainer of those"
+        )
 
     # -- shared by the engines -------------------------------------------------------------------------------------
 

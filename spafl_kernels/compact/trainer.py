@@ -34,10 +34,11 @@ from .explain import in_words, nothing_skipped
 from .graph.flow import Flow
 from .graph.follow import check_has_thresholds
 from .graph.inputs import ONE, Form, Input, inputs_of
-from .graph.trace import Trace
+from .graph.trace import Trace, random_state, set_random_state
 from .graph.watch import modes_of, set_modes
 from .run.memory import pages
 from .train.momentum import OwnMomentum
+from .train.outside import read_outside
 from .train.session import Session, settings_of
 from .verify import Verify, differs_in_training
 
@@ -128,6 +129,8 @@ class CompactTrainer(Trainer):
         self._batch = 0  # samples in the last batch
         self._seen: tuple[Any, Batch] = (), NO_KIND  # shape and dtype of the last one that is a tensor, and its kind
         self._masked: MaskedTrainer | None = None
+        self._loss_that_reads: tuple[Loss | None, str] = None, ""  # parameters, and the sentence about it
+        self._loss_seen: Loss | None = None  # which does not
 
     # -- interface -------------------------------------------------------------------------------------------------
 
@@ -186,12 +189,17 @@ class CompactTrainer(Trainer):
             assert self._fallback is not None
             self._wait, self._fallback.form = max(self._wait - 1, 0), self.form
             return self._fallback.step(x, y)
+        undo = None if self._loss_seen is self.loss else _Undo(self.model, self._density)
         session.refresh()
         program, leaves = session.program, session.leaves
         # Threshold layers that run as they are may skip, which the program's count does not know.
         counts = bool(session.flow.apart) and not call.tensors[0].is_cuda
         with self._executed.counting() if counts else contextlib.nullcontext():
-            loss = self._loss_of(program(call.tensors, True), y)
+            out = program(call.tensors, True)
+            loss = self._loss_of(out, y)
+            if (name := read_outside(loss, out, session.copied)) is not None:
+                return self._without(name, undo, x, y)
+            self._loss_seen = self.loss
             objective, penalty = loss, session.penalty()
             if penalty is not None:
                 objective = loss + penalty
@@ -287,6 +295,7 @@ class CompactTrainer(Trainer):
             assert self._captured is not None
             watch = self._session.flow.trace.watch
             good = self._captured.verified and watch.changed(0 if training else 1, kinds=False) is None
+            good = good and not (training and self._steps and self._loss_seen is not self.loss)
             if good and not (first and self._opened_by_evaluation and self._loses(self._session.flow)):
                 return self._session
             self._leave()
@@ -334,6 +343,8 @@ class CompactTrainer(Trainer):
         """Why batches of this kind are known not to run compact."""
         if self._extra is not None:
             return HAS_EXTRA
+        if self._loss_that_reads[0] is self.loss:
+            return self._loss_that_reads[1]
         if not isinstance(self._options, SGDOptions):
             return NOT_LINEAR
         if kind is NO_KIND:
@@ -407,6 +418,21 @@ class CompactTrainer(Trainer):
             session.store_momentum()
         self._session, self._fresh = None, False
 
+    def _without(self, parameter: str, undo: _Undo | None, x: Given, y: Any) -> Tensor:
+        """The step once more, by the masked trainer: the loss has read a parameter that is not complete now."""
+        reason = f"the loss reads parameter {parameter!r} of the model, not only what the model returns"
+        if undo is None:
+            raise RuntimeError(f"{reason}; from the first step on that runs masked, and later it cannot be made up for")
+        if self.strict:
+            raise Unsupported(reason)
+        undo()
+        self._loss_that_reads = self.loss, reason
+        self._session = None  # nothing of it is in the model
+        self._run_masked(reason)
+        assert self._fallback is not None
+        self._fallback.form = self.form
+        return self._fallback.step(x, y)
+
     def _run_masked(self, reason: str, no_gain: bool = False) -> None:
         self._no_gain = no_gain
         momentum: dict[str, Tensor] = self._given
@@ -460,6 +486,22 @@ class CompactTrainer(Trainer):
             return self._given
         self._lent = OwnMomentum(self._buffers(), partial(_complete, session, self._buffers(), self._fresh))
         return self._lent
+
+
+class _Undo:
+    """What the first forward of a training changes, as it was before: buffers, densities, generators."""
+
+    def __init__(self, model: nn.Module, densities: dict[str, float]) -> None:
+        self.densities, self.known = densities, dict(densities)
+        self.buffers = [(b, b.clone()) for b in model.buffers()]
+        self.random = random_state()
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.densities.update(self.known)
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
+        set_random_state(self.random)
 
 
 def _complete(session: Session | None, buffers: Mapping[str, Tensor], fresh: bool) -> None:

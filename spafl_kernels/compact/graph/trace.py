@@ -32,7 +32,7 @@ from .watch import HOOKS, Modes, Watch, frozen, modes_of, set_modes
 
 __all__ = [
     "Patterns", "Shapes", "Trace", "Untraceable", "check_traceable", "copy_of", "kept_random_state", "plain",
-    "target_of",
+    "random_state", "set_random_state", "target_of",
 ]  # fmt: skip
 
 Patterns = Literal["training", "now", "eval"]
@@ -238,7 +238,7 @@ def _check_model(model: nn.Module) -> None:
             raise Unsupported(f"module {name!r} is lazy and has not seen an input yet")
 
 
-def _random_state() -> tuple[Any, ...]:
+def random_state() -> tuple[Any, ...]:
     state: list[Any] = [torch.get_rng_state(), random.getstate()]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state.append(torch.cuda.get_rng_state_all())
@@ -249,7 +249,7 @@ def _random_state() -> tuple[Any, ...]:
     return tuple(state)
 
 
-def _set_random_state(state: tuple[Any, ...]) -> None:
+def set_random_state(state: tuple[Any, ...]) -> None:
     torch.set_rng_state(state[0])
     random.setstate(state[1])
     if state[2]:
@@ -269,11 +269,11 @@ def _same_random_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 @contextmanager
 def kept_random_state() -> Iterator[None]:
     """Whatever is drawn inside, the generators are afterwards as they were."""
-    state = _random_state()
+    state = random_state()
     try:
         yield
     finally:
-        _set_random_state(state)
+        set_random_state(state)
 
 
 class _Reader:
@@ -416,7 +416,7 @@ def _traced(
 
 def _graph(twin: nn.Module, modes: tuple[Modes, ...], before: _Before) -> tuple[fx.Graph, dict[str, Tensor]]:
     """The graph of a copy in these modes, and the tensors that ``forward`` makes."""
-    random_state = _random_state()
+    drawn = random_state()
     constants: list[dict[str, Tensor]] = []
     graphs = []
     for pattern in modes:
@@ -430,7 +430,7 @@ def _graph(twin: nn.Module, modes: tuple[Modes, ...], before: _Before) -> tuple[
             delattr(twin, key)
     if (name := before.written()) is not None:
         raise Unsupported(f"forward writes to {name!r}")
-    if not _same_random_state(random_state, _random_state()):
+    if not _same_random_state(drawn, random_state()):
         raise Unsupported("forward draws random numbers in a way that a trace would freeze")
     graph = graphs[0]
     for node in graph.nodes:

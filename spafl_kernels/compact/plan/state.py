@@ -113,6 +113,11 @@ class NormState:
             take_rows(full, channels, kept)
             if dropped is not None:
                 torch.index_select(full, 0, channels.dropped, out=dropped)
+        self._known = self._versions()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        both = self.module.running_mean, self.module.running_var
+        return [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in both]
 
     def count_batches(self, batches: int | None = None) -> None:
         """Tell the module of the batches that were seen; ``batches``: so many instead, where nobody has counted."""
@@ -123,12 +128,15 @@ class NormState:
     def store_statistics(self) -> None:
         m, slot, channels = self.module, self.slot, self.channels
         assert channels is not None
+        if self._versions() != self._known:
+            raise RuntimeError(f"the statistics of norm {self.name!r} were changed by somebody else during a training")
         real = len(channels.kept)
         put_rows(m.running_mean, channels, slot.running_mean[:real])
         put_rows(m.running_var, channels, slot.running_var[:real])
         if len(channels.dropped):
             m.running_mean[channels.dropped] = slot.mean_dropped
             m.running_var[channels.dropped] = slot.var_dropped
+        self._known = self._versions()
 
 
 def by_filter(module: Any, weight: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ class Session:
 
     Attributes:
         program: the forward pass under the current plan, after :meth:`refresh`.
+        copied: the names of the model's parameters that have a compact copy.
         leaves: what :meth:`advance` takes the gradients of, after :meth:`refresh`.
         densities: of every threshold layer in its last forward.
         rebuilds: plans made after the first in this training.
@@ -99,6 +100,7 @@ class Session:
 
     program: Program
     leaves: list[Tensor]
+    copied: dict[nn.Parameter, str]
     options: SGDOptions
     densities: dict[str, float]
     rebuilds: int
@@ -176,6 +178,7 @@ class Session:
             frozenset(i for i, name in enumerate(loose) if name in thresholds),
         )
         self._loose_leaves: list[Tensor] = [parameters[name] for name in loose]
+        self.copied = {p: name for name, p in parameters.items() if name not in loose}
         if self._buffers is Buffers.ANYTHING:
             for buffer in self._loose.momenta:  # every step works on them
                 buffer.zero_()

@@ -924,3 +924,85 @@ def test_group_norm_of_what_has_no_gradient(frozen):
     model = prune(nn.Sequential(*stem, nn.GroupNorm(1, 3), *body).double(), 0.5)
     assert not prefers_channels_last(trace_flow(model, (3, 6, 6)))
     together(model, batches=data(shape=(3, 6, 6)), strict=True)
+
+
+# -- what else reads and writes the model during a training ------------------------------------------------------------
+
+
+def proximal(model, start):
+    def loss(out, y):
+        return F.cross_entropy(out, y) + 0.1 * sum((p - q).square().sum() for p, q in zip(model.parameters(), start))
+
+    return loss
+
+
+@pytest.mark.parametrize("when", [0, 2])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_loss_that_reads_parameters_runs_masked(when, given):
+    """From its first step on; the forward that showed it has drawn random numbers and moved statistics, once."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(8, 6),
+        nn.BatchNorm1d(6, momentum=None),
+    ]
+    model = prune(convert(nn.Sequential(*layers, nn.Linear(6, 5))).double(), 0.5)
+    twin, start = copy.deepcopy(model), [p.detach() + 0.1 for p in model.parameters()]
+    sides = [(MaskedTrainer(twin), twin), (CompactTrainer(model, verify="never"), model)]
+    momenta = [{n: torch.ones_like(p) for n, p in m.named_parameters()} if given else None for _, m in sides]
+    engines, results = [], []
+    for trainer, momentum in zip((t for t, _ in sides), momenta):
+        trainer.begin(OPTIONS, momentum)
+    for k, (x, y) in enumerate(data(5)):
+        losses = []
+        for trainer, m in sides:
+            trainer.loss = F.cross_entropy if k < when or k == 4 else trainer.loss if k > when else proximal(m, start)
+            torch.manual_seed(k)
+            losses.append(trainer.step(x, y))
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=1e-9)
+        engines.append(sides[1][0].engine)
+        assert engines[-1] == "compact" or "the loss reads parameter" in sides[1][0].reason
+    results = [trainer.finish() for trainer, _ in sides]
+    assert engines == ["compact"] * when + ["masked"] * (4 - when) + ["compact"]
+    assert results[0].densities == results[1].densities and results[0].steps == results[1].steps
+    for name, v in results[0].momentum.items():
+        torch.testing.assert_close(results[1].momentum[name], v, rtol=1e-9, atol=1e-9)
+    same_state(twin, model)
+
+
+def test_a_loss_that_reads_parameters_is_an_error_in_strict_mode_and_later_in_any():
+    model = net()
+    trainer = CompactTrainer(model, proximal(model, list(model.parameters())), strict=True, verify="never")
+    trainer.begin(OPTIONS)
+    with pytest.raises(Unsupported, match=r"the loss reads parameter '.*' of the model"):
+        trainer.step(*data()[0])
+    trainer.finish()
+    weight = [0.0]
+    trainer = CompactTrainer(
+        model,
+        lambda out, y: F.cross_entropy(out, y) + (weight[0] and weight[0] * model[4].weight.sum()),
+        verify="never",
+    )
+    trainer.begin(OPTIONS)
+    trainer.step(*data()[0])
+    weight[0] = 0.1
+    with pytest.raises(RuntimeError, match=r"the loss reads parameter '4\.weight'"):
+        trainer.step(*data()[1])
+
+
+@pytest.mark.parametrize("written", ["in place", "replaced"])
+def test_statistics_that_somebody_else_writes_are_not_lost_without_a_word(written):
+    model = net()
+    trainer = CompactTrainer(model, strict=True, verify="never")
+    trainer.begin(OPTIONS)
+    trainer.step(*data()[0])
+    if written == "in place":
+        model[1].reset_running_stats()
+    else:
+        model[1].running_var = torch.ones(8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="the statistics of norm '1' were changed by somebody else"):
+        trainer.step(*data()[1])
+        trainer.finish()

@@ -1,6 +1,7 @@
 """The masked trainer against a loop written out with autograd and plain tensor arithmetic."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -326,3 +327,11 @@ def test_multiply_accumulates_are_counted_for_each_form():
         model.rows = trainer.form = rows
         trainer.step(torch.randn(5, 6), torch.zeros(5, dtype=torch.int64))
     assert trainer.finish().macs == 5 * 2 * 6 * (4 + 2 + 2 + 4)  # forward and weight gradient
+
+
+@pytest.mark.parametrize("engine", ["masked", "compact"])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_trainer_is_not_copied(engine, copied):
+    """Its copy would share programs, graphs and memory with it."""
+    with pytest.raises(TypeError, match="neither copied nor pickled; finish the training, copy or pickle its model"):
+        copied(make_trainer(small(), engine))
