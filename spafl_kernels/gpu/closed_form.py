@@ -14,7 +14,7 @@ from torch.nn import grad as conv_grad
 from .. import executed, reference
 from ..reference import Estimator
 from .geometry import Geometry
-from .packing import ACTIVE, FLIPPED, PASSES, Selection, capacity, row_stride
+from .packing import ACTIVE, FLIPPED, PASSES, SPOILED, Selection, capacity, row_stride
 
 
 def selection_and_packed(
@@ -27,20 +27,22 @@ def selection_and_packed(
     packed = torch.zeros(clients, capacity(out), row_stride(n_in), dtype=dtype, device=weight.device)
     for i in range(clients):
         scores = reference.filter_scores(weight[i])
-        active = scores > threshold[i]
+        active, spoiled = scores > threshold[i], scores.isnan()
+        listed = active | spoiled
         passes = torch.ones_like(active)
         if estimator == "window":
             passes = (scores - threshold[i]).abs() > reference.WINDOW
-        count = active.sum()
-        order = torch.argsort((~active).to(torch.int8), stable=True).int()
+        count = listed.sum()
+        order = torch.argsort((~listed).to(torch.int8), stable=True).int()
         rank = torch.arange(out, dtype=torch.int32, device=weight.device)
         selection.count[i] = count
         selection.changed[i] = 1
         selection.index[i] = torch.where(rank < count, order, -1)
-        selection.inverse[i] = torch.where(active, active.cumsum(0).int() - 1, -1)
-        selection.flags[i] = ACTIVE * active + PASSES * passes + FLIPPED
-        rows = weight[i].movedim(1, -1).flatten(1)  # (kH, kW, in) order
-        kept = rows.index_select(0, order.long()) * (rank < count).unsqueeze(1)
+        selection.inverse[i] = torch.where(listed, listed.cumsum(0).int() - 1, -1)
+        selection.flags[i] = ACTIVE * active + PASSES * passes + FLIPPED + SPOILED * spoiled
+        masked = weight[i] * active.view(-1, *(1,) * (weight.dim() - 2))
+        rows = masked.movedim(1, -1).flatten(1)  # (kH, kW, in) order
+        kept = torch.where((rank < count).unsqueeze(1), rows.index_select(0, order.long()), 0)
         packed[i, :out, :n_in] = kept.to(dtype)
     return selection.data, packed
 
@@ -54,9 +56,9 @@ def forward(
     for x, w, active, b in zip(
         input, weight, selection.mask, [None] * len(weight) if bias is None else bias, strict=True
     ):
-        masked = torch.where(active.view(-1, *(1,) * (w.dim() - 1)), w, 0).to(x.dtype)
+        masked = (w * active.view(-1, *(1,) * (w.dim() - 1))).to(x.dtype)
         if b is not None:
-            b = (torch.where(active, b, 0) if mask_bias else b).to(x.dtype)
+            b = (b * active if mask_bias else b).to(x.dtype)
         if geometry is None:
             outputs.append(F.linear(x, masked, b))
         else:
@@ -90,13 +92,13 @@ def backward(
         executed.note(selection.count, _cost(input, weight, geometry), weight.shape[2])
     if needs[1] and executed.counting():
         arrives = (grad != 0).transpose(1, 2).flatten(2).any(2)
-        computed = active | (passes & arrives)
+        computed = (selection.inverse >= 0) | (passes & arrives)
         executed.note(computed.sum(1, dtype=torch.int32), _cost(input, weight, geometry), weight.shape[2])
     for i in range(len(weight)):
         m, h = active[i].to(weight.dtype), passes[i].to(weight.dtype)
         w = weight[i]
         shape = (-1, *(1,) * (w.dim() - 1))
-        masked = torch.where(active[i].view(shape), w, 0).to(input.dtype)
+        masked = (w * active[i].view(shape)).to(input.dtype)
         if geometry is None:
             dx = grad[i] @ masked
             g = grad[i].T @ input[i]

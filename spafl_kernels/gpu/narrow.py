@@ -29,6 +29,11 @@ def _first(wanted: Tensor) -> tuple[Tensor, int]:
     return order[: -(-count // MULTIPLE) * MULTIPLE], count
 
 
+def _masked(weight: Tensor, active: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+    """Rows of the masked weight, in the dtype of ``x``; of pruned ones what is not NaN is 0."""
+    return (weight[rows] * active[rows].view(-1, *(1,) * (weight.dim() - 1))).to(x.dtype)
+
+
 def _cost(x: Tensor, weight: Tensor, geometry: Geometry | None) -> int:
     """MACs of one filter in one product."""
     positions = len(x) * (1 if geometry is None else geometry.output[0] * geometry.output[1])
@@ -55,23 +60,25 @@ class _Narrow(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         margin = reference.filter_scores(weight) - threshold
         active = margin > 0
-        rows, count = _first(active)
+        # A pruned filter with a NaN among its weights spoils what it takes part in: 0 * NaN is NaN in the definition.
+        listed = active | margin.isnan()
+        rows, count = _first(listed)
         size = (*x.shape[:1], len(weight), *(() if geometry is None else geometry.output))
         format = torch.contiguous_format if geometry is None else torch.channels_last
         y = torch.zeros(size, dtype=x.dtype, device=x.device).contiguous(memory_format=format)
-        if bias is not None:
-            shown = bias * active if mask_bias else bias
+        shown = bias * active if bias is not None and mask_bias else bias
+        if shown is not None:
             y += shown.to(x.dtype).view(-1, *(1,) * (y.dim() - 2))
         if count:
             note_number(len(rows) * _cost(x, weight, geometry))
-            w, b = weight[rows].to(x.dtype), None if bias is None else bias[rows].to(x.dtype)
+            w, b = _masked(weight, active, rows, x), None if shown is None else shown[rows].to(x.dtype)
             if geometry is None:
                 narrow = F.linear(x, w, b)
             else:
                 narrow = F.conv2d(x, w, b, geometry.stride, geometry.padding, geometry.dilation)
             y.index_copy_(1, rows[:count], narrow[:, :count])
         passes = margin.abs() > reference.WINDOW if estimator == "window" else torch.ones_like(active)
-        ctx.save_for_backward(x, weight, bias, active, passes, rows)
+        ctx.save_for_backward(x, weight, bias, active, listed, passes, rows)
         ctx.count, ctx.mask_bias, ctx.geometry = count, mask_bias, geometry
         return y
 
@@ -82,7 +89,7 @@ class _Narrow(torch.autograd.Function):
                 "second derivatives are not implemented by the narrow threshold layers; use spafl_kernels.reference, "
                 "which has them"
             )
-        x, weight, bias, active, passes, rows = ctx.saved_tensors
+        x, weight, bias, active, listed, passes, rows = ctx.saved_tensors
         count, geometry = ctx.count, ctx.geometry
         need_input, need_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
         dims = (0,) if geometry is None else (0, 2, 3)
@@ -92,27 +99,30 @@ class _Narrow(torch.autograd.Function):
             if count:
                 note_number(count * _cost(x, weight, geometry))
                 columns = grad.index_select(1, rows[:count])
-                dx = _gradients(columns, x, weight[rows[:count]].to(x.dtype), geometry, True, False)[0]
+                dx = _gradients(columns, x, _masked(weight, active, rows[:count], x), geometry, True, False)[0]
         if not need_weight:
             return dx, None, None, None, None, None, None
         # Pruned filters whose r_i is not certainly 0 need their row of G too.
-        listed, wanted = _first(active | (passes & (grad != 0).any(dims)))
+        needed = listed | (passes & (grad != 0).any(dims))
+        if bias is not None and ctx.mask_bias:
+            needed |= ~bias.isfinite()
+        rows, wanted = _first(needed)
         dw, dtau = torch.zeros_like(weight), weight.new_zeros(len(weight))
         total = grad.sum(dims).to(weight.dtype)
         if wanted:
-            w = weight[listed]
-            note_number(len(listed) * _cost(x, weight, geometry))
-            rows_of_g = _gradients(grad.index_select(1, listed), x, w.to(x.dtype), geometry, False, True)[1]
+            w = weight[rows]
+            note_number(len(rows) * _cost(x, weight, geometry))
+            rows_of_g = _gradients(grad.index_select(1, rows), x, w.to(x.dtype), geometry, False, True)[1]
             assert rows_of_g is not None
             rows_of_g = rows_of_g.to(weight.dtype)
             r = (rows_of_g * w).flatten(1).sum(1)
             if bias is not None and ctx.mask_bias:
-                r = r + total[listed] * bias[listed]
-            r = r * passes[listed]
+                r = r + total[rows] * bias[rows]
+            r = r * passes[rows]
             shape = (-1, *(1,) * (w.dim() - 1))
-            found = active[listed].view(shape) * rows_of_g + r.view(shape) * w.sign() / w[0].numel()
-            dw.index_copy_(0, listed[:wanted], found[:wanted])
-            dtau.index_copy_(0, listed[:wanted], -r[:wanted])
+            found = active[rows].view(shape) * rows_of_g + r.view(shape) * w.sign() / w[0].numel()
+            dw.index_copy_(0, rows[:wanted], found[:wanted])
+            dtau.index_copy_(0, rows[:wanted], -r[:wanted])
         db = None
         if bias is not None:
             db = total * active if ctx.mask_bias else total

@@ -3,15 +3,19 @@
 A selection of a layer with ``out`` filters holds, for every client, ``2 + 3 * out`` numbers:
 
 ========================  ==========================================================================================
-``[0]``                   count of active filters
+``[0]``                   count of listed filters
 ``[1]``                   1 if the mask differs from the one the selection held before, else 0
-``[2 : 2 + out]``         active filters, ascending; -1 behind the last one
-``[2 + out : 2 + 2 out]`` position of a filter in that list, or -1 if it is pruned
-``[2 + 2 out :]``         bit 0: active; bit 1: the estimator lets the gradient through (``h_i``); bit 2: flipped
+``[2 : 2 + out]``         listed filters, ascending; -1 behind the last one
+``[2 + out : 2 + 2 out]`` position of a filter in that list, or -1 if it is not listed
+``[2 + 2 out :]``         bit 0: active; bit 1: the estimator lets the gradient through (``h_i``); bit 2: flipped;
+                          bit 3: spoiled
 ========================  ==========================================================================================
 
-Packed weights hold the rows of the active filters in that order, filled up with zero rows to ``capacity(out)`` and with
-zero columns to a multiple of 16, so that kernels read whole, aligned tiles and need no bound on the filters.
+Listed are the active filters, and the spoiled ones: pruned filters with a NaN among their weights, which the definition
+multiplies by 0 and which stay NaN. (An infinite weight makes an infinite score, and the filter active.)
+
+Packed weights hold the masked rows of the listed filters in that order, filled up with zero rows to ``capacity(out)``
+and with zero columns to a multiple of 16, so that kernels read whole, aligned tiles and need no bound on the filters.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import torch
 from torch import Tensor
 
 HEADER = 2
-ACTIVE, PASSES, FLIPPED = 1, 2, 4
+ACTIVE, PASSES, FLIPPED, SPOILED = 1, 2, 4, 8
 # Packed rows come in multiples of it, or in 16 or 32. A tile over filters that is wider shrinks where fewer are left.
 WIDEST = 64
 
@@ -57,7 +61,7 @@ class Selection:
 
     @property
     def count(self) -> Tensor:
-        """Active filters per client, int32 ``(clients,)``, on the device."""
+        """Listed filters per client, int32 ``(clients,)``, on the device."""
         return self.data[:, 0]
 
     @property
@@ -67,17 +71,17 @@ class Selection:
 
     @property
     def index(self) -> Tensor:
-        """Active filters in ascending order, then -1: int32 ``(clients, out)``."""
+        """Listed filters in ascending order, then -1: int32 ``(clients, out)``."""
         return self._part(0)
 
     @property
     def inverse(self) -> Tensor:
-        """Position of every filter in :attr:`index`, -1 if pruned: int32 ``(clients, out)``."""
+        """Position of every filter in :attr:`index`, -1 if it is not there: int32 ``(clients, out)``."""
         return self._part(1)
 
     @property
     def flags(self) -> Tensor:
-        """``ACTIVE``, ``PASSES`` and ``FLIPPED`` bits of every filter: int32 ``(clients, out)``."""
+        """``ACTIVE``, ``PASSES``, ``FLIPPED`` and ``SPOILED`` bits of every filter: int32 ``(clients, out)``."""
         return self._part(2)
 
     @property

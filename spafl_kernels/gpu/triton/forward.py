@@ -35,7 +35,10 @@ def spread(
     acc, y, bias, inverse, first, start, end, rows, live, out,
     HAS_BIAS: tl.constexpr, MASK_BIAS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write output channels [start, end): column ``inverse - first`` of ``acc``, zero if pruned, plus the bias."""
+    """Write output channels [start, end): column ``inverse - first`` of ``acc``, zero if there is none, plus the bias.
+
+    With a masked bias the flags of a selection lie behind ``inverse``.
+    """
     target = y + rows.to(tl.int64)[:, None] * out
     for c0 in range(start // GROUP * GROUP, end, GROUP):
         c = c0 + tl.arange(0, GROUP)
@@ -48,8 +51,8 @@ def spread(
         value = tl.where(kept[None, :], value, 0.0)
         if HAS_BIAS:
             b = tl.load(bias + at, mask=c < out, other=0.0).to(tl.float32)
-            if MASK_BIAS:
-                b = tl.where(position >= 0, b, 0.0)
+            if MASK_BIAS:  # a product, for 0 * NaN is NaN in the definition
+                b *= (tl.load(inverse + out + at, mask=c < out, other=0) & 1).to(tl.float32)
             value += b[None, :]
         value = value.to(y.dtype.element_ty)
         # Two stores, because a bound on single channels would forbid wide stores for the common whole group.

@@ -3,8 +3,9 @@
 A program has a few filters. Where their rows go depends on how many filters before them are active, which other
 programs find out: they tell by look-back (``lookback.py``).
 
-A pruned filter knows its place too: counted from the end, as many places as pruned filters are before it. There it puts
-the -1 of the list and the row of zeros behind the packed weights, so that no program has all of them to write.
+A filter that is not listed knows its place too: counted from the end, as many places as such filters are before it.
+There it puts the -1 of the list and the row of zeros behind the packed weights, so that no program has all of them to
+write.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ def _flags(
         part = tl.load(start + column[None, :], mask=live[:, None] & (k < n_in)[None, :], other=0.0)
         total += tl.abs(part.to(tl.float32))
     kind: tl.constexpr = weight.dtype.element_ty
+    mean = tl.sum(total, 1) / n_in
     # Rounded to the dtype of the weight before it is compared, as the definition compares.
-    score = (tl.sum(total, 1) / n_in).to(kind).to(tl.float32)
+    score = mean.to(kind).to(tl.float32)
     tau = tl.load(threshold + at, mask=live, other=0.0).to(tl.float32)
-    flag = (score > tau).to(tl.int32)
+    flag = (score > tau).to(tl.int32) + tl.where(mean != mean, 8, 0)
     if WINDOW:
         margin = (score - tau).to(kind).to(tl.float32)
         flag += tl.where(tl.abs(margin) > 1.0, 2, 0)
@@ -72,20 +74,26 @@ def _flags(
 
 
 @triton.jit
+def _listed(flag):
+    """1 for filters that are active or spoiled, else 0."""
+    return (flag | (flag >> 3)) & 1
+
+
+@triton.jit
 def _pack(
     weight, flag, index, inverse, packed, row, rank, out, n_in, inner, outer, cap, stride,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """List entries of some filters, and as many packed rows: those of active filters at their rank, zeros elsewhere.
+    """List entries of some filters, and as many packed rows: those of listed filters at their rank, zeros elsewhere.
 
     A row of the weight lies in memory as ``(inner, outer)`` and is packed as ``(outer, inner)``: channels first to
     channels last. ``outer = 1`` copies it as it is.
     """
     live = row < out
-    active = flag & 1
-    keep = active > 0
-    position = rank + tl.cumsum(active, 0) - active
-    # Pruned filters fill the list from its end; rows behind the last filter stay where they are.
+    listed = _listed(flag)
+    keep = listed > 0
+    position = rank + tl.cumsum(listed, 0) - listed
+    # All others fill the list from its end; rows behind the last filter stay where they are.
     place = tl.where(keep, position, tl.where(live, out - 1 - (row - position), row))
     tl.store(inverse + row, tl.where(keep, position, -1), mask=live)
     tl.store(index + place, tl.where(keep, row, -1), mask=live)
@@ -98,6 +106,7 @@ def _pack(
             mask=keep[:, None] & (k < n_in)[None, :],
             other=0.0,
         )
+        part = tl.where(((flag & 1) > 0)[:, None], part, part * 0.0)  # NaN stays NaN
         tl.store(
             packed + place.to(tl.int64)[:, None] * stride + k[None, :],
             part.to(packed.dtype.element_ty),
@@ -117,7 +126,7 @@ def _block(
     flags = inverse + out
     row = mine * ROWS + tl.arange(0, ROWS)
     flag = _flags(weight, threshold, flags, scores, row, out, n_in, WINDOW, COMPARE, ROWS, STEP)
-    count, flipped = tl.sum(flag & 1, 0), tl.max((flag >> 2) & 1, 0)
+    count, flipped = tl.sum(_listed(flag), 0), tl.max((flag >> 2) & 1, 0)
     rank, flipped = look_back(words, mine, count, flipped, LANES)
     _pack(weight, flag, index, inverse, packed, row, rank, out, n_in, inner, outer, cap, stride, ROWS, STEP)
     if (mine + 1) * ROWS >= cap:  # the last block of the layer
@@ -406,7 +415,10 @@ class ModelPass:
         return self.selections
 
     def densities(self, out: Tensor) -> None:
-        """Write the share of active filters, as of the last call, to ``out``: floating, ``(layers, clients)``."""
+        """Write the share of listed filters, as of the last call, to ``out``: floating, ``(layers, clients)``.
+
+        It is the density, unless a weight is NaN.
+        """
         torch.div(torch.stack([selection.count for selection in self.selections]), self._filters, out=out)
 
 

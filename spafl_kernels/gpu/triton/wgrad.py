@@ -58,13 +58,14 @@ def threshold_extend(
         nonzero = tl.maximum(nonzero, tl.load(at + out, mask=mask, other=0.0))
     tl.store(sums + client * sums_client + c, tl.sum(total, 0), mask=live)
     flag = tl.load(flags + column, mask=live, other=0)
-    extra = (live & ((flag & 1) == 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
+    position = tl.load(inverse + column, mask=live, other=-1)
+    extra = (live & (position < 0) & ((flag & 2) != 0) & (tl.max(nonzero, 0) > 0)).to(tl.int32)
     count = tl.sum(extra, 0)
     before, _ = look_back(words + client * groups, group, count, (count > 0).to(tl.int32), LANES)
     before += tl.load(selection)
     at = before + tl.cumsum(extra, 0) - extra
     tl.store(extended + 1 + at, c, mask=extra > 0)
-    where = tl.where(extra > 0, at, tl.load(inverse + column, mask=live, other=-1))
+    where = tl.where(extra > 0, at, position)
     tl.store(extended + 1 + out + c, where, mask=live)
     if group == groups - 1:
         tl.store(extended, before + count)
@@ -205,12 +206,11 @@ def threshold_finish(
     if HAS_BIAS:
         db = tl.load(sums + client * out + row)
         if MASK_BIAS:
-            # The mask multiplies the bias too, so the bias is one more weight of the filter. (A filter that is not
-            # listed has only zeros in its channel, or an estimator that blocks.)
-            r += tl.where(listed, db * tl.load(bias + client * bias_client + row).to(tl.float32), 0.0)
-            db = tl.where(active, db, 0.0)
+            # The mask multiplies the bias too, so the bias is one more weight of the filter.
+            r += db * tl.load(bias + client * bias_client + row).to(tl.float32)
+            db *= active.to(tl.float32)
         tl.store(dbias + client * out + row, db.to(dbias.dtype.element_ty))
-    r = tl.where((flag & 2) != 0, r, 0.0)
+    r = tl.where((flag & 2) != 0, r, r * 0.0)  # NaN stays NaN
     tl.store(dtau + client * out + row, (0.0 - r).to(dtau.dtype.element_ty))
     tl.debug_barrier()  # the added slabs are read back
     for k0 in range(0, n_in, STEP):

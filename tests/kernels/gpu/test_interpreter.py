@@ -255,6 +255,42 @@ else:
         out, geometry, n = SHAPES["first"]
         check(cases.make(out, geometry, n, 4), TOLERANCE[SINGLE], estimator, bias, mask_bias)
 
+    @pytest.mark.parametrize("estimator", ["identity", pytest.param("window", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        ("shape", "mask_bias", "what", "value"),
+        [
+            ("linear", True, "weight", float("nan")),
+            ("linear", True, "bias", float("nan")),
+            pytest.param("linear", True, "bias", float("inf"), marks=pytest.mark.slow),
+            pytest.param("linear", False, "weight", float("nan"), marks=pytest.mark.slow),
+            pytest.param("linear", False, "bias", -float("inf"), marks=pytest.mark.slow),
+            pytest.param("pointwise", True, "weight", float("nan"), marks=pytest.mark.slow),
+            pytest.param("first", True, "weight", float("nan"), marks=pytest.mark.slow),
+        ],
+    )
+    def test_what_is_not_finite_in_a_pruned_filter_is_not_lost(shape, mask_bias, what, value, estimator):
+        """The masked reference multiplies it by 0, which is NaN."""
+        out, geometry, n = SHAPES[shape]
+        case = cases.make(out, geometry, n, out // 2, clients=2)
+        cases.spoil(case, what, value)
+        selection, packed, y, gradients = cases.run(case, estimator, True, mask_bias, False)
+        data, rows = closed_form.selection_and_packed(case.weight, case.threshold, estimator, SINGLE)
+        assert torch.equal(selection.data, data) and torch.equal(selection.mask, case.keep)
+        torch.testing.assert_close(packed, rows, rtol=0, atol=0, equal_nan=True)
+        assert selection.count.tolist() == [out // 2 + (what == "weight")] * 2
+        want = cases.definition(case, estimator, mask_bias)
+        assert not want[0].isfinite().all() and (what == "bias" or want[1].isnan().any())
+        by_operators = closed_form.backward(case.grad, case.x, case.weight, selection, case.bias, mask_bias, geometry)
+        again = closed_form.forward(case.x, case.weight, selection, case.bias, mask_bias, geometry)
+        for got in ((y, *gradients), (again, *by_operators)):
+            for name, a, e in zip(("y", "dx", "dw", "dtau", "dbias"), got, want, strict=True):
+                if name in ("y", "dx") and shape == "first":
+                    # Whether the taps outside of a padded image are multiplied by 0 is the library's affair.
+                    spoiled = e.isnan().any(4).any(3).any(1)
+                    assert torch.equal(a.isnan().any(4).any(3).any(1), spoiled)
+                    a, e = (t.transpose(1, 2)[~spoiled] for t in (a, e))
+                torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
+
     @pytest.mark.parametrize("shape", ["linear", "first", "pointwise"])
     def test_any_strides_are_read(shape):
         out, geometry, n = SHAPES[shape]

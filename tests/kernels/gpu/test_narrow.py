@@ -50,6 +50,26 @@ def test_values_and_gradients_equal_the_definition(linear, estimator, bias, mask
             torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("estimator", reference.ESTIMATORS)
+@pytest.mark.parametrize(
+    ("what", "mask_bias", "value"),
+    [("weight", False, "nan"), ("weight", True, "nan"), ("bias", True, "nan"), ("bias", True, "-inf")],
+)
+def test_what_is_not_finite_in_a_pruned_filter_is_not_lost(linear, estimator, what, mask_bias, value):
+    leaves, dy = inputs(linear, 7)
+    row = int((leaves[2] > reference.filter_scores(leaves[1])).nonzero()[0])
+    with torch.no_grad():
+        leaves[1 if what == "weight" else 3][row].view(-1)[0] = float(value)
+    dy[:, row] = 0
+    got, want = both(linear, leaves, True, estimator, mask_bias)
+    assert want.isnan().any() or value == "-inf"
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, equal_nan=True)
+    gradients = (torch.autograd.grad(y, leaves, dy) for y in (got, want))
+    for a, e in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11, equal_nan=True)
+
+
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (1, 2)])
 def test_only_what_is_needed(needed):
     leaves, dy = inputs(False, 7)

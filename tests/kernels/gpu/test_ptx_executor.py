@@ -278,6 +278,7 @@ else:
         ("instruction", "dtype", "function"),
         [
             ("sub.bf16x2 %r4, %r2, %r3", BRAIN, lambda a, b: a - b),
+            ("mul.bf16x2 %r4, %r2, %r3", BRAIN, lambda a, b: a * b),
             ("add.rn.f16x2 %r4, %r2, %r3", HALF, lambda a, b: a + b),
             ("fma.rn.bf16x2 %r4, %r2, %r3, %r2", BRAIN, lambda a, b: (a.double() * b.double() + a.double()).to(BRAIN)),
             ("abs.bf16x2 %r4, %r2", BRAIN, lambda a, b: a.abs()),
@@ -295,6 +296,7 @@ else:
             ("setp.gt.bf16x2 %p1|%p2, %r2, %r3", BRAIN, torch.gt),
             ("setp.neu.f16x2 %p1|%p2, %r2, %r3", HALF, torch.ne),
             ("setp.ne.f16x2 %p1|%p2, %r2, %r3", HALF, lambda a, b: (a != b) & ~(a.isnan() | b.isnan())),
+            ("setp.nan.bf16x2 %p1|%p2, %r2, %r3", BRAIN, lambda a, b: a.isnan() | b.isnan()),
         ],
     )
     def test_comparison_of_half_numbers(comparison, dtype, function):

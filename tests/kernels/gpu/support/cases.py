@@ -93,6 +93,30 @@ def expected_gradients(case: Case, selection: Selection, bias: bool, mask_bias: 
     )  # fmt: skip
 
 
+def definition(case: Case, estimator: Any, mask_bias: bool) -> tuple[Tensor, ...]:
+    """Output and gradients of the masked reference itself, in float64: what not even 0 makes finite is there."""
+    leaves = [t.double().requires_grad_() for t in (case.x, case.weight, case.threshold, case.bias)]
+    g, rest = case.geometry, (estimator, mask_bias)
+    y = torch.stack(
+        [
+            reference.threshold_conv2d(x, w, t, b, g.stride, g.padding, g.dilation, 1, *rest)
+            for x, w, t, b in zip(*leaves, strict=True)
+        ]
+    )
+    return y.detach(), *torch.autograd.grad(y, leaves, case.grad.double())
+
+
+def spoil(case: Case, what: str, value: float) -> None:
+    """Put ``value`` into the weight or the bias of one pruned filter of each client, and no gradient behind it."""
+    for client, keep in enumerate(case.keep):
+        row = int((~keep).nonzero()[client])
+        case.grad[client, :, row] = 0
+        if what == "weight":
+            case.weight[client, row, 1, -1, 0] = value
+        else:
+            case.bias[client, row] = value
+
+
 def run(
     case: Case, estimator: str, bias: bool, mask_bias: bool, tf32: bool, forward: Any = None, backward: Any = None
 ) -> tuple[Selection, Tensor, Tensor, tuple[Tensor | None, ...]]:

@@ -95,7 +95,7 @@ def shift(k, i, parts):
 
 def multiply(k, i, parts):
     """mul and mad: lo, hi and wide."""
-    if parts[-1] == "f32":
+    if parts[-1] == "f32" or parts[-1].removesuffix("x2") in DECODE:
         return binary(k, i, parts)
     form, kind = parts[1], _kind(i, parts, {"lo", "hi", "wide"})
     wide = DOUBLE.get(kind)
@@ -171,7 +171,7 @@ def permute(k, i, parts):
 
 
 def compare(k, i, parts):
-    """setp. Of floats, the plain forms are false and the forms with u are true where an operand is NaN.
+    """setp. Of floats, the plain forms are false and the forms with u, and nan, are true where an operand is NaN.
 
     Two half numbers in one register are compared each for itself, with a result for each.
     """
@@ -179,11 +179,14 @@ def compare(k, i, parts):
     decode, count, results = DECODE.get(base), 1 + parts[-1].endswith("x2"), i.operands[0].split("|")
     kind, name = _kind(i, [parts[0], base]), parts[1]
     real = decode is not None or kind is np.float32
-    unordered = real and name not in COMPARE and name.endswith("u")
-    name = name[:-1] if unordered else name
-    if len(parts) != 3 or name not in COMPARE or len(i.operands) != 3 or len(results) != count:
+    if real and name == "nan":
+        unordered, function = True, lambda x, y: np.zeros(len(x), np.bool_)
+    else:
+        unordered = real and name not in COMPARE and name.endswith("u")
+        function = COMPARE.get(name[:-1] if unordered else name)
+    if len(parts) != 3 or function is None or len(i.operands) != 3 or len(results) != count:
         raise Unsupported(i.opcode)
-    function, targets = COMPARE[name], [k.registers.write(d, np.bool_) for d in results]
+    targets = [k.registers.write(d, np.bool_) for d in results]
     whole = kind if count == 1 else np.uint32
     a, b = (k.registers.read(o, whole) for o in i.operands[1:])
     if not real:
