@@ -20,27 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 
 from .. import backend, eager, executed, reference
 from ..reference import Estimator
+from ..some_filters import MULTIPLE, Steps, gradients, listed, of_rows, product
 from . import compiled
 
 __all__ = ["Layer", "Steps", "convolution", "explain", "linear", "pays", "run"]
-
-# Rows are rounded up to it: oneDNN computes blocks anyhow, and creates something anew for every new number of filters.
-MULTIPLE = 8
-
-
-class Steps(NamedTuple):
-    """How a convolution without groups walks; a number per dimension."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-
 
 Masked = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -263,33 +249,6 @@ def _put(y: Tensor, rows: Tensor, width: int, others: Tensor | None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------- product
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, steps: Steps | None) -> Tensor:
-    if steps is None:
-        return F.linear(x, weight, bias)
-    extra = steps.output_padding or (0,) * len(steps.stride)
-    return torch.ops.aten.convolution(
-        x, weight, bias, steps.stride, steps.padding, steps.dilation, steps.transposed, extra, 1
-    )  # type: ignore[no-any-return]
-
-
-def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, steps: Steps | None, need_input: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    if steps is None:
-        return grad @ weight if need_input else None, grad.t() @ x if need_weight else None
-    extra = steps.output_padding or (0,) * len(steps.stride)
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, steps.stride, steps.padding, steps.dilation, steps.transposed, extra, 1,
-        (need_input, need_weight, False),
-    )[:2]  # fmt: skip
-
-
-def _listed(wanted: Tensor, count: int) -> Tensor:
-    """The wanted rows, ascending, then others up to a multiple of :data:`MULTIPLE`."""
-    order = torch.argsort((~wanted).to(torch.int8), stable=True)
-    return order[: -(-count // MULTIPLE) * MULTIPLE]
-
-
 class _ActiveRows(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -297,9 +256,9 @@ class _ActiveRows(torch.autograd.Function):
         passes: Tensor | None, count: int, layer: Layer,
     ) -> Tensor:  # fmt: skip
         width, dim = len(active), layer.dim
-        rows = _listed(active, count)
+        rows = listed(active, count)
         executed.note_skipped((width - len(rows)) * (_work(x, weight, layer.steps)[0] // width))
-        narrow = _product(x, weight.index_select(dim, rows), None if bias is None else bias[rows], layer.steps)
+        narrow = product(x, weight.index_select(dim, rows), None if bias is None else bias[rows], layer.steps)
         others = None if bias is None or layer.mask_bias else bias[~active]
         ctx.save_for_backward(x, weight, threshold, bias, active, passes, rows)
         ctx.count, ctx.layer = count, layer
@@ -329,33 +288,30 @@ class _ActiveRows(torch.autograd.Function):
             wanted = active | arrives
             more = int(wanted.sum()) - count
         taken = _take(grad, rows, stored)
-        weights = weight.index_select(dim, rows if taken.shape[1] == count else _listed(active, count))
-        dx, g = _gradients(taken, x, weights, steps, need_input, need_weight and not more)
+        weights = weight.index_select(dim, rows if taken.shape[1] == count else listed(active, count))
+        dx, g = gradients(taken, x, weights, steps, need_input, need_weight and not more)
         executed.note_skipped((width - taken.shape[1]) * of_one * (need_input + (need_weight and not more)))
         if not need_weight:
             return dx, None, None, None, None, None, None, None
         if more:
             rows, count = wanted.nonzero().flatten(), count + more
             taken = _take(grad, rows, min(width, -(-count // MULTIPLE) * MULTIPLE))
-            weights = weight.index_select(dim, _listed(wanted, count)[: taken.shape[1]])
-            g = _gradients(taken, x, weights, steps, False, True)[1]
+            weights = weight.index_select(dim, listed(wanted, count)[: taken.shape[1]])
+            g = gradients(taken, x, weights, steps, False, True)[1]
             executed.note_skipped((width - taken.shape[1]) * of_one)
         assert g is not None
         g, weights = g.narrow(dim, 0, count), weights.narrow(dim, 0, count)
         total = None if bias is None else grad.sum(places)
         dtau = torch.zeros_like(threshold)
         if some_pass:
-            r = (g * weights).sum([d for d in range(g.dim()) if d != dim])
+            of_bias = None
             if bias is not None and layer.mask_bias:
                 assert total is not None
-                r = r + total[rows] * bias[rows]
-            if passes is not None:
-                r = r * passes[rows]
+                of_bias = total[rows] * bias[rows]
+            g, r = of_rows(
+                g, weights, dim, active[rows] if more else None, None if passes is None else passes[rows], of_bias
+            )
             dtau.index_copy_(0, rows, -r)
-            shape = [-1 if d == dim else 1 for d in range(g.dim())]
-            if more:
-                g = g * active[rows].view(shape)
-            g = torch.addcmul(g, (r / (weight.numel() // width)).view(shape), weights.sign())
         dw = torch.zeros_like(weight).index_copy_(dim, rows, g)
         db = total
         if total is not None and layer.mask_bias:

@@ -11,22 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import reference
 from ..executed import note_number
 from ..reference import Estimator
+from ..some_filters import Steps, gradients, listed, of_rows, product
 from .geometry import Geometry
-
-# Filter counts are rounded up to it, so that few shapes occur: cuDNN chooses an algorithm anew for every shape.
-MULTIPLE = 8
 
 
 def _first(wanted: Tensor) -> tuple[Tensor, int]:
-    """Rows to compute, the wanted ones first and in order, up to a multiple of MULTIPLE; and how many are wanted."""
+    """Rows to compute, the wanted ones first; and how many these are."""
     count = int(wanted.sum())  # waits for the device
-    order = torch.argsort((~wanted).to(torch.int8), stable=True)
-    return order[: -(-count // MULTIPLE) * MULTIPLE], count
+    return listed(wanted, count), count
 
 
 def _masked(weight: Tensor, active: Tensor, rows: Tensor, x: Tensor) -> Tensor:
@@ -40,16 +36,8 @@ def _cost(x: Tensor, weight: Tensor, geometry: Geometry | None) -> int:
     return positions * weight.shape[1:].numel()
 
 
-def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None, need_input: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the dense operator."""
-    if geometry is None:
-        return grad @ weight if need_input else None, grad.t() @ x if need_weight else None
-    g = geometry
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, g.stride, g.padding, g.dilation, False, (0, 0), 1, (need_input, need_weight, False)
-    )[:2]
+def _steps(geometry: Geometry | None) -> Steps | None:
+    return None if geometry is None else Steps(geometry.stride, geometry.padding, geometry.dilation)
 
 
 class _Narrow(torch.autograd.Function):
@@ -61,8 +49,8 @@ class _Narrow(torch.autograd.Function):
         margin = reference.filter_scores(weight) - threshold
         active = margin > 0
         # A pruned filter with a NaN among its weights spoils what it takes part in: 0 * NaN is NaN in the definition.
-        listed = active | margin.isnan()
-        rows, count = _first(listed)
+        computed = active | margin.isnan()
+        rows, count = _first(computed)
         size = (*x.shape[:1], len(weight), *(() if geometry is None else geometry.output))
         format = torch.contiguous_format if geometry is None else torch.channels_last
         y = torch.zeros(size, dtype=x.dtype, device=x.device).contiguous(memory_format=format)
@@ -72,13 +60,9 @@ class _Narrow(torch.autograd.Function):
         if count:
             note_number(len(rows) * _cost(x, weight, geometry))
             w, b = _masked(weight, active, rows, x), None if shown is None else shown[rows].to(x.dtype)
-            if geometry is None:
-                narrow = F.linear(x, w, b)
-            else:
-                narrow = F.conv2d(x, w, b, geometry.stride, geometry.padding, geometry.dilation)
-            y.index_copy_(1, rows[:count], narrow[:, :count])
+            y.index_copy_(1, rows[:count], product(x, w, b, _steps(geometry))[:, :count])
         passes = margin.abs() > reference.WINDOW if estimator == "window" else torch.ones_like(active)
-        ctx.save_for_backward(x, weight, bias, active, listed, passes, rows)
+        ctx.save_for_backward(x, weight, bias, active, computed, passes, rows)
         ctx.count, ctx.mask_bias, ctx.geometry = count, mask_bias, geometry
         return y
 
@@ -89,7 +73,7 @@ class _Narrow(torch.autograd.Function):
                 "second derivatives are not implemented by the narrow threshold layers; use spafl_kernels.reference, "
                 "which has them"
             )
-        x, weight, bias, active, listed, passes, rows = ctx.saved_tensors
+        x, weight, bias, active, computed, passes, rows = ctx.saved_tensors
         count, geometry = ctx.count, ctx.geometry
         need_input, need_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
         dims = (0,) if geometry is None else (0, 2, 3)
@@ -99,11 +83,12 @@ class _Narrow(torch.autograd.Function):
             if count:
                 note_number(count * _cost(x, weight, geometry))
                 columns = grad.index_select(1, rows[:count])
-                dx = _gradients(columns, x, _masked(weight, active, rows[:count], x), geometry, True, False)[0]
+                w = _masked(weight, active, rows[:count], x)
+                dx = gradients(columns, x, w, _steps(geometry), True, False)[0]
         if not need_weight:
             return dx, None, None, None, None, None, None
         # Pruned filters whose r_i is not certainly 0 need their row of G too.
-        needed = listed | (passes & (grad != 0).any(dims))
+        needed = computed | (passes & (grad != 0).any(dims))
         if bias is not None and ctx.mask_bias:
             needed |= ~bias.isfinite()
         rows, wanted = _first(needed)
@@ -112,15 +97,10 @@ class _Narrow(torch.autograd.Function):
         if wanted:
             w = weight[rows]
             note_number(len(rows) * _cost(x, weight, geometry))
-            rows_of_g = _gradients(grad.index_select(1, rows), x, w.to(x.dtype), geometry, False, True)[1]
-            assert rows_of_g is not None
-            rows_of_g = rows_of_g.to(weight.dtype)
-            r = (rows_of_g * w).flatten(1).sum(1)
-            if bias is not None and ctx.mask_bias:
-                r = r + total[rows] * bias[rows]
-            r = r * passes[rows]
-            shape = (-1, *(1,) * (w.dim() - 1))
-            found = active[rows].view(shape) * rows_of_g + r.view(shape) * w.sign() / w[0].numel()
+            g = gradients(grad.index_select(1, rows), x, w.to(x.dtype), _steps(geometry), False, True)[1]
+            assert g is not None
+            of_bias = total[rows] * bias[rows] if bias is not None and ctx.mask_bias else None
+            found, r = of_rows(g.to(weight.dtype), w, 0, active[rows], passes[rows], of_bias)
             dw.index_copy_(0, rows[:wanted], found[:wanted])
             dtau.index_copy_(0, rows[:wanted], -r[:wanted])
         db = None

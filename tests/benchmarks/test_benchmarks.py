@@ -172,8 +172,8 @@ def test_a_model_that_cannot_be_narrowed_has_no_small_rival():
 
 
 def test_a_wrong_layer_is_not_timed(monkeypatch, tmp_path):
-    product = skip._product
-    monkeypatch.setattr(skip, "_product", lambda x, weight, *rest: product(x, 1.001 * weight, *rest))
+    product = skip.product
+    monkeypatch.setattr(skip, "product", lambda x, weight, *rest: product(x, 1.001 * weight, *rest))
     status, rows = run("layer", tmp_path / "rows.csv")
     assert status == 1 and all("output differs" in row["wrong"] and not row.get("speed_up") for row in rows)
 

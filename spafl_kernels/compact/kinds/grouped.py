@@ -142,7 +142,7 @@ class _Own:
         count = rows.width if before is None else len(before.kept)
         there = at < count
         pick, place = at[there], there.nonzero().flatten()
-        self._pads, self._lost = rows.pads, (at[~there] - count).to(device, non_blocking=True)
+        self._pads, self._dropped = rows.pads, (at[~there] - count).to(device, non_blocking=True)
         self._take = None if len(pick) == count else Pick(pick, max(len(pick), 1), 1, native, device)
         self._spread = Spread(place, rows.stored, 1, native, device)
 
@@ -151,7 +151,7 @@ class _Own:
             x = self._take(x)
         if constants is not None:
             dim, ndim = (0, 1) if constants.dim() == 1 else (1, constants.dim())
-            constants = F.pad(chosen(constants, self._lost, dim), [0, 0] * (ndim - 1 - dim) + [0, self._pads])
+            constants = F.pad(chosen(constants, self._dropped, dim), [0, 0] * (ndim - 1 - dim) + [0, self._pads])
         return self._spread(x, constants, None)
 
 
