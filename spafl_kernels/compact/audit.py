@@ -15,7 +15,7 @@ from ..training import Given, arguments_of
 from .graph.flow import Flow
 from .graph.follow import follow_inputs
 from .graph.inputs import Form, inputs_of
-from .graph.trace import check_traceable
+from .graph.trace import check_traceable, kept_random_state
 from .kinds.layers import Layer
 from .plan.plan import Plan
 from .plan.rows import Rows
@@ -113,9 +113,16 @@ def audit(model: nn.Module, x: Given, repeats: int = 5) -> Audit:
     return measured(flow, Rows(flow).of_model(gradients=False).keep, batch, repeats)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def measured(flow: Flow, keep: dict[str, Tensor], batch: int, repeats: int = 5) -> Audit:
     """:func:`audit` of a model that has been read, with the rows ``keep``, bool by threshold layer, and a number of
     samples."""
+    with kept_random_state():
+        return _measured(flow, keep, batch, repeats)
+
+
+def _measured(flow: Flow, keep: dict[str, Tensor], batch: int, repeats: int) -> Audit:
     exact, padded = Plan(flow, keep, multiple=1), Plan(flow, keep)
     found = []
     for name, op in flow.layers.items():

@@ -81,7 +81,8 @@ def _compared(model: nn.Module, image: tuple[int, ...] | Given) -> nn.Module:
         twin = copy_of(model).eval()
         tensors = [t.to(i.dtype) for i, t in zip(flow.inputs, tensors)]
         args, kwargs = trace.form.call(tensors)
-        tolerance = 1e-9 if next(model.parameters()).dtype == torch.float64 else 1e-3
+        dtype = next(model.parameters()).dtype
+        tolerance = 1e-9 if dtype == torch.float64 else max(1e-3, 8 * torch.finfo(dtype).eps)
         if (found := compared(lambda: small(*tensors), lambda: twin(*args, **kwargs), tolerance)) is not None:
             raise Unsupported(f"the exported model is not the model: {found}")
     return small

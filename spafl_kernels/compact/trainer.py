@@ -33,7 +33,7 @@ from .captures import FOLLOWED, KINDS_READ, Batch, Captured, Captures, Verdict
 from .explain import in_words, nothing_skipped
 from .graph.flow import Flow
 from .graph.follow import check_has_thresholds
-from .graph.inputs import ONE, Form, Input, inputs_of
+from .graph.inputs import ONE, Form, inputs_of
 from .graph.trace import Trace, random_state, set_random_state
 from .graph.watch import modes_of, set_modes
 from .run.memory import pages
@@ -127,7 +127,7 @@ class CompactTrainer(Trainer):
         self._executed = Executed()
         self._judge = judge
         self._batch = 0  # samples in the last batch
-        self._seen: tuple[Any, Batch] = (), NO_KIND  # shape and dtype of the last one that is a tensor, and its kind
+        self._seen: tuple[Any, Batch] = (), NO_KIND  # shape, dtype and strides of the last tensor, and its kind
         self._masked: MaskedTrainer | None = None
         self._loss_that_reads: tuple[Loss | None, str] = None, ""  # parameters, and the sentence about it
         self._loss_seen: Loss | None = None  # which does not
@@ -149,6 +149,7 @@ class CompactTrainer(Trainer):
             raise
         # Buffers may be those that the last training has lent: read before they expire.
         self._options, self._given, self._density = options, dict(momentum or {}), start
+        self._trained = self._trainable()
         self._extra = extra
         if self._lent is not None:
             self._lent.expire()
@@ -308,6 +309,8 @@ class CompactTrainer(Trainer):
             self._end_masked()
         self._kind = kind
         self._met.add(kind)
+        if new := self._trainable().keys() - self._trained.keys():
+            raise RuntimeError(f"{min(new)!r} was frozen when this training began; finish() it and begin() another one")
         with torch.inference_mode(False):
             try:
                 if (reason := self._refusal(kind, training)) is not None:
@@ -327,9 +330,10 @@ class CompactTrainer(Trainer):
         return self._session
 
     def _call_of(self, x: Given) -> _Call:
-        if isinstance(x, Tensor) and x.dim():
-            if (x.shape[1:], x.dtype) != self._seen[0]:
-                self._seen = (x.shape[1:], x.dtype), Batch(ONE, (Input(tuple(x.shape[1:]), x.dtype),))
+        if type(x) is Tensor and x.dim() and x.layout is torch.strided:
+            seen = x.shape[1:], x.dtype, x.stride()
+            if seen != self._seen[0]:
+                self._seen = seen, Batch(ONE, inputs_of((x,))[0])
             return _Call(self._seen[1], (x,), len(x))
         count, _ = samples_of(x)
         try:
@@ -465,7 +469,7 @@ class CompactTrainer(Trainer):
 
     def _buffers(self) -> dict[str, Tensor]:
         """Full-size buffers of the trainer's own. Nothing is in memory until somebody writes to them."""
-        wanted = self._trainable()
+        wanted = self._trained
         if self._scratch.keys() != wanted.keys():
             sizes = [p.numel() for p in wanted.values()]
             parts = pages(sum(sizes), next(iter(wanted.values()))).split(sizes)

@@ -102,13 +102,16 @@ def twins(model: nn.Module, seed: int, density: float, far: bool) -> nn.Module:
 
 
 def _samples(flow: Flow, tensors: Sequence[Tensor], seed: int) -> Iterator[list[Tensor]]:
-    """A few samples of the batch, then all of it if the model does not take those.
+    """A few samples of the batch, or one of one sample so many times; then all of it if the model does not take those.
 
     All of it at once where there are several tensors, for it is a guess which of them are by sample.
     """
     generator = torch.Generator().manual_seed(seed)
-    for count in (SAMPLES, None) if len(tensors) == 1 else (None,):
-        yield [_moved(t.detach()[:count] if i.batched else t.detach(), generator) for i, t in zip(flow.inputs, tensors)]
+    if len(tensors) == 1:
+        (t,), (i,) = tensors, flow.inputs
+        part = t.detach()[:SAMPLES] if i.batched else t.detach()
+        yield [_moved(part if len(part) > 1 else torch.cat([part] * SAMPLES), generator)]
+    yield [_moved(t.detach(), generator) for t in tensors]
 
 
 def _moved(part: Tensor, generator: torch.Generator) -> Tensor:

@@ -93,6 +93,7 @@ class _Follower:
         for node in self.graph.nodes:
             flow.ops[node.name] = op = recognise(node, flow)
             op.shape, op.macs = shapes.shapes[node.name], shapes.macs[node.name]
+            op.order = shapes.orders.get(node.name)
             op.sources = tuple(n.name for n in node.all_input_nodes)
         for kind in KINDS:
             for op, inner in kind.in_graph(flow):
@@ -113,7 +114,7 @@ class _Follower:
     def put(self, op: Op) -> None:
         """``op`` in the place of what its node was taken for."""
         was = self.flow.ops[op.name]
-        op.shape, op.macs, op.grad = was.shape, was.macs, was.grad
+        op.shape, op.macs, op.grad, op.order = was.shape, was.macs, was.grad, was.order
         self.flow.ops[op.name] = op
 
     def follow(self, op: Op) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...training import Given, Unsupported
 
@@ -27,15 +27,23 @@ _VALUES = (type(None), bool, int, float, complex, str, torch.dtype, torch.device
 class Input:
     """A tensor among the arguments.
 
-    ``shape``: of one sample, without the batch, if that is dimension 0 (``batched``); else the whole shape.
+    Args:
+        shape: of one sample, without the batch, if that is dimension 0 (``batched``); else the whole shape.
+        strides: of the whole tensor, where its numbers do not lie one after another: what it is made into lies the same
+            way mostly, and random numbers are drawn in that order.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     batched: bool = True
+    strides: tuple[int, ...] | None = None
 
     def zeros(self, batch: int, device: torch.device) -> Tensor:
-        return torch.zeros((batch, *self.shape) if self.batched else self.shape, dtype=self.dtype, device=device)
+        shape = (batch, *self.shape) if self.batched else self.shape
+        if self.strides is None:
+            return torch.zeros(shape, dtype=self.dtype, device=device)
+        size = 1 + sum((n - 1) * stride for n, stride in zip(shape, self.strides))
+        return torch.zeros(max(size, 0), dtype=self.dtype, device=device).as_strided(shape, self.strides)
 
     def like(self, t: Tensor) -> Input:
         """The same for a tensor of another type."""
@@ -71,7 +79,7 @@ class Form:
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Form, list[Tensor]]:
         """The form of a call, and its tensors; raises Unsupported for arguments of which nothing is known."""
         if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
-            return ONE, [args[0]]
+            return ONE, [_plain(args[0])]
         tensors: list[Tensor] = []
         return cls(_form(args, tensors), _form(kwargs, tensors)), tensors
 
@@ -111,7 +119,7 @@ class Form:
 def _form(value: Any, tensors: list[Tensor]) -> Any:
     kind = type(value)
     if isinstance(value, Tensor):
-        tensors.append(value)
+        tensors.append(_plain(value))
         return _TENSOR
     if kind is dict:
         return dict, tuple(value), tuple([_form(v, tensors) for v in value.values()])
@@ -120,6 +128,13 @@ def _form(value: Any, tensors: list[Tensor]) -> Any:
     if kind in _VALUES:
         return _Value(kind, repr(value), value)
     raise Unsupported(f"it was called with a {kind.__name__}; tensors, numbers, strings and lists of such are known")
+
+
+def _plain(t: Tensor) -> Tensor:
+    """A tensor of a class of its own may do anything when a function is called with it, or have no numbers at all."""
+    if type(t) not in (Tensor, nn.Parameter):
+        raise Unsupported(f"it was called with a {type(t).__name__}, a tensor of a class of its own")
+    return t
 
 
 def _filled(node: Any, tensors: Iterator[Any]) -> Any:
@@ -164,4 +179,16 @@ def inputs_of(tensors: Sequence[Tensor]) -> tuple[tuple[Input, ...], int]:
 def _input(t: Tensor, batch: int) -> Input:
     shape = tuple(t.shape)
     by_sample = len(shape) > 0 and shape[0] == batch
-    return Input(shape[1:] if by_sample else shape, t.dtype, by_sample)
+    return Input(shape[1:] if by_sample else shape, t.dtype, by_sample, _strides(t))
+
+
+def _strides(t: Tensor) -> tuple[int, ...] | None:
+    """None where they are those of a new tensor, but for gaps between samples."""
+    if t.layout is not torch.strided or not t.dim():
+        return None
+    strides, expected = t.stride(), 1
+    for k in range(t.dim() - 1, 0, -1):
+        if strides[k] != expected:
+            return strides
+        expected *= t.shape[k]
+    return strides if strides[0] < expected and len(t) > 1 else None

@@ -188,6 +188,8 @@ class Shapes(fx.Interpreter):
         batch: samples in the zeros.
 
     Attributes:
+        orders: the dimensions of a tensor from the outermost to the innermost in memory, where that is not their own
+            order.
         places: ``(storage, offset, shape, stride)`` of every tensor; a storage is one number as long as this lives.
     """
 
@@ -197,6 +199,7 @@ class Shapes(fx.Interpreter):
         self.shapes: dict[str, tuple[int, ...] | None] = {}
         self.places: dict[str, tuple[Any, ...]] = {}
         self.macs: dict[str, int] = {}
+        self.orders: dict[str, tuple[int, ...]] = {}
         self._held: list[Any] = []
 
     def run_node(self, n: fx.Node) -> Any:
@@ -204,6 +207,9 @@ class Shapes(fx.Interpreter):
             result = super().run_node(n)
         self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
         self.macs[n.name] = counted.total() // (2 * self.batch)  # two FLOPs each
+        if isinstance(result, Tensor) and result.layout is torch.strided and not result.is_contiguous():
+            strides = result.stride()
+            self.orders[n.name] = tuple(sorted(range(result.dim()), key=lambda d: -strides[d]))
         tensors = (
             [result]
             if isinstance(result, Tensor)

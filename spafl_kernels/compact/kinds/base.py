@@ -71,6 +71,7 @@ class Op(ABC):
         grad: the result depends on a parameter that is not frozen.
         shape: of the result at batch 2; None if it is not a tensor.
         macs: per sample, forward only, as the trace has the operation.
+        order: see :class:`~spafl_kernels.compact.graph.trace.Shapes`; random numbers are drawn in it.
     """
 
     node: Any  # fx.Node, whose arguments are typed too widely to be of help
@@ -82,6 +83,7 @@ class Op(ABC):
     grad: bool = False
     shape: tuple[int, ...] | None = None
     macs: int = 0
+    order: tuple[int, ...] | None = None
 
     kind: ClassVar[str]
     # What the kind recognises; see kinds/__init__.py.
@@ -101,6 +103,13 @@ class Op(ABC):
     @property
     def name(self) -> str:
         return self.node.name
+
+    def in_order(self, x: Any) -> Any:
+        """``x``, which has all dimensions of the result, with its numbers in memory as the model itself has them."""
+        if self.order is None:
+            return x.contiguous()
+        back = [self.order.index(d) for d in range(len(self.order))]
+        return x.permute(self.order).contiguous().permute(back)
 
     @property
     def sign(self) -> Sign:

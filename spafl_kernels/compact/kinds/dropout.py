@@ -69,6 +69,7 @@ class Dropout(Op):
         p, drops, j = self.p, self.drops, scope.index[self.sources[0]]
         channels, read = scope.channels(self), scope.full(self.sources[0])
         dim = 0 if self.layout is None else self.layout.dim
+        source = scope.op(self.sources[0])
 
         def run(env: Values, training: bool) -> None:
             x = env.kept[j] if channels is not None else read(env)
@@ -76,8 +77,7 @@ class Dropout(Op):
                 shape = list(x.shape)
                 if channels is not None:
                     shape[dim] = channels.width
-                # In this order, in which the masked model's tensor lies.
-                noise = F.dropout(x.new_ones(shape), p, True)
+                noise = F.dropout(source.in_order(x.new_ones(shape)), p, True)
                 if channels is not None:
                     noise = noise.index_select(dim, channels.kept)
                 if channels is not None and channels.pads:

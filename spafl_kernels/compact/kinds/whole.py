@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,20 +38,19 @@ class Whole(Op):
         node = self.node
         scope.macs += self.macs * self.products(scope)
         reads = {s.name: scope.full(s.name) for s in node.all_input_nodes}
+        # In which order random numbers are drawn is a matter of memory, which here may be another way.
+        words = str(node.target), type(self.module).__name__.lower()
+        if any(word in text for text in words for word in _RANDOM):
+            reads = {name: _in_order(scope.op(name), read) for name, read in reads.items()}
         here = node.args, node.kwargs
         elsewhere = node.meta.get("otherwise", here)
         target = self.module if node.op == "call_module" else node.target
-        # In which order random numbers are drawn is a matter of memory, which here may be another way.
-        draws = scope.channels_last and any(word in str(self.node.target) for word in _RANDOM)
-        draws = draws or (scope.channels_last and any(word in type(self.module).__name__.lower() for word in _RANDOM))
         writes, view = self.name in scope.flow.writers, node.op == "call_method" and target == "view"
 
         def run(env: Values, training: bool) -> None:
             args, kwargs = here if training else elsewhere
             args = fx.node.map_arg(args, lambda s: reads[s.name](env))
             kwargs = fx.node.map_arg(kwargs, lambda s: reads[s.name](env))
-            if draws:
-                args, kwargs = (fx.node.map_aggregate(part, _in_order) for part in (args, kwargs))
             if writes:
                 args = (args[0].clone(), *args[1:]) if args else args
                 kwargs = kwargs if args else {**kwargs, "input": kwargs["input"].clone()}
@@ -77,8 +77,12 @@ class Whole(Op):
 _RANDOM = ("dropout", "rand", "bernoulli", "rrelu", "normal", "uniform", "multinomial", "poisson", "exponential")
 
 
-def _in_order(value: Any) -> Any:
-    return value.contiguous() if isinstance(value, torch.Tensor) else value
+def _in_order(op: Op, read: Callable[[Values], Any]) -> Callable[[Values], Any]:
+    def reads(env: Values) -> Any:
+        value = read(env)
+        return op.in_order(value) if isinstance(value, torch.Tensor) else value
+
+    return reads
 
 
 def as_it_stands(op: Op, small: Small) -> fx.Node:

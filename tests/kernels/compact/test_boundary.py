@@ -1006,3 +1006,105 @@ def test_statistics_that_somebody_else_writes_are_not_lost_without_a_word(writte
     with pytest.raises(RuntimeError, match="the statistics of norm '1' were changed by somebody else"):
         trainer.step(*data()[1])
         trainer.finish()
+
+
+def images(**settings):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Dropout(0.3), nn.AlphaDropout(0.2), nn.Conv2d(8, 5, 3)]
+    model = convert(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), **settings).double()
+    with torch.no_grad():
+        model[0].bias.zero_()
+    return prune(model, 0.5)
+
+
+@pytest.mark.parametrize("where", ["input", "weights", "one channel"])
+def test_random_numbers_are_drawn_in_the_order_of_the_models_memory(where):
+    model, last = images(), torch.channels_last
+    shape = (3, 6, 6)
+    if where == "one channel":
+        shape, model[0] = (1, 6, 6), prune(convert(nn.Conv2d(1, 8, 3, padding=1, bias=False)).double(), 0.5)
+    model = model.to(memory_format=last) if where == "weights" else model
+    given = [(x if where == "weights" else x.to(memory_format=last), y) for x, y in data(3, shape)]
+    plain = [(x.contiguous(), y) for x, y in given]
+    for batches in (given, plain + given):
+        same_calls(copy.deepcopy(model), x=batches[-1][0], strict=True)
+        assert together(copy.deepcopy(model), batches=batches, strict=True).engine == "compact"
+
+
+class Doubled(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * result if func is F.relu else result
+
+
+def test_a_tensor_of_a_class_of_its_own_runs_masked():
+    model, (x, y) = net(), data(1)[0]
+    model.eval()
+    module, right = CompactModule(model, verify="never"), copy.deepcopy(model)
+    torch.testing.assert_close(module(x), right(x))
+    ours, theirs = (m(x.as_subclass(Doubled)) for m in (module, right))
+    assert type(ours) is Doubled and torch.equal(ours, theirs)
+    assert module.engine == "masked" and "a Doubled, a tensor of a class of its own" in module.reason
+    trainer = CompactTrainer(model)
+    trainer.begin(OPTIONS)
+    trainer.step(x.as_subclass(Doubled), y)
+    assert trainer.engine == "masked"
+    trainer.step(x, y)
+    assert trainer.engine == "compact"
+
+
+def test_what_measures_leaves_the_generators_alone():
+    model, (x, y) = net(), data(1)[0]
+    module, trainer = CompactModule(model, verify="never"), CompactTrainer(model, verify="never")
+    module(x)
+    trainer.begin(OPTIONS)
+    trainer.step(x, y)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        for measure in (lambda: audit(model, x, 1), lambda: module.explain(x), lambda: trainer.explain(x)):
+            measure()
+            assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_first_batch_of_one_sample_is_verified_with_more():
+    model = net()
+    trainer = CompactTrainer(model, strict=True)
+    trainer.begin(OPTIONS)
+    (x, y), state = data(1)[0], copy.deepcopy(model[1].num_batches_tracked)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        trainer.step(x[:1], y[:1])
+    trainer.step(x, y)
+    trainer.finish()
+    assert trainer.engine == "compact" and model[1].num_batches_tracked == state + 2
+
+
+def test_what_is_frozen_and_trained_again_keeps_its_momentum():
+    def freeze(on):
+        return lambda m: m[4].requires_grad_(not on) and None
+
+    model = net()
+    twin, change = copy.deepcopy(model), [None, freeze(True), None, freeze(False), None]
+    results = []
+    for trainer in (MaskedTrainer(twin), CompactTrainer(model, strict=True, verify="never")):
+        trainer.begin(OPTIONS)
+        for k, ((x, y), do) in enumerate(zip(data(5), change)):
+            if do is not None:
+                do(trainer.model)
+            torch.manual_seed(k)
+            trainer.step(x, y)
+        results.append(trainer.finish())
+    same_state(twin, model)
+    for name, v in results[0].momentum.items():
+        torch.testing.assert_close(results[1].momentum[name], v, rtol=1e-9, atol=1e-9)
+    model[0].requires_grad_(False)
+    trainer.begin(OPTIONS)
+    trainer.step(x, y)
+    model[0].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"'0\.bias' was frozen when this training began"):
+        trainer.step(x, y)
+
+
+def test_exports_are_compared_as_closely_as_their_digits_allow():
+    model, x = net().bfloat16().eval(), data(1)[0][0].bfloat16()
+    torch.testing.assert_close(export(model, (6,))(x), model(x), rtol=0.05, atol=0.05)
