@@ -107,7 +107,7 @@ class Trainer:
     largest output is that of their class. May be set to something else between two evaluations."""
     form: Hashable = None
     """Set it to something else where the model computes something else from one step to the next (another width, say):
-    multiply-accumulates are counted once for each form and shape of input."""
+    multiply-accumulates are counted, and the compact engine reads the model, once for each form and shape of input."""
 
     def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy) -> None:
         self.model = model
@@ -135,7 +135,7 @@ class Trainer:
                 the first step of ``torch.optim.SGD`` sets ``v = g``, and ``momentum * 0 + g`` is ``g``.
             densities: density of every threshold layer in its last forward, the collapse guard's state; 1.0 by default.
             extra: changes the gradient of every step of this training before it is clipped; see :data:`Extra`. It sees
-                full-size parameters, so the masked engine runs the whole training.
+                full-size parameters, so the masked engine runs the whole training if there are threshold layers.
 
         Raises:
             ValueError: a buffer or density that is missing, unknown or of the wrong shape, dtype or device; a threshold

@@ -52,12 +52,14 @@ class Batch(NamedTuple):
         inputs: the tensors that it is called with.
         training: the mode of the model; of no meaning where both modes are read.
         gradients: whether they are asked for; the same.
+        variant: what the caller says that the model computes, see :attr:`~spafl_kernels.training.Trainer.form`.
     """
 
     form: Form
     inputs: tuple[Input, ...]
     training: bool = True
     gradients: bool = True
+    variant: Hashable = None
 
 
 class Verdict(NamedTuple):
@@ -127,12 +129,12 @@ class Captures(Generic[T]):
         self.verdicts: Recent[Batch, Verdict] = Recent(verdicts or {})
         self._known: Recent[Batch, Captured[T]] = Recent()
         self._refused: Recent[Batch, tuple[Watch, str]] = Recent()
-        self._traces: Recent[tuple[Form, bool, bool], Trace] = Recent()
+        self._traces: Recent[tuple[Form, bool, bool, Hashable], Trace] = Recent()
         self._calls = 0
         self._read_at: deque[int] = deque(maxlen=KINDS_READ)  # the calls at which a kind was read
         if trace is not None:
             training = patterns == "training" or model.training
-            self._traces[trace.form, training, trace.gradients[0]] = trace
+            self._traces[trace.form, training, trace.gradients[0], None] = trace
 
     def __iter__(self) -> Iterator[tuple[Batch, Captured[T]]]:
         """The kinds of batches that are known, and what was read for them."""
@@ -233,7 +235,7 @@ class Captures(Generic[T]):
         captured.verified = learnt
 
     def _trace(self, batch: Batch, modes: Modes | None, pattern: int) -> Trace:
-        key = batch.form, batch.training, batch.gradients
+        key = batch.form, batch.training, batch.gradients, batch.variant
         trace = self._traces.get(key)
         if trace is None or trace.watch.changed(pattern) is not None:
             self._traces.pop(key, None)

@@ -17,7 +17,6 @@ from ..training import Given, Unsupported, arguments_of
 from .captures import FOLLOWED, Batch, Captures
 from .explain import in_words, nothing_skipped
 from .graph.flow import Flow
-from .graph.follow import check_has_thresholds
 from .graph.inputs import Form, inputs_of
 from .graph.trace import Trace
 from .plan.plan import Plan
@@ -156,7 +155,6 @@ class CompactModule(nn.Module):
         self.engine, self.reason = "compact", FOLLOWED
         self._reset(trace)
         try:
-            check_has_thresholds(model)
             self._captures.read_early(model.training)
         except Unsupported as error:
             self._fall_back(error)
@@ -333,6 +331,13 @@ class Made:
 def _layer_gather(layer: LayerState, spec: _Spec) -> Callable[[], None]:
     m, slot, rows, masked_bias = layer.module, layer.slot, spec.rows, layer.mask_bias
     partial = not bool(spec.active.all())
+
+    if not layer.is_threshold and spec.columns.full:  # all of it, as it is
+
+        def whole() -> None:
+            slot.weight, slot.bias = by_filter(m, m.weight), m.bias
+
+        return whole
 
     def gather() -> None:
         weight = by_filter(m, m.weight)

@@ -32,7 +32,6 @@ from ..training import (
 from .captures import FOLLOWED, KINDS_READ, Batch, Captured, Captures, Verdict
 from .explain import in_words, nothing_skipped
 from .graph.flow import Flow
-from .graph.follow import check_has_thresholds
 from .graph.inputs import ONE, Form, inputs_of
 from .graph.trace import Trace, random_state, set_random_state
 from .graph.watch import modes_of, set_modes
@@ -40,10 +39,12 @@ from .run.memory import pages
 from .train.momentum import OwnMomentum
 from .train.outside import read_outside
 from .train.session import Session, settings_of
+from .train.whole import WholeSession
 from .verify import Verify, differs_in_training
 
 __all__ = ["CompactTrainer"]
 
+AnySession = Session | WholeSession
 Judge = Callable[[Flow, int], str | None]  # why batches of a size had better run masked; None: they had not
 
 HAS_EXTRA = "the training has an extra gradient term, which is written for full-size parameters"
@@ -72,6 +73,8 @@ class _NoGain(Unsupported):
 class CompactTrainer(Trainer):
     """Equal to :class:`~spafl_kernels.training.MaskedTrainer`, on compact weights and activations.
 
+    A model without threshold layers is trained too, by the same operations at full width.
+
     The channels are followed when the first batch shows the input shape; if that fails a masked trainer takes over, as
     long as the reason stands (``engine`` and ``reason`` say so), or the step raises in strict mode. What the model was
     read to be is compared with what it is before every step; what has changed is read anew.
@@ -92,7 +95,7 @@ class CompactTrainer(Trainer):
         verdicts: what :meth:`verdicts_on` found of a copy of ``model``, in another process perhaps.
 
     Raises:
-        Unsupported: the model has no threshold layers, or cannot be traced.
+        Unsupported: the model cannot be traced.
     """
 
     engine = "compact"
@@ -113,21 +116,20 @@ class CompactTrainer(Trainer):
         super().__init__(model, loss)
         if not patience >= 0:
             raise ValueError(f"patience must not be negative; got {patience!r}")
-        self._captures: Captures[Session] = Captures(
+        self._captures: Captures[AnySession] = Captures(
             model, "training", verify, self._differs, trace=trace, verdicts=verdicts
         )
-        check_has_thresholds(model)
         self._captures.read_early(training=True)
         self.strict, self.multiple, self.compiled, self.patience = strict, multiple, compiled, patience
         self.reason = FOLLOWED
         self._scratch: dict[str, Tensor] = {}
         self._lent: OwnMomentum | None = None
-        self._session: Session | None = None
+        self._session: AnySession | None = None
         self._fallback: MaskedTrainer | None = None
         self._executed = Executed()
         self._judge = judge
         self._batch = 0  # samples in the last batch
-        self._seen: tuple[Any, Batch] = (), NO_KIND  # shape, dtype and strides of the last tensor, and its kind
+        self._seen: tuple[Any, Batch] = (), NO_KIND  # what the kind of the last tensor depends on, and it
         self._masked: MaskedTrainer | None = None
         self._loss_that_reads: tuple[Loss | None, str] = None, ""  # parameters, and the sentence about it
         self._loss_seen: Loss | None = None  # which does not
@@ -154,7 +156,7 @@ class CompactTrainer(Trainer):
         if self._lent is not None:
             self._lent.expire()
         self._session, self._fallback = None, None
-        self._captured: Captured[Session] | None = None
+        self._captured: Captured[AnySession] | None = None
         self._kind: Batch | None = None
         self._met: set[Batch] = set()  # kinds of batches in this training
         self._fresh = not self._given
@@ -162,6 +164,7 @@ class CompactTrainer(Trainer):
         self._executed.reset()
         self._checked = self._stepped = False
         self._wait, self._no_gain = 0, False  # masked steps until the judge is asked again, and whether it said so
+        self._changed_at, self._resting = -AGAIN, False  # the step at which the model had changed, and whether too soon
         self._opened_by_evaluation = False
         self.model.train()
 
@@ -287,23 +290,27 @@ class CompactTrainer(Trainer):
             if versions is not None and (p.data_ptr(), p._version) != versions[name]:
                 raise RuntimeError(f"{name!r} was changed by somebody else between begin() and finish()")
 
-    def _ready(self, call: _Call, training: bool = True) -> Session | None:
+    def _ready(self, call: _Call, training: bool = True) -> AnySession | None:
         """The compact copy for such batches and the model as it is; None if the masked trainer is to run."""
         kind, self._batch = call.kind, call.samples
         # What the batches of an evaluation said is asked of those of the training again.
         first, self._stepped = training and not self._stepped, self._stepped or training
         if self._session is not None and self._kind == kind:
             assert self._captured is not None
-            watch = self._session.flow.trace.watch
-            good = self._captured.verified and watch.changed(0 if training else 1, kinds=False) is None
+            changed = self._session.flow.trace.watch.changed(0 if training else 1, kinds=False)
+            good = self._captured.verified and changed is None
             good = good and not (training and self._steps and self._loss_seen is not self.loss)
             if good and not (first and self._opened_by_evaluation and self._loses(self._session.flow)):
                 return self._session
             self._leave()
+            if changed is not None and self._rests(changed):
+                return None
         elif self._session is not None:
             self._leave()
         elif self._fallback is not None:
             # What was refused may have changed, or this batch may be of another kind.
+            if self._resting and self._wait:
+                return None
             if kind == self._kind and (self._refusal(kind, training) or self._still_loses(first, training)):
                 return None
             self._end_masked()
@@ -331,9 +338,9 @@ class CompactTrainer(Trainer):
 
     def _call_of(self, x: Given) -> _Call:
         if type(x) is Tensor and x.dim() and x.layout is torch.strided:
-            seen = x.shape[1:], x.dtype, x.stride()
+            seen = x.shape[1:], x.dtype, x.stride(), self.form
             if seen != self._seen[0]:
-                self._seen = seen, Batch(ONE, inputs_of((x,))[0])
+                self._seen = seen, Batch(ONE, inputs_of((x,))[0], variant=self.form)
             return _Call(self._seen[1], (x,), len(x))
         count, _ = samples_of(x)
         try:
@@ -341,16 +348,17 @@ class CompactTrainer(Trainer):
         except Unsupported as error:
             self._unknown = str(error)
             return _Call(NO_KIND, (), count)
-        return _Call(Batch(form, inputs_of(tensors)[0]), tensors, count)
+        return _Call(Batch(form, inputs_of(tensors)[0], variant=self.form), tensors, count)
 
     def _refusal(self, kind: Batch, training: bool) -> str | None:
         """Why batches of this kind are known not to run compact."""
-        if self._extra is not None:
-            return HAS_EXTRA
         if self._loss_that_reads[0] is self.loss:
             return self._loss_that_reads[1]
-        if not isinstance(self._options, SGDOptions):
-            return NOT_LINEAR
+        if self._inventory.thresholds:
+            if self._extra is not None:
+                return HAS_EXTRA
+            if not isinstance(self._options, SGDOptions):
+                return NOT_LINEAR
         if kind is NO_KIND:
             return self._unknown
         if len(self._met) > KINDS_READ:
@@ -360,6 +368,18 @@ class CompactTrainer(Trainer):
     def _loses(self, flow: Flow) -> str | None:
         """Why batches like the last had better run masked, the model being as it is."""
         return None if self._judge is None else self._judge(flow, self._batch)
+
+    def _rests(self, changed: str) -> bool:
+        """Whether a model that has changed runs masked for a while: it did so shortly before, and reading takes long.
+
+        Where somebody chose this engine it is read all the same.
+        """
+        self._resting = self._judge is not None and self._steps - self._changed_at < AGAIN
+        self._changed_at = self._steps
+        if self._resting:
+            self._wait = AGAIN
+            self._run_masked(f"{changed} has changed, as something did less than {AGAIN} steps before", no_gain=True)
+        return self._resting
 
     def _still_loses(self, first: bool, training: bool) -> bool:
         """Whether the masked trainer, which runs because the judge said so, goes on."""
@@ -373,7 +393,7 @@ class CompactTrainer(Trainer):
             self.reason, self._wait = reason, AGAIN
         return True
 
-    def _open_session(self, call: _Call, training: bool) -> Session:
+    def _open_session(self, call: _Call, training: bool) -> AnySession:
         kind, tensors = call.kind, call.tensors
         modes = modes_of(self.model) if training else self._modes
         captured = self._captures.of(kind, tensors, modes, 0 if training else 1)
@@ -387,26 +407,36 @@ class CompactTrainer(Trainer):
         return differs_in_training(flow, tensors, self.multiple, self.compiled, self.patience)
 
     @torch.no_grad()
-    def _load(self, captured: Captured[Session]) -> Session:
-        assert isinstance(self._options, SGDOptions)
+    def _load(self, captured: Captured[AnySession]) -> AnySession:
         self._versions = {name: (p.data_ptr(), p._version) for name, p in self._parameters.items()}
-        momentum: Mapping[str, Tensor] = {}
-        if self._options.momentum:
-            momentum = self._given or self._buffers()
         # It comes back when the training is finished; one that broke off leaves nothing to the next.
         session = captured.made.pop(settings_of(captured.flow), None)
         captured.made.clear()
         if session is None:
-            session = Session(captured.flow, self.multiple, self.compiled, self.patience)
-        session.load(self._parameters, self._options, momentum, self._fresh, self._density)
+            kind = Session if self._inventory.thresholds else WholeSession
+            session = kind(captured.flow, self.multiple, self.compiled, self.patience)
+        state = self._state()
+        if isinstance(session, WholeSession):
+            session.load(self._parameters, self._options, state, self._fresh, self._extra)
+        else:
+            assert isinstance(self._options, SGDOptions)
+            session.load(self._parameters, self._options, state, self._fresh, self._density)
         return session
+
+    def _state(self) -> Mapping[str, Tensor]:
+        """The optimiser's, to be worked on; of a training that begins without any, whatever is in memory."""
+        if not isinstance(self._options, SGDOptions):
+            self._given = self._given or self._options.fresh_state(self._trainable())
+            return self._given
+        return (self._given or self._buffers()) if self._options.momentum else {}
 
     # -- changing engines in the middle of a training --------------------------------------------------------------
 
     @torch.no_grad()
-    def _store(self, session: Session) -> None:
+    def _store(self, session: AnySession) -> None:
         """Write the compact copy into the model."""
-        self._check_parameters(self._versions)
+        # The optimiser of a whole session writes them by their own names.
+        self._check_parameters(None if isinstance(session, WholeSession) else self._versions)
         session.store()
         self._rebuilds += session.rebuilds
         assert self._captured is not None
@@ -418,8 +448,7 @@ class CompactTrainer(Trainer):
         session = self._session
         assert session is not None
         self._store(session)
-        if session.options.momentum:
-            session.store_momentum()
+        session.store_momentum()
         self._session, self._fresh = None, False
 
     def _without(self, parameter: str, undo: _Undo | None, x: Given, y: Any) -> Tensor:
@@ -479,8 +508,10 @@ class CompactTrainer(Trainer):
                 self._scratch[name].copy_(kept[name])
         return self._scratch
 
-    def _finished_momentum(self, session: Session | None) -> Mapping[str, Tensor]:
+    def _finished_momentum(self, session: AnySession | None) -> Mapping[str, Tensor]:
         if not isinstance(self._options, SGDOptions):
+            if session is not None:
+                session.store_momentum()
             return self._given
         if not self._options.momentum:
             return {}
@@ -508,7 +539,7 @@ class _Undo:
         set_random_state(self.random)
 
 
-def _complete(session: Session | None, buffers: Mapping[str, Tensor], fresh: bool) -> None:
+def _complete(session: AnySession | None, buffers: Mapping[str, Tensor], fresh: bool) -> None:
     if session is not None:
         session.store_momentum()
     elif fresh:

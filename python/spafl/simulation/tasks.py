@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spafl_kernels import SGDOptions
 from spafl_kernels.compact import CompactTrainer
+from spafl_kernels.functional import threshold_layers
 
 from ..algorithms import Algorithm, Client, Evaluation, Training
 from ..errors import UserError
@@ -103,7 +104,8 @@ def verified(setup: WorkerSetup) -> WorkerSetup:
     workers' alone.
     """
     setting = setup.setting
-    if setting.device.type != "cpu" or not isinstance(setting.local.options_at(0), SGDOptions):
+    adam = not isinstance(setting.local.options_at(0), SGDOptions)
+    if setting.device.type != "cpu" or (adam and list(threshold_layers(setup.model))):
         return setup
     model, state = copy.deepcopy(setup.model), copy.deepcopy(setup.client_state)
     resident = Resident(setup.algorithm, model, setup.engine, setting, state)

@@ -59,16 +59,15 @@ def follow_inputs(
     return flow
 
 
-def check_has_thresholds(model: nn.Module) -> None:
-    """Raises Unsupported for a model that has nothing to prune."""
-    if not any(isinstance(m, ThresholdLayer) for m in model.modules()):
-        raise Unsupported("the model has no threshold layers")
+def has_thresholds(model: nn.Module) -> bool:
+    """Whether a model has anything to prune."""
+    return any(isinstance(m, ThresholdLayer) for m in model.modules())
 
 
 def follow_thresholds(model: nn.Module, inputs: tuple[Input, ...], trace: Trace, batch: int) -> Flow:
-    """:func:`follow_inputs`; raises Unsupported too where no threshold layer can be followed."""
+    """:func:`follow_inputs`; raises Unsupported too where there are threshold layers and none can be followed."""
     flow = follow_inputs(model, inputs, trace, batch)
-    if not any(isinstance(op.module, ThresholdLayer) for op in flow.layers.values()):
+    if has_thresholds(model) and not any(isinstance(op.module, ThresholdLayer) for op in flow.layers.values()):
         reasons = "; ".join(f"{name}: {why}" for name, why in flow.apart.items())
         raise Unsupported(f"no threshold layer can be followed ({reasons})")
     return flow

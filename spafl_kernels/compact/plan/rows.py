@@ -40,7 +40,7 @@ class Chosen:
 
     @cached_property
     def _state(self) -> Tensor:
-        return torch.cat([*self.masks.values(), *self.keep.values()])
+        return torch.cat([torch.empty(0, dtype=torch.bool), *self.masks.values(), *self.keep.values()])
 
     def serves(self, other: Chosen) -> bool:
         """Whether what was made for this choice is right for another one of the same model."""

@@ -120,7 +120,7 @@ def test_a_model_without_thresholds_is_plain_sgd():
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
     twin = copy.deepcopy(model)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.5)
-    trainer = make_trainer(model)
+    trainer = make_trainer(model, "masked")
     trainer.begin(SGDOptions(lr=0.1, momentum=0.5, penalty=1.0, collapse_floor=0.01))
     for _ in range(3):
         x, y = torch.randn(6, 5), torch.randint(0, 3, (6,))

@@ -550,7 +550,6 @@ def tied():
         (Branch, "cannot be traced"),
         (Modal, "different things in train and eval"),
         (hooked, "has hooks"),
-        (lambda: nn.Sequential(nn.Linear(4, 4)), "no threshold layers"),
     ],
 )
 def test_what_cannot_be_traced_runs_masked_and_says_why(build, text, monkeypatch):
