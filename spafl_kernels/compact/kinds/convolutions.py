@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from ...layers import ThresholdConv1d, ThresholdConvTranspose2d
 from ..run.constants import all_places, typed
@@ -27,49 +25,24 @@ __all__ = ["OtherConvolution"]
 
 @dataclass(eq=False)
 class OtherConvolution(Layer):
-    """Without groups. What the constants of dropped channels add is the convolution of one sample of them.
-
-    ``places``: where a kernel is applied in one sample: positions of the result, of the input if it is transposed.
-    """
+    """Without groups. What the constants of dropped channels add is the convolution of one sample of them."""
 
     kind = "other convolution"
     modules: ClassVar[tuple[type, ...]] = (nn.Conv1d, ThresholdConv1d, nn.ConvTranspose2d, ThresholdConvTranspose2d)
-
-    places: int = 0
 
     @classmethod
     def of_module(cls, node: Any, m: Any, flow: Flow) -> Op | None:
         name = flow.names[id(m)]
         if m.groups > 1:
-            flow.whole[name] = "it has groups"
-            return Whole(node, reason=flow.whole[name])
+            if m.groups < m.in_channels and isinstance(m, nn.ConvTranspose2d):
+                flow.whole[name] = "it is transposed, and its groups have several inputs"
+                return Whole(node, reason=flow.whole[name])
+            return Layer.of_module(node, m, flow)
         flow.layers[name] = op = cls(node, grad=True)
         return op
 
-    @property
-    def transposed(self) -> bool:
-        return isinstance(self.module, nn.ConvTranspose2d)
-
-    @property
-    def positions(self) -> int:
-        return self.places
-
-    def follow(self, flow: Flow) -> None:
-        super().follow(flow)
-        self.places = prod((flow.source(self) if self.transposed else self).shape[2:])  # type: ignore[index]
-
     def takes_tail(self, scope: Scope) -> bool:
         return False
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
-        m = self.module
-        if self.transposed:
-            weight = weight.transpose(0, 1)
-            return F.conv_transpose2d(x, weight, bias, m.stride, m.padding, m.output_padding, 1, m.dilation)
-        pad_first, padding = self.outer_padding()
-        if pad_first is not None:
-            x = F.pad(x, pad_first, mode=m.padding_mode)
-        return F.conv1d(x, weight, bias, m.stride, padding, m.dilation)
 
     def build(self, scope: Scope, i: int) -> Run:
         m, source = self.module, scope.op(self.sources[0])
@@ -80,7 +53,6 @@ class OtherConvolution(Layer):
         const_out, const_in = bool(self.const) and drops, self.reads_constants(scope)
         read = scope.full(source.name) if self.columns is None else None
         self.count_macs(scope, source, slot, const_in)
-        along = (1, -1, *(1,) * (len(shape) - 2))
 
         def run(env: Values, training: bool) -> None:
             weight, bias, dropped = slot.masked(mask_bias)
@@ -90,7 +62,7 @@ class OtherConvolution(Layer):
                 assert dropped is not None
                 y = y + self.apply(all_places(c, shape, 1), dropped, None)
             if mask is not None:
-                y = under_mask(y, mask, bias, mask_bias, along)
+                y = under_mask(y, mask, bias, mask_bias, self.along)
             env.kept[i] = y
             if const_out:
                 env.constants[i] = typed(slot.bias_dropped, y)
@@ -103,22 +75,6 @@ class OtherConvolution(Layer):
             products = 3 * dropped.numel() * self.positions
             scope.macs += products if source.const == Const.SAMPLE else 0
             scope.macs_fixed += 0 if source.const == Const.SAMPLE else products
-
-    def exported_conv(
-        self, small: Small, name: str, node: fx.Node, weight: Tensor, bias: Tensor | None, groups: int
-    ) -> fx.Node:
-        if not self.transposed:
-            return super().exported_conv(small, name, node, weight, bias, groups)
-        m, (filters, inputs) = self.module, weight.shape[:2]
-        made = nn.ConvTranspose2d(
-            inputs, filters, m.kernel_size, m.stride, m.padding, m.output_padding, 1, bias is not None, m.dilation,
-            device=weight.device, dtype=weight.dtype,
-        )  # fmt: skip
-        made.weight.copy_(weight.transpose(0, 1))
-        if bias is not None:
-            assert made.bias is not None
-            made.bias.copy_(bias)
-        return small.module(name, made, node)
 
     def exported_constants(
         self, small: Small, dropped: Tensor, bias: Tensor | None

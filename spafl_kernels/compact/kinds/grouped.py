@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from ..run.scope import Run, Scope
 
 __all__ = ["Depthwise", "Grouped"]
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 class _InGroups:
@@ -49,7 +53,7 @@ class Depthwise(_InGroups, Layer):
 
     @classmethod
     def fits(cls, m: Any) -> bool:
-        return isinstance(m, nn.Conv2d) and m.groups > 1 and m.weight.shape[1] == 1
+        return isinstance(m, _CONVOLUTIONS) and m.groups > 1 and m.groups == m.in_channels
 
     @property
     def times(self) -> int:
@@ -92,15 +96,10 @@ class Depthwise(_InGroups, Layer):
             weight, bias, _ = slot.masked(mask_bias)
             mask = slot.mask
             if own is None and rows is not None and rows.pads:
-                x = F.pad(x, (0, 0, 0, 0, 0, rows.pads))
-            padding: Any = m.padding
-            if m.padding_mode != "zeros":
-                x = F.pad(x, list(m._reversed_padding_repeated_twice), mode=m.padding_mode)
-                padding = 0
-            groups = m.groups if every else len(weight)
-            y = F.conv2d(x, weight, bias if mask is None else None, m.stride, padding, m.dilation, groups)
+                x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, rows.pads])
+            y = self.apply(x, weight, bias if mask is None else None, m.groups if every else len(weight))
             if mask is not None:
-                y = under_mask(y, mask, bias, mask_bias, (1, -1, 1, 1))
+                y = under_mask(y, mask, bias, mask_bias, self.along)
             env.kept[i] = y
             if const_out:
                 env.constants[i] = typed(slot.bias_dropped, y)
@@ -112,7 +111,7 @@ class Depthwise(_InGroups, Layer):
 
     def exported_input(self, small: Small, rows: Channels | None) -> fx.Node:
         source, name = small.source(self), self.sources[0]
-        kept = torch.arange(len(self.module.weight)) if rows is None else rows.kept
+        kept = torch.arange(len(self.weight)) if rows is None else rows.kept
         pads, wanted = 0 if rows is None else rows.pads, kept // self.times
         before = source.channels
         if self.times == 1 and rows is None:
@@ -124,7 +123,7 @@ class Depthwise(_InGroups, Layer):
         else:
             index = small.buffer(f"{self.name}_inputs", wanted)
             node = small.call(torch.index_select, source.node, 1, index)
-        return small.padded(node, pads, 1, 4)
+        return small.padded(node, pads, 1, len(self.along))
 
 
 class _Own:
@@ -210,7 +209,7 @@ class Grouped(_InGroups, Layer):
 
     @classmethod
     def fits(cls, m: Any) -> bool:
-        return isinstance(m, nn.Conv2d) and m.groups > 1 and m.weight.shape[1] > 1
+        return isinstance(m, _CONVOLUTIONS) and 1 < m.groups < m.in_channels
 
     def unread(self, before: Op) -> str | None:
         return (
@@ -234,7 +233,7 @@ class Grouped(_InGroups, Layer):
         const_out = bool(self.const) and rows is not None and len(rows.dropped) > 0
         const_in = bool(source.const) and before is not None and len(before.dropped) > 0
         stored, group_count = m.out_channels if rows is None else rows.stored, len(p.groups)
-        kernel = m.kernel_size[0] * m.kernel_size[1]
+        kernel = prod(m.kernel_size)
         scope.macs += (3 if source.grad else 2) * len(p.rows) * p.width * kernel * self.positions
         used = (p.inputs >= 0).nonzero().flatten()
         wanted = p.inputs[used] if before is None else before.host.order[p.inputs[used]]
@@ -243,33 +242,27 @@ class Grouped(_InGroups, Layer):
         row_index = p.rows.to(scope.device)
         alike = len(p.result) == len(p.rows) == stored
         unpack = None if alike else Pick(p.result, stored, 1, scope.native, scope.device)
-        pad_first, padding = self.outer_padding()
         inputs, dropped = every.to(scope.device), None if before is None else before.dropped
-
-        def conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            if pad_first is not None:
-                x = F.pad(x, pad_first, mode=m.padding_mode)
-            return F.conv2d(x, weight, bias, m.stride, padding, m.dilation, group_count)
 
         def run(env: Values, training: bool) -> None:
             weight, bias, _ = slot.masked(mask_bias)
             mask, c = slot.mask, env.constants[j] if const_in else None
-            filled = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, 1)).index_select(0, row_index)
+            filled = F.pad(weight, [0, 0] * (weight.dim() - 1) + [0, 1]).index_select(0, row_index)
             inside = None
             if bias is not None and mask is None:
                 inside = F.pad(bias, (0, 1)).index_select(0, row_index)
-            y = conv(read(env), taken(filled), inside)
+            y = self.apply(read(env), taken(filled), inside, group_count)
             if c is not None:
                 assert dropped is not None
-                c = like_value(c, 1, 4)
+                c = like_value(c, 1, len(self.along))
                 shape = [c.shape[0], m.in_channels, *c.shape[2:]]
                 whole = c.new_zeros(shape).index_copy(1, dropped, c).index_select(1, inputs)
                 size = (source.shape or ())[2:]
-                y = y + conv(all_places(whole, (1, len(inputs), *size), 1), filled, None)
+                y = y + self.apply(all_places(whole, (1, len(inputs), *size), 1), filled, None, group_count)
             if unpack is not None:
                 y = unpack(y)
             if mask is not None:
-                y = under_mask(y, mask, bias, mask_bias, (1, -1, 1, 1))
+                y = under_mask(y, mask, bias, mask_bias, self.along)
             env.kept[i] = y
             if const_out:
                 env.constants[i] = typed(slot.bias_dropped, y)
@@ -279,11 +272,11 @@ class Grouped(_InGroups, Layer):
 
     def all_inputs(self, p: _Packing) -> Tensor:
         """The channels of the groups that are there."""
-        width = self.module.weight.shape[1]
+        width = self.weight.shape[1]
         return (p.groups.unsqueeze(1) * width + torch.arange(width)).flatten()
 
     def weights(self, p: _Packing, stored: int) -> _Columns:
-        width = self.module.weight.shape[1]
+        width = self.weight.shape[1]
         local = torch.where(p.inputs >= 0, p.inputs % width, width).view(len(p.groups), p.width)
         return _Columns(local, width, p.height, self.module.weight.device)
 
@@ -293,7 +286,7 @@ class Grouped(_InGroups, Layer):
         rows, p = small.plan.rows.get(name), self.packing(small.plan)
         before = None if self.reads is None else small.plan.channels(self.reads)
         weight, bias, dropped_bias = self.exported_rows(rows)
-        filled = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, 1))[p.rows]
+        filled = F.pad(weight, [0, 0] * (weight.dim() - 1) + [0, 1])[p.rows]
         inside = None if bias is None else F.pad(bias, (0, 1))[p.rows]
         if before is None:
             node, order, count = small.full(self.sources[0]), torch.arange(m.in_channels), m.in_channels
@@ -301,21 +294,18 @@ class Grouped(_InGroups, Layer):
             node, order, count = source.node, before.host.order, before.stored
         index = torch.where(p.inputs >= 0, order[p.inputs.clamp(min=0)], count)
         if not torch.equal(index, torch.arange(count)):
-            node = small.padded(node, int((index == count).any()), 1, 4)
+            node = small.padded(node, int((index == count).any()), 1, len(self.along))
             node = small.call(torch.index_select, node, 1, small.buffer(f"{self.name}_inputs", index.to(weight.device)))
         packed_weight = self.weights(p, len(weight))(filled)
         out = self.exported_conv(small, name, node, packed_weight, inside, len(p.groups))
         if before is not None and (maps := small.constant_maps(self)) is not None:
             whole = maps.new_zeros(1, m.in_channels, *maps.shape[2:]).index_copy(1, before.dropped, maps)
             whole = whole[:, self.all_inputs(p)]
-            pad_first, padding = self.outer_padding()
-            if pad_first is not None:
-                whole = F.pad(whole, pad_first, mode=m.padding_mode)
-            border = F.conv2d(whole, filled, None, m.stride, padding, m.dilation, len(p.groups))
+            border = self.apply(whole, filled, None, len(p.groups))
             out = small.call(torch.add, out, small.buffer(f"{self.name}_border", border))
         if not torch.equal(p.result, torch.arange(len(p.rows))):
             out = small.call(torch.index_select, out, 1, small.buffer(f"{self.name}_rows", p.result.to(weight.device)))
-            out = small.padded(out, 0 if rows is None else rows.pads, 1, 4)
+            out = small.padded(out, 0 if rows is None else rows.pads, 1, len(self.along))
         return Value(out, small.channels(self), dropped_bias)
 
 
@@ -336,5 +326,5 @@ class _Columns:
         if self.flat is None:
             return weight
         shape = weight.shape
-        padded = F.pad(weight, (0, 0, 0, 0, 0, 1))
+        padded = F.pad(weight, [0, 0] * (weight.dim() - 2) + [0, 1])
         return padded.flatten(0, 1).index_select(0, self.flat).view(shape[0], self.width, *shape[2:])

@@ -45,6 +45,8 @@ class Layer(Op):
     fresh = True
 
     reads: Layout | None = None
+    # Where a filter is applied in one sample: positions of the result, of the input if the layer is transposed.
+    positions: int = 0
 
     @classmethod
     def of_module(cls, node: Any, m: Any, flow: Flow) -> Op | None:
@@ -73,30 +75,39 @@ class Layer(Op):
         return not isinstance(self.module, nn.Linear)
 
     @property
+    def transposed(self) -> bool:
+        return isinstance(self.module, nn.ConvTranspose2d)
+
+    @property
     def weight(self) -> Tensor:
         """``(filters, inputs, *kernel)``, at full size."""
         return by_filter(self.module, self.module.weight)
+
+    @property
+    def along(self) -> tuple[int, ...]:
+        """The shape in which a number per filter broadcasts to the result."""
+        return (1, -1, *(1,) * (self.module.weight.dim() - 2)) if self.is_conv else (-1,)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
         """The layer with another weight, ``(filters, inputs, *kernel)``."""
         m = self.module
         if not self.is_conv:
             return F.linear(x, weight, bias)
+        if self.transposed:
+            weight = _as_transposed(weight, groups)
+            return F.conv_transpose2d(x, weight, bias, m.stride, m.padding, m.output_padding, groups, m.dilation)
         pad_first, padding = self.outer_padding()
         if pad_first is not None:
             x = F.pad(x, pad_first, mode=m.padding_mode)
-        return F.conv2d(x, weight, bias, m.stride, padding, m.dilation, groups)
-
-    @property
-    def positions(self) -> int:
-        """The places in one sample's result where a filter is applied."""
-        shape = self.shape or ()
-        return prod(shape[2:] if self.is_conv else shape[1:-1])
+        conv = F.conv1d if weight.dim() == 3 else F.conv2d
+        return conv(x, weight, bias, m.stride, padding, m.dilation, groups)
 
     # -- channels --------------------------------------------------------------------------------------------------
 
     def follow(self, flow: Flow) -> None:
         m, before, ndim = self.module, flow.source(self), len(self.shape or ())
+        shape = (before.shape if self.transposed else self.shape) or ()
+        self.positions = prod(shape[2:] if self.is_conv else shape[1:-1])
         dim = 1 if self.is_conv else ndim - 1
         if before.layout is not None:
             if before.layout.dim != dim:
@@ -194,7 +205,7 @@ class Layer(Op):
                 if extra is not None:
                     y = y + extra
             if mask is not None:
-                y = under_mask(y, mask, late, mask_bias, (1, -1, 1, 1) if conv else (-1,))
+                y = under_mask(y, mask, late, mask_bias, self.along)
             c = typed(slot.bias_dropped, y) if const_out else None
             if tail is not None:
                 y, c = tail(y), None if c is None else torch.relu(c)
@@ -296,10 +307,17 @@ class Layer(Op):
                 padding = 0
                 mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
                 node = small.call(F.pad, node, sides, mode)
-        made = (nn.Conv1d if isinstance(m, nn.Conv1d) else nn.Conv2d)(
-            weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.dilation, groups,
-            bias is not None, m.padding_mode, weight.device, weight.dtype,
-        )  # fmt: skip
+        if self.transposed:
+            made: Any = nn.ConvTranspose2d(
+                weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.output_padding, groups,
+                bias is not None, m.dilation, m.padding_mode, weight.device, weight.dtype,
+            )  # fmt: skip
+            weight = _as_transposed(weight, groups)
+        else:
+            made = (nn.Conv1d if isinstance(m, nn.Conv1d) else nn.Conv2d)(
+                weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.dilation, groups,
+                bias is not None, m.padding_mode, weight.device, weight.dtype,
+            )  # fmt: skip
         made.weight.copy_(weight)
         if bias is not None:
             assert made.bias is not None
@@ -327,6 +345,11 @@ class Layer(Op):
         if pad_first is not None:
             maps = F.pad(maps, pad_first, mode=m.padding_mode)
         return bias, F.conv2d(maps, dropped, None, m.stride, padding, m.dilation)
+
+
+def _as_transposed(weight: Tensor, groups: int) -> Tensor:
+    """``(filters, inputs, *kernel)`` as a transposed convolution has it: ``(all inputs, filters / groups, ...)``."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def under_mask(y: Tensor, mask: Tensor, bias: Tensor | None, mask_bias: bool, shape: tuple[int, ...]) -> Tensor:

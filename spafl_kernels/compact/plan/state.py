@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import ThresholdLayer
+from ...reference import filters
 from ..graph.flow import Flow
 from ..graph.layout import Layout
 from .plan import Channels, Plan
@@ -140,8 +141,11 @@ class NormState:
 
 
 def by_filter(module: Any, weight: Tensor) -> Tensor:
-    """A view of a layer's weight, or of what has its shape, as ``(filters, inputs, *kernel)``."""
-    return weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else weight
+    """A layer's weight, or what has its shape, as ``(filters, inputs, *kernel)``.
+
+    A view, but for transposed convolutions of several inputs by group, whose filters do not lie side by side.
+    """
+    return filters(weight, module.groups) if isinstance(module, nn.ConvTranspose2d) else weight
 
 
 def per_filter(value: Tensor, layout: Layout, name: str, count: int) -> Tensor:

@@ -906,8 +906,8 @@ def test_a_transposed_convolution_in_groups_runs_at_full_width(estimator):
             trainer.step(x, torch.arange(4))
         trainer.evaluate(x, torch.arange(4))
         results.append((trainer.finish(), twin.state_dict()))
-    assert "up: as it stands, at full width: it has groups" in trainer.explain()
-    assert "ThresholdConvTranspose2d runs at full width: it has groups" in trainer.explain()
+    assert "up: as it stands, at full width: it is transposed, and its groups have several inputs" in trainer.explain()
+    assert "ThresholdConvTranspose2d runs at full width: it is transposed" in trainer.explain()
     assert "head: input columns from line" in trainer.explain()
     (a, right), (b, ours) = results
     assert a.densities == b.densities and a.macs >= b.macs
