@@ -241,6 +241,18 @@ def test_wandb_is_told_the_same(small, tmp_path, monkeypatch):
     assert told[3][1]["accuracy/accuracy"] == run.records()[2]["accuracy"]
 
 
+@pytest.mark.slow
+def test_wandb_itself_takes_it_offline_and_obeys_its_environment_variable(small, tmp_path, monkeypatch):
+    """Where the package is installed; 0.31.0 was seen to."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    spafl.run(small, tmp_path / "run", callbacks=["wandb"])
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    assert b"accuracy/accuracy_worst" in content and b"cost/executed_macs" in content and b"small" in content
+
+
 def test_the_names_of_callbacks_are_code_that_a_folder_may_not_run(small):
     config = resolve_config({**small, "callbacks": ["csv", "elsewhere:Own"]})
     assert config.code == {"callbacks.1.name": "elsewhere:Own"}

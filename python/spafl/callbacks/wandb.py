@@ -15,11 +15,12 @@ class WandB(Callback):
     Args:
         project: of Weights & Biases.
         entity: user or team; the account's own by default.
-        mode: ``online``, ``offline`` (files alone, to be synchronised later) or ``disabled``.
+        mode: ``online``, ``offline`` (files alone, to be synchronised later) or ``disabled``; by default what
+            ``WANDB_MODE`` says, else ``online``.
     """
 
-    def __init__(self, project: str = "spafl", entity: str = "", mode: str = "online") -> None:
-        if mode not in ("online", "offline", "disabled"):
+    def __init__(self, project: str = "spafl", entity: str = "", mode: str = "") -> None:
+        if mode not in ("", "online", "offline", "disabled"):
             raise UserError(f"callback wandb: mode must be online, offline or disabled; got {mode!r}")
         try:
             import wandb
@@ -29,7 +30,7 @@ class WandB(Callback):
 
     def on_start(self, run: Watched) -> None:
         self._run = self._wandb.init(
-            project=self._project, entity=self._entity, mode=self._mode, name=run.name, dir=str(run.folder),
+            project=self._project, entity=self._entity, mode=self._mode or None, name=run.name, dir=str(run.folder),
             config=dict(run.config), reinit="create_new",
         )  # fmt: skip
         for round in run.done:
