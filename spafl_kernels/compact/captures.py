@@ -128,6 +128,7 @@ class Captures(Generic[T]):
         self.verify, self._differs = check_verify(verify), differs
         self.verdicts: Recent[Batch, Verdict] = Recent(verdicts or {})
         self._known: Recent[Batch, Captured[T]] = Recent()
+        self._before: Recent[Batch, Captured[T]] = Recent()  # for a model that goes to and fro between two states
         self._refused: Recent[Batch, tuple[Watch, str]] = Recent()
         self._traces: Recent[tuple[Form, bool, bool, Hashable], Trace] = Recent()
         self._calls = 0
@@ -142,7 +143,7 @@ class Captures(Generic[T]):
 
     def __len__(self) -> int:
         """Entries of the largest of all that is kept."""
-        return max(len(self._known), len(self._refused), len(self._traces))
+        return max(len(self._known), len(self._before), len(self._refused), len(self._traces))
 
     def read_early(self, training: bool) -> None:
         """Read what can be read before the first batch, as far as a signature tells how the model will be called.
@@ -182,12 +183,9 @@ class Captures(Generic[T]):
         """
         self._calls += 1
         samples = next(len(t) for i, t in zip(batch.inputs, tensors) if i.batched)
-        captured = self._known.get(batch)
-        if captured is not None:
-            if captured.changed(pattern) is None:
-                captured.samples = samples
-                return captured
-            del self._known[batch]
+        if (captured := self._still_good(batch, pattern)) is not None:
+            captured.samples = samples
+            return captured
         if (reason := self.refusal(batch, pattern)) is not None:
             raise Unsupported(reason)
         if self.bounded and len(self._read_at) == KINDS_READ and self._calls - self._read_at[0] < AMONG_CALLS:
@@ -206,6 +204,23 @@ class Captures(Generic[T]):
                 if watch is not None:
                     self._read_at.append(self._calls)
         self._known[batch] = captured = Captured(flow, self.verify == "never", samples)
+        return captured
+
+    def _still_good(self, batch: Batch, pattern: int) -> Captured[T] | None:
+        """What was read last for this kind, or before that, if the model is so now."""
+        for kept in (self._known, self._before):
+            captured = kept.get(batch)
+            if captured is not None and captured.changed(pattern) is None:
+                break
+        else:
+            captured = None
+        if (last := self._known.get(batch)) is not None and captured is not last:
+            if self.patterns == "training":
+                last.made.clear()  # as large as the model
+            self._before[batch] = last
+            del self._known[batch]
+            if captured is not None:
+                self._known[batch] = captured
         return captured
 
     def check(self, batch: Batch, captured: Captured[T], tensors: Sequence[Tensor], again: bool = False) -> None:

@@ -140,6 +140,8 @@ class CompactModule(nn.Module):
         trace: of ``model`` in its present modes, where one has been made already.
     """
 
+    runs_compact = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,9 @@ class Small:
 
     def finished(self) -> nn.Module:
         self.graph.output(fx.node.map_arg(self.flow.outputs, lambda node: self.full(node.name)))
-        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        self.graph.eliminate_dead_code(
+            is_impure_node=lambda node: node.op in ("placeholder", "output") or node.target is operator.setitem
+        )
         module = fx.GraphModule(self.root, self.graph, class_name=f"{type(self.flow.model).__name__}Small")
         module.delete_all_unused_submodules()
         # The TorchScript exporter to ONNX takes what has a graph for a scripted module, and asks that for its names.

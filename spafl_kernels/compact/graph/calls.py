@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["Bound", "Call", "Signature", "is_literal", "target_of", "writes_in_place"]
+__all__ = ["Bound", "Call", "Signature", "is_literal", "target_of", "writes_in_place", "written_at_"]
 
 _REQUIRED = object()
 
@@ -102,6 +102,12 @@ def is_literal(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(is_literal, value))
     return not isinstance(value, fx.Node)
+
+
+def written_at_(x: Any, index: Any, value: Any) -> Any:
+    """``x[index] = value``, which gives back what it has written to, as PyTorch's own writes do."""
+    x[index] = value
+    return x
 
 
 _IN_PLACE_OPERATORS = {

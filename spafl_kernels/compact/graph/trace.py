@@ -10,8 +10,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import operator
+import os
 import random
 import sys
+import traceback
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +28,7 @@ from ...convert import copy_of
 from ...flops import Counter
 from ...layers import ThresholdLayer
 from ...training import Unsupported
-from .calls import target_of, writes_in_place
+from .calls import target_of, writes_in_place, written_at_
 from .inputs import ONE, Form, usual_form
 from .watch import HOOKS, Modes, Watch, frozen, modes_of, set_modes
 
@@ -47,6 +49,13 @@ class _Proxy(fx.Proxy):
         if name not in ("tracer", "node"):
             raise Unsupported(f"forward sets {name!r} of a tensor")
         super().__setattr__(name, value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", written_at_, (self, index, value), {})
+
+    def __len__(self) -> int:
+        count = _parts(self.node)
+        return super().__len__() if count is None else count  # type: ignore[return-value]
 
 
 def _writing(operation: Any) -> Any:
@@ -115,12 +124,18 @@ class Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) and not inside
 
     def iter(self, obj: Any) -> Iterator[Any]:
-        node = obj.node
-        if target_of(node) in ("chunk", torch.chunk):
-            count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
-            if isinstance(count, int):
-                return iter([obj[i] for i in range(count)])
-        return super().iter(obj)
+        count = _parts(obj.node)
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
+
+
+def _parts(node: fx.Node) -> int | None:
+    """How many tensors ``chunk`` or ``split`` gives, where that does not depend on a size."""
+    if target_of(node) in ("chunk", torch.chunk):
+        count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
+        return count if isinstance(count, int) else None
+    if target_of(node) in ("split", torch.split):
+        return next((len(a) for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, (list, tuple))), None)
+    return None
 
 
 def _surroundings() -> tuple[Any, ...]:
@@ -231,9 +246,13 @@ def _check_model(model: nn.Module) -> None:
         raise Unsupported("parameters have different dtypes or devices")
     if params and not next(iter(params.values())).is_floating_point():
         raise Unsupported("parameters are not floating point")
+    if isinstance(model, ThresholdLayer):
+        raise Unsupported("the model is one layer alone, with nothing around it that could be compact")
     if _module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks:
         raise Unsupported("there are hooks on all modules")
     for name, module in model.named_modules():
+        if getattr(module, "runs_compact", False):
+            raise Unsupported(f"module {name!r} is a {type(module).__name__}, which reads its own model")
         if any(getattr(module, h, None) for h in HOOKS):
             raise Unsupported(f"module {name or type(model).__name__!r} has hooks")
         if parametrize.is_parametrized(module):
@@ -415,6 +434,7 @@ def _traced(
         graph, constants = _graph(twin, modes, before)
     except Exception as error:  # whatever user code does with a proxy
         reason = str(error) if isinstance(error, Unsupported) else f"cannot be traced: {_first_line(error)}"
+        reason += _place(error)
         raise Untraceable(reason, Watch(model, reader.reads(), modes)) from error
     reads = reader.reads()
     return Trace(graph, modes, gradients, Watch(model, reads, modes), constants, reads, reader.form)
@@ -448,16 +468,29 @@ def _graph(twin: nn.Module, modes: tuple[Modes, ...], before: _Before) -> tuple[
         _merge(graph, graphs[1])
         a, b = constants
         if a.keys() != b.keys() or any(not torch.equal(v, b[k]) for k, v in a.items()):
-            raise Unsupported("forward does different things in train and eval mode")
+            raise Unsupported(f"{_DIFFERENT}, with other constants")
     for key, value in constants[0].items():
         if value.requires_grad:
             raise Unsupported(f"forward computes {key!r} from a parameter where a trace does not see it")
     return graph, constants[0]
 
 
+def _place(error: Exception) -> str:
+    """Where a trace ended: the last line of the user's code, else of a module of PyTorch's; nothing outside both."""
+    found, own = "", False
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        name, code = str(frame.f_globals.get("__name__", "")), frame.f_code
+        users = name.split(".")[0] not in ("torch", "spafl_kernels") and "<" not in code.co_filename
+        layers = name.startswith("torch.nn.modules.") and name != "torch.nn.modules.module"
+        if users or (layers and not own):
+            found = f" (in {code.co_qualname}, {os.path.basename(code.co_filename)}:{line})"
+            own = own or users
+    return found
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(": ") if lines else type(error).__name__
 
 
 def plain(value: Any, literals: bool = True) -> Any:
@@ -473,18 +506,27 @@ def plain(value: Any, literals: bool = True) -> Any:
     return (type(value).__name__, value) if literals else "literal"
 
 
+_DIFFERENT = "forward does different things in train and eval mode"
+
+
+def _is(node: fx.Node) -> tuple[Any, ...]:
+    return node.op, node.target, node.name
+
+
+def _called(node: fx.Node) -> str:
+    """What a node is, for a reader."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return {"output": "the end", "placeholder": "an input"}.get(node.op, repr(name))
+
+
 def _merge(graph: fx.Graph, other: fx.Graph) -> None:
     """Note in ``graph`` the literals that ``other`` has instead; raises if that is not the only difference."""
-    refusal = Unsupported("forward does different things in train and eval mode")
     first, second = list(graph.nodes), list(other.nodes)
-    if len(first) != len(second):
-        raise refusal
     here = {b.name: a for a, b in zip(first, second)}
     for a, b in zip(first, second):
-        if (a.op, a.target, a.name) != (b.op, b.target, b.name):
-            raise refusal
-        if plain(a.args) == plain(b.args) and plain(a.kwargs) == plain(b.kwargs):
+        if plain(a.args) == plain(b.args) and plain(a.kwargs) == plain(b.kwargs) and _is(a) == _is(b):
             continue
-        if plain(a.args, False) != plain(b.args, False) or plain(a.kwargs, False) != plain(b.kwargs, False):
-            raise refusal
+        alike = plain(a.args, False) == plain(b.args, False) and plain(a.kwargs, False) == plain(b.kwargs, False)
+        if _is(a) != _is(b) or not alike:
+            raise Unsupported(f"{_DIFFERENT}, first {_called(a)} and {_called(b)}")
         a.meta["otherwise"] = tuple(fx.node.map_arg(part, lambda n: here[n.name]) for part in (b.args, b.kwargs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from ...training import Unsupported
+from ..graph.calls import written_at_
 from ..small import Value, dense_copy
 from .base import Op, Stop
 
@@ -97,6 +99,9 @@ def as_it_stands(op: Op, small: Small) -> fx.Node:
         first = args[0] if args else kwargs["input"]
         first = small.graph.call_method("clone", (first,))
         args, kwargs = ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "input": first})
+        if node.target is written_at_:  # nothing of this package is in an exported model
+            small.call(operator.setitem, *args)
+            return first
     if node.op == "call_module":
         if flow.trace.of(op.module)[0]:  # whoever calls eval() on the result would switch it off
             if type(op.module) is not nn.Dropout:

@@ -215,3 +215,14 @@ def test_nothing_is_found_ahead_of_a_model_that_cannot_be_read():
     trainer = CompactTrainer(model)
     model.looks = True
     assert trainer.verdicts_on(X) == {}
+
+
+@INTERFACES
+def test_a_model_that_goes_to_and_fro_between_two_states_is_read_twice(interface, reads):
+    """As a discriminator that is frozen at every other step, or a dropout that is switched on to sample."""
+    model = gated()
+    run = interface(model)
+    for k in range(40):
+        model.a.weight.requires_grad_(k % 2 == 0)
+        assert run(X) == ("compact", captures.FOLLOWED)
+    assert len(reads) <= 3

@@ -136,6 +136,9 @@ FUNCTIONS = {
     "softmax": lambda x: x.softmax(1),
     "clamp": lambda x: x.clamp_(-0.1, 0.2),
     "multiply in place": lambda x: _scaled(x),
+    "written in places": lambda x: _written(x),
+    "chunk list": lambda x: torch.cat(list(x.chunk(2, 1))[::-1], 1),
+    "split list": lambda x: torch.cat([*x.split([3, 5], dim=1)][::-1], 1),
 }
 
 
@@ -149,6 +152,16 @@ def _scaled(x):
     y = F.gelu(x)
     y *= 0.5
     return y
+
+
+def _written(x):
+    """Indices of several kinds, a number and a tensor, with a reader between the writes."""
+    y = F.gelu(x)
+    y[:, ::3] = 0.5
+    read = y.mean((2, 3), keepdim=True)
+    y[..., 0, 1:] = x[..., 0, 1:]
+    y[x > 1] = 0
+    return y * read
 
 
 def _swapped(parts):
