@@ -23,7 +23,12 @@ CPU = (
     "encodings", "layer", "scale", "checkpoint", "leakage", "client", "zoo", "rivals", "generalisation",
 )  # fmt: skip
 # What the others need that is not here.
-NEEDS = {"gpu": "a GPU", "side_by_side": "a checkout of the authors' code", "flower": "Flower's environment"}
+NEEDS = {
+    "gpu": "a GPU",
+    "side_by_side": "a checkout of the authors' code",
+    "flower": "Flower's environment",
+    "against": "another commit",
+}
 
 
 def summary(name: str) -> str:

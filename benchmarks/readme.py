@@ -23,6 +23,7 @@ PAGES = ("README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/message
 TABLES = (
     "training_step", "rebuild", "estimators", "memory", "inference", "federated", "workers", "encodings", "layer",
     "scale", "checkpoint", "leakage", "client", "flower", "zoo", "rivals", "side_by_side", "generalisation",
+    "against",
 )  # fmt: skip
 # With what a picture shows; both are in the README.
 PICTURES = {

@@ -16,6 +16,7 @@ from torch import nn
 
 from benchmarks import __main__ as registry
 from benchmarks import (
+    against,
     breakdown,
     cases,
     commit,
@@ -569,3 +570,23 @@ def test_without_git_the_commit_is_what_the_copy_says_or_unknown(monkeypatch, tm
     for facts in (results.environment("made-up GPU", "none"), common._facts.__wrapped__()):
         assert facts["commit"] == "def5678"
         assert not [v for v in facts.values() if "a-host" in v or str(commit.ROOT) in v]
+
+
+def test_an_interval_of_ratios_is_that_of_their_logarithms():
+    low, middle, high = against.interval([1.0, 1.1, 1.21])
+    # mean log(1.1), standard deviation log(1.1), t(.975, 2) = 4.3027
+    assert middle == pytest.approx(1.1) and low * high == pytest.approx(1.21)
+    assert high == pytest.approx(1.1 * 1.1 ** (4.302653 / 3**0.5), rel=1e-5)
+    rows = [{"model": "lenet5", "density": "0.5", "before": "abc", "low": low} for low in ("0.969", "0.97")]
+    assert len(against.missed(rows)) == 1 and "at least 0.969 times as fast as abc" in against.missed(rows)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (against.ROOT / ".git").exists(), reason="no history")
+def test_two_versions_are_timed_in_turns(tmp_path):
+    assert against.main(["HEAD", "--quick", "--out", str(tmp_path / "rows.csv")]) == 0
+    (row,) = common.read(tmp_path / "rows.csv")
+    assert float(row["low"]) <= float(row["speedup"]) <= float(row["high"]) and row["turns"] == "3"
+    assert "LeNet-5" in against.table([row]) and "x (" in against.table([row])
+    with pytest.raises(SystemExit):
+        against.main(["no-such-commit"])
