@@ -12,7 +12,6 @@ from ..run.constants import all_places, typed
 from ..small import Small
 from .base import Const, Op
 from .layers import Layer, under_mask
-from .whole import Whole
 
 if TYPE_CHECKING:
     from ..graph.flow import Flow
@@ -32,13 +31,9 @@ class OtherConvolution(Layer):
 
     @classmethod
     def of_module(cls, node: Any, m: Any, flow: Flow) -> Op | None:
-        name = flow.names[id(m)]
         if m.groups > 1:
-            if m.groups < m.in_channels and isinstance(m, nn.ConvTranspose2d):
-                flow.whole[name] = "it is transposed, and its groups have several inputs"
-                return Whole(node, reason=flow.whole[name])
             return Layer.of_module(node, m, flow)
-        flow.layers[name] = op = cls(node, grad=True)
+        flow.layers[flow.names[id(m)]] = op = cls(node, grad=True)
         return op
 
     def takes_tail(self, scope: Scope) -> bool:

@@ -19,7 +19,7 @@ from ...layers import ThresholdConv2d, ThresholdLayer, ThresholdLinear
 from ...training import Unsupported
 from ..graph.layout import Layout, Segment
 from ..plan.plan import Channels, Plan
-from ..plan.state import by_filter
+from ..plan.state import as_transposed, by_filter
 from ..run.constants import all_places, typed
 from ..run.spread import pixels
 from ..small import Value, take_rows_of
@@ -94,7 +94,7 @@ class Layer(Op):
         if not self.is_conv:
             return F.linear(x, weight, bias)
         if self.transposed:
-            weight = _as_transposed(weight, groups)
+            weight = as_transposed(weight, groups)
             return F.conv_transpose2d(x, weight, bias, m.stride, m.padding, m.output_padding, groups, m.dilation)
         pad_first, padding = self.outer_padding()
         if pad_first is not None:
@@ -312,7 +312,7 @@ class Layer(Op):
                 weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.output_padding, groups,
                 bias is not None, m.dilation, m.padding_mode, weight.device, weight.dtype,
             )  # fmt: skip
-            weight = _as_transposed(weight, groups)
+            weight = as_transposed(weight, groups)
         else:
             made = (nn.Conv1d if isinstance(m, nn.Conv1d) else nn.Conv2d)(
                 weight.shape[1] * groups, weight.shape[0], m.kernel_size, m.stride, padding, m.dilation, groups,
@@ -345,11 +345,6 @@ class Layer(Op):
         if pad_first is not None:
             maps = F.pad(maps, pad_first, mode=m.padding_mode)
         return bias, F.conv2d(maps, dropped, None, m.stride, padding, m.dilation)
-
-
-def _as_transposed(weight: Tensor, groups: int) -> Tensor:
-    """``(filters, inputs, *kernel)`` as a transposed convolution has it: ``(all inputs, filters / groups, ...)``."""
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def under_mask(y: Tensor, mask: Tensor, bias: Tensor | None, mask_bias: bool, shape: tuple[int, ...]) -> Tensor:

@@ -16,8 +16,8 @@ from .plan import Channels, Plan
 from .slots import LayerSlot, NormSlot
 
 __all__ = [
-    "LayerState", "NormState", "Tensors", "all_channels", "by_filter", "channels_of", "channels_of_norm", "full_name",
-    "per_filter", "put_rows", "same_channels", "slots_of", "take_rows", "take_weight",
+    "LayerState", "NormState", "Tensors", "all_channels", "as_transposed", "by_filter", "channels_of",
+    "channels_of_norm", "full_name", "per_filter", "put_rows", "same_channels", "slots_of", "take_rows", "take_weight",
 ]  # fmt: skip
 
 # Key of a tensor, the tensor at full size, and its momentum.
@@ -28,9 +28,12 @@ class LayerState:
     """One convolution or linear.
 
     ``begin`` is the place of its first threshold among all thresholds, ``positions`` the number of places in the result
-    where a filter is applied.
+    where a filter is applied. ``copied``: its filters do not lie side by side in the model, so weight and momentum are
+    copies, which are to be written back.
     """
 
+    weight: Any = None
+    momentum: Tensor | None = None
     threshold: Tensor  # of threshold layers
 
     def __init__(self, name: str, module: Any, begin: int, positions: int = 1) -> None:
@@ -42,6 +45,7 @@ class LayerState:
         self.is_threshold = isinstance(module, ThresholdLayer)
         self.window = self.is_threshold and module.estimator == "window"
         self.mask_bias = self.is_threshold and module.mask_bias
+        self.copied = isinstance(module, nn.ConvTranspose2d) and 1 < module.groups < module.in_channels
         self.begin = begin
         self.part = slice(begin, begin + self.rows)  # of its thresholds among all
         self.slot = LayerSlot(module.weight)
@@ -55,20 +59,34 @@ class LayerState:
     def read(self, momentum: Mapping[str, Tensor]) -> None:
         """Take hold of the model's tensors and of their momenta (none if ``momentum`` is empty)."""
         m = self.module
-        self.weight = by_filter(m, m.weight.data).view(self.rows, self.inputs, -1)
+        self.weight = self._matrix(m.weight.data, self.weight)
         self.bias = None if m.bias is None else m.bias.data
         if self.is_threshold:
             self.threshold = m.threshold.data
-        self.momentum: Tensor | None = None
+        self.full_momentum: Tensor | None = None
+        old, self.momentum = self.momentum, None
         self.bias_momentum: Tensor | None = None
         self.threshold_momentum: Tensor | None = None
         if momentum:
-            full = momentum[full_name(self.name, "weight")]
-            self.momentum = by_filter(m, full).view(self.rows, self.inputs, -1)
+            self.full_momentum = momentum[full_name(self.name, "weight")]
+            self.momentum = self._matrix(self.full_momentum, old)
             if self.bias is not None:
                 self.bias_momentum = momentum[full_name(self.name, "bias")]
             if self.is_threshold:
                 self.threshold_momentum = momentum[full_name(self.name, "threshold")]
+
+    def _matrix(self, full: Tensor, old: Tensor | None) -> Tensor:
+        """``(filters, inputs, kernel)`` of a tensor of the model; a copy lies where the last one did."""
+        found = by_filter(self.module, full).view(self.rows, self.inputs, -1)
+        again = self.copied and old is not None and (old.dtype, old.device) == (found.dtype, found.device)
+        return old.copy_(found) if again and old is not None else found
+
+    def write_back(self, momentum: bool = False) -> None:
+        """Copy the weight, or its momentum, to the model's tensor, unless it lies there."""
+        m = self.module
+        source, full = (self.momentum, self.full_momentum) if momentum else (self.weight, m.weight.data)
+        if self.copied and source is not None and full is not None:
+            full.copy_(as_transposed(source, m.groups).view_as(full))
 
     def tensors(self) -> Tensors:
         yield (self.name, "w"), self.weight, self.momentum
@@ -146,6 +164,11 @@ def by_filter(module: Any, weight: Tensor) -> Tensor:
     A view, but for transposed convolutions of several inputs by group, whose filters do not lie side by side.
     """
     return filters(weight, module.groups) if isinstance(module, nn.ConvTranspose2d) else weight
+
+
+def as_transposed(weight: Tensor, groups: int) -> Tensor:
+    """``(filters, inputs, ...)`` as a transposed convolution has it: ``(all inputs, filters / groups, ...)``."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def per_filter(value: Tensor, layout: Layout, name: str, count: int) -> Tensor:

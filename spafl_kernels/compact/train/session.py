@@ -207,6 +207,9 @@ class Session:
             for name, buffer in self._momentum.items():
                 if name not in self._loose_names:
                     buffer.zero_()
+            for layer in self._layers.values():
+                if layer.copied and layer.momentum is not None:
+                    layer.momentum.zero_()
 
     # -- masks -----------------------------------------------------------------------------------------------------
 
@@ -557,6 +560,8 @@ class Session:
             self._write(arena, self._layers, momentum=False)
             if self._dropped.moving:
                 self._dropped.catch_up(~self._keep)
+            for layer in self._layers.values():
+                layer.write_back()
         for norm in self._norms.values():
             if norm.slot.batches and not steps:  # of a step that broke off
                 norm.store_statistics()
@@ -574,6 +579,8 @@ class Session:
         for key, _, momentum in self._tensors():
             if momentum is not None:
                 arena.shares[key].store(momentum, arena.velocity, self._memory)
+        for layer in self._layers.values():
+            layer.write_back(momentum=True)
         for layer in self._pruned:
             if layer.threshold_momentum is not None:
                 layer.threshold_momentum.copy_(arena.tau_momentum[layer.part])

@@ -190,7 +190,7 @@ OPERATIONS = {
         line(ThresholdConv1d(WIDTH, 2 * WIDTH, 3, padding=1, groups=WIDTH), nn.Conv1d(2 * WIDTH, WIDTH, 1)),
         line(ThresholdConv1d(WIDTH, WIDTH, 4, padding="same", dilation=2, groups=WIDTH, bias=False)),
     ],
-    "transposed convolution, depthwise": [
+    "transposed convolution, in groups or depthwise": [
         ThresholdConvTranspose2d(WIDTH, WIDTH, 2, 2, groups=WIDTH),
         nn.Sequential(
             ThresholdConvTranspose2d(WIDTH, 2 * WIDTH, 3, 2, 1, 1, groups=WIDTH, mask_bias=True),
@@ -200,9 +200,12 @@ OPERATIONS = {
             nn.ConvTranspose2d(WIDTH, 2 * WIDTH, (1, 3), dilation=2, groups=WIDTH, bias=False),
             nn.Conv2d(2 * WIDTH, WIDTH, 1),
         ),
-    ],
-    "transposed convolution, in groups of several inputs": [
         ThresholdConvTranspose2d(WIDTH, WIDTH, 2, 2, groups=4),
+        ThresholdConvTranspose2d(WIDTH, WIDTH, 3, 2, 1, 1, groups=2, mask_bias=True),
+        nn.Sequential(
+            ThresholdConvTranspose2d(WIDTH, 2 * WIDTH, (1, 3), dilation=2, groups=2, bias=False),
+            nn.ConvTranspose2d(2 * WIDTH, WIDTH, 1, groups=2),
+        ),
     ],
     "Dropout": [nn.Dropout(0.3)],
     "Identity, contiguous, clone": [nn.Identity(), lambda x: x.contiguous().clone()],
