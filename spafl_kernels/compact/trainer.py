@@ -165,6 +165,7 @@ class CompactTrainer(Trainer):
         self._checked = self._stepped = False
         self._wait, self._no_gain = 0, False  # masked steps until the judge is asked again, and whether it said so
         self._changed_at, self._resting = -AGAIN, False  # the step at which the model had changed, and whether too soon
+        self._states: list[Captured[AnySession]] = []  # the last two that the model was in
         self._opened_by_evaluation = False
         self.model.train()
 
@@ -295,6 +296,7 @@ class CompactTrainer(Trainer):
         kind, self._batch = call.kind, call.samples
         # What the batches of an evaluation said is asked of those of the training again.
         first, self._stepped = training and not self._stepped, self._stepped or training
+        changed: str | None = None
         if self._session is not None and self._kind == kind:
             assert self._captured is not None
             changed = self._session.flow.trace.watch.changed(0 if training else 1, kinds=False)
@@ -303,8 +305,6 @@ class CompactTrainer(Trainer):
             if good and not (first and self._opened_by_evaluation and self._loses(self._session.flow)):
                 return self._session
             self._leave()
-            if changed is not None and self._rests(changed):
-                return None
         elif self._session is not None:
             self._leave()
         elif self._fallback is not None:
@@ -322,7 +322,7 @@ class CompactTrainer(Trainer):
             try:
                 if (reason := self._refusal(kind, training)) is not None:
                     raise Unsupported(reason)
-                self._session = self._open_session(call, training)
+                self._session = self._open_session(call, training, changed)
             except _NoGain as error:
                 self._wait = AGAIN
                 self._run_masked(str(error), no_gain=True)
@@ -369,17 +369,20 @@ class CompactTrainer(Trainer):
         """Why batches like the last had better run masked, the model being as it is."""
         return None if self._judge is None else self._judge(flow, self._batch)
 
-    def _rests(self, changed: str) -> bool:
-        """Whether a model that has changed runs masked for a while: it did so shortly before, and reading takes long.
+    def _rests(self, captured: Captured[AnySession], changed: str | None) -> str | None:
+        """Why a model that has changed had better run masked for a while: it did so just before, and reading it takes
+        long. What it has changed back to is known. Where somebody chose this engine it is read all the same.
 
-        Where somebody chose this engine it is read all the same.
+        Only what happens in this training counts, so that it is the same training in whatever process.
         """
-        self._resting = self._judge is not None and self._steps - self._changed_at < AGAIN
-        self._changed_at = self._steps
-        if self._resting:
-            self._wait = AGAIN
-            self._run_masked(f"{changed} has changed, as something did less than {AGAIN} steps before", no_gain=True)
-        return self._resting
+        others = [state for state in self._states if state is not captured]
+        known, self._states = len(others) < len(self._states), [captured, *others][:2]
+        rested, self._resting = self._resting, False
+        if self._judge is None or known or not (changed or rested):
+            return None
+        soon, self._changed_at = not rested and self._steps - self._changed_at < AGAIN, self._steps
+        self._resting = soon
+        return f"{changed} has changed, as something did less than {AGAIN} steps before" if soon else None
 
     def _still_loses(self, first: bool, training: bool) -> bool:
         """Whether the masked trainer, which runs because the judge said so, goes on."""
@@ -393,11 +396,11 @@ class CompactTrainer(Trainer):
             self.reason, self._wait = reason, AGAIN
         return True
 
-    def _open_session(self, call: _Call, training: bool) -> AnySession:
+    def _open_session(self, call: _Call, training: bool, changed: str | None) -> AnySession:
         kind, tensors = call.kind, call.tensors
         modes = modes_of(self.model) if training else self._modes
         captured = self._captures.of(kind, tensors, modes, 0 if training else 1)
-        if (reason := self._loses(captured.flow)) is not None:
+        if (reason := self._loses(captured.flow) or self._rests(captured, changed)) is not None:
             raise _NoGain(reason)
         self._captures.check(kind, captured, tensors, again=not self._checked)
         self._checked, self._captured = True, captured
