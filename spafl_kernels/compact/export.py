@@ -19,7 +19,7 @@ from .kinds.layers import Layer
 from .kinds.norms import BatchNorm
 from .plan.plan import Plan
 from .plan.rows import Rows
-from .small import Small
+from .small import Small, Value
 from .verify import compared, differs
 
 __all__ = ["export"]
@@ -35,8 +35,8 @@ def export(model: nn.Module, image: tuple[int, ...] | Given) -> nn.Module:
     Args:
         model: a model with threshold layers; not changed.
         image: shape of one input sample, without the batch. Where a constant meets zero padding its map is stored for
-            this size, so other sizes are refused by the addition. Of a model that is called otherwise than with one
-            tensor of its own dtype, a batch: a tensor, a tuple or list of its arguments, or a dictionary of them by
+            this size, and other sizes are refused when the model runs. Of a model that is called otherwise than with
+            one tensor of its own dtype, a batch: a tensor, a tuple or list of its arguments, or a dictionary of them by
             name. Arguments that are no tensors stay what they are.
 
     Returns:
@@ -124,8 +124,16 @@ def _small(flow: Flow) -> nn.Module:
         small = Small(flow, Plan(flow, keep, multiple=1), _folded(flow))
         for op in flow.ops.values():
             if not isinstance(op, Output) and op.name not in small.values:
-                small.values[op.name] = op.export(small)
+                small.values[op.name] = value = op.export(small)
+                if _is_map(value) and not any(_is_map(small.values[name]) for name in op.sources):
+                    assert op.layout is not None
+                    small.of_one_size(value.node, op.shape or (), op.layout.dim)
         return small.finished()
+
+
+def _is_map(value: Value) -> bool:
+    """Whether its constants are other ones at other positions."""
+    return value.constants is not None and value.constants.dim() > 1
 
 
 def _folded(flow: Flow) -> dict[str, BatchNorm]:

@@ -58,7 +58,7 @@ class Small:
     def finished(self) -> nn.Module:
         self.graph.output(fx.node.map_arg(self.flow.outputs, lambda node: self.full(node.name)))
         self.graph.eliminate_dead_code(
-            is_impure_node=lambda node: node.op in ("placeholder", "output") or node.target is operator.setitem
+            is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target in ("__setitem__", torch._assert)
         )
         module = fx.GraphModule(self.root, self.graph, class_name=f"{type(self.flow.model).__name__}Small")
         module.delete_all_unused_submodules()
@@ -87,6 +87,17 @@ class Small:
 
     def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(function, args, kwargs)
+
+    def of_one_size(self, node: fx.Node, shape: tuple[int, ...], dim: int) -> None:
+        """Refuse other sizes of a value than those of ``shape``, but for batch and channels, when the model runs.
+
+        Constants that go with it are those of this size, and what is added to a value of size 1 is broadcast.
+        """
+        asked = self.call(getattr, node, "shape")
+        for part in (slice(1, dim), slice(dim + 1, len(shape))):
+            if shape[part]:
+                same = self.call(operator.eq, self.call(operator.getitem, asked, part), tuple(shape[part]))
+                self.call(torch._assert, same, f"exported for values of size {shape[1:]}; export it for others")
 
     # -- channels --------------------------------------------------------------------------------------------------
 

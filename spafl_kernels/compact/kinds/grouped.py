@@ -302,6 +302,7 @@ class Grouped(_InGroups, Layer):
             whole = maps.new_zeros(1, m.in_channels, *maps.shape[2:]).index_copy(1, before.dropped, maps)
             whole = whole[:, self.all_inputs(p)]
             border = self.apply(whole, filled, None, len(p.groups))
+            small.of_one_size(out, self.shape or (), 1)
             out = small.call(torch.add, out, small.buffer(f"{self.name}_border", border))
         if not torch.equal(p.result, torch.arange(len(p.rows))):
             out = small.call(torch.index_select, out, 1, small.buffer(f"{self.name}_rows", p.result.to(weight.device)))

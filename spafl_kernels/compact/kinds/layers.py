@@ -274,6 +274,7 @@ class Layer(Op):
                 made.bias.copy_(bias)
             out = small.module(name, made, node)
         if border is not None:
+            small.of_one_size(out, self.shape or (), 1 if conv else len(self.shape or ()) - 1)
             out = small.call(torch.add, out, small.buffer(f"{name}_border", border))
         value = Value(out, small.channels(result), out_constants)
         small.values[result.name] = value

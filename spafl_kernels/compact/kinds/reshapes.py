@@ -152,8 +152,24 @@ class Reshape(Moved):
         source, before, channels = small.source(self), small.flow.source(self), small.channels(self)
         assert before.layout is not None and channels is not None
         shape = (1, *(before.shape or ())[1:])
-        node = small.call(torch.reshape, source.node, [-1, *self.shape_of(0, channels.stored)[1:]])
+        node = self.exported_call(small, source.node, channels.stored)
         return Value(node, channels, self.constants(source.constants, shape, before.layout.dim))
+
+    def exported_call(self, small: Small, x: fx.Node, stored: int) -> fx.Node:
+        """As the model calls it, so that images of other sizes become what they do there."""
+        node, word, m = self.node, _word(self.node), self.module
+        if isinstance(m, nn.Flatten):
+            return small.call(torch.flatten, x, m.start_dim, m.end_dim)
+        if word in ("flatten", "squeeze", "unsqueeze"):
+            args, kwargs = (fx.node.map_arg(part, lambda _: x) for part in (node.args, node.kwargs))
+            return small.graph.create_node(node.op, node.target, args, kwargs)
+        fixed: list[Any] = [small.graph.call_method("size", (x, 0)), *self.shape_of(0, stored)[1:]]
+        if word in ("view", "reshape") and not node.kwargs:
+            sizes = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+            if len(sizes) == len(fixed):
+                fixed = [small.full(s.name) if isinstance(s, fx.Node) else s for s in sizes]
+                fixed[self.sizes.index(-1)] = stored
+        return small.call(torch.reshape, x, fixed)
 
 
 @dataclass(eq=False)

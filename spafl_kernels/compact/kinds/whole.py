@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -100,7 +99,7 @@ def as_it_stands(op: Op, small: Small) -> fx.Node:
         first = small.graph.call_method("clone", (first,))
         args, kwargs = ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "input": first})
         if node.target is written_at_:  # nothing of this package is in an exported model
-            small.call(operator.setitem, *args)
+            small.graph.call_method("__setitem__", args)  # which a GraphModule that is loaded can trace
             return first
     if node.op == "call_module":
         if flow.trace.of(op.module)[0]:  # whoever calls eval() on the result would switch it off

@@ -1,6 +1,7 @@
 """Exported models: equal in eval, small, free of this package, and the same in ONNX Runtime."""
 
 import io
+import pickle
 import subprocess
 import sys
 
@@ -10,8 +11,10 @@ from graphs import GRAPHS
 from helpers import prune
 from test_module import MODELS
 from test_trainer import Branch, warm_norms
+from torch import nn
+from torch.nn import functional as F
 
-from spafl_kernels import convert, threshold_layers
+from spafl_kernels import ThresholdConv2d, convert, threshold_layers
 from spafl_kernels.compact import export
 from spafl_kernels.training import Unsupported
 
@@ -142,3 +145,62 @@ def test_onnx_of_an_adaptive_pool(middle):
     (y,) = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-4)
+
+
+class OfSizes(nn.Module):
+    """Constants of pruned channels (a kept bias) meet a middle part whose result may depend on the size of images."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.a, self.b = ThresholdConv2d(3, 8, 3, stride=2, padding=1), ThresholdConv2d(8, 5, 3, padding=1)
+        self.c, self.middle = ThresholdConv2d(8, 5, 1), middle
+
+    def forward(self, x):
+        return self.middle(self, torch.sigmoid(self.a(x)))
+
+
+def _padded_conv(m, y):
+    return m.b(y).mean((2, 3))
+
+
+def _mean_of_padded(m, y):
+    return m.c(F.pad(y, (1, 1, 1, 1)).mean((2, 3), keepdim=True))
+
+
+def _tokens(m, y):
+    n, c, _, _ = y.shape
+    return F.linear(y.view(n, c, -1).transpose(1, 2), m.c.weight[:, :, 0, 0]).mean(1)
+
+
+def _there_and_back(m, y):
+    return m.c(torch.sigmoid(m.c(y)).new_ones(1) * y.flatten(2).unflatten(2, y.shape[2:])).amax((2, 3))
+
+
+def _written(m, y):
+    out = y.clone()
+    out[:, ::3] = 0.5
+    return m.c(out * y.mean((2, 3), keepdim=True)).mean((2, 3))
+
+
+@pytest.mark.parametrize("middle", [_padded_conv, _mean_of_padded, _tokens, _there_and_back, _written])
+@pytest.mark.parametrize("size", [2, 8])
+def test_other_sizes_are_right_or_refused(middle, size):
+    torch.manual_seed(0)
+    model = prune(OfSizes(middle).double(), 0.5).eval()
+    small, refused = export(model, (3, size, size)), []
+    for other in (1, 2, 4, 8, 12):
+        x = torch.randn(3, 3, other, other, dtype=torch.float64)
+        try:
+            ours = small(x)
+        except (AssertionError, RuntimeError):
+            refused.append(other)
+            continue
+        torch.testing.assert_close(ours, model(x), rtol=1e-9, atol=1e-11)
+    assert size not in refused and (not refused or middle in (_padded_conv, _mean_of_padded, _there_and_back))
+
+
+def test_what_writes_at_an_index_loads_without_this_package():
+    model = prune(OfSizes(_written).double(), 0.5).eval()
+    small, x = export(model, (3, 8, 8)), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(small))(x), model(x), rtol=1e-9, atol=1e-11)
+    assert "spafl_kernels" not in small.code
