@@ -185,26 +185,18 @@ OPERATIONS = {
         nn.Sequential(ThresholdConvTranspose2d(WIDTH, WIDTH, 2, 2, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU()),
     ],
     "convolution over one dimension, in groups or depthwise": [
-        line(ThresholdConv1d(WIDTH, WIDTH, 3, padding=1, groups=2)),
-        line(ThresholdConv1d(WIDTH, WIDTH, 5, padding=2, groups=4, padding_mode="reflect", mask_bias=True)),
+        line(ThresholdConv1d(WIDTH, WIDTH, 5, padding=2, groups=4, padding_mode="reflect")),
         line(ThresholdConv1d(WIDTH, 2 * WIDTH, 3, padding=1, groups=WIDTH), nn.Conv1d(2 * WIDTH, WIDTH, 1)),
-        line(ThresholdConv1d(WIDTH, WIDTH, 4, padding="same", dilation=2, groups=WIDTH, bias=False)),
     ],
     "transposed convolution, in groups or depthwise": [
-        ThresholdConvTranspose2d(WIDTH, WIDTH, 2, 2, groups=WIDTH),
-        nn.Sequential(
-            ThresholdConvTranspose2d(WIDTH, 2 * WIDTH, 3, 2, 1, 1, groups=WIDTH, mask_bias=True),
-            nn.Conv2d(2 * WIDTH, WIDTH, 1),
-        ),
-        nn.Sequential(
-            nn.ConvTranspose2d(WIDTH, 2 * WIDTH, (1, 3), dilation=2, groups=WIDTH, bias=False),
-            nn.Conv2d(2 * WIDTH, WIDTH, 1),
-        ),
-        ThresholdConvTranspose2d(WIDTH, WIDTH, 2, 2, groups=4),
-        ThresholdConvTranspose2d(WIDTH, WIDTH, 3, 2, 1, 1, groups=2, mask_bias=True),
         nn.Sequential(
             ThresholdConvTranspose2d(WIDTH, 2 * WIDTH, (1, 3), dilation=2, groups=2, bias=False),
-            nn.ConvTranspose2d(2 * WIDTH, WIDTH, 1, groups=2),
+            ThresholdConvTranspose2d(2 * WIDTH, WIDTH, 3, 2, 1, 1, groups=4, mask_bias=True),
+        ),
+        nn.Sequential(
+            ThresholdConvTranspose2d(WIDTH, WIDTH, 2, 2, groups=WIDTH),
+            nn.ConvTranspose2d(WIDTH, 2 * WIDTH, 3, groups=WIDTH, bias=False),
+            nn.Conv2d(2 * WIDTH, WIDTH, 1),
         ),
     ],
     "Dropout": [nn.Dropout(0.3)],

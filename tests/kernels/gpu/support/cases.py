@@ -107,14 +107,16 @@ def definition(case: Case, estimator: Any, mask_bias: bool) -> tuple[Tensor, ...
 
 
 def spoil(case: Case, what: str, value: float) -> None:
-    """Put ``value`` into the weight or the bias of one pruned filter of each client, and no gradient behind it."""
+    """Put ``value`` into the weight, or the bias, of a pruned filter of each client, and no gradient behind it.
+
+    ``what``: ``"weight"``, ``"bias"``, or ``"both"``, of two filters.
+    """
     for client, keep in enumerate(case.keep):
-        row = int((~keep).nonzero()[client])
-        case.grad[client, :, row] = 0
-        if what == "weight":
-            case.weight[client, row, 1, -1, 0] = value
-        else:
-            case.bias[client, row] = value
+        first, second = (~keep).nonzero()[client : client + 2, 0].tolist()
+        if what != "bias":
+            case.weight[client, first, 1, -1, 0], case.grad[client, :, first] = value, 0
+        if what != "weight":
+            case.bias[client, second], case.grad[client, :, second] = value, 0
 
 
 def run(
