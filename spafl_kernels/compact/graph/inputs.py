@@ -20,6 +20,8 @@ from ...training import Given, Unsupported
 
 __all__ = ["ONE", "Form", "Input", "inputs_of", "usual_form"]
 
+# Classes of tensors of which nothing but their numbers is to be known.
+PLAIN: set[type] = {Tensor, nn.Parameter}
 _VALUES = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
 
 
@@ -132,7 +134,7 @@ def _form(value: Any, tensors: list[Tensor]) -> Any:
 
 def _plain(t: Tensor) -> Tensor:
     """A tensor of a class of its own may do anything when a function is called with it, or have no numbers at all."""
-    if type(t) not in (Tensor, nn.Parameter):
+    if type(t) not in PLAIN:
         raise Unsupported(f"it was called with a {type(t).__name__}, a tensor of a class of its own")
     return t
 

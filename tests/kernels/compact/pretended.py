@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from spafl_kernels.compact.graph import inputs
+
 aten = torch.ops.aten
 WHERE = torch.device("meta")
 # Operators that wait for the device, because the host needs a value or the size of a result.
@@ -49,6 +51,9 @@ class Pretended(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} outside of an Accelerator")
+
+
+inputs.PLAIN.add(Pretended)  # it stands for a plain tensor of another device
 
 
 class _Factory(TorchFunctionMode):
