@@ -172,10 +172,13 @@ def _rows_that_cost_less_than_a_gather(flow: Flow, keep: dict[str, Tensor]) -> d
 
 def _only_read_whole(flow: Flow, op: Op) -> bool:
     """Whether nobody works on the kept channels of a result alone."""
-    for user in flow.users(op):
-        if isinstance(user, (Layer, BatchNorm)):
-            if user.reads is not None or isinstance(user, (Depthwise, Grouped)):
-                return False
-        elif user.layout is not None and not _only_read_whole(flow, user):
-            return False
+    seen, pending = {op.name}, [op]
+    while pending:
+        for user in flow.users(pending.pop()):
+            if isinstance(user, (Layer, BatchNorm)):
+                if user.reads is not None or isinstance(user, (Depthwise, Grouped)):
+                    return False
+            elif user.layout is not None and user.name not in seen:
+                seen.add(user.name)
+                pending.append(user)
     return True

@@ -12,6 +12,7 @@ bias, or what BatchNorm makes of a constant). Only operations that keep them so 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,18 @@ class Flow:
 
     def read_compact(self, op: Op) -> bool:
         """Whether a layer or norm can read the channels of ``op`` that are kept, through whatever follows channels."""
-        return any(u.reads_channels or (u.passes_channels and self.read_compact(u)) for u in self.users(op))
+        return any(u.reads_channels for u in self.through(op))
+
+    def through(self, op: Op) -> Iterator[Op]:
+        """The operations that read ``op``, also through whatever follows channels; each once, however many ways lead
+        to it."""
+        seen, pending = {op.name}, [op]
+        while pending:
+            for user in self.users(pending.pop()):
+                if user.name not in seen:
+                    seen.add(user.name)
+                    yield user
+                    pending += [user] if user.passes_channels else []
 
     def stop(self, op: Op, reason: str) -> None:
         """Note that ``op`` reads at full width, and why."""

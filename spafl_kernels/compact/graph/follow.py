@@ -203,21 +203,25 @@ class _Follower:
     def proof(self, layer: Layer) -> tuple[tuple[str, Layout | None], ...] | None:
         """See :attr:`Flow.proofs`: walks from the layer to the ReLUs that block the gradient of a pruned row."""
         found: list[tuple[str, Layout | None]] = []
-
-        def walk(op: Op, norm: tuple[str, Layout | None]) -> bool:
+        seen: set[tuple[str, str]] = set()  # many ways may lead to one operation
+        pending: list[tuple[Op, tuple[str, Layout | None]]] = [(layer, ("", None))]
+        while pending:
+            op, norm = pending.pop()
+            if (op.name, norm[0]) in seen:
+                continue
+            seen.add((op.name, norm[0]))
+            if not op.node.users:
+                return None
             for after in self.flow.users(op):
                 if after.sign is Sign.BLOCKS:
                     found.append(norm)
                 elif isinstance(after, BatchNorm) and not norm[0] and after.layout is not None and after.levels:
-                    if not walk(after, (self.flow.names[id(after.module)], after.layout)):
-                        return False
-                elif after.sign is Sign.UNREAD:
-                    continue
-                elif after.sign is not Sign.KEEPS or not walk(after, norm):
-                    return False
-            return bool(op.node.users)
-
-        return tuple(dict.fromkeys(found)) if walk(layer, ("", None)) else None
+                    pending.append((after, (self.flow.names[id(after.module)], after.layout)))
+                elif after.sign is Sign.KEEPS:
+                    pending.append((after, norm))
+                elif after.sign is not Sign.UNREAD:
+                    return None
+        return tuple(dict.fromkeys(found))
 
     def check_coverage(self) -> None:
         """Which parameters are used at full width, and which not at all; threshold layers that run as they are."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from spafl_kernels import ThresholdLinear, convert, threshold_layers
 from spafl_kernels.compact import CompactTrainer, trace_flow
+from spafl_kernels.compact.graph.flow import Flow
 from spafl_kernels.compact.graph.layout import Layout, Segment
 from spafl_kernels.training import SGDOptions
 
@@ -139,3 +140,29 @@ def test_what_is_not_plain_attention_runs_as_it_stands(change):
     assert (flow.layout_in("out") is not None) == (not change)
     data = [(torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(0, 5, (4,))) for _ in range(4)]
     compare(model, SGDOptions(lr=0.1, momentum=0.9, weight_decay=1e-3, penalty=0.05), data, evaluate_every=2)
+
+
+class Doubling(nn.Module):
+    """Twice as many ways to the result at every step, and no layer that reads channels on any of them."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.a, self.b, self.steps = ThresholdLinear(6, 8), ThresholdLinear(6, 8), steps
+
+    def forward(self, x):
+        y = self.a(x) + self.b(x)
+        for _ in range(self.steps):
+            y = y + torch.relu(y)
+        return torch.cat([y, self.b(x)], 1)
+
+
+def test_the_work_of_following_grows_with_the_operations_not_with_the_ways(monkeypatch):
+    asked, users = [], Flow.users
+
+    def counted(flow, op):
+        asked.append(op)
+        assert len(asked) < 10_000, "every way is gone"
+        return users(flow, op)
+
+    monkeypatch.setattr(Flow, "users", counted)
+    trace_flow(Doubling(30), (6,))
