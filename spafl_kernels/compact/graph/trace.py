@@ -11,11 +11,12 @@ import collections
 import dataclasses
 import operator
 import os
+import pickle
 import random
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -363,6 +364,7 @@ class _Before:
         self.fields: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
         self.objects: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[str, Tensor, int]] = []
+        self.states: list[tuple[str, Any, bytes]] = []
         for name, m in model.named_modules():
             path = f"{name}." if name else ""
             for space in (m.__dict__, m._parameters, m._buffers, m._modules):
@@ -371,6 +373,8 @@ class _Before:
                 for k, v in space.items():
                     if isinstance(v, Tensor):
                         self.tensors.append((f"{path}{k}", v, v._version))
+                    elif (state := _state(v)) is not None:
+                        self.states.append((f"{path}{k}", v, state))
 
     def written(self) -> str | None:
         skip = ("training", "_parameters", "_buffers", "_modules")
@@ -383,9 +387,22 @@ class _Before:
         for name, tensor, version in self.tensors:
             if tensor._version != version:
                 return name
+        for name, value, state in self.states:
+            if _state(value) != state:
+                return name
         if any(not _equal(now, then) for now, then in self.objects):
             return "a field of an object that it holds"
         return None
+
+
+def _state(value: Any) -> bytes | None:
+    """Of a random generator or an iterator, something that is another after it was asked for a number."""
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, (random.Random, Iterator)) or type(value).__module__.startswith("numpy.random"):
+        with suppress(Exception):  # what cannot be pickled cannot be copied either, mostly
+            return pickle.dumps(value)
+    return None
 
 
 def _equal(now: Any, then: Any) -> bool:

@@ -1,8 +1,10 @@
 """What a captured model is assumed to be: reading it changes nothing, and what changes afterwards is noticed."""
 
 import copy
+import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from helpers import prune
@@ -152,6 +154,15 @@ class DrawsPython(Assigns):
         return self.fc(x * random.random())
 
 
+class DrawsFromItsOwn(Assigns):
+    def __init__(self, source):
+        super().__init__()
+        self.source = source
+
+    def forward(self, x):
+        return self.fc(x * (next(self.source) if hasattr(self.source, "__next__") else self.source.random()))
+
+
 class Fails(Assigns):
     def forward(self, x):
         self.mean += 1
@@ -194,6 +205,16 @@ def test_a_forward_that_writes_or_draws_runs_masked_and_is_left_alone(kind):
         torch.manual_seed(5)
         assert torch.equal(module(x), a)
     same_state(before, model)
+
+
+@pytest.mark.parametrize("kind", ["python", "numpy", "iterator"])
+def test_a_generator_of_the_models_own_is_not_frozen(kind):
+    source = {"python": random.Random(0), "numpy": np.random.default_rng(0), "iterator": itertools.count(1.0)}[kind]
+    model = convert(DrawsFromItsOwn(source)).double()
+    twin, module = copy.deepcopy(model), CompactModule(model)
+    for x, _ in data():
+        assert torch.equal(module(x), twin(x))
+    assert module.reason == "forward writes to 'source'"
 
 
 def test_reading_draws_no_numbers_and_leaves_statistics_alone():
