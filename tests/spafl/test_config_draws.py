@@ -147,7 +147,7 @@ def is_small(config):
     return steps < 2000 and p.clients <= 20 and config.simulation.workers == 1 and p.max_draws < 1000
 
 
-@pytest.mark.parametrize("block", [pytest.param(block, marks=[pytest.mark.slow] * (block > 1)) for block in BLOCKS])
+@pytest.mark.parametrize("block", [pytest.param(block, marks=[pytest.mark.slow] * (block > 0)) for block in BLOCKS])
 def test_every_configuration_runs_or_is_answered_in_one_line(block, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("spafl.data.files.SYSTEM", ())

@@ -40,7 +40,7 @@ def resumed(config, folder):
 # -- killed
 
 
-@pytest.mark.parametrize("torn", [False, True], ids=["between", "torn"])
+@pytest.mark.parametrize("torn", [pytest.param(False, marks=pytest.mark.slow), True], ids=["between", "torn"])
 @pytest.mark.parametrize("share", [11, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_a_kill_at_any_file_operation_loses_nothing(three_rounds, tmp_path, share, torn):
     config, whole = three_rounds

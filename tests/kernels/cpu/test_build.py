@@ -184,7 +184,7 @@ def test_without_a_compiler_a_library_that_fits_stays(library):
     ("damage", "problem"),
     [
         pytest.param(of_another_version, "it has operator interface 9 and this package", marks=pytest.mark.slow),
-        (of_another_torch, "this torch cannot load it"),
+        pytest.param(of_another_torch, "this torch cannot load it", marks=pytest.mark.slow),
     ],
 )
 def test_without_a_compiler_a_library_that_does_not_fit_is_named_as_such(library, damage, problem):

@@ -142,6 +142,7 @@ else:
             assert selection.count.tolist() == [count, count]
             torch.testing.assert_close(scores, case.weight.float().flatten(2).abs().mean(2), rtol=1e-2, atol=0)
 
+    @pytest.mark.slow
     def test_pass_over_more_blocks_than_are_read_at_once():
         out = threshold_module.ROWS * (LANES + 2) + 3
         case = cases.make(out, Geometry(3), 1, out // 3)
@@ -167,7 +168,8 @@ else:
         select_layer(case.weight, case.threshold, "identity", selection=selection)
         assert selection.changed.tolist() == [1]
 
-    @pytest.mark.parametrize("clients", [pytest.param(None, marks=pytest.mark.slow), 2])
+    @pytest.mark.slow  # a share: the compiled code of it, in test_compiled_code.py, and a trainer below
+    @pytest.mark.parametrize("clients", [None, 2])
     def test_model_pass_is_one_launch_and_equals_the_pass_of_every_layer(clients):
         n = clients or 1
         layers = [
@@ -376,6 +378,7 @@ else:
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
+    @pytest.mark.slow
     def test_row_blocks_of_several_steps_and_many_parts(monkeypatch):
         """As large batches have them: sums of channels and slabs that are added up over programs, in turns."""
         monkeypatch.setattr(collect_module, "PROGRAMS", 6)
@@ -585,7 +588,7 @@ else:
             y = layer_forward(x, packed, selection, None, geometry)
         assert stats.programs == 3 and y.numel() > 2**31
 
-    @pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("examples", [2, pytest.param(60, marks=pytest.mark.slow)])
     def test_random_shapes(examples):
         hypothesis = pytest.importorskip("hypothesis")
         st = hypothesis.strategies
