@@ -2,16 +2,18 @@
 
     python -m benchmarks.against COMMIT [--models lenet5 ...] [--densities 1 .5 .25] [--out FILE.csv]
 
-Each version has a process of its own, which waits while the other one computes. A cell is the geometric mean of the
-ratios within a turn, time before over time now, with its 95 % interval by Student's t of their logarithms. The command
-fails if an interval begins below .97. The other commit is unpacked into a temporary folder; its extension is this one's
-where the sources are the same, and built otherwise.
+Each version has a process of its own, which waits while the other one computes; within a turn both are timed. Where a
+process has its memory makes a percent or two that no number of turns takes away, so there are several pairs of
+processes. A cell is the geometric mean over pairs of the pair's mean ratio, time before over time now, with its 95 %
+interval by Student's t of the pairs' logarithms. The command fails if an interval begins below .97. The other commit is
+unpacked into a temporary folder; its extension is this one's where the sources are the same, and built otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -34,6 +36,7 @@ from benchmarks.training_step import LABELS
 from spafl.table import CONFIDENCE
 
 KEY = ("model", "density", "before")
+Times = tuple[float, float]  # before, now
 LEAST = 0.97
 BUILT = ("_C.abi3.so", "_build.json")
 # Runs in either version, so it asks only for what both have.
@@ -116,26 +119,32 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return math.exp(middle - half), math.exp(middle), math.exp(middle + half)
 
 
-def measure(before: Version, now: Version, model: str, density: float, turns: int, seconds: float) -> dict[str, object]:
-    """One cell; a turn takes about ``seconds`` of both versions together."""
+def pair(before: Version, now: Version, model: str, density: float, turns: int, seconds: float) -> list[Times]:
+    """Seconds of a step before and now, by turn; a turn takes about ``seconds`` of both versions together."""
     first = [version.seconds(model, density, 1) for version in (before, now)]
     steps = max(1, round(seconds / sum(first)))
-    pairs = []
+    times = []
     for turn in range(turns):
         order = (before, now) if turn % 2 else (now, before)
-        times = {id(version): version.seconds(model, density, steps) for version in order}
-        pairs.append((times[id(before)], times[id(now)]))
-    low, middle, high = interval([a / b for a, b in pairs])
+        found = {id(version): version.seconds(model, density, steps) for version in order}
+        times.append((found[id(before)], found[id(now)]))
+    return times
+
+
+def cell(model: str, density: float, pairs: Sequence[Sequence[Times]]) -> dict[str, object]:
+    """One row, of the times of all pairs of processes."""
+    low, middle, high = interval([statistics.geometric_mean([a / b for a, b in times]) for times in pairs])
+    every = [time for times in pairs for time in times]
     return {
         "model": model,
         "density": density,
-        "before_ms": round(1e3 * statistics.median(a for a, _ in pairs), 3),
-        "now_ms": round(1e3 * statistics.median(b for _, b in pairs), 3),
+        "before_ms": round(1e3 * statistics.median(a for a, _ in every), 3),
+        "now_ms": round(1e3 * statistics.median(b for _, b in every), 3),
         "speedup": round(middle, 4),
         "low": round(low, 4),
         "high": round(high, 4),
-        "turns": turns,
-        "steps": steps,
+        "pairs": len(pairs),
+        "turns": len(every),
         "load": round(os.getloadavg()[0], 1),
         "wrong": "",
     }
@@ -173,29 +182,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("revision", metavar="COMMIT", help="what git knows it by")
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.5, 0.25, 0.1])
-    parser.add_argument("--turns", type=int, default=20, help="pairs of measurements per cell")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one pair, about")
+    parser.add_argument("--pairs", type=int, default=6, help="pairs of processes, one after the other")
+    parser.add_argument("--turns", type=int, default=5, help="measurements of a cell by a pair")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of one measurement, both versions, about")
     args = parser.parse_args(argv)
     common.check_densities(parser, args.densities)
     if args.quick:
-        args.models, args.densities, args.turns, args.seconds = ["lenet5"], [0.5], 3, 0.01
-    if args.turns < 2:
-        parser.error("--turns must be at least 2; an interval needs them")
+        args.models, args.densities, args.pairs, args.turns, args.seconds = ["lenet5"], [0.5], 2, 2, 0.01
+    if args.pairs < 2 or args.turns < 1:
+        parser.error("--pairs must be at least 2, an interval needs them, and --turns at least 1")
     try:
         name = git("rev-parse", "--short", "--verify", f"{args.revision}^{{commit}}").decode().strip()
     except subprocess.CalledProcessError:
         parser.error(f"git knows no commit {args.revision!r} here")
     rows = common.start(args, KEY)
     print(f"{commit()} beside {name}", flush=True)
+    cells = list(itertools.product(args.models, args.densities))
+    times: dict[tuple[str, float], list[list[Times]]] = {one: [] for one in cells}
     with unpacked(name) as root:
-        before, now = Version(root), Version(ROOT)
-        try:
-            for model in args.models:
-                for density in args.densities:
-                    row = measure(before, now, model, density, args.turns, args.seconds) | {"before": name}
-                    common.tell(rows, row, "{model} {density}:", "{speedup:.3f}x as fast ({low:.3f} to {high:.3f})")
-        finally:
-            before.close(), now.close()
+        for number in range(args.pairs):
+            before, now = Version(root), Version(ROOT)
+            try:
+                for one in cells:
+                    times[one].append(pair(before, now, *one, args.turns, args.seconds))
+            finally:
+                before.close(), now.close()
+            print(f"pair {number + 1} of {args.pairs}", file=sys.stderr, flush=True)
+    for one in cells:
+        row = cell(*one, times[one]) | {"before": name}
+        common.tell(rows, row, "{model} {density}:", "{speedup:.3f}x as fast ({low:.3f} to {high:.3f})")
     lines = [] if args.quick else missed(rows.measured)
     print("\n".join(lines))
     return int(bool(lines))

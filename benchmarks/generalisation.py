@@ -72,7 +72,8 @@ def plot(rows: Sequence[Row]) -> Figure:
             of = [row for row in own if row["method"] == method]
             x, y, half = ([float(row[name]) for row in of] for name in ("density", "gap", "gap_half_width"))
             colour = common.COLOURS[i % len(common.COLOURS)]
-            panel.errorbar(x, y, half, fmt="o", capsize=3, color=colour, label=method.split("_", 1)[-1])
+            marker = "os^"[i // len(common.COLOURS) % 3]  # other ones where the colours come round
+            panel.errorbar(x, y, half, fmt=marker, capsize=3, color=colour, label=method.split("_", 1)[-1])
         panel.set_xlim(0, 1.05)
         panel.set_xlabel("density, mean over layers and clients")
         panel.set_title(f"{group[0]}, {group[1]} rounds")
