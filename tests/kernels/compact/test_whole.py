@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from spafl.models import build_model
-from spafl_kernels import make_trainer
-from spafl_kernels.compact import CompactModule, CompactTrainer
+from spafl_kernels import make_trainer, to_dense
+from spafl_kernels.compact import CompactModule, CompactTrainer, captures
 from spafl_kernels.training import AdamOptions, MaskedTrainer, SGDOptions
 
 
@@ -119,15 +119,22 @@ class Fading(Net):
         return super().forward(x) * self.strength
 
 
-def test_a_model_that_changes_at_every_step_is_not_read_at_every_step(monkeypatch):
-    from spafl_kernels.compact import captures
-
-    read = []
-    trace = captures.check_traceable
-    monkeypatch.setattr(captures, "check_traceable", lambda *a, **k: read.append(1) or trace(*a, **k))
+def fading():
     torch.manual_seed(0)
     model = Fading().double()
-    trainers = MaskedTrainer(copy.deepcopy(model)), make_trainer(model)
+    return MaskedTrainer(copy.deepcopy(model)), make_trainer(model)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """An entry for every time that a model is read."""
+    times, trace = [], captures.check_traceable
+    monkeypatch.setattr(captures, "check_traceable", lambda *a, **k: times.append(1) or trace(*a, **k))
+    return times
+
+
+def test_a_model_that_changes_at_every_step_is_not_read_at_every_step(read):
+    trainers = fading()
     for trainer in trainers:
         trainer.begin(SGDOptions(lr=0.1, momentum=0.9))
         for i, (x, y) in enumerate(batches(80)):
@@ -152,15 +159,8 @@ def test_a_model_that_goes_to_and_fro_stays_compact():
     same(*(t.model.state_dict() for t in trainers))
 
 
-def test_what_the_caller_says_the_model_computes_is_read_once(monkeypatch):
-    from spafl_kernels.compact import captures
-
-    read = []
-    trace = captures.check_traceable
-    monkeypatch.setattr(captures, "check_traceable", lambda *a, **k: read.append(1) or trace(*a, **k))
-    torch.manual_seed(0)
-    model = Fading().double()
-    trainers = MaskedTrainer(copy.deepcopy(model)), make_trainer(model)
+def test_what_the_caller_says_the_model_computes_is_read_once(read):
+    trainers = fading()
     for trainer in trainers:
         trainer.begin(SGDOptions(lr=0.1, momentum=0.9))
         for i, (x, y) in enumerate(batches(12)):
@@ -199,8 +199,6 @@ def test_the_module_gives_the_gradients_of_the_model():
 def test_auto_takes_it_where_the_prices_say_so():
     """LeNet-5 at the published batch gains, and not by a clock; a transformer is its matrix products."""
     lenet, vit = build_model("lenet5", 10, 1, 0), build_model("vit", 10, 3, 0)
-    from spafl_kernels import to_dense
-
     for model, shape, engine in ((lenet, (64, 1, 28, 28), "compact"), (vit, (16, 3, 32, 32), "masked")):
         trainer = make_trainer(to_dense(model))
         trainer.begin(SGDOptions(lr=0.01))
