@@ -26,14 +26,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scipy import stats
-
 from benchmarks import common
 from benchmarks.cases import CASES
 from benchmarks.commit import ROOT, commit
 from benchmarks.common import Row
 from benchmarks.training_step import LABELS
-from spafl.table import CONFIDENCE
+from spafl.table import half_width
 
 KEY = ("model", "density", "before")
 Times = tuple[float, float]  # before, now
@@ -114,8 +112,7 @@ def unpacked(revision: str) -> Iterator[Path]:
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     """Lower end, geometric mean and upper end of the 95 % interval."""
     logs = [math.log(ratio) for ratio in ratios]
-    middle = statistics.fmean(logs)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    middle, half = statistics.fmean(logs), half_width(logs)
     return math.exp(middle - half), math.exp(middle), math.exp(middle + half)
 
 
@@ -161,20 +158,11 @@ def missed(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> str:
     """Speed-up over the other commit with its interval, by model and density."""
-    densities = sorted({float(row["density"]) for row in rows}, reverse=True)
-    cells = {
-        (row["model"], float(row["density"])): "{:.2f}x ({:.2f} to {:.2f})".format(
-            *(float(row[name]) for name in ("speedup", "low", "high"))
-        )
-        for row in rows
-    }
-    return common.markdown(
-        ["model", *(f"density {density:g}" for density in densities)],
-        [
-            [LABELS.get(model, model), *(cells.get((model, density), "-") for density in densities)]
-            for model in common.values(rows, "model")
-        ],
-    )
+
+    def cell(row: Row) -> str:
+        return "{:.2f}x ({:.2f} to {:.2f})".format(*(float(row[name]) for name in ("speedup", "low", "high")))
+
+    return common.by_density(rows, {"model": lambda r: LABELS.get(r["model"], r["model"])}, cell)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -207,11 +195,12 @@ def main(argv: list[str] | None = None) -> int:
                     times[one].append(pair(before, now, *one, args.turns, args.seconds))
             finally:
                 before.close(), now.close()
-            print(f"pair {number + 1} of {args.pairs}", file=sys.stderr, flush=True)
-    for one in cells:
-        row = cell(*one, times[one]) | {"before": name}
-        common.tell(rows, row, "{model} {density}:", "{speedup:.3f}x as fast ({low:.3f} to {high:.3f})")
-    lines = [] if args.quick else missed(rows.measured)
+            print(f"pair {number + 1} of {args.pairs}", flush=True)
+            if number:  # an interval needs two; what stops later has those of the pairs until then
+                for one in cells:
+                    row = cell(*one, times[one]) | {"before": name}
+                    common.tell(rows, row, "{model} {density}:", "{speedup:.3f}x as fast ({low:.3f} to {high:.3f})")
+    lines = [] if args.quick else missed(rows.measured[-len(cells) :])
     print("\n".join(lines))
     return int(bool(lines))
 

@@ -22,8 +22,9 @@ from spafl_kernels import native
 from .commit import commit
 
 __all__ = [
-    "COLOURS", "IMAGES", "RESULTS", "Row", "Rows", "alone", "check_densities", "evenly", "in_style", "in_turns",
-    "markdown", "options", "over", "picture", "quartiles", "read", "right", "save", "start", "tell", "values",
+    "COLOURS", "IMAGES", "RESULTS", "Row", "Rows", "alone", "by_density", "check_densities", "evenly", "in_style",
+    "in_turns", "markdown", "options", "over", "picture", "quartiles", "read", "right", "save", "start", "tell",
+    "values",
 ]  # fmt: skip
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -221,6 +222,25 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def by_density(rows: Sequence[Row], head: Mapping[str, Callable[[Row], str]], cell: Callable[[Row], str]) -> str:
+    """A Markdown table with a line for each case and a column for each density, the largest first.
+
+    Args:
+        head: the first columns, which tell the cases apart: their titles, and what a row has there.
+        cell: what a row says, if it is not wrong.
+    """
+    densities = sorted({float(row["density"]) for row in rows}, reverse=True)
+    cases: dict[tuple[str, ...], dict[float, Row]] = {}
+    for row in rows:
+        cases.setdefault(tuple(of(row) for of in head.values()), {})[float(row["density"])] = row
+
+    def text(row: Row | None) -> str:
+        return "-" if row is None else "wrong" if row["wrong"] else cell(row)
+
+    lines = [[*case, *(text(found.get(density)) for density in densities)] for case, found in cases.items()]
+    return markdown([*head, *(f"density {density:g}" for density in densities)], lines)
 
 
 def picture(rows: Rows, plot: Callable[[Sequence[Row]], Figure]) -> None:

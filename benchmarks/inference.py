@@ -89,15 +89,11 @@ def measure(case: Case, batch: int, density: float, turns: int, seconds: float) 
 
 def table(rows: Sequence[Row]) -> str:
     """Speed-up over the dense model, by model, batch and density."""
-    densities = sorted({float(row["density"]) for row in rows}, reverse=True)
-    found = {(row["model"], row["batch"], float(row["density"])): row for row in rows}
 
-    def cell(row: Row | None) -> str:
-        return "-" if row is None else "wrong" if row["wrong"] else f"{float(row['speedup']):.3g}x"
+    def cell(row: Row) -> str:
+        return f"{float(row['speedup']):.3g}x"
 
-    cases = dict.fromkeys((row["model"], row["batch"]) for row in rows)
-    lines = [[model, batch, *(cell(found.get((model, batch, d))) for d in densities)] for model, batch in cases]
-    return common.markdown(["model", "batch", *(f"density {d:g}" for d in densities)], lines)
+    return common.by_density(rows, {"model": lambda r: r["model"], "batch": lambda r: r["batch"]}, cell)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -83,23 +83,14 @@ def measure(
 
 def table(rows: Sequence[Row]) -> str:
     """Speed-up over training as published, by model and density."""
-    densities = sorted({float(row["density"]) for row in rows}, reverse=True)
-    cells = {(row["model"], float(row["density"])): row for row in rows}
 
-    def cell(model: str, density: float) -> str:
-        row = cells.get((model, density))
-        if row is None:
-            return "-"
-        if row["wrong"]:
-            return "wrong"
-        promise = f" [{float(row['ideal']):.3g}]" if density < 1 else ""
+    def cell(row: Row) -> str:
+        promise = f" [{float(row['ideal']):.3g}]" if float(row["density"]) < 1 else ""
         return f"{float(row['speedup']):.3g}x{promise}"
 
-    lines = []
-    for model in common.values(rows, "model"):
-        batch = next(row["batch"] for row in rows if row["model"] == model)
-        lines.append([f"{LABELS.get(model, model)}, {batch}", *(cell(model, density) for density in densities)])
-    return common.markdown(["model, batch", *(f"density {density:g}" for density in densities)], lines)
+    return common.by_density(
+        rows, {"model, batch": lambda r: f"{LABELS.get(r['model'], r['model'])}, {r['batch']}"}, cell
+    )
 
 
 @common.in_style

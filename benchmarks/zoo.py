@@ -175,12 +175,8 @@ def _usual(row: Row) -> bool:
 
 def table(rows: Sequence[Row]) -> str:
     """Speed-up over masked by model, estimator and density; what is slower stands out."""
-    densities = sorted({float(row["density"]) for row in rows}, reverse=True)
-    cells = {(row["model"], row["batch"], row["estimator"], float(row["density"])): row for row in rows}
 
-    def cell(row: Row | None) -> str:
-        if row is None or row["wrong"]:
-            return "-" if row is None else "wrong"
+    def cell(row: Row) -> str:
         speedup = float(row["speedup"])
         text = f"{speedup:.3g}x" if speedup >= NOT_SLOWER else f"**{speedup:.2f}x**"
         if row["engine"] == "masked":
@@ -188,11 +184,8 @@ def table(rows: Sequence[Row]) -> str:
         promise = f" of {float(row['ideal']):.3g}x" if float(row["density"]) < 1 else ""
         return f"{text}{promise}; dense {float(row['dense_over_masked']):.3g}x"
 
-    lines = []
-    for case in dict.fromkeys((row["model"], row["batch"], row["estimator"]) for row in rows):
-        model, batch, estimator = case
-        lines.append([f"{model}, {batch}", estimator, *(cell(cells.get((*case, density))) for density in densities)])
-    return common.markdown(["model, batch", "estimator", *(f"density {density:g}" for density in densities)], lines)
+    head = {"model, batch": lambda r: f"{r['model']}, {r['batch']}", "estimator": lambda r: r["estimator"]}
+    return common.by_density(rows, head, cell)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -327,6 +327,18 @@ def scalar_loss(value: Any) -> Tensor:
     return value.reshape(())
 
 
+def step_on_gradients(
+    optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], options: Options, extra: Extra | None
+) -> None:
+    """The end of a step, when every parameter has its gradient: extra terms, clipping, the optimiser."""
+    if extra is not None:
+        with torch.no_grad():
+            extra(parameters)
+    if options.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm)
+    optimiser.step()
+
+
 class MaskedTrainer(Trainer):
     """The model's own layers, autograd, ``torch.optim``: on a CPU dense operators on masked weights, the definition."""
 
@@ -420,12 +432,7 @@ class MaskedTrainer(Trainer):
         if self._options.penalty and self._layers:
             objective = loss + self._penalty()
         objective.backward()
-        if self._extra is not None:
-            with torch.no_grad():
-                self._extra(self._params)
-        if self._options.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self._params.values(), self._options.max_grad_norm)
-        self._optimizer.step()
+        step_on_gradients(self._optimizer, self._params, self._options, self._extra)
         return loss.detach()
 
     def _penalty(self) -> Tensor:

@@ -94,8 +94,13 @@ def paired_difference(own: Mapping[int, float], other: Mapping[int, float]) -> t
     differences = np.array([own[seed] - other[seed] for seed in seeds])
     if len(seeds) < 2:
         return float(differences.mean()), None
-    spread = differences.std(ddof=1) / math.sqrt(len(seeds))
-    return float(differences.mean()), float(stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1) * spread)
+    return float(differences.mean()), half_width(differences)
+
+
+def half_width(numbers: Sequence[float] | np.ndarray) -> float:
+    """Half the width of the confidence interval of the numbers' mean (Student's t); at least two are needed."""
+    spread = np.std(numbers, ddof=1) / math.sqrt(len(numbers))
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(numbers) - 1) * spread)
 
 
 def lines_of(experiment: Experiment, jobs: Sequence[Job], failed: Mapping[Path, str]) -> list[Line]:

@@ -334,12 +334,8 @@ def _layer_gather(layer: LayerState, spec: _Spec) -> Callable[[], None]:
     m, slot, rows, masked_bias = layer.module, layer.slot, spec.rows, layer.mask_bias
     partial = not bool(spec.active.all())
 
-    if not layer.is_threshold and spec.columns.full:  # all of it, as it is
-
-        def whole() -> None:
-            slot.weight, slot.bias = by_filter(m, m.weight), m.bias
-
-        return whole
+    if not layer.is_threshold and spec.columns.full:
+        return layer.lend_whole
 
     def gather() -> None:
         weight = by_filter(m, m.weight)

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.library import Library
 
 from . import closed_form
 from . import packed as kernels
@@ -44,14 +45,14 @@ _FORWARD = "(Tensor input, Tensor weight, Tensor threshold, Tensor? bias, {}str 
 _BACKWARD = "(Tensor grad, Tensor input, Tensor weight, Tensor packed, Tensor selection, Tensor? bias, " \
     "{}bool mask_bias, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)"  # fmt: skip
 
-_library = library.Library("spafl", "FRAGMENT")
+_operators = Library("spafl", "FRAGMENT")
 for _name, _schema, _more in (
     ("threshold_linear", _FORWARD, ""),
     ("threshold_linear_backward", _BACKWARD, ""),
     ("threshold_conv2d", _FORWARD, f"{_STEPS}, "),
     ("threshold_conv2d_backward", _BACKWARD, f"{_STEPS}, "),
 ):
-    _library.define(_name + _schema.format(_more), tags=(torch.Tag.pt2_compliant_tag,))
+    _operators.define(_name + _schema.format(_more), tags=(torch.Tag.pt2_compliant_tag,))
 
 threshold_linear = torch.ops.spafl.threshold_linear.default
 threshold_conv2d = torch.ops.spafl.threshold_conv2d.default
@@ -67,9 +68,9 @@ def _implements(op: Any, key: str) -> Callable[[Callable[..., Any]], Callable[..
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         if key == "fake":
-            library.register_fake(op, function, lib=_library)
+            library.register_fake(op, function, lib=_operators)
         else:
-            _library.impl(op, function, key)
+            _operators.impl(op, function, key)
         if key == "CUDA":
             CUDA[op] = function
         return function
@@ -298,9 +299,9 @@ def conv2d_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
 
 
 for _op, _backward in ((threshold_linear, linear_backward), (threshold_conv2d, conv2d_backward)):
-    library.register_autograd(_op, _backward, setup_context=save, lib=_library)
+    library.register_autograd(_op, _backward, setup_context=save, lib=_operators)
 for _op in (threshold_linear_backward, threshold_conv2d_backward):
-    library.register_autograd(_op, no_second_derivative, lib=_library)
+    library.register_autograd(_op, no_second_derivative, lib=_operators)
 
 
 # --------------------------------------------------------------------------------------------------- vmap
@@ -325,7 +326,7 @@ def _vmap(op: Any) -> Any:
 
 
 for _op in (threshold_linear, threshold_linear_backward, threshold_conv2d, threshold_conv2d_backward):
-    library.register_vmap(_op, _vmap(_op), lib=_library)
+    library.register_vmap(_op, _vmap(_op), lib=_operators)
 
 
 # --------------------------------------------------------------------------------------------------- autocast
@@ -342,7 +343,7 @@ def _register_autocast(op: Any, device: str, key: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return op(input, *rest)
 
-    _library.impl(op, kernel, key, with_keyset=True)
+    _operators.impl(op, kernel, key, with_keyset=True)
 
 
 for _op in (threshold_linear, threshold_conv2d):

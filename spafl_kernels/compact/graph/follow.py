@@ -59,18 +59,18 @@ def follow_inputs(
     return flow
 
 
-def has_thresholds(model: nn.Module) -> bool:
-    """Whether a model has anything to prune."""
-    return any(isinstance(m, ThresholdLayer) for m in model.modules())
-
-
 def follow_thresholds(model: nn.Module, inputs: tuple[Input, ...], trace: Trace, batch: int) -> Flow:
     """:func:`follow_inputs`; raises Unsupported too where there are threshold layers and none can be followed."""
     flow = follow_inputs(model, inputs, trace, batch)
-    if has_thresholds(model) and not any(isinstance(op.module, ThresholdLayer) for op in flow.layers.values()):
+    followed = (op.module for op in flow.layers.values())
+    if any(map(_prunes, model.modules())) and not any(map(_prunes, followed)):
         reasons = "; ".join(f"{name}: {why}" for name, why in flow.apart.items())
         raise Unsupported(f"no threshold layer can be followed ({reasons})")
     return flow
+
+
+def _prunes(module: nn.Module) -> bool:
+    return isinstance(module, ThresholdLayer)
 
 
 def whole(op: Op) -> Whole:

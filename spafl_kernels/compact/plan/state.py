@@ -81,6 +81,10 @@ class LayerState:
         again = self.copied and old is not None and (old.dtype, old.device) == (found.dtype, found.device)
         return old.copy_(found) if again and old is not None else found
 
+    def lend_whole(self) -> None:
+        """Let the forward pass read the module's own tensors, of which nothing is left out."""
+        self.slot.weight, self.slot.bias = by_filter(self.module, self.module.weight), self.module.bias
+
     def write_back(self, momentum: bool = False) -> None:
         """Copy the weight, or its momentum, to the model's tensor, unless it lies there."""
         m = self.module

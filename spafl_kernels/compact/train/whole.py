@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ...optimisers import Options, torch_optimiser, write_back
-from ...training import Extra
+from ...training import Extra, step_on_gradients
 from ..graph.flow import Flow
 from ..plan.plan import Plan
 from ..plan.rows import layer_states, norm_states
-from ..plan.state import by_filter, channels_of_norm, slots_of
+from ..plan.state import channels_of_norm, slots_of
 from ..run.fusion import prefers_channels_last
 from ..run.program import Program
 from ..run.scope import Scope
@@ -49,12 +49,11 @@ class WholeSession:
     def _fill(self) -> None:
         """Let the forward pass read the model."""
         for layer in self._layers.values():
-            m, slot = layer.module, layer.slot
-            slot.weight, slot.bias = by_filter(m, m.weight), m.bias
+            layer.lend_whole()
         for norm in self._norms.values():
-            m, of_norm = norm.module, norm.slot
-            of_norm.weight, of_norm.bias = m.weight, m.bias
-            of_norm.running_mean, of_norm.running_var = m.running_mean, m.running_var
+            m, slot = norm.module, norm.slot
+            slot.weight, slot.bias = m.weight, m.bias
+            slot.running_mean, slot.running_var = m.running_mean, m.running_var
 
     def load(
         self,
@@ -80,6 +79,8 @@ class WholeSession:
             for buffer in momentum.values():
                 buffer.zero_()
         self._optimiser = torch_optimiser(options, self._params, (), momentum)
+        for norm in self._norms.values():
+            norm.read({})
 
     def refresh(self) -> None:
         """What happens at the start of a forward."""
@@ -96,20 +97,13 @@ class WholeSession:
         for p, g in zip(self._params.values(), grads, strict=True):
             p.grad = g
         grads.clear()
-        if self._extra is not None:
-            self._extra(self._params)
-        bound = self.options.max_grad_norm
-        if bound is not None:
-            nn.utils.clip_grad_norm_(self._params.values(), bound)
-        self._optimiser.step()
-        for p in self._params.values():
-            p.grad = None
-        for norm in self._norms.values():
-            if norm.module.training and norm.module.num_batches_tracked is not None:
-                norm.module.num_batches_tracked += 1
+        step_on_gradients(self._optimiser, self._params, self.options, self._extra)
+        self._optimiser.zero_grad()
 
     def store(self) -> None:
-        """The model is complete after every step."""
+        """Complete the model: all but the number of batches is there after every step."""
+        for norm in self._norms.values():
+            norm.count_batches()
 
     def store_momentum(self) -> None:
         """Complete the optimiser's state, after :meth:`store`."""

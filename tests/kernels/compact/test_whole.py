@@ -206,3 +206,24 @@ def test_auto_takes_it_where_the_prices_say_so():
         trainer.finish()
         assert trainer.engine == engine, trainer.reason
     assert "expected to take" in trainer.reason
+
+
+def test_a_step_whose_loss_fails_has_passed_the_norms():
+    def loss(out, y):
+        if len(y) == 4:
+            raise ValueError("no")
+        return F.cross_entropy(out, y)
+
+    states = []
+    for kind in (MaskedTrainer, CompactTrainer):
+        trainer = kind(net(), loss)
+        trainer.begin(SGDOptions(lr=0.1))
+        for size in (5, 4, 5):
+            try:
+                trainer.step(*next(batches(1, size)))
+            except ValueError:
+                assert size == 4
+        trainer.finish()
+        states.append(trainer.model.state_dict())
+    assert trainer.engine == "compact" and states[1]["na.num_batches_tracked"] == 3
+    same(*states)
