@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import settings
+from .captured import CapturedTrainer
 from .compact import CompactTrainer
 from .compact.captures import Batch, Verdict
 from .compact.plan.estimate import Judge
@@ -37,8 +38,9 @@ def make_trainer(
         engine: ``"masked"``, ``"compact"``, or ``"auto"``: compact where it runs the model exactly and is expected to
             gain, else masked. What is expected comes from a table of prices (:mod:`.compact.plan.estimate`), the masks
             and the batch, never from a clock: a training that is repeated, in whichever process, makes the same choice.
-            On a GPU "auto" is masked: the compact engine runs there, but asks the host at every step whether a mask
-            changed, and has not been measured.
+            On a GPU "auto" is the masked model, whose steps are replayed from CUDA graphs
+            (:class:`~spafl_kernels.captured.CapturedTrainer`): the compact engine runs there too, but asks the host at
+            every step whether a mask changed.
         loss: see :class:`spafl_kernels.training.Trainer`.
         strict: raise where the compact engine cannot run the model instead of taking the masked one; by default what
             the environment variable ``SPAFL_STRICT`` says. Where it can and is not expected to gain, "auto" is masked.
@@ -58,7 +60,7 @@ def make_trainer(
         return MaskedTrainer(model, loss)
     device = next((p.device.type for p in model.parameters()), "cpu")
     if engine == "auto" and device != "cpu":
-        return MaskedTrainer(model, loss, reason=f"the compact engine has not been measured on {device}")
+        return CapturedTrainer(model, loss) if device == "cuda" else MaskedTrainer(model, loss, f"it runs on {device}")
     try:
         judge = Judge() if engine == "auto" else None
         return CompactTrainer(model, loss, strict, verify=verify, judge=judge, verdicts=verdicts)

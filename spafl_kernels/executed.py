@@ -94,6 +94,10 @@ class Executed:
         cost, total = self._sums[key]
         total.addcmul_(counts, cost)
 
+    def sums(self) -> list[Tensor]:
+        """What is counted on the device; written in place."""
+        return [total for _, total in self._sums.values()]
+
     def total(self) -> int:
         """The sum; waits for the device."""
         return self.numbers + sum(int(total.sum()) for _, total in self._sums.values())

@@ -21,7 +21,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -327,8 +327,16 @@ def scalar_loss(value: Any) -> Tensor:
     return value.reshape(())
 
 
+class Stepper(Protocol):
+    """What moves parameters by their gradients: the part of ``torch.optim.Optimizer`` that a step needs."""
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> Any: ...
+
+
 def step_on_gradients(
-    optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], options: Options, extra: Extra | None
+    optimiser: Stepper, parameters: Mapping[str, nn.Parameter], options: Options, extra: Extra | None
 ) -> None:
     """The end of a step, when every parameter has its gradient: extra terms, clipping, the optimiser."""
     if extra is not None:
@@ -365,17 +373,21 @@ class MaskedTrainer(Trainer):
         start = self._start(options, momentum, densities)
         self._options, self._parameters, self._extra = options, self._inventory.parameters, extra
         self._layers: list[tuple[str, Any]] = self._inventory.thresholds
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        # One tensor, written in place: a captured step reads at each replay what the last one left.
-        self._densities = torch.tensor(list(start.values()), dtype=torch.float64, device=device)
-        self._shared = share([layer for _, layer in self._layers])
         self._params = self._trainable()
-        self._momentum = dict(momentum) if momentum else options.fresh_state(self._params)
-        thresholds = {f"{name}.threshold" if name else "threshold" for name, _ in self._layers}
-        self._optimizer = torch_optimiser(options, self._params, thresholds, self._momentum)
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self._hold(torch.tensor(list(start.values()), dtype=torch.float64, device=device), dict(momentum or {}))
         self._steps = self._macs = 0
         self._executed.reset()
         self.model.train()
+
+    def _hold(self, densities: Tensor, momentum: dict[str, Tensor]) -> None:
+        """Keep what a step works on besides the model: ``densities`` are written in place, for whoever captures it."""
+        self._densities, self._momentum = densities, momentum or self._options.fresh_state(self._params)
+        self._shared = share([layer for _, layer in self._layers])
+        self._optimizer: Stepper = torch_optimiser(self._options, self._params, self._threshold_names(), self._momentum)
+
+    def _threshold_names(self) -> set[str]:
+        return {f"{name}.threshold" if name else "threshold" for name, _ in self._layers}
 
     @torch.no_grad()
     def _guard(self) -> AbstractContextManager[None]:
@@ -425,15 +437,17 @@ class MaskedTrainer(Trainer):
         self._optimizer.zero_grad()
         with self._guard():
             out = called(self.model, x)
-        loss = objective = self._loss_of(out, y)
+        loss = self._loss_of(out, y)
         if not loss.requires_grad:
             self._trainable()
             raise ValueError("what the model returns does not depend on any parameter that is trained")
-        if self._options.penalty and self._layers:
-            objective = loss + self._penalty()
-        objective.backward()
+        self._objective(loss).backward()
         step_on_gradients(self._optimizer, self._params, self._options, self._extra)
         return loss.detach()
+
+    def _objective(self, loss: Tensor) -> Tensor:
+        """What is minimised."""
+        return loss + self._penalty() if self._options.penalty and self._layers else loss
 
     def _penalty(self) -> Tensor:
         options = self._options
@@ -448,16 +462,21 @@ class MaskedTrainer(Trainer):
         self._check_same_parameters()
         samples_of(x)
         self.model.eval()
-        with self._guard():
-            out = called(self.model, x)
+        out = self._answer(x)
         self.model.train()
         return self._loss_and_hits(out, y)
+
+    def _answer(self, x: Given) -> Any:
+        """What the model says to a batch of an evaluation."""
+        with self._guard():
+            return called(self.model, x)
 
     def finish(self) -> TrainResult:
         if self._result is None:
             self._check_open()
             self._optimizer.zero_grad()
-            write_back(self._optimizer, self._params, self._momentum)
+            if isinstance(self._optimizer, torch.optim.Optimizer):
+                write_back(self._optimizer, self._params, self._momentum)
             stateful = not isinstance(self._options, SGDOptions) or bool(self._options.momentum)
             self._result = TrainResult(
                 densities=dict(zip([name for name, _ in self._layers], self._densities.tolist(), strict=True)),

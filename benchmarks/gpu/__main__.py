@@ -6,6 +6,7 @@
     python -m benchmarks.gpu --targets       what was aimed at, and whether it was reached; needs no GPU
     python -m benchmarks.gpu --tune          measure tile sizes instead; before the rest, whose times depend on them
     python -m benchmarks.gpu --tables        tables of tiles and of ``auto``'s choices from what was measured; no GPU
+    python -m benchmarks.gpu --engines FILE  the table by which a simulation takes a GPU, from the lines of a report
 
 Rows are appended to benchmarks/results/gpu.csv as they come, with device, versions and commit; losses are rows like any
 other. A run that is stopped keeps what it has. What a provider or a mode is: benchmarks/gpu/layers.py and steps.py.
@@ -14,6 +15,7 @@ other. A run that is stopped keeps what it has. What a provider or a mode is: be
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import subprocess
@@ -24,6 +26,7 @@ import torch
 
 from spafl_kernels.gpu import tables
 from spafl_kernels.gpu.tables.choices import SHELF as CHOICES
+from spafl_kernels.gpu.tables.engines import SHELF as ENGINES
 from spafl_kernels.gpu.tables.tiles import SHELF as TILES
 
 from . import choices, results, roofline, schedule, targets, tiles
@@ -108,6 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tables", action="store_true", help="write tables of tiles and choices from what was measured"
     )
+    parser.add_argument(
+        "--engines", type=pathlib.Path, metavar="REPORT", help="write a table of engines from a report.jsonl"
+    )
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     work = schedule.jobs(schedule.TUNING if options.tune else schedule.SCHEDULE, options.models)
@@ -139,7 +145,18 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  above 3 %: {miss}")
     if options.targets:
         print(*targets.judge(measured(options.out, parser)), sep="\n")
-    if options.plots or options.tables or options.targets:
+    if options.engines:
+        from .report import speeds
+
+        try:
+            lines = [json.loads(line) for line in options.engines.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            parser.error(f"{options.engines}: {error}")
+        table = speeds.table(lines)
+        if table is None:
+            parser.error(f"{options.engines} has no speeds of both the GPU and the CPU (stage speeds)")
+        print(ENGINES.write(table, tables.FOLDER))
+    if options.plots or options.tables or options.targets or options.engines:
         return 0
     if not torch.cuda.is_available():
         print("error: benchmarks.gpu measures a CUDA GPU and this machine has none (--list works)", file=sys.stderr)

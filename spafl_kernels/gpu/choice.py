@@ -5,10 +5,11 @@ A choice of the dense operator by measurement is no fallback. Where no table was
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -94,9 +95,24 @@ def _host_unknowing() -> str | None:
         return "under torch.func transforms"
     if torch.compiler.is_compiling():
         return "in compiled code"
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if _recording or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return "while a CUDA graph is captured"
     return None
+
+
+# Whether what runs eagerly now is what will be recorded next.
+_recording = False
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Layers choose as they do while a CUDA graph is captured, so that an eager step is what its recording will be."""
+    global _recording
+    before, _recording = _recording, True
+    try:
+        yield
+    finally:
+        _recording = before
 
 
 def way() -> choices.Way:

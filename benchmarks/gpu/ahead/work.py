@@ -116,6 +116,14 @@ def some_layers(wanted: Iterable[tuple[str, str]], dtypes: Iterable[str], batch:
                 case.module("ours")
 
 
+def choices(device: Cpu) -> None:
+    """Layers as a user calls them."""
+    with tf32(True):
+        for job in timing.jobs("choices"):
+            assert job.layer is not None
+            layers.Case(job.layer, job.batch, job.part.dtype, 0.5, device.where).module("ours")
+
+
 def environment(device: Cpu) -> None:
     """The small layers whose calls are timed on the host."""
     with cuda_calls():
@@ -124,11 +132,16 @@ def environment(device: Cpu) -> None:
             forward()
 
 
-TIMED = {s.name: functools.partial(timed, s.arguments) for s in STAGES if s.module == "timing" and s.name != "layers"}
+TIMED = {
+    s.name: functools.partial(timed, s.arguments)
+    for s in STAGES
+    if s.module == "timing" and s.name not in ("layers", "choices")
+}
 WORK: dict[str, Work] = {
     "environment": environment,
     "values": values,
     "layers": functools.partial(some_layers, timing.LAYERS, ("bf16", "tf32"), 128),
+    "choices": choices,
     **TIMED,
     "tests": tests,
     "smoke": smoke,

@@ -16,9 +16,7 @@ from .runner import ROOT
 DIGITS = "python/spafl/configs/digits.toml"
 # Data, where, engine: the first of a data set is what a CPU user has.
 RUNS = tuple(
-    (data, *run)
-    for data in ("digits", "synthetic")
-    for run in (("cpu", "auto"), ("cuda", "masked"), ("cuda", "compact"))
+    (data, *run) for data in ("digits", "synthetic") for run in (("cpu", "auto"), ("cuda", "auto"), ("cuda", "masked"))
 )
 # What the configuration of the digits needs for noise of the size of CIFAR-10, and a model for it.
 SYNTHETIC = (

@@ -112,6 +112,10 @@ def _runs(rows: Rows) -> Iterator[str]:
         what = f"{r.get('data', 'digits')} on {r['where']}, {r['engine']}"
         yield f"{what}: rounds of {seconds} s, accuracy {r['accuracy']:.3f}"
 
+    for r in _of(rows, "speed"):
+        what = f"{r['model']} b{r['batch']} at {r['density']}"
+        yield f"{what}: {r['steps_per_second']:.0f} steps/s of a simulation, one worker on {r['where']}"
+
 
 def _red(rows: Rows) -> Iterator[str]:
     for r in _of(rows, "red"):

@@ -12,7 +12,11 @@ import sys
 from .device import Visit
 from .runner import ROOT
 
-FILES = ("tests/kernels/gpu/cuda/test_cuda_on_device.py", "tests/kernels/gpu/test_gpu.py")
+FILES = (
+    "tests/kernels/gpu/cuda/test_cuda_on_device.py",
+    "tests/kernels/gpu/test_captured_gpu.py",
+    "tests/kernels/gpu/test_gpu.py",
+)
 # inductor compiles, compute-sanitizer has a stage of its own, and so has the benchmark.
 LEFT_OUT = "not inductor"
 RESULT = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR)\b")

@@ -6,7 +6,7 @@ import dataclasses
 
 from .. import schedule
 from ..clock import tf32
-from ..schedule import BOTH, GRAPH, OPERATIONS, Job, Pass
+from ..schedule import BOTH, GRAPH, MAIN, OPERATIONS, Job, Pass
 from ..shapes import layers_of
 from .device import Closed, Visit
 
@@ -17,10 +17,13 @@ LAYERS = (
     ("resnet18-full", "layer4.0.conv2"), ("resnet50", "stage3.expand"), ("lenet5", "conv1"),
     ("resnet18-full", "layer2.0.conv2"), ("vit", "transformer.layers.0.0.fn.to_qkv"),
 )  # fmt: skip
+# Models and batches whose layers a table of choices is made for.
+CHOSEN = (("lenet5", 64), ("conv4", 16), ("resnet18-full", 128), ("conv4", 128))
 
 
 def run(visit: Visit, kind: str, model: str = "", batch: int = 0) -> None:
-    """``kind``: ``step``, ``cohort``, ``layers`` or ``tune``; model and batch (0: the published one) of the former."""
+    """``kind``: ``step``, ``cohort``, ``layers``, ``choices`` or ``tune``; of the first two, with model and batch (0: the
+    published one)."""
     work = jobs(kind, model, batch)
     device = visit.device()
     if visit.rehearsal:
@@ -39,6 +42,8 @@ def jobs(kind: str, model: str = "", batch: int = 0) -> list[Job]:
     if kind in ("step", "cohort"):
         densities = DENSITIES if kind == "step" else (0.5, 0.25)
         return schedule.jobs([Pass(kind, (model,), batch, "tf32", densities, graphs=BOTH)])  # type: ignore[arg-type]
+    if kind == "choices":
+        return schedule.jobs([Pass("layer", (m,), size, "tf32", MAIN, ("module",), BOTH) for m, size in CHOSEN])
     if kind == "tune":
         parts = [Pass("tile", ("conv4", "resnet18-full"), 128, d, (0.5, 0.25), OPERATIONS) for d in ("bf16", "tf32")]
         return schedule.jobs(parts)

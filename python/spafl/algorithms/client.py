@@ -42,6 +42,10 @@ class Samples:
         rows = chosen if self._index is None else self._index[chosen]
         return self._x[rows], self._y[rows]
 
+    def on(self, device: torch.device) -> Samples:
+        """These samples in the device's memory; on a CPU, where they are."""
+        return self if device.type == "cpu" else Samples(self.x.to(device), self.y.to(device))
+
     @property
     def x(self) -> Tensor:
         """All images ``(n, channels, height, width)``."""
@@ -308,12 +312,14 @@ class Client:
             torch.cuda.manual_seed(seed)
         last = n - n % size if self.local.drop_last and n >= size else n
         left = self.planned_steps
+        data = self.train.on(self._device)  # a copy for each batch would keep the device waiting
         while left:
             order = torch.from_numpy(shuffle.permutation(n)) if self.local.shuffle else torch.arange(n)
+            order = order.to(self._device)
             for start in range(0, last, size)[:left]:
                 left -= 1
                 chosen = order[start : min(start + size, last)]
-                x, y = self.train[chosen]
+                x, y = data[chosen]
                 yield self._transform(x.to(self._device), self._dtype, augment), self.as_target(y)
 
     def batches_per_epoch(self) -> int:

@@ -1,0 +1,128 @@
+"""Stage: steps per second of a simulation on the device and on one core of its CPU, clients' turns included.
+
+Every client has whole batches alone, masks do not change, and the rounds counted begin when everything has run once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from spafl_kernels.gpu.tables.engines import Speeds, Table
+
+from .. import results
+from .device import Visit
+from .runner import ROOT
+from .simulator import DIGITS
+
+CLIENTS, EPOCHS, BATCHES = 4, 2, 16
+ROUNDS, WARM = 4, 2  # rounds, of which so many are not counted
+DENSITIES = (1.0, 0.5)
+# Name, batch, image, channels.
+MODELS = (("lenet5", 64, 28, 1), ("conv4", 16, 32, 3))
+
+
+def table(lines: Iterable[Mapping[str, Any]]) -> Table | None:
+    """The table of engines from the lines of a report; None where it has no pair of speeds."""
+    found: dict[tuple[str, int, float], dict[str, float]] = {}
+    made: Mapping[str, str] = {}
+    for line in lines:
+        if line["kind"] == "speed":
+            cell = found.setdefault((line["model"], line["batch"], line["density"]), {})
+            cell[line["where"]] = line["steps_per_second"]
+            made = line["made"]
+    entries: dict[str, dict[int, dict[float, Speeds]]] = {}
+    for (model, batch, density), speeds in found.items():
+        if speeds.keys() == {"cpu", "cuda"}:
+            row = entries.setdefault(model, {}).setdefault(batch, {})
+            row[density] = Speeds(gpu=speeds["cuda"], cpu=speeds["cpu"])
+    if not entries:
+        return None
+    return Table(made["gpu"], {k: v for k, v in made.items() if k not in ("gpu", "roofline")}, entries)
+
+
+def run(visit: Visit) -> None:
+    made = results.environment("a CPU" if visit.rehearsal else torch.cuda.get_device_name(), "")
+    made["cpu"] = _processor()
+    with tempfile.TemporaryDirectory() as folder:
+        cells = [(model, density, where) for where in ("cpu", "cuda") for model in MODELS for density in DENSITIES]
+        if visit.rehearsal:
+            cells = cells[:1]
+        started = {}
+        for cell in cells:
+            out = pathlib.Path(folder, str(len(started)))
+            model, density, where = cell
+            started[cell] = out, _start(model, density, where, out)
+            if where == "cuda":  # one after the other; those on the CPU have a core each
+                _wait(visit, started[cell][1])
+        for (model, density, where), (out, process) in started.items():
+            if _wait(visit, process):
+                visit.wrong(f"{model[0]} at density {density} on {where}: {_said(out)}")
+            else:
+                speed = _speed(out)
+                visit.add(
+                    "speed", model=model[0], batch=model[1], density=density, where=where, steps_per_second=speed,
+                    made=made,
+                )  # fmt: skip
+
+
+def _start(model: tuple[str, int, int, int], density: float, where: str, out: pathlib.Path) -> subprocess.Popen[str]:
+    name, batch, image, channels = model
+    samples = CLIENTS * BATCHES * batch
+    settings = {
+        "rounds": ROUNDS, "evaluation.every": ROUNDS, "simulation.workers": 1,
+        "data.name": "synthetic", "data.image": image, "data.channels": channels, "data.classes": 10,
+        "data.train": samples, "data.test": 40, "model.name": name,
+        "partition.scheme": "iid", "partition.alpha": "off", "partition.clients": CLIENTS,
+        "sampling.clients_per_round": CLIENTS, "training.batch_size": batch, "training.epochs": EPOCHS,
+        "algorithm.trained": "weights", "algorithm.initial_density": density, "algorithm.importance": "none",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "spafl.cli", "run", DIGITS, "--out", str(out), "--device", where,
+               "--quiet", "--no-report"]  # fmt: skip
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
+    log = open(f"{out}.log", "w")  # noqa: SIM115 (the process has it)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def _processor() -> str:
+    """What the processor is called, and how many of its cores there are."""
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown'}, {len(os.sched_getaffinity(0))} cores, one for a worker"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return pathlib.Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _wait(visit: Visit, process: subprocess.Popen[str]) -> int:
+    try:
+        return process.wait(timeout=max(1.0, visit.left()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _said(out: pathlib.Path) -> str:
+    lines = pathlib.Path(f"{out}.log").read_text().strip().splitlines()
+    return (lines[-1] if lines else "not done within the time of the stage")[:300]
+
+
+def _speed(out: pathlib.Path) -> float:
+    costs = [json.loads(line)["cost"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first, last = costs[WARM - 1], costs[-1]
+    seconds = last["seconds"]["train"] - first["seconds"]["train"]
+    return round((last["executed"]["steps"] - first["executed"]["steps"]) / seconds, 1)

@@ -1,0 +1,128 @@
+"""Steps replayed from CUDA graphs are those of the masked trainer. ``python -m pytest -m gpu``."""
+
+import copy
+
+import pytest
+import torch
+from support.process import INTERPRETED
+from torch import nn
+from torch.nn import functional as F
+
+from spafl.models import build_model
+from spafl_kernels import backend, threshold_layers
+from spafl_kernels.captured import CapturedTrainer
+from spafl_kernels.training import AdamOptions, MaskedTrainer, SGDOptions
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA GPU"),
+]
+FULL = SGDOptions(0.02, 0.9, 1e-3, max_grad_norm=5.0, penalty=0.01, collapse_floor=0.01)
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """Products in float32, sums in an order that does not change."""
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):
+        yield
+
+
+def made(name="lenet5", channels=1, drop=0.0):
+    model = build_model(name, 10, channels, 0)
+    with torch.no_grad():
+        for _, layer in threshold_layers(model):
+            layer.threshold.copy_(layer.scores() * torch.linspace(0.4, 1.3, len(layer.threshold)))
+    return (nn.Sequential(model, nn.Dropout(drop)) if drop else model).cuda()
+
+
+def data(sizes, channels=1, image=28):
+    g = torch.Generator().manual_seed(5)
+    found = [(torch.randn(n, channels, image, image, generator=g), torch.randint(10, (n,), generator=g)) for n in sizes]
+    return [(x.cuda(), y.cuda()) for x, y in found]
+
+
+def trained(trainer, options, turns=3, sizes=(16, 16, 7, 16, 7, 16, 7), **shape):
+    momentum, densities, losses, result = None, None, [], None
+    for turn in range(turns):
+        torch.manual_seed(turn)
+        changed = {**options.__dict__, "lr": options.lr / (1 + turn)}
+        trainer.begin(type(options)(**changed), momentum, densities)
+        losses += [float(trainer.step(x, y)) for x, y in data(sizes, **shape)]
+        losses += [float(trainer.evaluate(x, y)[0]) for x, y in data(sizes[:4], **shape)]
+        result = trainer.finish()
+        momentum = {n: v.clone() for n, v in result.momentum.items()} or None
+        densities = result.densities
+    return losses, result
+
+
+def near(a, b, bound=1e-3):
+    for (name, p), (_, q) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        p, q = p.double(), q.double()
+        assert float((p - q).norm()) <= bound * float(p.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize("request_", ["reference", "auto", "triton"])
+@pytest.mark.parametrize("name, shape", [("lenet5", (1, 28)), ("conv4", (3, 32))])
+def test_turns(name, shape, request_):
+    with backend.requesting(request_):
+        a = made(name, shape[0])
+        b = copy.deepcopy(a)
+        first, second = MaskedTrainer(a), CapturedTrainer(b)
+        want = trained(first, FULL, channels=shape[0], image=shape[1])
+        got = trained(second, FULL, channels=shape[0], image=shape[1])
+    assert second.engine == "captured", second.reason
+    torch.testing.assert_close(got[0], want[0], rtol=2e-3, atol=1e-4)
+    assert (got[1].macs, got[1].steps) == (want[1].macs, want[1].steps)
+    near(a, b)
+
+
+def test_dropout_draws_the_same_numbers():
+    a = made(drop=0.4)
+    b = copy.deepcopy(a)
+    want, got = trained(MaskedTrainer(a), FULL), trained(second := CapturedTrainer(b), FULL)
+    assert second.engine == "captured", second.reason
+    torch.testing.assert_close(got[0], want[0], rtol=2e-3, atol=1e-4)
+    near(a, b)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+def test_what_cannot_be_recorded_goes_on_eagerly(drop):
+    def loss(out, y):
+        value = F.cross_entropy(out, y)
+        return value * 2 if value.item() > 0 else value
+
+    a = made(drop=drop)
+    b = copy.deepcopy(a)
+    want, got = trained(MaskedTrainer(a, loss), FULL), trained(second := CapturedTrainer(b, loss), FULL)
+    assert second.engine == "masked" and "recorded" in second.reason
+    torch.testing.assert_close(got[0], want[0], rtol=2e-3, atol=1e-4)
+    near(a, b)
+
+
+def test_adam_runs_eagerly():
+    a = made()
+    b = copy.deepcopy(a)
+    options = AdamOptions(0.001)
+    want, got = trained(MaskedTrainer(a), options), trained(second := CapturedTrainer(b), options)
+    assert second.engine == "masked" and "Adam" in second.reason
+    torch.testing.assert_close(got[0], want[0], rtol=2e-3, atol=1e-4)
+
+
+def test_two_trainers_at_once():
+    models = [made(), made()]
+    models.append(copy.deepcopy(models[0]))
+    trainers = [CapturedTrainer(models[0]), CapturedTrainer(models[1])]
+    for t in trainers:
+        t.begin(FULL)
+    for x, y in data((16, 7) * 4):
+        for t in trainers:
+            t.step(x, y)
+    for t in trainers:
+        t.finish()
+    alone = MaskedTrainer(models[2])
+    alone.begin(FULL)
+    for x, y in data((16, 7) * 4):
+        alone.step(x, y)
+    alone.finish()
+    near(models[2], models[0])
+    near(models[2], models[1])
