@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .compact.captures import Batch, Captured, Captures, Recent
 from .compact.graph.inputs import ONE, Form, inputs_of
 from .compact.graph.watch import modes_of
 from .gpu.choice import recording, tf32
-from .gpu.graphs import CudaRecorder, Recorder
+from .gpu.graphs import CudaRecorder, Recorder, era
 from .optimisers import Options, SGDOptions
 from .shared_pass import share
 from .tensor_sgd import TensorSGD
@@ -140,6 +140,7 @@ class _Recorded:
     replay: Callable[[], None]
     result: Any
     numbers: int
+    era: int = field(default_factory=era)
 
 
 class CapturedTrainer(MaskedTrainer):
@@ -243,7 +244,7 @@ class CapturedTrainer(MaskedTrainer):
         shapes = tuple((t.shape, t.dtype, t.stride()) for t in inputs)
         key = what, kind, shapes, more, self._surroundings()
         recorded = fixed.recorded.get(key)
-        if recorded is not None and recorded.captured is captured:
+        if recorded is not None and recorded.captured is captured and recorded.era == era():
             for mine, given in zip(recorded.inputs, inputs, strict=True):
                 mine.copy_(given)
             recorded.replay()
@@ -262,7 +263,10 @@ class CapturedTrainer(MaskedTrainer):
         assert self._fixed is not None
         compare = self._compared.get(what) is not captured
         before = self._state() if compare else {}
-        eagerly = run(x, y)
+        with self._recorder.watching() as waits:
+            eagerly = run(x, y)
+        if waits:
+            return self._refuse(captured, f"it waits for the device ({waits[0]})", eagerly)
         addresses, numbers = _addresses(self.model), self._executed.numbers
         mine = [torch.empty_like(t).copy_(t) for t in inputs]
         args, kwargs = kind.form.call(mine if y is None else mine[:-1])
@@ -270,7 +274,7 @@ class CapturedTrainer(MaskedTrainer):
         try:
             replay, result = self._recorder(lambda: run(call, None if y is None else mine[-1]))
         except RuntimeError as error:
-            return self._refuse(captured, f"a step cannot be recorded: {str(error).splitlines()[0]}", eagerly)
+            return self._refuse(captured, f"it cannot be recorded: {str(error).splitlines()[0]}", eagerly)
         numbers, self._executed.numbers = self._executed.numbers - numbers, numbers
         if _addresses(self.model) != addresses:
             return self._refuse(captured, "a forward puts other tensors in place of the model's buffers", eagerly)

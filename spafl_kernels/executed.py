@@ -67,8 +67,8 @@ class Executed:
     def reset(self) -> None:
         """Begin at 0."""
         self.numbers = 0
-        for _, total in self._sums.values():
-            total.zero_()
+        if self._sums:
+            torch._foreach_zero_(self.sums())
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
@@ -100,4 +100,7 @@ class Executed:
 
     def total(self) -> int:
         """The sum; waits for the device."""
-        return self.numbers + sum(int(total.sum()) for _, total in self._sums.values())
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for total in self.sums():
+            by_device.setdefault(total.device, []).append(total)
+        return self.numbers + sum(int(torch.cat(totals).sum()) for totals in by_device.values())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,11 +36,32 @@ class _Notes(TorchDispatchMode):
         return out
 
 
+class _Waits(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(word in str(func) for word in WAITS):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 class Tape:
     """A :data:`spafl_kernels.gpu.graphs.Recorder`: numbers that an operator was given are those of the recording."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
+        self.watches = True
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[list[str]]:
+        with _Waits() as seen:
+            found: list[str] = []
+            try:
+                yield found
+            finally:
+                found += seen.found if self.watches else []
 
     def __call__(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         generator = torch.get_rng_state()

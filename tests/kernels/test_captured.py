@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, threshold_layers
 from spafl_kernels.captured import CapturedTrainer
+from spafl_kernels.gpu import graphs
 from spafl_kernels.training import AdamOptions, MaskedTrainer, SGDOptions
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -111,9 +112,19 @@ def test_momentum_that_is_given_is_written() -> None:
         torch.testing.assert_close(v, given[1][name], rtol=1e-9, atol=1e-12)
 
 
-def both(a: nn.Module, b: nn.Module, steps: int = 8, loss=F.cross_entropy, options=OPTIONS[1], change=None, extra=None):
+def both(
+    a: nn.Module,
+    b: nn.Module,
+    steps: int = 8,
+    loss=F.cross_entropy,
+    options=OPTIONS[1],
+    change=None,
+    extra=None,
+    watches=True,
+):
     """A training of both; ``change(model, step)`` before every step."""
     tape = Tape()
+    tape.watches = watches
     masked, captured = MaskedTrainer(a, loss), CapturedTrainer(b, loss, recorder=tape)
     for net, trainer in ((a, masked), (b, captured)):
         torch.manual_seed(1)
@@ -175,13 +186,14 @@ def test_models_that_no_graph_can_hold_run_eagerly(kind: type[nn.Module]) -> Non
     assert not tape.replayed and captured.engine == "masked" and captured.reason
 
 
-def test_a_loss_that_waits() -> None:
+@pytest.mark.parametrize("watches", [True, False])
+def test_a_loss_that_waits(watches: bool) -> None:
     def loss(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         value = F.cross_entropy(out, y)
         return value * 2 if value.item() > 0 else value
 
-    tape, captured = both(model(), model(), loss=loss)
-    assert not tape.recorded and "recorded" in captured.reason
+    tape, captured = both(model(), model(), loss=loss, watches=watches)
+    assert not tape.recorded and ("waits" if watches else "recorded") in captured.reason
 
 
 def test_a_recording_that_is_wrong_is_not_used() -> None:
@@ -202,6 +214,21 @@ def test_a_recording_that_is_wrong_is_not_used() -> None:
         t.finish()
     same(net, masked)
     assert "differs" in trainer.reason and trainer.engine == "masked"
+
+
+def test_recordings_of_an_era_that_is_over_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, tape = model(), model(), Tape()
+    trainers = MaskedTrainer(a), CapturedTrainer(b, recorder=tape)
+    for turn in range(2):
+        monkeypatch.setattr(graphs, "_era", turn)
+        for trainer in trainers:
+            torch.manual_seed(turn)
+            trainer.begin(OPTIONS[1])
+            for x, y in batches(8):
+                trainer.step(x, y)
+            trainer.finish()
+    same(a, b)
+    assert tape.recorded == 4
 
 
 def test_adam_and_extra_terms_run_eagerly() -> None:

@@ -83,7 +83,8 @@ def _start(model: tuple[str, int, int, int], density: float, where: str, out: pa
         "data.train": samples, "data.test": 40, "model.name": name,
         "partition.scheme": "iid", "partition.alpha": "off", "partition.clients": CLIENTS,
         "sampling.clients_per_round": CLIENTS, "training.batch_size": batch, "training.epochs": EPOCHS,
-        "algorithm.trained": "weights", "algorithm.initial_density": density, "algorithm.importance": "none",
+        "algorithm.penalty": 0, "algorithm.initial_density": density, "algorithm.importance": "none",
+        "training.lr": 0.0001,
     }  # fmt: skip
     command = [sys.executable, "-m", "spafl.cli", "run", DIGITS, "--out", str(out), "--device", where,
                "--quiet", "--no-report"]  # fmt: skip

@@ -22,8 +22,10 @@ CHOSEN = (("lenet5", 64), ("conv4", 16), ("resnet18-full", 128), ("conv4", 128))
 
 
 def run(visit: Visit, kind: str, model: str = "", batch: int = 0) -> None:
-    """``kind``: ``step``, ``cohort``, ``layers``, ``choices`` or ``tune``; of the first two, with model and batch (0: the
-    published one)."""
+    """``kind``: ``step``, ``cohort``, ``layers``, ``choices`` or ``tune``; of the first two, with model and batch.
+
+    Batch 0 is the published one.
+    """
     work = jobs(kind, model, batch)
     device = visit.device()
     if visit.rehearsal:
