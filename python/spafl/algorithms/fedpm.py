@@ -27,6 +27,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from spafl_kernels.computed import ComputedConv2d, ComputedLinear, ComputedWeight
+
 from .. import rng
 from ..wire import Message, payload_bytes
 from . import masks as m
@@ -63,13 +65,12 @@ class _Sampled(torch.autograd.Function):
         return grad
 
 
-class _Scored(nn.Module):
+class _Scored(ComputedWeight):
     """A layer whose weight is fixed and whose scores are trained.
 
     In train mode the mask is sampled; in eval mode it is what the sign of the scores says.
     """
 
-    weight: Tensor
     scores: nn.Parameter
 
     def freeze(self, scale: float, generator: torch.Generator) -> None:
@@ -82,20 +83,18 @@ class _Scored(nn.Module):
         if self._parameters.get("bias") is not None:
             self._parameters["bias"] = None
 
-    def masked_weight(self) -> Tensor:
+    def computed_weight(self) -> Tensor:
         if not self.training:
             return self.weight * (self.scores > 0)
         return self.weight * _Sampled.apply(torch.sigmoid(self.scores))
 
 
-class ScoredConv2d(_Scored, nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.masked_weight(), None)
+class ScoredConv2d(_Scored, ComputedConv2d):
+    """A convolution of that kind."""
 
 
-class ScoredLinear(_Scored, nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.masked_weight())
+class ScoredLinear(_Scored, ComputedLinear):
+    """A linear layer of that kind."""
 
 
 _CLASSES: dict[type, type[_Scored]] = {nn.Conv2d: ScoredConv2d, nn.Linear: ScoredLinear}

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 
+from ...computed import plain_kind
 from ...convert import copy_of
 from ...flops import Counter
 from ...layers import ThresholdLayer
@@ -71,12 +72,17 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
 
 
 class Tracer(fx.Tracer):
-    """Keeps threshold layers whole, and unpacks ``chunk`` and ``split`` in loops, whose length is known."""
+    """Keeps threshold layers whole, and unpacks ``chunk`` and ``split`` in loops, whose length is known.
+
+    Args:
+        computed: keep layers whole whose weight is computed, too.
+    """
 
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
+    def __init__(self, computed: bool = False) -> None:
         super().__init__()
+        self.computed = computed
         self._around = _surroundings()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -119,7 +125,7 @@ class Tracer(fx.Tracer):
             function.apply = before  # type: ignore[method-assign]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, ThresholdLayer):
+        if isinstance(m, ThresholdLayer) or (self.computed and plain_kind(m) is not None):
             return True
         inside = any(isinstance(child, ThresholdLayer) for child in m.modules())
         return super().is_leaf_module(m, module_qualified_name) and not inside
@@ -446,7 +452,7 @@ def _traced(
     model: nn.Module, twin: nn.Module, modes: tuple[Modes, ...], gradients: tuple[bool, ...], form: Form | None
 ) -> Trace:
     before = _Before(twin)
-    reader = _Reader(twin, Tracer(), form)
+    reader = _Reader(twin, _tracer(twin, modes), form)
     try:
         graph, constants = _graph(twin, modes, before)
     except Exception as error:  # whatever user code does with a proxy
@@ -457,6 +463,12 @@ def _traced(
     return Trace(graph, modes, gradients, Watch(model, reads, modes), constants, reads, reader.form)
 
 
+def _tracer(model: nn.Module, modes: tuple[Modes, ...]) -> Tracer:
+    """For an engine that trains a model without threshold layers, which asks layers for the weight of each forward, a
+    tracer that keeps them whole where it is computed."""
+    return Tracer(len(modes) == 2 and not any(isinstance(m, ThresholdLayer) for m in model.modules()))
+
+
 def _graph(twin: nn.Module, modes: tuple[Modes, ...], before: _Before) -> tuple[fx.Graph, dict[str, Tensor]]:
     """The graph of a copy in these modes, and the tensors that ``forward`` makes."""
     drawn = random_state()
@@ -464,7 +476,7 @@ def _graph(twin: nn.Module, modes: tuple[Modes, ...], before: _Before) -> tuple[
     graphs = []
     for pattern in modes:
         set_modes(twin, pattern)
-        tracer = Tracer()
+        tracer = _tracer(twin, modes)
         with tracer.plain_functions():
             graphs.append(tracer.trace(twin))
         found = {k: v for k, v in vars(twin).items() if k.startswith(_CONSTANT)}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from ...computed import plain_kind
 from ...layers import ThresholdLayer
 from ...training import Unsupported
 from ..graph.calls import Call, Signature, target_of
@@ -81,7 +82,7 @@ def _of_module(node: fx.Node, flow: Flow) -> Op:
     one = len(given) == 1 and isinstance(given[0], fx.Node) and "otherwise" not in node.meta
     if isinstance(m, ThresholdLayer) and type(m) not in _MODULES:
         raise Unsupported(f"layer {name!r} is a {type(m).__name__}; only the plain threshold layers are known")
-    kind = _MODULES.get(type(m))
+    kind = _MODULES.get(type(m)) or _MODULES.get(plain_kind(m))  # type: ignore[arg-type]
     if kind is None or not one or name in flow.whole:
         return whole
     op = kind.of_module(node, m, flow)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...computed import ComputedWeight
 from ...layers import ThresholdLayer
 from ...reference import filters
 from ..graph.flow import Flow
@@ -83,7 +84,9 @@ class LayerState:
 
     def lend_whole(self) -> None:
         """Let the forward pass read the module's own tensors, of which nothing is left out."""
-        self.slot.weight, self.slot.bias = by_filter(self.module, self.module.weight), self.module.bias
+        m = self.module
+        weight = m.computed_weight() if isinstance(m, ComputedWeight) else m.weight
+        self.slot.weight, self.slot.bias = by_filter(m, weight), m.bias
 
     def write_back(self, momentum: bool = False) -> None:
         """Copy the weight, or its momentum, to the model's tensor, unless it lies there."""

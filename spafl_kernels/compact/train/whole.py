@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...optimisers import Options, torch_optimiser, write_back
 from ...training import Extra, step_on_gradients
 from ..graph.flow import Flow
+from ..graph.trace import kept_random_state
 from ..plan.plan import Plan
 from ..plan.rows import layer_states, norm_states
 from ..plan.state import channels_of_norm, slots_of
@@ -43,7 +44,8 @@ class WholeSession:
         for norm in self._norms.values():
             norm.set_channels(channels_of_norm(norm, flow, plan))
         slots = slots_of(self._layers), slots_of(self._norms)
-        self._fill()
+        with kept_random_state():  # weights that are computed may be drawn
+            self._fill()
         self.program = Program(Scope(flow, plan, *slots, prefers_channels_last(flow), compiled))
 
     def _fill(self) -> None:
