@@ -165,7 +165,7 @@ class CapturedTrainer(MaskedTrainer):
 
     def __init__(self, model: nn.Module, loss: Loss = F.cross_entropy, recorder: Recorder | None = None) -> None:
         super().__init__(model, loss, reason=REPLAYED)
-        self._recorder = recorder or CudaRecorder()
+        self._recorder = recorder
         self._captures: Captures[None] = Captures(model, "training", "never", lambda flow, tensors: None)
         self._places: Recent[_Place, _Fixed] = Recent()
         self._fixed: _Fixed | None = None  # of this training, if anything of it can be recorded
@@ -263,6 +263,8 @@ class CapturedTrainer(MaskedTrainer):
         assert self._fixed is not None
         compare = self._compared.get(what) is not captured
         before = self._state() if compare else {}
+        if self._recorder is None:
+            self._recorder = CudaRecorder(self._densities.device)
         with self._recorder.watching() as waits:
             eagerly = run(x, y)
         if waits:

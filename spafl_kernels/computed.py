@@ -41,7 +41,7 @@ class ComputedLinear(ComputedWeight, nn.Linear):
         return F.linear(input, self.computed_weight(), self.bias)
 
 
-_PLAIN: dict[type, type[nn.Module]] = {ComputedConv2d: nn.Conv2d, ComputedLinear: nn.Linear}
+_PLAIN: dict[type[ComputedWeight], type[nn.Module]] = {ComputedConv2d: nn.Conv2d, ComputedLinear: nn.Linear}
 
 
 def plain_kind(module: nn.Module) -> type[nn.Module] | None:

@@ -42,9 +42,14 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory: what one wrote there is gone when another one has run."""
+    """Records CUDA graphs that share one pool of memory: what one wrote there is gone when another one has run.
 
-    def __init__(self) -> None:
+    Args:
+        device: on which everything that is recorded lies, whichever is current.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -68,6 +73,10 @@ class CudaRecorder:
 
     def __call__(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """See :class:`Recorder`."""
+        with torch.cuda.device(self._device):
+            return self._record(body)
+
+    def _record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         if self._stream is None:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         graph = torch.cuda.CUDAGraph()
