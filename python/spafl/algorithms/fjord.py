@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spafl_kernels import to_dense
+from spafl_kernels.computed import ComputedConv2d, ComputedLinear, ComputedWeight
 
 from ..cost import Cost
 from ..wire import Message
@@ -42,28 +42,28 @@ class FjORDOptions(BaseOptions):
         return widths
 
 
-class OrderedConv2d(nn.Conv2d):
-    """The first ``rows[width]`` filters on the channels that come in."""
+class _Layer(ComputedWeight):
+    """The first filters on the first channels: of the weight, the corner of ``shapes[width]``."""
 
-    rows: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     width: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.rows[self.width]
-        bias = None if self.bias is None else self.bias[:rows]
-        return self._conv_forward(x, self.weight[:rows, : x.shape[1]], bias)
+    def like(self) -> Tensor:
+        return self.weight[narrow.box(self.shapes[self.width])]
+
+    def computed_weight(self) -> Tensor:
+        return self.like().contiguous()
+
+    def computed_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias[: self.shapes[self.width][0]]
 
 
-class OrderedLinear(nn.Linear):
-    """The first ``rows[width]`` outputs of the features that come in."""
+class OrderedConv2d(_Layer, ComputedConv2d):
+    """A convolution of that kind."""
 
-    rows: tuple[int, ...]
-    width: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.rows[self.width]
-        bias = None if self.bias is None else self.bias[:rows]
-        return F.linear(x, self.weight[:rows, : x.shape[-1]], bias)
+class OrderedLinear(_Layer, ComputedLinear):
+    """A linear layer of that kind."""
 
 
 class NormPerWidth(nn.Module):
@@ -99,7 +99,7 @@ def ordered(model: nn.Module, shapes: Sequence[narrow.Shapes]) -> nn.Module:
             model.get_submodule(parent)._modules[child] = NormPerWidth(norms)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             module.__class__ = OrderedConv2d if isinstance(module, nn.Conv2d) else OrderedLinear
-            module.rows = tuple(width[f"{name}.weight"][0] for width in shapes)  # type: ignore[assignment]
+            module.shapes = tuple(width[f"{name}.weight"] for width in shapes)  # type: ignore[assignment]
             module.width = len(shapes) - 1  # type: ignore[assignment]
     return model
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ...computed import ComputedWeight, weight_of
 from ...cpu.channels import is_channels_last
 from ...cpu.conv_pool import MAX_IN_CHANNELS, DirectConvReluPool
 from ...cpu.image_conv import DirectImageConv, Passes, image_passes
@@ -81,7 +82,7 @@ class Layer(Op):
     @property
     def weight(self) -> Tensor:
         """``(filters, inputs, *kernel)``, at full size."""
-        return by_filter(self.module, self.module.weight)
+        return by_filter(self.module, weight_of(self.module))
 
     @property
     def along(self) -> tuple[int, ...]:
@@ -222,8 +223,9 @@ class Layer(Op):
         """The channels of a convolution that are not padding, and by batch size the passes for :func:`image_conv`."""
         m = self.module
         rows = scope.plan.rows.get(scope.flow.names[id(m)])
-        inputs = m.in_channels if columns is None else len(columns.kept)
-        outputs = m.out_channels if rows is None else len(rows.kept)
+        sizes = self.weight.shape[:2] if isinstance(m, ComputedWeight) else (m.out_channels, m.in_channels)
+        inputs = sizes[1] if columns is None else len(columns.kept)
+        outputs = sizes[0] if rows is None else len(rows.kept)
         used = max(inputs, 1), max(outputs, 1)
         plain = m.padding_mode == "zeros" and not isinstance(m.padding, str) and m.dilation == (1, 1) and m.groups == 1
         if not (scope.native and scope.channels_last and plain):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...computed import ComputedWeight
+from ...computed import ComputedWeight, weight_of
 from ...layers import ThresholdLayer
 from ...reference import filters
 from ..graph.flow import Flow
@@ -39,7 +39,7 @@ class LayerState:
 
     def __init__(self, name: str, module: Any, begin: int, positions: int = 1) -> None:
         self.name, self.module = name, module
-        weight = by_filter(module, module.weight)
+        weight = by_filter(module, weight_of(module))
         self.rows, self.inputs = weight.shape[:2]
         self.size = weight[0].numel()
         self.work = self.size * positions  # multiply-accumulates of a filter for one sample
@@ -49,7 +49,7 @@ class LayerState:
         self.copied = isinstance(module, nn.ConvTranspose2d) and 1 < module.groups < module.in_channels
         self.begin = begin
         self.part = slice(begin, begin + self.rows)  # of its thresholds among all
-        self.slot = LayerSlot(module.weight)
+        self.slot = LayerSlot(weight_of(module))
         # Set by each plan.
         self.row_channels: Channels | None = None
         self.column_channels: Channels | None = None
@@ -85,8 +85,10 @@ class LayerState:
     def lend_whole(self) -> None:
         """Let the forward pass read the module's own tensors, of which nothing is left out."""
         m = self.module
-        weight = m.computed_weight() if isinstance(m, ComputedWeight) else m.weight
-        self.slot.weight, self.slot.bias = by_filter(m, weight), m.bias
+        if isinstance(m, ComputedWeight):
+            self.slot.weight, self.slot.bias = m.computed_weight(), m.computed_bias()
+        else:
+            self.slot.weight, self.slot.bias = by_filter(m, m.weight), m.bias
 
     def write_back(self, momentum: bool = False) -> None:
         """Copy the weight, or its momentum, to the model's tensor, unless it lies there."""

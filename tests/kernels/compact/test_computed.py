@@ -97,6 +97,68 @@ def test_steps_and_evaluations(options: SGDOptions | AdamOptions) -> None:
     assert both(net(), options, CompactTrainer).engine == "compact"
 
 
+class _Corner(ComputedWeight):
+    """The first rows and columns."""
+
+    size: tuple[int, int]
+
+    def like(self) -> torch.Tensor:
+        return self.weight[: self.size[0], : self.size[1]]
+
+    def computed_weight(self) -> torch.Tensor:
+        return self.like().contiguous()
+
+    def computed_bias(self) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias[: self.size[0]]
+
+
+class CornerConv2d(_Corner, ComputedConv2d):
+    pass
+
+
+class CornerLinear(_Corner, ComputedLinear):
+    pass
+
+
+class Nested(nn.Module):
+    """A part of a larger model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = CornerConv2d(1, 20, 5), CornerConv2d(20, 40, 3), CornerLinear(160, 4)
+        self.part(0)
+
+    def part(self, width: int) -> None:
+        a, b = ((5, 9), (12, 24), (20, 40))[width]
+        self.first.size, self.second.size, self.last.size = (a, 1), (b, a), (4, 4 * b)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.first(x)), 3)
+        return self.last(F.max_pool2d(F.relu(self.second(x)), 1)[..., :2, :2].flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_parts_of_a_larger_weight(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a = Nested().to(dtype)
+    b = copy.deepcopy(a)
+    masked, compact = MaskedTrainer(a), CompactTrainer(b, strict=True)
+    for model, trainer in ((a, masked), (b, compact)):
+        generator = torch.Generator().manual_seed(1)
+        trainer.begin(SGDOptions(0.05, 0.9))
+        for step in range(9):
+            width = (0, 2, 1)[step % 3]
+            model.part(width)
+            trainer.form = width
+            x = torch.randn(6, 1, 16, 16, generator=generator).to(dtype)
+            trainer.step(x, torch.randint(4, (6,), generator=generator))
+        macs = trainer.finish().macs
+    assert masked.finish().macs == macs
+    bound = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, **bound, msg=name)
+
+
 @pytest.mark.parametrize("kinds", [{"last": Otherwise}, {"twice": True}])
 def test_what_is_not_such_a_layer_runs_as_it_stands(kinds: dict[str, object]) -> None:
     both(net(**kinds), SGDOptions(0.1, 0.9))
