@@ -13,9 +13,10 @@ import torch
 
 from benchmarks.gpu import results
 from benchmarks.gpu.report import __main__ as command
-from benchmarks.gpu.report import runner, stages, summary, timing
+from benchmarks.gpu.report import runner, speeds, stages, summary, timing
 from benchmarks.gpu.report.folder import FILES, Folder, Rows
 from benchmarks.gpu.report.stages import Stage
+from spafl_kernels.gpu.tables import engines
 
 
 def stage(name, seconds=20.0, **rest):
@@ -246,3 +247,19 @@ def test_a_rehearsal_of_everything(tmp_path):
     assert code == 0 and set(states.values()) == {"ok"}, states
     # What is only for a red stage does not run.
     assert set(states) >= set(stages.NAMES) - {"values-ptxas", "compile"}
+
+
+def test_a_table_of_engines_is_made_from_speeds_of_both(tmp_path):
+    made = {"gpu": "NVIDIA made-up", "torch": "2", "commit": "abc", "roofline": "", "cpu": "two cores"}
+    lines = [
+        {"kind": "speed", "model": "lenet5", "batch": 64, "density": d, "where": w, "steps_per_second": s, "made": made}
+        for d, w, s in ((1.0, "cpu", 80.0), (1.0, "cuda", 1500.0), (0.5, "cpu", 200.0), (0.5, "cuda", 1600.0))
+    ]
+    table = speeds.table([{"kind": "stage"}, *lines, {**lines[0], "model": "conv4"}])
+    assert table is not None and table.device == "NVIDIA made-up" and table.made["cpu"] == "two cores"
+    assert set(table.entries) == {"lenet5"}  # Conv4 has no speed on the GPU
+    assert table.gpu_is_faster("lenet5", 64, 2)[0]
+    assert not table.gpu_is_faster("lenet5", 64, 10)[0]  # ten workers at density .5
+    path = engines.SHELF.write(table, tmp_path)
+    assert engines.SHELF.load(path) == table
+    assert speeds.table([{"kind": "stage"}, lines[0]]) is None
