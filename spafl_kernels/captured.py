@@ -7,7 +7,6 @@ for what they start. A recorded step is all of them at once, with the masks that
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,17 +35,16 @@ MOST = 256  # recorded steps: each kind and size of batch has one
 TOLERANCE = 1e-2
 
 
-class Latest(OrderedDict[Hashable, Any]):
-    """At most so many entries: that which was put there first makes room."""
+class _Recordings(Recent[Hashable, Any]):
+    """What was recorded, by what it is."""
 
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self._most = most
+    most = MOST
 
-    def __setitem__(self, key: Hashable, value: Any) -> None:
-        super().__setitem__(key, value)
-        while len(self) > self._most:
-            self.popitem(last=False)
+
+class _Met(Recent[Hashable, None]):
+    """What has run eagerly once."""
+
+    most = 4 * MOST
 
 
 class _Same:
@@ -89,8 +87,8 @@ class _Fixed:
         densities: Tensor, thresholds: set[str],
     ) -> None:  # fmt: skip
         self.densities = densities
-        self.recorded: OrderedDict[Hashable, _Recorded] = Latest(MOST)
-        self.met: OrderedDict[Hashable, None] = Latest(4 * MOST)  # what has run eagerly once
+        self.recorded = _Recordings()
+        self.met = _Met()
         self.momentum = {name: torch.zeros_like(p) for name, p in parameters.items()} if options.momentum else {}
         self.optimiser = TensorSGD(parameters, thresholds, self.momentum, options)
         self.shared = share([layer for _, layer in layers])

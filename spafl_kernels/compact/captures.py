@@ -36,11 +36,13 @@ T = TypeVar("T")
 
 
 class Recent(dict[K, T]):
-    """A dictionary of at most :data:`MOST` entries: that which was put there first makes room."""
+    """A dictionary of at most ``most`` entries: that which was put there first makes room."""
+
+    most = MOST
 
     def __setitem__(self, key: K, value: T) -> None:
         super().__setitem__(key, value)
-        while len(self) > MOST:
+        while len(self) > self.most:
             del self[next(iter(self))]
 
 

