@@ -14,6 +14,7 @@ from scipy import stats  # scikit-learn needs it too
 
 from .algorithms import find_algorithm
 from .budgets import EVERYBODY
+from .equal_work import difference_at_equal_work
 from .errors import UserError
 from .experiment import Experiment, Job, carry_out, jobs_of
 from .latex import escaped, tabular
@@ -72,6 +73,7 @@ class Line:
         values: of every column, ``{seed: figure}`` of the runs that are complete.
         difference: of the accuracy to the reference's with the same seed: mean and half the width of its confidence
             interval, both in points; the second is None with fewer than two seeds. None for the reference itself.
+        at_equal_work: the difference of every seed, in points, where both runs had executed as many MACs.
         faults: why runs are missing, by seed.
         budgets: what was spent of every budget, by seed.
     """
@@ -82,19 +84,21 @@ class Line:
     published: str
     values: dict[str, dict[int, float]]
     difference: tuple[float, float | None] | None
+    at_equal_work: dict[int, float]
     faults: dict[int, str]
     budgets: dict[tuple[str, str, float], dict[int, float]]
 
 
 def paired_difference(own: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float | None] | None:
     """Mean of ``own - other`` over the seeds of both, and half the width of its confidence interval (Student's t)."""
-    seeds = sorted(own.keys() & other.keys())
-    if not seeds:
+    return with_interval([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())])
+
+
+def with_interval(numbers: Sequence[float]) -> tuple[float, float | None] | None:
+    """Mean, and half the width of its confidence interval, None for one number; None for no number."""
+    if not numbers:
         return None
-    differences = np.array([own[seed] - other[seed] for seed in seeds])
-    if len(seeds) < 2:
-        return float(differences.mean()), None
-    return float(differences.mean()), half_width(differences)
+    return float(np.mean(numbers)), None if len(numbers) < 2 else half_width(numbers)
 
 
 def half_width(numbers: Sequence[float] | np.ndarray) -> float:
@@ -120,6 +124,7 @@ def lines_of(experiment: Experiment, jobs: Sequence[Job], failed: Mapping[Path, 
         for label, by_seed in runs.items()
     }
     reference = values.get(experiment.reference, {}).get("accuracy", {})
+    reference_runs = runs.get(experiment.reference, {})
     budgets: dict[str, dict[tuple[str, str, float], dict[int, float]]] = {row.label: {} for row in experiment.rows}
     for label, by_seed in runs.items():
         for seed, run in by_seed.items():
@@ -130,14 +135,21 @@ def lines_of(experiment: Experiment, jobs: Sequence[Job], failed: Mapping[Path, 
     for row in experiment.rows:
         own = values[row.label]["accuracy"]
         difference = None if row.label == experiment.reference else paired_difference(own, reference)
+        at_equal_work = {} if row.label == experiment.reference else _at_equal_work(runs[row.label], reference_runs)
         lines.append(
             Line(
                 row.label, row.note, not find_algorithm(row.tables["algorithm"]["name"]).macs_are_seconds,
-                experiment.published.get(row.label, ""), values[row.label], difference, faults[row.label],
-                budgets[row.label],
+                experiment.published.get(row.label, ""), values[row.label], difference, at_equal_work,
+                faults[row.label], budgets[row.label],
             )
         )  # fmt: skip
     return lines
+
+
+def _at_equal_work(own: Mapping[int, Run], other: Mapping[int, Run]) -> dict[int, float]:
+    """In points, by seed; without the seeds that have no such difference."""
+    found = {seed: difference_at_equal_work(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())}
+    return {seed: 100 * value for seed, value in found.items() if value is not None}
 
 
 # -- as text
@@ -152,16 +164,16 @@ def over_seeds(values: Mapping[int, float], digits: int) -> str:
     return mean if len(numbers) == 1 else f"{mean} ± {numbers.std(ddof=1):,.{digits}f}"
 
 
-def _difference(line: Line) -> str:
-    if line.difference is None:
+def _difference(found: tuple[float, float | None] | None) -> str:
+    if found is None:
         return "-"
-    mean, half = line.difference
+    mean, half = found
     return f"{mean:+.1f}" if half is None else f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
 def header(experiment: Experiment) -> list[str]:
     """Titles of the columns."""
-    own = [f"difference to {experiment.reference}", *(["published"] if experiment.published else [])]
+    own = [f"difference to {experiment.reference}", "at equal work", *(["published"] if experiment.published else [])]
     return ["method", *(column.title for column in COLUMNS), *own]
 
 
@@ -171,7 +183,8 @@ def cells(experiment: Experiment, line: Line) -> list[str]:
     at = [column.key for column in COLUMNS].index("formula_gmacs")
     if line.not_seconds and figures[at] != "-":
         figures[at] += f" {_NOT_SECONDS}"
-    return [line.label, *figures, _difference(line), *([line.published or "-"] if experiment.published else [])]
+    differences = [_difference(line.difference), _difference(with_interval(list(line.at_equal_work.values())))]
+    return [line.label, *figures, *differences, *([line.published or "-"] if experiment.published else [])]
 
 
 def notes_of(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
@@ -179,7 +192,8 @@ def notes_of(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
     notes = [
         f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds, of the last evaluated round. "
         "Accuracy is the unweighted mean over clients, each tested on its own data. Differences are paired by seed, in "
-        f"points, with their {CONFIDENCE:.0%} confidence interval."
+        f"points, with their {CONFIDENCE:.0%} confidence interval; at equal work: at all the MACs of the run that "
+        "executed fewer of the two, interpolated between evaluated rounds."
     ]
     if any(line.not_seconds for line in lines):
         notes.append(f"{_NOT_SECONDS} counted by formula only: what runs is dense, so these MACs are not seconds.")
@@ -217,10 +231,11 @@ def raw_csv(lines: Sequence[Line]) -> str:
     """One line for each run, with all digits."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "seed", *(column.key for column in COLUMNS)])
+    writer.writerow(["method", "seed", *(column.key for column in COLUMNS), "difference_at_equal_work"])
     for line in lines:
         for seed in sorted(line.values["accuracy"]):
-            writer.writerow([line.label, seed, *(line.values[c.key].get(seed, "") for c in COLUMNS)])
+            figures = (line.values[c.key].get(seed, "") for c in COLUMNS)
+            writer.writerow([line.label, seed, *figures, line.at_equal_work.get(seed, "")])
     return out.getvalue()
 
 

@@ -110,7 +110,7 @@ def test_figures_over_seeds_are_those_by_hand():
 
 def test_what_was_spent_of_budgets_is_noted():
     budgets = {("all", "macs", 0.25): {1: 0.2, 2: 0.4}, ("phone", "seconds", 2.0): {1: 1.9}}
-    told = notes_of([Line("spafl", "", False, "", {}, None, {}, budgets)], [1, 2])
+    told = notes_of([Line("spafl", "", False, "", {}, None, {}, {}, budgets)], [1, 2])
     assert told[1:] == [
         "spafl: the budget is macs 0.25; in the last tenth of the rounds 0.300 ± 0.141 was spent.",
         "spafl: the budget of phone is seconds 2; in the last tenth of the rounds 1.900 was spent.",
@@ -131,7 +131,9 @@ def test_runs_are_made_once_gone_on_with_and_summed_up(path, tmp_path, capsys):
         (row,) = [r for r in rows if (r["method"], r["seed"]) == (job.row.label, str(job.seed))]
         assert float(row["accuracy"]) == pytest.approx(100 * run.last.accuracy)
         assert float(row["payload_mb"]) == pytest.approx(run.last.cost.payload_bytes / 1e6)
-        assert row["best_round"] in ("1", "2") and set(row) == {"method", "seed", *(c.key for c in COLUMNS)}
+        assert row["best_round"] in ("1", "2") and set(row) == {
+            "method", "seed", *(c.key for c in COLUMNS), "difference_at_equal_work",
+        }  # fmt: skip
     text = (tmp_path / "runs" / "small.md").read_text()
     assert text in printed.out + "\n" and "| 89 % " in text and "dense & slow" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| spa_fed")]
