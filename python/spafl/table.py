@@ -1,4 +1,4 @@
-"""The table of an experiment: methods by row, figures over seeds, as Markdown, CSV and LaTeX."""
+"""The table of an experiment: methods by row, figures over seeds, as Markdown, CSV and LaTeX, and its picture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,9 @@ from .equal_work import difference_at_equal_work
 from .errors import UserError
 from .experiment import Experiment, Job, carry_out, jobs_of
 from .latex import escaped, tabular
+from .report.figures.pareto import accuracy_against_costs
 from .report.run_data import Point, Run, load_run
-from .simulation.files import write_atomic
+from .simulation.files import write_together
 
 Figure = Callable[[Run], float | None]
 CONFIDENCE = 0.95
@@ -107,15 +108,24 @@ def half_width(numbers: Sequence[float] | np.ndarray) -> float:
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(numbers) - 1) * spread)
 
 
-def lines_of(experiment: Experiment, jobs: Sequence[Job], failed: Mapping[Path, str]) -> list[Line]:
-    """The rows of the table from the run folders."""
-    runs: dict[str, dict[int, Run]] = {row.label: {} for row in experiment.rows}
-    faults: dict[str, dict[int, str]] = {row.label: {} for row in experiment.rows}
+def runs_of(jobs: Sequence[Job]) -> dict[str, dict[int, Run]]:
+    """The runs that are complete, by label and seed, each called by its label; every label is there."""
+    runs: dict[str, dict[int, Run]] = {job.row.label: {} for job in jobs}
     for job in jobs:
         if job.state == "done":
-            runs[job.row.label][job.seed] = load_run(job.folder)
-        else:
-            faults[job.row.label][job.seed] = failed.get(job.folder, "not made yet")
+            # The configuration as resolved today: runs of one row are alike, whenever they were made.
+            run = replace(load_run(job.folder), name=job.row.label, config=job.config.to_toml())
+            runs[job.row.label][job.seed] = run
+    return runs
+
+
+def lines_of(
+    experiment: Experiment, runs: Mapping[str, Mapping[int, Run]], missing: Sequence[tuple[Job, str]]
+) -> list[Line]:
+    """The rows of the table from the runs that are complete, and the others with what they lack."""
+    faults: dict[str, dict[int, str]] = {row.label: {} for row in experiment.rows}
+    for job, fault in missing:
+        faults[job.row.label][job.seed] = fault
     values = {
         label: {
             column.key: {seed: found for seed, run in by_seed.items() if (found := column.of(run)) is not None}
@@ -239,10 +249,18 @@ def raw_csv(lines: Sequence[Line]) -> str:
     return out.getvalue()
 
 
+def picture(runs: Mapping[str, Mapping[int, Run]]) -> bytes:
+    """Accuracy against bytes, MACs and seconds, as PNG."""
+    out = io.BytesIO()
+    accuracy_against_costs([run for by_seed in runs.values() for run in by_seed.values()]).savefig(out, dpi=110)
+    return out.getvalue()
+
+
 def make_table(
     experiment: Experiment, seeds: Sequence[int], runs: Path, out: Path, parallel: int | None = None, run: bool = True
 ) -> str:
-    """Make the runs that are missing, write ``NAME.md``, ``NAME.csv`` and ``NAME.tex`` into ``out``; returns the first.
+    """Make the runs that are missing, write ``NAME.md``, ``NAME.csv``, ``NAME.tex`` and ``NAME.png``, accuracy against
+    what it cost, into ``out``; returns the first.
 
     Args:
         run: False makes the table of what is there.
@@ -252,13 +270,16 @@ def make_table(
     """
     jobs = jobs_of(experiment, seeds, runs)
     failed = carry_out(jobs, parallel) if run else {}
-    lines = lines_of(experiment, jobs, failed)
+    made = runs_of(jobs)
+    missing = [(j, failed.get(j.folder, "not made yet")) for j in jobs if j.seed not in made[j.row.label]]
+    lines = lines_of(experiment, made, missing)
     if not any(line.values["accuracy"] for line in lines):
         reasons = [fault for line in lines for fault in line.faults.values()]
         raise UserError(f"{experiment.name}: no run is complete; the first says: {reasons[0]}")
     text = markdown(experiment, lines, seeds)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{experiment.name}.md", text)
-    write_atomic(out / f"{experiment.name}.csv", raw_csv(lines))
-    write_atomic(out / f"{experiment.name}.tex", latex(experiment, lines, seeds))
+    files: dict[str, str | bytes] = {
+        "md": text, "csv": raw_csv(lines), "tex": latex(experiment, lines, seeds), "png": picture(made),
+    }  # fmt: skip
+    write_together({out / f"{experiment.name}.{ending}": content for ending, content in files.items()})
     return text

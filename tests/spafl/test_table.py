@@ -139,6 +139,7 @@ def test_runs_are_made_once_gone_on_with_and_summed_up(path, tmp_path, capsys):
     (line,) = [line for line in text.splitlines() if line.startswith("| spa_fed")]
     assert "†" in line and "[" in line
     assert r"spa\_fed" in (tmp_path / "runs" / "small.tex").read_text()
+    assert (tmp_path / "runs" / "small.png").read_bytes().startswith(b"\x89PNG")
     # Nothing is made twice; what was cut off goes on.
     stamp = (jobs[0].folder / "metrics.jsonl").stat().st_mtime_ns
     (jobs[1].folder / "summary.json").unlink()

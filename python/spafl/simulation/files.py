@@ -43,19 +43,19 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def write_together(files: Mapping[Path, str], remove: Iterable[Path] = ()) -> None:
-    """Write text files that take their names one after the other once all of them are on disk.
+def write_together(files: Mapping[Path, str | bytes], remove: Iterable[Path] = ()) -> None:
+    """Write files that take their names one after the other once all of them are on disk.
 
     Where a disk is full, nothing has changed.
 
     Args:
-        files: text by path.
+        files: text or bytes by path.
         remove: files that are removed before the first takes its name: the new ones make them wrong.
     """
     try:
-        for path, text in files.items():
+        for path, content in files.items():
             with writing(path), _temporary(path).open("wb") as file:
-                file.write(text.encode())
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
         for path in remove:

@@ -99,6 +99,23 @@ def test_accuracy_against_costs_ends_where_the_runs_end(three):
     assert "local (none)" in [text.get_text() for text in payload.texts]
 
 
+def test_many_runs_are_named_beside_the_panels(make_run):
+    """In the order of their ends, each by a mark of its own, and nothing is cut off."""
+    runs = [load_run(make_run(f"r{i}", name=f"method {i}", seed=i, clients=12 + i)) for i in range(16)]
+    figure = drawn(figures.accuracy_against_costs(runs))
+    by_height = [run.name for run in sorted(runs, key=lambda run: -run.last.accuracy)]
+    box = figure.get_window_extent()
+    for axes in figure.axes:
+        assert [text.get_text().removesuffix(" (none)") for text in axes.texts] == by_height
+        marks = {(line.get_marker(), line.get_color()) for line in axes.lines if line.get_transform() == axes.transAxes}
+        assert len(marks) == 16
+        for text in axes.texts:
+            place = text.get_window_extent()
+            assert box.x0 <= place.x0 and place.x1 <= box.x1 and box.y0 <= place.y0 and place.y1 <= box.y1
+        low, high = axes.get_ylim()
+        assert all(low <= run.last.accuracy <= high for run in runs)
+
+
 def test_every_clients_accuracy_in_every_round(three):
     over, against, *_ = drawn(figures.accuracy_by_client(three[:1])).axes
     rounds, values = three[0].history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from ..run_data import Point, Run, seed_groups
-from .style import MARKERS, NOT_EVALUATED, WIDTH, chosen_runs, evaluated, group_name, in_style, legend, percent_axis
+from .style import (
+    COLOURS,
+    MARKERS,
+    NOT_EVALUATED,
+    WIDTH,
+    chosen_runs,
+    evaluated,
+    group_name,
+    in_style,
+    legend,
+    percent_axis,
+)
 
 _COSTS: tuple[tuple[str, str, Callable[[Point], float | None]], ...] = (
     ("payload, up and down", "B", lambda p: p.cost.payload_bytes),
     ("executed MACs", "", lambda p: p.cost.executed_macs),
     ("measured time", "s", lambda p: p.cost.total_seconds),
 )
+_BESIDE = 6  # more runs than these do not fit beside each other: their names stand in a column
 
 
 def front(costs: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -34,11 +47,14 @@ def front(costs: np.ndarray, values: np.ndarray) -> np.ndarray:
 @in_style
 def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
     """A panel per kind of cost: each run's way to its last evaluated round, faint, the end point with its name, and the
-    Pareto front of the end points. A run that does not pay a cost stands at the left edge."""
+    Pareto front of the end points. A run that does not pay a cost stands at the left edge. Of many runs the panels
+    stand below each other, show the heights at which runs end, and have the names at their right."""
     chosen = chosen_runs(runs, evaluated, NOT_EVALUATED)
-    figure = Figure(figsize=(WIDTH, 4.4))
-    panels = figure.subplots(1, len(_COSTS), sharey=True)
     groups = seed_groups([run for run, _, _ in chosen])
+    many = len(groups) > _BESIDE
+    figure = Figure(figsize=(WIDTH, 0.5 + max(3.0, 0.2 * len(groups)) * len(_COSTS)) if many else (WIDTH, 4.4))
+    shape = (len(_COSTS), 1) if many else (1, len(_COSTS))
+    panels = figure.subplots(*shape, sharey=True)
     named = []
     for axes, (label, unit, cost) in zip(panels, _COSTS):
         ways = [[(cost(p), p.accuracy) for p in run.points if p.accuracy is not None] for run, _, _ in chosen]
@@ -56,33 +72,53 @@ def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
             style = chosen[i][2]
             way = np.array([(c if c else edge, a) for c, a in ways[i] if c is not None], dtype=float)
             axes.plot(way[:, 0], way[:, 1], alpha=0.25, linewidth=1, color=style["color"], linestyle=style["linestyle"])
-            group = next(group for group in groups if i in group)
-            axes.plot(at, value, marker=_marker(group), color=style["color"], linestyle="none", markersize=7)
+            number = next(number for number, group in enumerate(groups) if i in group)
+            axes.plot(at, value, marker=_marker(number), color=style["color"], linestyle="none", markersize=7)
         if len(ends) > 1:
             best = front(shown, y)
             axes.step(shown[best], y[best], where="post", color="#888888", linewidth=1, linestyle=":", zorder=0)
         named.append((axes, _ends_of_groups(groups, chosen, [i for i, _ in ends], x, shown, y)))
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(EngFormatter(unit, places=0 if logarithmic else None, sep=" "))
-        axes.margins(x=0.12)
+        axes.margins(x=0.03 if many else 0.12)
         if not ends:
             axes.text(0.5, 0.5, "not counted", transform=axes.transAxes, ha="center", color="#666666")
             axes.set_xticks([])
-    percent_axis(panels[0], "test accuracy, mean over clients (%)")
-    handles, names = [], []
-    for group in groups:
-        _, name, style = chosen[group[0]]
-        handles += panels[0].plot([], [], marker=_marker(group), color=style["color"], linestyle="none")
-        names.append(group_name([chosen[i][0] for i in group], name))
-    legend(figure, handles, names)
-    figure.draw_without_rendering()  # names are set apart in points: the panels must have their size
-    for axes, names_and_places in named:
-        _name_ends(axes, *names_and_places)
+    for axes in panels if many else panels[:1]:
+        percent_axis(axes, "test accuracy (%)" if many else "test accuracy, mean over clients (%)")
+    if many:
+        heights = [run.last.accuracy or 0.0 for run, _, _ in chosen]
+        room = max(max(heights) - min(heights), 0.05)  # of accuracy
+        panels[0].set_ylim(max(0.0, min(heights) - 0.3 * room), max(heights) + 0.1 * room)
+        for axes, named_ends in named:
+            _name_ends_aside(axes, named_ends)
+    else:
+        handles, names = [], []
+        for number, group in enumerate(groups):
+            _, name, style = chosen[group[0]]
+            handles += panels[0].plot([], [], marker=_marker(number), color=style["color"], linestyle="none")
+            names.append(group_name([chosen[i][0] for i in group], name))
+        legend(figure, handles, names)
+        figure.draw_without_rendering()  # names are set apart in points: the panels must have their size
+        for axes, named_ends in named:
+            _name_ends(axes, named_ends)
     return figure
 
 
-def _marker(group: Sequence[int]) -> str:
-    return MARKERS[group[0] % len(MARKERS)]
+def _marker(number: int) -> str:
+    """Of a group of seeds; another one where the colours come round."""
+    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where a group of seeds ends: the middle of its end points, in the units of the axes."""
+
+    name: str
+    x: float
+    y: float
+    marker: str
+    colour: str
 
 
 def _ends_of_groups(
@@ -92,33 +128,45 @@ def _ends_of_groups(
     x: np.ndarray,
     shown: np.ndarray,
     y: np.ndarray,
-) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Name and place of each group of seeds of which a member is ``there``: the middle of its end points."""
-    names, middles = [], []
-    for group in groups:
+) -> list[_End]:
+    """The end of each group of which a member is ``there``, the highest first."""
+    found = []
+    for number, group in enumerate(groups):
         mine = [there.index(i) for i in group if i in there]
         if mine:
             name = group_name([chosen[i][0] for i in group], chosen[group[0]][1])
-            names.append(name if x[mine].any() else f"{name} (none)")
-            middles.append((np.median(shown[mine]), np.median(y[mine])))
-    places = np.array(middles).reshape(-1, 2)
-    return names, places[:, 0], places[:, 1]
+            name = name if x[mine].any() else f"{name} (none)"
+            colour = chosen[group[0]][2]["color"]
+            found.append(_End(name, float(np.median(shown[mine])), float(np.median(y[mine])), _marker(number), colour))
+    return sorted(found, key=lambda end: -end.y)
 
 
-def _name_ends(axes: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray) -> None:
+def _name_ends(axes: Axes, ends: Sequence[_End]) -> None:
     """Write each name beside its point, pushed apart where points are close in height."""
-    if not len(names):
+    if not ends:
         return
-    middle = np.sqrt(x.min() * x.max()) if axes.get_xscale() == "log" else (x.min() + x.max()) / 2
+    least, most = min(end.x for end in ends), max(end.x for end in ends)
+    middle = np.sqrt(least * most) if axes.get_xscale() == "log" else (least + most) / 2
     low, high = axes.get_ylim()
     height = axes.get_window_extent().height / axes.figure.dpi * 72  # points
     ceiling = np.inf
-    # From the highest downwards, each at least a line of text below the one before.
-    for i in np.argsort(-y, kind="stable"):
-        at = (y[i] - low) / max(high - low, 1e-9) * height
+    for end in ends:  # each at least a line of text below the one before
+        at = (end.y - low) / max(high - low, 1e-9) * height
         ceiling = min(at, ceiling - 10)
-        left = x[i] > middle
+        left = end.x > middle
         axes.annotate(
-            names[i], (x[i], y[i]), fontsize=8, color="#333333", va="center", ha="right" if left else "left",
+            end.name, (end.x, end.y), fontsize=8, color="#333333", va="center", ha="right" if left else "left",
             xytext=(-7 if left else 7, ceiling - at), textcoords="offset points",
         )  # fmt: skip
+
+
+def _name_ends_aside(axes: Axes, ends: Sequence[_End]) -> None:
+    """Write the names in a column at the right of the panel, in the order of their heights, each behind its mark."""
+    line = min(0.07, 1 / max(len(ends), 1))  # of the height of the panel
+    for number, end in enumerate(ends):
+        at = 1 - (number + 0.5) * line
+        axes.plot(
+            1.025, at, transform=axes.transAxes, marker=end.marker, color=end.colour, linestyle="none", markersize=6,
+            clip_on=False,
+        )  # fmt: skip
+        axes.text(1.045, at, end.name, transform=axes.transAxes, fontsize=8, color="#333333", va="center")
