@@ -69,6 +69,11 @@ def test_runs_that_differ_in_their_seed_alone_are_a_mean_and_a_band(make_run, th
     assert len(curves(mean, FEDAVG)) == 1
 
 
+def test_runs_of_an_experiment_are_called_by_their_method(make_run):
+    runs = [load_run(make_run(f"s{s}", name=f"spafl-paper seed {s}", seed=s, rounds=2)) for s in (1, 2)]
+    assert legend(drawn(figures.accuracy_against_costs(runs))) == ["spafl-paper (2 seeds)"]
+
+
 def test_the_same_seed_twice_is_no_spread(make_run):
     runs = [load_run(make_run(n, name=n, rounds=2)) for n in ("a", "b")]
     assert seed_groups(runs) == [[0], [1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ STYLE = {
     "lines.linewidth": 1.8,
 }
 WIDTH = 9.0  # inches; shown about 1000 pixels wide
+
+_SEED = re.compile(r"[\s,_-]*seed[\s_=-]*\d+$")  # in the names that tables of experiments give their runs
 
 NOT_EVALUATED = "no run has been evaluated yet"
 
@@ -83,8 +86,8 @@ def group_name(runs: Sequence[Run], name: str) -> str:
     """What to call runs that differ in their seed alone; ``name`` is the label of the first."""
     if len(runs) == 1:
         return name
-    common = runs[0].name if len({run.name for run in runs}) == 1 else name
-    return f"{plain(common)} ({len(runs)} seeds)"
+    names = {_SEED.sub("", run.name) for run in runs}
+    return f"{plain(names.pop()) if len(names) == 1 else name} ({len(runs)} seeds)"
 
 
 def round_axis(axes: Axes) -> None:
