@@ -30,7 +30,7 @@ _COSTS: tuple[tuple[str, str, Callable[[Point], float | None]], ...] = (
     ("executed MACs", "", lambda p: p.cost.executed_macs),
     ("measured time", "s", lambda p: p.cost.total_seconds),
 )
-_BESIDE = 6  # more runs than these do not fit beside each other: their names stand in a column
+_BESIDE = 6, 24  # more runs, or longer names, do not fit into panels beside each other: names stand in a column
 
 
 def front(costs: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -51,7 +51,8 @@ def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
     stand below each other, show the heights at which runs end, and have the names at their right."""
     chosen = chosen_runs(runs, evaluated, NOT_EVALUATED)
     groups = seed_groups([run for run, _, _ in chosen])
-    many = len(groups) > _BESIDE
+    names = [group_name([chosen[i][0] for i in group], chosen[group[0]][1]) for group in groups]
+    many = len(groups) > _BESIDE[0] or max(map(len, names)) > _BESIDE[1]
     figure = Figure(figsize=(WIDTH, 0.5 + max(3.0, 0.2 * len(groups)) * len(_COSTS)) if many else (WIDTH, 4.4))
     shape = (len(_COSTS), 1) if many else (1, len(_COSTS))
     panels = figure.subplots(*shape, sharey=True)
@@ -93,11 +94,10 @@ def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
         for axes, named_ends in named:
             _name_ends_aside(axes, named_ends)
     else:
-        handles, names = [], []
+        handles = []
         for number, group in enumerate(groups):
-            _, name, style = chosen[group[0]]
-            handles += panels[0].plot([], [], marker=_marker(number), color=style["color"], linestyle="none")
-            names.append(group_name([chosen[i][0] for i in group], name))
+            colour = chosen[group[0]][2]["color"]
+            handles += panels[0].plot([], [], marker=_marker(number), color=colour, linestyle="none")
         legend(figure, handles, names)
         figure.draw_without_rendering()  # names are set apart in points: the panels must have their size
         for axes, named_ends in named:
