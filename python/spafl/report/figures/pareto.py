@@ -50,9 +50,9 @@ def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
     Pareto front of the end points. A run that does not pay a cost stands at the left edge. Of many runs the panels
     stand below each other, show the heights at which runs end, and have the names at their right."""
     chosen = chosen_runs(runs, evaluated, NOT_EVALUATED)
-    groups = seed_groups([run for run, _, _ in chosen])
-    names = [group_name([chosen[i][0] for i in group], chosen[group[0]][1]) for group in groups]
-    many = len(groups) > _BESIDE[0] or max(map(len, names)) > _BESIDE[1]
+    groups = _groups_of(chosen)
+    marker = {i: group.marker for group in groups for i in group.members}
+    many = len(groups) > _BESIDE[0] or max(len(group.name) for group in groups) > _BESIDE[1]
     figure = Figure(figsize=(WIDTH, 0.5 + max(3.0, 0.2 * len(groups)) * len(_COSTS)) if many else (WIDTH, 4.4))
     shape = (len(_COSTS), 1) if many else (1, len(_COSTS))
     panels = figure.subplots(*shape, sharey=True)
@@ -73,12 +73,11 @@ def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
             style = chosen[i][2]
             way = np.array([(c if c else edge, a) for c, a in ways[i] if c is not None], dtype=float)
             axes.plot(way[:, 0], way[:, 1], alpha=0.25, linewidth=1, color=style["color"], linestyle=style["linestyle"])
-            number = next(number for number, group in enumerate(groups) if i in group)
-            axes.plot(at, value, marker=_marker(number), color=style["color"], linestyle="none", markersize=7)
+            axes.plot(at, value, marker=marker[i], color=style["color"], linestyle="none", markersize=7)
         if len(ends) > 1:
             best = front(shown, y)
             axes.step(shown[best], y[best], where="post", color="#888888", linewidth=1, linestyle=":", zorder=0)
-        named.append((axes, _ends_of_groups(groups, chosen, [i for i, _ in ends], x, shown, y)))
+        named.append((axes, _ends_of(groups, [i for i, _ in ends], x, shown, y)))
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(EngFormatter(unit, places=0 if logarithmic else None, sep=" "))
         axes.margins(x=0.03 if many else 0.12)
@@ -94,50 +93,53 @@ def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
         for axes, named_ends in named:
             _name_ends_aside(axes, named_ends)
     else:
-        handles = []
-        for number, group in enumerate(groups):
-            colour = chosen[group[0]][2]["color"]
-            handles += panels[0].plot([], [], marker=_marker(number), color=colour, linestyle="none")
-        legend(figure, handles, names)
+        handles = [h for g in groups for h in panels[0].plot([], [], marker=g.marker, color=g.colour, linestyle="none")]
+        legend(figure, handles, [group.name for group in groups])
         figure.draw_without_rendering()  # names are set apart in points: the panels must have their size
         for axes, named_ends in named:
             _name_ends(axes, named_ends)
     return figure
 
 
-def _marker(number: int) -> str:
-    """Of a group of seeds; another one where the colours come round."""
-    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
-
-
 @dataclass(frozen=True)
-class _End:
-    """Where a group of seeds ends: the middle of its end points, in the units of the axes."""
+class _Group:
+    """Runs that differ in their seed alone: their places among the runs shown, and how they are called and drawn."""
 
+    members: Sequence[int]
     name: str
-    x: float
-    y: float
     marker: str
     colour: str
 
 
-def _ends_of_groups(
-    groups: Sequence[Sequence[int]],
-    chosen: Sequence[Any],
-    there: Sequence[int],
-    x: np.ndarray,
-    shown: np.ndarray,
-    y: np.ndarray,
+def _groups_of(chosen: Sequence[tuple[Run, str, dict[str, Any]]]) -> list[_Group]:
+    found = []
+    for number, members in enumerate(seed_groups([run for run, _, _ in chosen])):
+        _, label, style = chosen[members[0]]
+        marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]  # another one where the colours come round
+        found.append(_Group(members, group_name([chosen[i][0] for i in members], label), marker, style["color"]))
+    return found
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where a group ends: the middle of its end points, in the units of the axes; ``name`` says if it paid nothing."""
+
+    group: _Group
+    name: str
+    x: float
+    y: float
+
+
+def _ends_of(
+    groups: Sequence[_Group], there: Sequence[int], x: np.ndarray, shown: np.ndarray, y: np.ndarray
 ) -> list[_End]:
     """The end of each group of which a member is ``there``, the highest first."""
     found = []
-    for number, group in enumerate(groups):
-        mine = [there.index(i) for i in group if i in there]
+    for group in groups:
+        mine = [there.index(i) for i in group.members if i in there]
         if mine:
-            name = group_name([chosen[i][0] for i in group], chosen[group[0]][1])
-            name = name if x[mine].any() else f"{name} (none)"
-            colour = chosen[group[0]][2]["color"]
-            found.append(_End(name, float(np.median(shown[mine])), float(np.median(y[mine])), _marker(number), colour))
+            name = group.name if x[mine].any() else f"{group.name} (none)"
+            found.append(_End(group, name, float(np.median(shown[mine])), float(np.median(y[mine]))))
     return sorted(found, key=lambda end: -end.y)
 
 
@@ -166,7 +168,7 @@ def _name_ends_aside(axes: Axes, ends: Sequence[_End]) -> None:
     for number, end in enumerate(ends):
         at = 1 - (number + 0.5) * line
         axes.plot(
-            1.025, at, transform=axes.transAxes, marker=end.marker, color=end.colour, linestyle="none", markersize=6,
-            clip_on=False,
+            1.025, at, transform=axes.transAxes, marker=end.group.marker, color=end.group.colour, linestyle="none",
+            markersize=6, clip_on=False,
         )  # fmt: skip
         axes.text(1.045, at, end.name, transform=axes.transAxes, fontsize=8, color="#333333", va="center")
