@@ -2,6 +2,7 @@
 
     git clone https://github.com/news-vt/SpaFL_NeruIPS_2024 AUTHORS && git -C AUTHORS checkout d3639ab
     python -m benchmarks.side_by_side AUTHORS [--rounds 12] [--dtype float32] [--workers 2] [--out FILE.csv]
+    python -m benchmarks.side_by_side AUTHORS --rounds 500 --dtype float32 --workers 1 --keep FOLDER
 
 The checkout stays as it is and outside of this repository. What its FMNIST folder imports and does not need here
 (``torchvision``, ``wandb``) is replaced by empty modules; its own client, server, model and round are what runs. It is
@@ -9,7 +10,9 @@ given our clients' data (read by our loader, raw pixels), our first weights, our
 by its own data loaders from samplers of ours. Everything else is its own, the time it takes included.
 
 Both run in this process, a round of each in turn and each first in every other round. The authors' code uses
-as many threads as ours has workers. Both test all clients after every round, as the published code does.
+as many threads as ours has workers. Both test all clients after every round, as the published code does. With
+``--keep`` both are saved every ten rounds, outside of their seconds, and a comparison that was cut off goes on from
+there.
 
 Two comparisons, one after the other:
 
@@ -23,7 +26,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -47,9 +52,10 @@ from spafl.simulation.problem import Problem
 from spafl.simulation.runfolder import RunFolder
 from spafl.simulation.sampling import sample_clients
 
-KEY = ("dtype", "round")
+KEY = ("dtype", "threads", "round")
 DTYPES = ("float64", "float32")
 POINTS, DENSITY = 0.5, 0.005  # what agrees
+SAVED_EVERY = 10  # rounds
 # What the published run gives (main/fmnist/run_command.txt).
 SETTINGS: dict[str, Any] = {
     "data": {"name": "fashion-mnist"},
@@ -58,6 +64,7 @@ SETTINGS: dict[str, Any] = {
     "algorithm": {"name": "spafl", "variant": "fmnist"},
     "sampling": {"clients_per_round": 10},
     "evaluation": {"every": 1},
+    "simulation": {"device": "cpu", "checkpoint_every": SAVED_EVERY},
 }
 
 
@@ -163,6 +170,38 @@ class Theirs:
         torch.set_num_threads(1)
         return seconds, float(np.mean([t[0] for t in tested])), float(np.mean([t[2] for t in tested]))
 
+    def save(self, folder: Path, round: int) -> None:
+        """Keep what another round needs beside what was kept before."""
+        state = {
+            "server": (self.server.global_thresholds, self.server.global_difference),
+            "clients": [
+                (client.model.state_dict(), client.optimizer.state_dict(), _ratios(client.model))
+                for client in self.clients
+            ],
+        }
+        torch.save(state, folder / "part")
+        os.replace(folder / "part", _theirs(folder, round))
+        _theirs(folder, round - 2 * SAVED_EVERY).unlink(missing_ok=True)  # ours may be as far as the one between
+
+    def restore(self, folder: Path, round: int) -> None:
+        state = torch.load(_theirs(folder, round), weights_only=True)
+        self.server.global_thresholds, self.server.global_difference = state["server"]
+        for client, (model, optimizer, ratios) in zip(self.clients, state["clients"], strict=True):
+            client.model.load_state_dict(model)
+            client.optimizer.load_state_dict(optimizer)
+            for name, layer in client.model.named_modules():
+                if name in ratios:
+                    layer.ratio = ratios[name]
+
+
+def _theirs(folder: Path, round: int) -> Path:
+    return folder / f"theirs-{round:04}.pt"
+
+
+def _ratios(model: torch.nn.Module) -> dict[str, Any]:
+    """Density of each layer in its last pass: the next one asks for it."""
+    return {name: layer.ratio for name, layer in model.named_modules() if hasattr(layer, "ratio")}
+
 
 class Ours:
     """The simulator, a round at a time."""
@@ -172,32 +211,38 @@ class Ours:
 
     def run_round(self, round: int) -> tuple[float, float, float]:
         begin = time.perf_counter()
-        line = self.simulation.ledger.book(self.simulation.run_round(self.pool, round))
+        self.line = self.simulation.ledger.book(self.simulation.run_round(self.pool, round))
         seconds = time.perf_counter() - begin
-        return seconds, 100 * line["evaluation"]["accuracy"]["mean"], line["density"]["layer_mean"]
+        return seconds, 100 * self.line["evaluation"]["accuracy"]["mean"], self.line["density"]["layer_mean"]
 
 
-def compare(code: types.SimpleNamespace, config: RunConfig, workers: int, rows: common.Rows) -> None:
-    """Add a row for every round."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = RunFolder(Path(scratch) / "run", resume=False)
-        simulation = Simulation(config, folder, quiet=True)
-        try:
-            with Pool(simulation.worker_setup(), workers) as pool:
-                ours, theirs = Ours(simulation, pool), Theirs(code, config, simulation.problem, workers)
-                for round in range(config.rounds):
-                    turns = [ours, theirs] if round % 2 else [theirs, ours]
-                    found = {type(who).__name__: who.run_round(round) for who in turns}
-                    rows.add(row_of(config.training.dtype, round, found["Ours"], found["Theirs"]))
-                    print(_line(rows.measured[-1]), flush=True)
-        finally:
-            if simulation.store is not None:
-                simulation.store.close()
-            folder.close()
+def compare(code: types.SimpleNamespace, config: RunConfig, workers: int, keep: Path, rows: common.Rows) -> None:
+    """Add a row for every round that is not yet in ``keep``."""
+    again = (keep / "ours" / "config.toml").is_file()
+    folder = RunFolder(keep / "ours", resume=again)
+    simulation = Simulation(config, folder, resume=again, quiet=True)
+    try:
+        with Pool(simulation.worker_setup(), workers) as pool:
+            ours, theirs = Ours(simulation, pool), Theirs(code, config, simulation.problem, workers)
+            if simulation.round >= 0:
+                theirs.restore(keep, simulation.round)
+            for round in range(simulation.round + 1, config.rounds):
+                turns = [ours, theirs] if round % 2 else [theirs, ours]
+                found = {type(who).__name__: who.run_round(round) for who in turns}
+                rows.add(row_of(config.training.dtype, workers, round, found["Ours"], found["Theirs"]))
+                print(_line(rows.measured[-1]), flush=True)
+                folder.append_metrics(ours.line)
+                if (round + 1) % SAVED_EVERY == 0:
+                    theirs.save(keep, round)  # first: where ours goes on from, theirs can
+                    simulation.save()
+    finally:
+        if simulation.store is not None:
+            simulation.store.close()
+        folder.close()
 
 
 def row_of(
-    dtype: str, round: int, ours: tuple[float, float, float], theirs: tuple[float, float, float]
+    dtype: str, threads: int, round: int, ours: tuple[float, float, float], theirs: tuple[float, float, float]
 ) -> dict[str, object]:
     """What a round gave, as a line of the CSV file; ``wrong`` says where the two do not agree, if they have to."""
     names = ("seconds", "accuracy", "density")
@@ -214,7 +259,8 @@ def row_of(
     else:
         ratio = f"{theirs[0] / ours[0]:.4g}"
     differences = {f"{name}_apart": f"{apart[name]:.3g}" for name in ("accuracy", "density")}
-    return {"dtype": dtype, "round": round + 1, **figures, "ratio": ratio, **differences, "wrong": wrong}
+    where = {"dtype": dtype, "threads": threads, "round": round + 1}
+    return where | figures | {"ratio": ratio, **differences, "wrong": wrong}
 
 
 def _line(row: Row) -> str:
@@ -224,56 +270,69 @@ def _line(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Agreement and seconds of all rounds, a line for each dtype."""
+    """Agreement and seconds of all rounds, a line for each comparison."""
     body = []
-    for dtype in DTYPES:
-        own = [row for row in rows if row["dtype"] == dtype]
+    for dtype, threads in itertools.product(DTYPES, sorted({row["threads"] for row in rows}, key=int, reverse=True)):
+        own = [row for row in rows if (row["dtype"], row["threads"]) == (dtype, threads)]
         if not own:
             continue
 
         def values(name: str, own: Sequence[Row] = own) -> list[float]:
             return [float(row[name]) for row in own]
 
-        speed = ["", "", ""]
+        speed = [""] * 6
         if dtype == "float32":
             low, middle, high = common.quartiles(values("ratio"))
-            seconds = [f"{common.quartiles(values(f'seconds_{who}'))[1]:.2f}" for who in ("theirs", "ours")]
-            speed = [*seconds, f"{middle:.1f}x ({low:.1f} to {high:.1f})"]
+            both = [values(f"seconds_{who}") for who in ("theirs", "ours")]
+            a_round = [f"{common.quartiles(seconds)[1]:.2f}" for seconds in both]
+            whole = [sum(seconds) for seconds in both]
+            speed = [*a_round, f"{middle:.1f}x ({low:.1f} to {high:.1f})"]
+            speed += [*(f"{seconds / 60:.1f}" for seconds in whole), f"{whole[0] / whole[1]:.1f}x"]
         apart = [f"<= {max(values(f'{name}_apart')):.2g}" for name in ("accuracy", "density")]
-        body.append([dtype, str(len(own)), *apart, *speed])
+        body.append([dtype, threads, str(len(own)), *apart, *speed])
     return common.markdown(
-        ["dtype", "rounds", "accuracy, points apart", "density apart", "authors' code, s a round", "ours", "faster"],
+        ["dtype", "threads of each", "rounds", "accuracy, points apart", "density apart", "authors' code, s a round",
+         "ours", "faster", "all rounds, min", "ours", "faster"],
         body,
-    )
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = common.options("benchmarks.side_by_side", __doc__)
     parser.add_argument("code", type=Path, help="a checkout of the authors' repository")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="of ours, and threads of the authors' code")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this comparison")
+    parser.add_argument("--keep", type=Path, help="a folder to go on from (default: each comparison begins anew)")
     args = parser.parse_args(argv)
     small = {"data": {"name": "synthetic", "image": 28, "classes": 10, "train": 1200, "test": 600},
              "partition": {"scheme": "dirichlet", "clients": 4, "alpha": 1.0, "min_train": 16, "min_test": 4},
              "sampling": {"clients_per_round": 2}} if args.quick else {}  # fmt: skip
-    run = {"rounds": 2 if args.quick else args.rounds, "seed": args.seed, "simulation": {"device": "cpu"}}
+    run = {"rounds": 2 if args.quick else args.rounds, "seed": args.seed}
     logging.disable(logging.INFO)
     try:
         configs = [
             resolve_config(SETTINGS | run | small | {"training": {"dtype": dtype}})
             for dtype in DTYPES if dtype in (args.dtype or DTYPES)
         ]  # fmt: skip
+        keep = args.keep.expanduser().resolve() if args.keep else None
         with their_modules(args.code.expanduser().resolve() / "main" / "fmnist") as code:
             rows = common.start(args, KEY)
             for config in configs:
-                compare(code, config, 1 if args.quick else args.workers, rows)
+                with contextlib.nullcontext(keep / config.training.dtype) if keep else _scratch() as folder:
+                    compare(code, config, 1 if args.quick else args.workers, folder, rows)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(rows.measured))
+    print(table(rows.rows if keep else rows.measured))
     return rows.failed()
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_the_other_code_gets_the_batches_of_our_clients():
 
 
 def test_a_round_agrees_within_half_a_point_and_no_further():
-    judged = functools.partial(row_of, "float64")
+    judged = functools.partial(row_of, "float64", 2)
     row = judged(0, (2.0, 50.0, 0.5), (9.0, 50.5, 0.504))
     assert row["wrong"] == row["ratio"] == row["seconds_ours"] == "" and row["density_apart"] == "0.004"
     row = judged(3, (2.0, 50.0, 0.5), (9.0, 50.6, 0.5))
@@ -46,7 +46,7 @@ def test_a_round_agrees_within_half_a_point_and_no_further():
 
 
 def test_float32_is_timed_and_not_judged():
-    row = row_of("float32", 3, (2.0, 50.0, 0.5), (9.0, 53.0, 0.5))
+    row = row_of("float32", 2, 3, (2.0, 50.0, 0.5), (9.0, 53.0, 0.5))
     assert row["wrong"] == "" and row["accuracy_apart"] == "3" and row["ratio"] == "4.5" and row["seconds_ours"] == 2.0
 
 
@@ -57,9 +57,10 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_the_table_takes_the_largest_difference_and_the_median_time(rounds):
-    rows = [row_of(dtype, i, (2.0, 50.0, 0.5), (6.0 + i, 50.0 + 0.1 * i, 0.5))
+    rows = [row_of(dtype, 2, i, (2.0, 50.0, 0.5), (6.0 + i, 50.0 + 0.1 * i, 0.5))
             for dtype in ("float32", "float64") for i in range(rounds)]  # fmt: skip
     text = side_by_side.table([{name: str(value) for name, value in row.items()} for row in rows])
     agreement, speed = text.splitlines()[2:]
-    assert agreement.startswith(f"| float64 | {rounds} | <= {0.1 * (rounds - 1):.2g} | <= 0 |") and "x" not in agreement
+    assert agreement.startswith(f"| float64 | 2 | {rounds} | <= {0.1 * (rounds - 1):.2g} | <= 0 |")
+    assert "x" not in agreement
     assert speed.startswith("| float32 |") and ("3.5x" if rounds == 3 else "3.0x") in speed

@@ -249,14 +249,14 @@ class Simulation:
         progress.update(line)
         self.callbacks.round(line)
         if (done.round + 1) % self.config.simulation.checkpoint_every == 0 or done.round + 1 == self.config.rounds:
-            self._save()
+            self.save()
 
     def _save_unfinished(self, error: BaseException) -> None:
         """Save what was finished before the run was cut short, and tell the error."""
         if not self._whole:  # cut by somebody else's signal handler, in the middle of the books
             return
         if self.round > self.saved:
-            self._save()
+            self.save()
         done = self.round + 1
         what = f"{done} of {self.config.rounds} rounds are finished and saved" if done else "no round was finished"
         stopped = isinstance(error, KeyboardInterrupt | Stopped | WorkerDied)
@@ -387,7 +387,8 @@ class Simulation:
         self.ledger.evaluated(lines[-1], evaluations, Cost(evaluate_seconds=time.perf_counter() - start))
         self.folder.rewrite_metrics(lines)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of the last finished round."""
         self.checkpoints.save(State(self.round, self.ledger.cost, self.log), self.server, self.store, self.dirty)
         self.dirty.clear()
         self.saved = self.round
