@@ -64,8 +64,13 @@ def table(rows: Sequence[Row]) -> str:
 def plot(rows: Sequence[Row]) -> Figure:
     """Gap over density, a point for each run, a panel for each number of rounds."""
     groups = sorted({(row["experiment"], int(row["rounds"])) for row in rows}, key=lambda g: (g[0], -g[1]))
-    figure = Figure(figsize=(4.6 * len(groups), 4.0), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    across = min(3, len(groups))
+    down = -(-len(groups) // across)
+    figure = Figure(figsize=(4.6 * across, 4.0 * down), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
+    panels = list(grid.flat)
+    for spare in panels[len(groups) :]:
+        spare.remove()
     for panel, group in zip(panels, groups):
         own = [row for row in rows if (row["experiment"], int(row["rounds"])) == group]
         for i, method in enumerate(dict.fromkeys(row["method"] for row in own)):
@@ -78,8 +83,10 @@ def plot(rows: Sequence[Row]) -> Figure:
         panel.set_xlabel("density, mean over layers and clients")
         panel.set_title(f"{group[0]}, {group[1]} rounds")
         panel.legend(fontsize=7)
-    panels[0].set_ylim(bottom=0)  # of all panels; any earlier it would fix the upper end too
-    panels[0].set_ylabel("training minus test accuracy\n(percentage points)")
+    lowest = min((float(row["gap"]) - float(row["gap_half_width"]) for row in rows), default=0.0)
+    panels[0].set_ylim(bottom=min(0.0, lowest))  # of all panels; any earlier it would fix the upper end too
+    for left in grid[:, 0]:
+        left.set_ylabel("training minus test accuracy\n(percentage points)")
     return figure
 
 

@@ -3,8 +3,9 @@
     python -m benchmarks.readme [--check]
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` and is made from ``benchmarks/results/NAME.csv``
-by the benchmark of that name; its picture, where there is one, follows it. ``--check`` changes nothing and fails if a
-table is not what the results give.
+by the benchmark of that name; its picture, where there is one, follows it. The name of an experiment stands for its
+table in ``experiments/results``, ``first`` for the README's part of the first of them. ``--check`` changes nothing and
+fails if a table is not what the results give.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import common
+from benchmarks import common, experiment_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/benchmarks.md", "docs/experiments.md", "docs/messages.md", "docs/deployment.md")
@@ -31,7 +32,7 @@ PICTURES = {
     "federated": "Rounds per minute over density, by setting",
 }
 NOTHING = "*Not measured yet.*"
-MARK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def table(name: str) -> str:
@@ -40,8 +41,15 @@ def table(name: str) -> str:
     Raises:
         ValueError: no benchmark of that name has a table.
     """
+    if name == "first":
+        return experiment_tables.first()
+    if name in experiment_tables.NAMES:
+        return experiment_tables.table(name)
+    if name in experiment_tables.SWEEPS:
+        return experiment_tables.sweep(name)
     if name not in TABLES:
-        raise ValueError(f"no table is called {name!r}; known: {', '.join(TABLES)}")
+        known = ("first", *experiment_tables.NAMES, *experiment_tables.SWEEPS, *TABLES)
+        raise ValueError(f"no table is called {name!r}; known: {', '.join(known)}")
     rows = common.read(common.RESULTS / f"{name}.csv")
     if not rows:
         return NOTHING

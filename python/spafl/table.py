@@ -109,14 +109,23 @@ def half_width(numbers: Sequence[float] | np.ndarray) -> float:
 
 
 def runs_of(jobs: Sequence[Job]) -> dict[str, dict[int, Run]]:
-    """The runs that are complete, by label and seed, each called by its label; every label is there."""
+    """The runs that are complete, by label and seed, each called by its label, settings of a sweep without their
+    sections; every label is there."""
     runs: dict[str, dict[int, Run]] = {job.row.label: {} for job in jobs}
     for job in jobs:
         if job.state == "done":
             # The configuration as resolved today: runs of one row are alike, whenever they were made.
-            run = replace(load_run(job.folder), name=job.row.label, config=job.config.to_toml())
+            run = replace(load_run(job.folder), name=brief(job.row.label), config=job.config.to_toml())
             runs[job.row.label][job.seed] = run
     return runs
+
+
+def brief(label: str) -> str:
+    """A row's name for a picture: the settings of a sweep without their sections, unless two would be called alike."""
+    parts = [part.partition("=") for part in label.split(" ")]
+    short = [f"{key.rpartition('.')[2]}{equals}{value}" if equals else key for key, equals, value in parts]
+    clear = len({part.partition("=")[0] for part in short}) == len(short)
+    return " ".join(short) if clear else label
 
 
 def lines_of(
@@ -174,7 +183,8 @@ def over_seeds(values: Mapping[int, float], digits: int) -> str:
     return mean if len(numbers) == 1 else f"{mean} ± {numbers.std(ddof=1):,.{digits}f}"
 
 
-def _difference(found: tuple[float, float | None] | None) -> str:
+def in_points(found: tuple[float, float | None] | None) -> str:
+    """A difference, with its interval where there is one."""
     if found is None:
         return "-"
     mean, half = found
@@ -193,7 +203,7 @@ def cells(experiment: Experiment, line: Line) -> list[str]:
     at = [column.key for column in COLUMNS].index("formula_gmacs")
     if line.not_seconds and figures[at] != "-":
         figures[at] += f" {_NOT_SECONDS}"
-    differences = [_difference(line.difference), _difference(with_interval(list(line.at_equal_work.values())))]
+    differences = [in_points(line.difference), in_points(with_interval(list(line.at_equal_work.values())))]
     return [line.label, *figures, *differences, *([line.published or "-"] if experiment.published else [])]
 
 

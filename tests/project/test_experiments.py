@@ -25,7 +25,7 @@ def _asked(name: str, methods: list[str]) -> Experiment:
             key, _, value = setting.partition("=")
             if value not in values.setdefault(key, []):
                 values[key].append(value)
-    base = load_experiment(path, ["rounds=60"]).only({label.split()[0] for label in methods})
+    base = load_experiment(path).only({label.split()[0] for label in methods})
     return swept(base, values)
 
 

@@ -13,7 +13,7 @@ from spafl.errors import UserError
 from spafl.experiment import carry_out, jobs_of, load_experiment, parse_seeds
 from spafl.report.run_data import load_run
 from spafl.sweep import parse_values, swept
-from spafl.table import COLUMNS, Line, notes_of, over_seeds, paired_difference
+from spafl.table import COLUMNS, Line, brief, notes_of, over_seeds, paired_difference
 
 EXPERIMENT = """
 title = "A small one"
@@ -46,8 +46,10 @@ def path(tmp_path):
 def test_the_files_of_the_project_are_valid():
     files = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
     found = {file.stem: {row.label for row in load_experiment(file).rows} for file in files}
-    assert len(found) == 8
+    assert len(found) == 10
     assert "spafl-macs-.25" in found.pop("budgets")
+    assert {"spafl-paper", "fedprox", "scaffold", "spafl-fixed"} <= found.pop("fmnist-lenet5-further")
+    assert {"spafl-paper", "fedavg", "local"} == found.pop("fmnist-lenet5-500")
     for labels in found.values():
         assert {"spafl-paper", "fedavg", "local", "spafl-no-exchange"} <= labels
 
@@ -93,6 +95,16 @@ def test_a_sweep_is_an_experiment_of_all_combinations(path):
     assert len({job.folder for job in jobs}) == 8
     with pytest.raises(UserError, match=r"training\.lr"):
         swept(load_experiment(path), {"training.lr": [-1]})
+
+
+def test_a_picture_calls_settings_of_a_sweep_by_their_last_part():
+    assert (
+        brief("spafl-paper algorithm.penalty=.001 algorithm.prune_head=false")
+        == "spafl-paper penalty=.001 prune_head=false"
+    )
+    assert brief("my run 1.5 training.lr=.1") == "my run 1.5 lr=.1"
+    for label in ("fedavg", "a training.lr=.1 algorithm.lr=.2", "v1.2 of a.b"):
+        assert brief(label) == label
 
 
 def test_figures_over_seeds_are_those_by_hand():

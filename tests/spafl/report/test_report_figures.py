@@ -289,7 +289,7 @@ def test_the_smallest_runs_can_be_drawn(make_run, rounds, clients):
 def test_any_name_can_be_drawn(make_run, name):
     run = load_run(make_run(name=name, rounds=2, layers={"$l$": 3, "_m": 2}))
     figure = drawn(figures.accuracy_spread([run]))
-    assert len(legend(figure)) == 1 and len(legend(figure)[0]) <= 42
+    assert len(legend(figure)) == 1 and len(legend(figure)[0]) <= 50
     drawn(figures.density_per_layer([run]))
     drawn(figures.partition([run, run]))
 

@@ -50,7 +50,7 @@ def in_style(function: Callable[..., Any]) -> Callable[..., Any]:
     return styled
 
 
-def plain(text: str, limit: int = 40) -> str:
+def plain(text: str, limit: int = 48) -> str:
     """``text`` as matplotlib shows it literally: no formula between dollars, no hiding after ``_``, not too long."""
     half = limit // 2
     text = text if len(text) <= limit else f"{text[: half - 1]}…{text[-half:]}"
