@@ -6,27 +6,20 @@ Nothing is run here; ``python -m benchmarks.readme`` fills the pages from the CS
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks import common
 from spafl.algorithms import find_algorithm
 from spafl.experiment import load_experiment
-from spafl.table import brief, in_points, over_seeds, paired_difference, with_interval
+from spafl.table import NOT_SECONDS, brief, in_points, over_seeds, paired_difference, with_interval
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 RESULTS = EXPERIMENTS / "results"
 SWEEPS = ("fmnist-lenet5-sweep",)
 NAMES = ("fmnist-lenet5", "fmnist-lenet5-further", "fmnist-lenet5-500", "fmnist32-conv4", "digits")
-FIRST = {  # the rows of the README's first table, all of the first experiment
-    "spafl-paper": "SpaFL, the paper's setting on standardised pixels",
-    "spafl-fmnist": "SpaFL as published, on raw pixels",
-    "local": "Local: each client alone, dense",
-    "fedp3": "FedP3: some layers shared, the rest and the classifier personal",
-    "fedspa": "FedSpa: personal masks on shared weights",
-    "heterofl": "HeteroFL: nested widths, physically small",
-    "fedavg": "FedAvg: one dense model",
-}
 WHAT = {
     "spafl-paper": "SpaFL `paper`",
     "spafl-fmnist": "SpaFL `fmnist`, as published",
@@ -39,7 +32,7 @@ WHAT = {
     "fedavg": "FedAvg: one dense model",
     "local": "Local: every client alone, dense",
     "fedpm": "FedPM: one mask on weights as drawn",
-    "heterofl": "HeteroFL: nested widths",
+    "heterofl": "HeteroFL: nested widths, physically small",
     "fjord": "FjORD: nested widths, drawn anew",
     "feddst": "FedDST: one sparse model",
     "fedspa": "FedSpa: personal masks on shared weights",
@@ -49,7 +42,11 @@ WHAT = {
     "fedper": "FedPer: FedAvg with a personal classifier",
     "scaffold": "SCAFFOLD: FedAvg with control variates",
 }
-NOT_SECONDS = "†"
+FIRST = {  # the rows of the README's first table, all of the first experiment
+    "spafl-paper": "SpaFL, the paper's setting on standardised pixels",
+    "spafl-fmnist": "SpaFL as published, on raw pixels",
+    **{label: WHAT[label] for label in ("local", "fedp3", "fedspa", "heterofl", "fedavg")},
+}
 
 
 def figures_of(name: str) -> dict[str, dict[str, dict[int, float]]]:
@@ -71,17 +68,15 @@ def table(name: str) -> str:
     experiment = load_experiment(EXPERIMENTS / f"{name}.toml")
     rows, found = {row.label: row for row in experiment.rows}, figures_of(name)
     reference = found[experiment.reference]["accuracy"]
-    seeds = {len(own["accuracy"]) for own in found.values()}
+    seeds = max(len(own["accuracy"]) for own in found.values())
     body = []
     for label, own in found.items():
-        dense = not own["density_layers"]
         dagger = "" if find_algorithm(rows[label].tables["algorithm"]["name"]).macs_are_seconds else f" {NOT_SECONDS}"
-        density = "1, 1" if dense else ", ".join(mean(own[c], 3) for c in ("density_layers", "density_parameters"))
-        short = f" (of seed {', '.join(map(str, own['accuracy']))})" if len(own["accuracy"]) < max(seeds) else ""
+        short = f" (of seed {', '.join(map(str, own['accuracy']))})" if len(own["accuracy"]) < seeds else ""
         itself = label == experiment.reference
         body.append([
             WHAT[label] + short, f"{over_seeds(own['accuracy'], 1)} ({mean(own['best_accuracy'], 1)})",
-            over_seeds(own["accuracy_worst_10pct"], 1), density + dagger, mean(own["executed_gmacs"], 0),
+            over_seeds(own["accuracy_worst_10pct"], 1), densities(own) + dagger, mean(own["executed_gmacs"], 0),
             mean(own["payload_mb"], 1 if any(own["payload_mb"].values()) else 0),
             "" if itself else in_points(paired_difference(own["accuracy"], reference)),
             "" if itself else in_points(with_interval(list(own["difference_at_equal_work"].values()))),
@@ -96,7 +91,7 @@ def sweep(name: str) -> str:
     """A line for each combination of settings of a sweep."""
     body = [
         [brief(label), over_seeds(own["accuracy"], 1), over_seeds(own["accuracy_worst_10pct"], 1),
-         ", ".join(mean(own[c], 3) for c in ("density_layers", "density_parameters")), mean(own["executed_gmacs"], 0)]
+         densities(own), mean(own["executed_gmacs"], 0)]
         for label, own in figures_of(name).items()
     ]  # fmt: skip
     return common.markdown(["", "accuracy %", "worst 10 %", "density by layer, by parameters", "GMACs executed"], body)
@@ -104,24 +99,34 @@ def sweep(name: str) -> str:
 
 def first() -> str:
     """The README's first table."""
-    body = []
+    body, found = [], figures_of(NAMES[0])
     for label, what in FIRST.items():
-        own = figures_of(NAMES[0])[label]
+        own = found[label]
         best, last = (own[c] for c in ("best_accuracy", "accuracy"))
-        apart = _mean(best) - _mean(last) >= 1
-        size = _mean(own["payload_mb"])
+        apart = fmean(best.values()) - fmean(last.values()) >= 1
+        size = fmean(own["payload_mb"].values())
         body.append([
             what, over_seeds(last, 1) + (f" (best round: {mean(best, 1)})" if apart else ""),
-            mean(own["accuracy_worst_10pct"], 1), f"{_mean(own['executed_gmacs']) / 1e3:.1f}e12",
+            mean(own["accuracy_worst_10pct"], 1), f"{fmean(own['executed_gmacs'].values()) / 1e3:.1f}e12",
             f"{size / 1e3:.1f} GB" if size >= 1e3 else f"{size:.0f} MB" if size else "0",
         ])  # fmt: skip
     head = ["", "accuracy %", "worst 10 % of clients", "operations executed", "sent and received"]
     return common.markdown(head, body)
 
 
-def _mean(values: Mapping[int, float]) -> float:
-    return sum(values.values()) / len(values)
-
-
 def mean(values: Mapping[int, float], digits: int) -> str:
-    return f"{_mean(values):,.{digits}f}" if values else ""
+    return f"{fmean(values.values()):,.{digits}f}"
+
+
+def densities(own: Mapping[str, Mapping[int, float]]) -> str:
+    """By layer and by parameters; a model without thresholds or masks is dense."""
+    if not own["density_layers"]:
+        return "1, 1"
+    return ", ".join(mean(own[column], 3) for column in ("density_layers", "density_parameters"))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "first": first,
+    **{name: partial(table, name) for name in NAMES},
+    **{name: partial(sweep, name) for name in SWEEPS},
+}

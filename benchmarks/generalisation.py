@@ -83,7 +83,7 @@ def plot(rows: Sequence[Row]) -> Figure:
         panel.set_xlabel("density, mean over layers and clients")
         panel.set_title(f"{group[0]}, {group[1]} rounds")
         panel.legend(fontsize=7)
-    lowest = min((float(row["gap"]) - float(row["gap_half_width"]) for row in rows), default=0.0)
+    lowest = min(float(row["gap"]) - float(row["gap_half_width"]) for row in rows)
     panels[0].set_ylim(bottom=min(0.0, lowest))  # of all panels; any earlier it would fix the upper end too
     for left in grid[:, 0]:
         left.set_ylabel("training minus test accuracy\n(percentage points)")

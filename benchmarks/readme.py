@@ -41,14 +41,10 @@ def table(name: str) -> str:
     Raises:
         ValueError: no benchmark of that name has a table.
     """
-    if name == "first":
-        return experiment_tables.first()
-    if name in experiment_tables.NAMES:
-        return experiment_tables.table(name)
-    if name in experiment_tables.SWEEPS:
-        return experiment_tables.sweep(name)
+    if name in experiment_tables.TABLES:
+        return experiment_tables.TABLES[name]()
     if name not in TABLES:
-        known = ("first", *experiment_tables.NAMES, *experiment_tables.SWEEPS, *TABLES)
+        known = (*experiment_tables.TABLES, *TABLES)
         raise ValueError(f"no table is called {name!r}; known: {', '.join(known)}")
     rows = common.read(common.RESULTS / f"{name}.csv")
     if not rows:

@@ -320,19 +320,14 @@ def main(argv: list[str] | None = None) -> int:
         with their_modules(args.code.expanduser().resolve() / "main" / "fmnist") as code:
             rows = common.start(args, KEY)
             for config in configs:
-                with contextlib.nullcontext(keep / config.training.dtype) if keep else _scratch() as folder:
-                    compare(code, config, 1 if args.quick else args.workers, folder, rows)
+                kept = contextlib.nullcontext(str(keep / config.training.dtype)) if keep else None
+                with kept or tempfile.TemporaryDirectory() as folder:
+                    compare(code, config, 1 if args.quick else args.workers, Path(folder), rows)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(rows.rows if keep else rows.measured))
     return rows.failed()
-
-
-@contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ COLUMNS = (
     Column("executed_gmacs", "GMACs executed", lambda r: _scaled(r.last.cost.executed_macs, 1e9), 1),
     Column("train_seconds", "seconds of training", lambda r: r.last.cost.train_seconds, 1),
 )
-_NOT_SECONDS = "†"
+NOT_SECONDS = "†"
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def cells(experiment: Experiment, line: Line) -> list[str]:
     figures = [over_seeds(line.values[column.key], column.digits) for column in COLUMNS]
     at = [column.key for column in COLUMNS].index("formula_gmacs")
     if line.not_seconds and figures[at] != "-":
-        figures[at] += f" {_NOT_SECONDS}"
+        figures[at] += f" {NOT_SECONDS}"
     differences = [in_points(line.difference), in_points(with_interval(list(line.at_equal_work.values())))]
     return [line.label, *figures, *differences, *([line.published or "-"] if experiment.published else [])]
 
@@ -216,7 +216,7 @@ def notes_of(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
         "executed fewer of the two, interpolated between evaluated rounds."
     ]
     if any(line.not_seconds for line in lines):
-        notes.append(f"{_NOT_SECONDS} counted by formula only: what runs is dense, so these MACs are not seconds.")
+        notes.append(f"{NOT_SECONDS} counted by formula only: what runs is dense, so these MACs are not seconds.")
     for line in lines:
         for (name, kind, budget), reached in line.budgets.items():
             of = "" if name == EVERYBODY else f" of {name}"

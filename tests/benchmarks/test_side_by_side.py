@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,49 @@ def test_the_other_code_gets_the_batches_of_our_clients():
             theirs = itertools.chain.from_iterable(iter(order) for _ in range(local.epochs))
             ours = torch.cat([batch for batch, _ in client.training_batches(round)])
             assert torch.equal(ours, samples.x[list(theirs)].float())
+
+
+class Layer(torch.nn.Linear):
+    ratio = 1.0
+
+
+class Mover(SimpleNamespace):
+    """As much of the authors' client as is kept between rounds."""
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(torch.ones(1, 3)).square().sum().backward()
+        self.optimizer.step()
+
+
+def _their_side(seed: int) -> side_by_side.Theirs:
+    torch.manual_seed(seed)
+    clients = []
+    for _ in range(2):
+        model = torch.nn.Sequential(Layer(3, 2))
+        clients.append(Mover(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)))
+    found = object.__new__(side_by_side.Theirs)
+    found.clients, found.server = clients, SimpleNamespace(global_thresholds={}, global_difference={})
+    return found
+
+
+def test_the_other_code_goes_on_from_what_was_kept(tmp_path):
+    """Weights, momentum, densities and the server's thresholds: the next step is that of one that was not cut off."""
+    first, other = _their_side(1), _their_side(2)
+    for client in first.clients:
+        client.step()
+    first.clients[1].model[0].ratio = torch.tensor(0.005)
+    first.server.global_difference = {"fc.threshold": torch.tensor([0.5])}
+    for round in (9, 19, 29):
+        first.save(tmp_path, round)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs-0019.pt", "theirs-0029.pt"]
+    other.restore(tmp_path, 29)
+    assert other.server.global_difference == first.server.global_difference
+    assert [client.model[0].ratio for client in other.clients] == [1.0, torch.tensor(0.005)]
+    for a, b in zip(first.clients, other.clients, strict=True):
+        a.step()
+        b.step()
+        assert torch.equal(a.model[0].weight, b.model[0].weight)
 
 
 def test_a_round_agrees_within_half_a_point_and_no_further():

@@ -104,9 +104,10 @@ def test_accuracy_against_costs_ends_where_the_runs_end(three):
     assert "local (none)" in [text.get_text() for text in payload.texts]
 
 
-def test_many_runs_are_named_beside_the_panels(make_run):
+@pytest.mark.parametrize("name", ["method", "spafl-paper penalty=.001 prune_head=as-built"])
+def test_many_runs_are_named_beside_the_panels(make_run, name):
     """In the order of their ends, each by a mark of its own, and nothing is cut off."""
-    runs = [load_run(make_run(f"r{i}", name=f"method {i}", seed=i, clients=12 + i)) for i in range(16)]
+    runs = [load_run(make_run(f"r{i}", name=f"{name} {i}", seed=i, clients=12 + i)) for i in range(16)]
     figure = drawn(figures.accuracy_against_costs(runs))
     by_height = [run.name for run in sorted(runs, key=lambda run: -run.last.accuracy)]
     box = figure.get_window_extent()
@@ -289,7 +290,7 @@ def test_the_smallest_runs_can_be_drawn(make_run, rounds, clients):
 def test_any_name_can_be_drawn(make_run, name):
     run = load_run(make_run(name=name, rounds=2, layers={"$l$": 3, "_m": 2}))
     figure = drawn(figures.accuracy_spread([run]))
-    assert len(legend(figure)) == 1 and len(legend(figure)[0]) <= 50
+    assert len(legend(figure)) == 1 and len(legend(figure)[0]) <= 42
     drawn(figures.density_per_layer([run]))
     drawn(figures.partition([run, run]))
 

@@ -30,6 +30,7 @@ _COSTS: tuple[tuple[str, str, Callable[[Point], float | None]], ...] = (
     ("executed MACs", "", lambda p: p.cost.executed_macs),
     ("measured time", "s", lambda p: p.cost.total_seconds),
 )
+_ASIDE = 60  # characters of a name in a column of its own
 _BESIDE = 6, 24  # more runs, or longer names, do not fit into panels beside each other: names stand in a column
 
 
@@ -49,7 +50,7 @@ def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
     """A panel per kind of cost: each run's way to its last evaluated round, faint, the end point with its name, and the
     Pareto front of the end points. A run that does not pay a cost stands at the left edge. Of many runs the panels
     stand below each other, show the heights at which runs end, and have the names at their right."""
-    chosen = chosen_runs(runs, evaluated, NOT_EVALUATED)
+    chosen = chosen_runs(runs, evaluated, NOT_EVALUATED, _ASIDE)
     groups = _groups_of(chosen)
     marker = {i: group.marker for group in groups for i in group.members}
     many = len(groups) > _BESIDE[0] or max(len(group.name) for group in groups) > _BESIDE[1]
@@ -116,7 +117,9 @@ def _groups_of(chosen: Sequence[tuple[Run, str, dict[str, Any]]]) -> list[_Group
     for number, members in enumerate(seed_groups([run for run, _, _ in chosen])):
         _, label, style = chosen[members[0]]
         marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]  # another one where the colours come round
-        found.append(_Group(members, group_name([chosen[i][0] for i in members], label), marker, style["color"]))
+        found.append(
+            _Group(members, group_name([chosen[i][0] for i in members], label, _ASIDE), marker, style["color"])
+        )
     return found
 
 

@@ -50,7 +50,10 @@ def in_style(function: Callable[..., Any]) -> Callable[..., Any]:
     return styled
 
 
-def plain(text: str, limit: int = 48) -> str:
+_NAME = 40  # characters of a run's name that fit into a legend
+
+
+def plain(text: str, limit: int = _NAME) -> str:
     """``text`` as matplotlib shows it literally: no formula between dollars, no hiding after ``_``, not too long."""
     half = limit // 2
     text = text if len(text) <= limit else f"{text[: half - 1]}…{text[-half:]}"
@@ -58,12 +61,18 @@ def plain(text: str, limit: int = 48) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def chosen_runs(runs: Sequence[Run], shows: Callable[[Run], Any], why: str) -> list[tuple[Run, str, dict[str, Any]]]:
-    """The runs a picture can show, with label and line style; the style depends on the place among all runs, and runs
-    that differ in their seed alone share it."""
+def chosen_runs(
+    runs: Sequence[Run], shows: Callable[[Run], Any], why: str, limit: int = _NAME
+) -> list[tuple[Run, str, dict[str, Any]]]:
+    """The runs a picture can show, with label (of at most ``limit`` characters) and line style; the style depends on
+    the place among all runs, and runs that differ in their seed alone share it."""
     place = {i: g for g, group in enumerate(seed_groups(runs)) for i in group}
     found = [
-        (run, plain(label), {"color": COLOURS[place[i] % len(COLOURS)], "linestyle": DASHES[place[i] % len(DASHES)]})
+        (
+            run,
+            plain(label, limit),
+            {"color": COLOURS[place[i] % len(COLOURS)], "linestyle": DASHES[place[i] % len(DASHES)]},
+        )
         for i, (run, label) in enumerate(zip(runs, labels(runs)))
         if shows(run)
     ]
@@ -82,12 +91,12 @@ def percent_axis(axes: Axes, label: str) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
 
 
-def group_name(runs: Sequence[Run], name: str) -> str:
+def group_name(runs: Sequence[Run], name: str, limit: int = _NAME) -> str:
     """What to call runs that differ in their seed alone; ``name`` is the label of the first."""
     if len(runs) == 1:
         return name
     names = {_SEED.sub("", run.name) for run in runs}
-    return f"{plain(names.pop()) if len(names) == 1 else name} ({len(runs)} seeds)"
+    return f"{plain(names.pop(), limit) if len(names) == 1 else name} ({len(runs)} seeds)"
 
 
 def round_axis(axes: Axes) -> None:
