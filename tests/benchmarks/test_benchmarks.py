@@ -4,10 +4,12 @@ import csv
 import dataclasses
 import functools
 import importlib
+import math
 import platform
 import shutil
 import socket
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,6 +101,9 @@ def test_every_cpu_benchmark_is_known_here():
     assert files >= {*registry.CPU, *registry.NEEDS}
 
 
+LINES = {"generalisation": ("experiment", "method", "rounds")}
+"""What a line of a table stands for, where it is not a row."""
+
 QUICK = ("training_step", "inference", "federated", "simulator", "native_cpu", "generalisation")
 
 
@@ -116,7 +121,8 @@ def test_a_quick_run_measures_and_fills_a_table(name, tmp_path):
         assert row["torch"] == torch.__version__ and row["commit"]
     if name in readme.TABLES:
         lines = importlib.import_module(f"benchmarks.{name}").table(rows).splitlines()
-        assert len(lines) == 2 + len(rows)
+        of = {tuple(row[k] for k in LINES[name]) for row in rows} if name in LINES else rows
+        assert len(lines) == 2 + len(of)
         assert len({line.count("|") for line in lines}) == 1 and "wrong" not in lines[-1]
 
 
@@ -468,16 +474,21 @@ def test_the_gap_of_a_run_is_its_clients_mean(monkeypatch):
 
     @dataclasses.dataclass
     class Fake:
-        gaps: ClientGaps
-        last: object = dataclasses.field(default_factory=lambda: type("Point", (), {"accuracy": 0.8}))
+        gaps: ClientGaps | None
+        last: object = dataclasses.field(default_factory=lambda: SimpleNamespace(accuracy=0.8, density_parameters=0.25))
+        train: object = dataclasses.field(default_factory=lambda: np.full((3, 10), 40))
 
+    monkeypatch.setattr(generalisation, "size", lambda run: (1000, 100))
     gap = np.array([0.1, 0.2, 0.3])
     row = generalisation.row_of(Fake(ClientGaps(9, gap, np.array([0.2, 0.3, 0.7]))), "e", "m", "1")
     assert row["gap"] == pytest.approx(20) and row["train_accuracy"] == pytest.approx(100) and row["rounds"] == 10
     assert row["gap_half_width"] == pytest.approx(1.96 * 10 / 3**0.5, abs=1e-3)
     assert row["density"] == 0.4 and row["across_clients"] == 1
-    dense = generalisation.row_of(Fake(ClientGaps(9, gap, None)), "e", "local", "1")
-    assert dense["density"] == 1 and dense["across_clients"] == ""
+    assert row["bound"] == round(100 * math.sqrt((8100 * math.log(2) + math.log(20)) / 800))
+    dense = Fake(ClientGaps(9, gap, None), SimpleNamespace(accuracy=0.8, density_parameters=None))
+    dense = generalisation.row_of(dense, "e", "local", "1")
+    assert dense["density"] == dense["parameters"] == 1 and dense["across_clients"] == ""
+    assert dense["bound"] == round(100 * math.sqrt((32000 * math.log(2) + math.log(20)) / 800))
     assert generalisation.row_of(Fake(None), "e", "m", "1") is None
 
 
