@@ -25,17 +25,19 @@ _CSS = """
 :root { color-scheme: light dark; --text: #1b1b1b; --back: #ffffff; --soft: #666666; --line: #d0d0d0; }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e4e4; --back: #16181b; --soft: #a0a0a0; --line: #44484d; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
-       max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
+       max-width: 1200px; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .8rem; white-space: nowrap; }
 th, td { padding: .25rem .45rem; text-align: right; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; } thead th { font-weight: 600; }
+th:first-child, td:first-child, .run { text-align: left; }
+.run { white-space: normal; min-width: 11rem; } thead th { font-weight: 600; }
 thead tr:first-child th { text-align: center; color: var(--soft); font-weight: 400; }
+thead tr th.run { text-align: left; }
 thead tr:last-child th { border-bottom: 1px solid var(--line); }
 nav ul { columns: 2; padding-left: 1.2rem; } .headline { font-size: 1.1rem; }
 figure { margin: 0; max-width: 1020px; }
 figure img { width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
-figcaption, .soft { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
+figcaption, .soft { color: var(--soft); font-size: .9rem; }
 details { margin: .5rem 0; } pre { overflow-x: auto; padding: .75rem; border: 1px solid var(--line); font-size: .8rem; }
 """
 

@@ -124,18 +124,25 @@ def targets_html(runs: Sequence[Run]) -> str:
             rows.append([f"{100 * target:.0f} %", label, *cells])
     if not rows:
         return ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["accuracy", "run", *(name for name, _ in prices)])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+    return _table_html(["accuracy", "run", *(name for name, _ in prices)], rows)
+
+
+def _table_html(header: Sequence[str], rows: Sequence[Sequence[str]], above: str = "") -> str:
+    """``above``: lines of the head over the names of the columns. Only the column of runs may break its lines."""
+    marks = [' class="run"' if name == "run" else "" for name in header]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for mark, cell in zip(marks, cells))
+
+    body = "".join(f"<tr>{line('td', row)}</tr>\n" for row in rows)
+    return f"<table>\n<thead>{above}<tr>{line('th', header)}</tr></thead>\n<tbody>\n{body}</tbody></table>"
 
 
 def comparison_html(runs: Sequence[Run]) -> str:
     """The same rows as a ``<table>``; every name is escaped."""
     groups, header, rows = _rows(_loaded(runs))
     top = "".join(f'<th colspan="{span}">{html.escape(name)}</th>' for name, span in _spans(groups))
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f"<table>\n<thead><tr>{top}</tr>\n<tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+    return _table_html(header, rows, f"<tr>{top}</tr>\n")
 
 
 def comparison_tex(runs: Sequence[Run]) -> str:

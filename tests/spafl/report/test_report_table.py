@@ -105,7 +105,7 @@ def test_html_has_the_same_cells_escaped(known, make_run):
     runs = [load_run(known), load_run(odd)]
     page = comparison_html(runs)
     assert "<b>" not in page
-    found = [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", page)]
+    found = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", page)]
     text = comparison_table(runs)
     assert found == cells(text, 3) + cells(text, 4)
     spans = [int(n) for n in re.findall(r'colspan="(\d+)"', page)]
