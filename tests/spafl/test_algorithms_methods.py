@@ -99,21 +99,23 @@ def test_every_method_that_is_registered_is_tested_here():
     assert {case["name"] for case in CASES.values()} == set(ALGORITHMS)
 
 
-def test_thresholds_held_at_a_rate_of_0_are_as_good_as_frozen_and_run_small(tmp_path, monkeypatch):
+@pytest.mark.parametrize("case, share", [("spafl-fixed", 0.5), ("spafl-thresholds", 0.7)])
+def test_what_is_held_at_a_rate_of_0_is_as_good_as_frozen_and_runs_small(case, share, tmp_path, monkeypatch):
     fixed = {
-        "algorithm": {"variant": "paper"}, "rounds": 2, "evaluation": {"every": 1}, "model": {"name": "lenet5"},
-        "data": {"image": 28},
+        "algorithm": {"variant": "paper", "initial_density": 0.5, "penalty": 0.05}, "rounds": 2,
+        "evaluation": {"every": 1}, "model": {"name": "lenet5"}, "data": {"image": 28},
+        "training": {"weight_decay": 0.01},
     }  # fmt: skip
     for engine in ("masked", "compact"):
-        run(tiny_config("spafl-fixed", **fixed, simulation={"engine": engine}), tmp_path / engine)
-    monkeypatch.setattr(find_algorithm("spafl"), "_holds_thresholds", False)
-    run(tiny_config("spafl-fixed", **fixed), tmp_path / "frozen")
+        run(tiny_config(case, **fixed, simulation={"engine": engine}), tmp_path / engine)
+    monkeypatch.setattr(find_algorithm("spafl"), "_holds", False)
+    run(tiny_config(case, **fixed), tmp_path / "frozen")
     held, small, frozen = (metrics(tmp_path / name) for name in ("masked", "compact", "frozen"))
     assert held == frozen
     for own, other in zip(small, held, strict=True):
         assert own["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
         assert own["density"]["layers"] == other["density"]["layers"]
-        assert own["cost"]["executed"]["macs"] < 0.5 * other["cost"]["executed"]["macs"]
+        assert own["cost"]["executed"]["macs"] < share * other["cost"]["executed"]["macs"]
 
 
 # -- equal terms

@@ -244,19 +244,19 @@ class SpaFL(Algorithm):
                 set_density(layer, self.options.initial_density)
         thresholds = {id(layer.threshold) for _, layer in layers}
         for p in model.parameters():
-            if self.options.trained != "both" and not self._holds_thresholds:
+            if self.options.trained != "both" and not self._holds:
                 p.requires_grad_((id(p) in thresholds) == (self.options.trained == "thresholds"))
         return model
 
     @property
-    def _holds_thresholds(self) -> bool:
-        """Whether thresholds that training leaves alone have a learning rate of 0 in place of being frozen.
+    def _holds(self) -> bool:
+        """Whether parameters that training leaves alone have a learning rate of 0 in place of being frozen.
 
         It is the same training, and one that the compact engine runs small; unless their gradients count in a norm that
         is clipped, or their momentum lies in the client's state.
         """
         plain = self.local is not None and self.local.optimizer == "sgd" and self.local.max_grad_norm is None
-        return plain and self.options.trained == "weights" and self.options.momentum_lifetime != "run"
+        return plain and self.options.trained != "both" and self.options.momentum_lifetime != "run"
 
     def _check_steerable(self) -> None:
         if self.local is not None and self.local.optimizer != "sgd":
@@ -414,8 +414,11 @@ class SpaFL(Algorithm):
     def _sgd_options(self, client: Client, round: int, steering: Steering | None = None) -> TrainerOptions:
         floor = self.options.collapse_floor
         options = client.sgd_options(round)
-        if self._holds_thresholds:
+        if self._holds and self.options.trained == "weights":
             options = replace(options, threshold_lr=0.0)
+        elif self._holds:
+            own = options.lr if options.threshold_lr is None else options.threshold_lr
+            options = replace(options, lr=0.0, threshold_lr=own)
         if steering is not None:
             c, scales = 0.0 if steering.ahead else steering.coefficient, steering.scales
             return replace(options, penalty=c, penalty_scales=scales, collapse_floor=floor)
