@@ -5,8 +5,11 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from spafl.algorithms import Upload
 from spafl.algorithms.budget import (
+    FLOOR,
     RATE,
     Budget,
     asked_for,
@@ -15,12 +18,12 @@ from spafl.algorithms.budget import (
     corrected,
     densities_of,
     first_set_point,
-    gentle,
     predicted,
     push_for,
     pushed,
     reached,
 )
+from spafl.algorithms.spafl import VARIANTS, SpaFL, SpaFLOptions
 from spafl.config import deep_merge, resolve_config
 from spafl.errors import UserError
 from spafl.report.run_data import load_run
@@ -101,17 +104,29 @@ def test_a_push_made_at_once_gives_the_density(density):
     assert all(t.isfinite().all() and t.dtype == s.dtype for t, s in zip(after, scores, strict=True))
 
 
-def test_no_pull_takes_thresholds_where_they_run_away():
-    """One far below the others ends all of a layer at minus infinity, if the others are to come down to 0."""
+def test_a_pull_ends_at_0_and_leaves_what_is_below():
+    """One threshold far below the others would end all of a layer at minus infinity, if the others are to come to 0."""
     threshold = torch.tensor([-0.4, 0.0, 0.9, 1.5])
-    at_once = pushed(threshold, 1 - math.exp(1.5))
-    assert torch.allclose(at_once, torch.tensor([-0.4, 0.0, 0.0, 0.0]), atol=1e-6)
-    push = gentle(-10.0, threshold)
-    tau = threshold.double()
-    for _ in range(1000):  # as a constant coefficient pulls
-        tau = tau + push / 1000 * torch.exp(-tau)
-    assert tau.isfinite().all() and tau.min() == pytest.approx(-0.4 - math.log(2), abs=0.01)
-    assert gentle(0.3, threshold) == 0.3 and gentle(-0.1, threshold) == -0.1
+    assert torch.allclose(pushed(threshold, 1 - math.exp(1.5)), torch.tensor([-0.4, 0.0, 0.0, 0.0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("density, others", [(0.2, 0.0), (0.9, 1.5)], ids=["pushed", "pulled"])
+def test_thresholds_that_data_took_far_down_neither_run_away_nor_jump(small, tmp_path, monkeypatch, density, others):
+    """From -88, ``exp(-tau)`` is not a float32; from -14, a step of the penalty would end at thousands."""
+    first = SpaFL.server_state
+
+    def far_down(self, model):
+        state = first(self, model)
+        for threshold in state.values():
+            threshold.fill_(others)[::2] = torch.linspace(-100, -8, len(threshold[::2]))
+        return state
+
+    monkeypatch.setattr(SpaFL, "server_state", far_down)
+    changes = {"algorithm": {"target": {"density": density}, "importance": "none"}, "rounds": 2}
+    run(resolve_config(deep_merge(small, changes)), tmp_path / "run")
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("round-*1/server.safetensors")
+    server = {name: t for name, t in load_file(saved).items() if name.endswith("threshold")}
+    assert server and all(t.min() > FLOOR - 1 and t.max() < 2 for t in server.values())
 
 
 def test_a_layers_last_filters_are_spared_and_the_others_go_on():
@@ -328,3 +343,11 @@ def test_a_budget_is_kept_on_digits(tmp_path, target):
     assert sum(last) / 10 == pytest.approx(value, rel=0.05)
     told = json.loads((tmp_path / "run" / "summary.json").read_text())["budget"]["all"]
     assert told == {"kind": kind, "budget": value, "reached": pytest.approx(sum(last) / 10), "turns": 100}
+
+
+def test_importance_does_not_see_thresholds_come_back_to_the_floor():
+    algorithm = SpaFL(SpaFLOptions(**VARIANTS["paper"]["algorithm"], target={"density": 0.5}))
+    uploads = [Upload(k, {"t.threshold": torch.tensor([-7.0, 0.25])}, 10) for k in range(3)]
+    server = {"t.threshold": torch.tensor([FLOOR, 0.5])}
+    merged, _ = algorithm.merge(server, 0, uploads, 9)
+    assert merged["t.threshold"].tolist() == [FLOOR, 0.25] and merged["t.delta"].tolist() == [0.0, -0.25]

@@ -4,11 +4,16 @@ A client knows its scores and the thresholds it receives. A constant coefficient
 ``d tau / dt = c exp(-tau)``, so after ``S`` effective steps of learning rate ``lr`` it is at ``log(exp(tau) + A)`` with
 ``A = c lr S``, and filter ``i`` is pruned where ``exp(s_i) - exp(tau_i) <= A``. That is the *model* of a turn: it says
 what densities a push ``A``, the same for all layers, leads to, and by :func:`predicted` what is spent with them. The
-client takes the push that leads to what is asked for (:func:`push_for`), and so ``c``. A negative one pulls thresholds
-down; no further than to half of the lowest ``exp(tau)`` of their layer, for below 0 the equation runs away to minus
-infinity. A layer that has few filters left is pushed no further than to its last :data:`SPARED` share, two at least,
-and is pulled back where it has fewer: the data might do the rest, and the collapse guard would bring all of the layer
-back. It then has a smaller coefficient than the other layers.
+client takes the push that leads to what is asked for (:func:`push_for`), and so ``c``. A layer that has few filters
+left is pushed no further than to its last :data:`SPARED` share, two at least, and is pulled back where it has fewer:
+the data might do the rest, and the collapse guard would bring all of the layer back. It then has a smaller coefficient
+than the other layers.
+
+A negative push pulls thresholds down. No coefficient does that: the equation runs away to minus infinity below 0, the
+faster the lower a threshold is, and the data may take one there. A pull is made before the first step (:func:`pushed`),
+and ends at 0. For as long as nothing pushes, nothing keeps the data from lowering thresholds either, and from -14, say,
+one step of a penalty would throw a threshold far above all scores, for good: a steered turn begins with none below
+:data:`FLOOR`.
 
 The model leaves out what the data do to weights and thresholds. So what is asked for is not the budget but a *set
 point* per client that is corrected after every turn by what the turn has brought (:func:`corrected`):
@@ -38,6 +43,7 @@ from torch import Tensor
 from ..budgets import EVERYBODY, FIGURES, KINDS, Kind, by_class
 
 __all__ = [
+    "FLOOR",
     "SPARED",
     "Budget",
     "Push",
@@ -48,7 +54,6 @@ __all__ = [
     "corrected",
     "densities_of",
     "first_set_point",
-    "gentle",
     "predicted",
     "push_for",
     "pushed",
@@ -59,6 +64,8 @@ GAIN: dict[Kind, float] = {"density": 0.5, "macs": 0.4, "seconds": 0.4}
 RATE = 0.95
 LOWEST, HIGHEST = 1e-3, 4.0
 SPARED = 0.02
+FLOOR = -1.0
+"""About where the lowest thresholds are that training with a constant coefficient leaves."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Steering:
         limited: the layers' last filters keep the turn from it.
         coefficient: of the penalty.
         scales: factors of it by layer; None: 1.
-        ahead: the push was made before the first step, in the coefficient's place.
+        ahead: the push was made before the first step, in the coefficient's place, as every pull is.
     """
 
     set_point: float
@@ -245,11 +252,6 @@ def push_for(
         common *= more if common < 0 else 1.0
     own = (_most(m, n) for m, n in zip(margins, expendable, strict=True))
     return Push(common, tuple(min(common, most) for most in own), limited)
-
-
-def gentle(push: float, threshold: Tensor) -> float:
-    """``push`` of a layer's thresholds, as far as a coefficient can make it: see the module's text on pulls."""
-    return max(push, -0.5 * math.exp(threshold.min().item()))
 
 
 def pushed(threshold: Tensor, push: float) -> Tensor:

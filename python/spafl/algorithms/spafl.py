@@ -46,6 +46,7 @@ from ..wire import Message
 from .aggregate import AggregationOptions, robust_mean
 from .base import Algorithm, ServerState, Training, Upload
 from .budget import (
+    FLOOR,
     SPARED,
     Budget,
     Steering,
@@ -55,7 +56,6 @@ from .budget import (
     corrected,
     densities_of,
     first_set_point,
-    gentle,
     predicted,
     push_for,
     pushed,
@@ -305,6 +305,8 @@ class SpaFL(Algorithm):
         for name in self._thresholds(server):
             values = torch.stack([upload.message[name] for upload in uploads])
             mean = values.mean(dim=0) if how == "mean" else robust_mean(values, how, self.options.trim)
+            if self.options.target is not None:
+                mean = mean.clamp_min(FLOOR)  # where clients begin: importance must not see them come back up to it
             merged[name] = mean
             if self.options.importance != "none":
                 merged[name.removesuffix("threshold") + "delta"] = mean - server[name]
@@ -359,30 +361,28 @@ class SpaFL(Algorithm):
             normaliser: Any = self.options.importance_normaliser
             importance_update_(layer.weight, delta.to(layer.weight.device), normaliser, layer.transposed_groups)
 
+    @torch.no_grad()
     def _steer(self, client: Client, budget: Budget, round: int) -> Steering:
-        """The coefficient of a turn, by the client's set point."""
+        """The coefficient of a turn, by the client's set point; moves thresholds where it cannot."""
         set_point, before, _ = client.memory["budget"].tolist()
         set_point = set_point or first_set_point(budget)
         layers = client.layers
         scores = [layer.scores().detach() for layer in layers.values()]
-        thresholds = [layer.threshold.detach() for layer in layers.values()]
+        thresholds = [layer.threshold.detach().clamp_min_(FLOOR) for layer in layers.values()]
         spent = partial(predicted, budget.kind, macs=[client.macs[name] for name in layers])
         asked = asked_for(set_point, before, spent(densities_of(scores, thresholds)))
         spared = max(SPARED, self.options.collapse_floor or 0.0)
         push = push_for(scores, thresholds, spent, asked, spared)
         travel = client.travel(round, self.options.momentum_lifetime == "run")
         coefficient = push.common / travel if travel else 0.0
-        if budget.kind in EXECUTED and by_class(self.options.target or {}):
-            with torch.no_grad():
-                for threshold, own in zip(thresholds, push.layers, strict=True):
-                    threshold.copy_(pushed(threshold, own))
-            return Steering(set_point, asked, push.limited, coefficient, None, ahead=True)
-        pushes = [gentle(own, threshold) for own, threshold in zip(push.layers, thresholds, strict=True)]
-        limited = push.limited or any(a > b for a, b in zip(pushes, push.layers, strict=True))
+        ahead = push.common < 0 or (budget.kind in EXECUTED and by_class(self.options.target or {}))
+        for threshold, own in zip(thresholds, push.layers, strict=True):
+            if ahead or own < 0:
+                threshold.copy_(pushed(threshold, own))
         scales = None
-        if coefficient and any(own != push.common for own in pushes):
-            scales = {name: own / push.common for name, own in zip(layers, pushes, strict=True)}
-        return Steering(set_point, asked, limited, coefficient, scales)
+        if not ahead and coefficient and any(own != push.common for own in push.layers):
+            scales = {name: max(own, 0.0) / push.common for name, own in zip(layers, push.layers, strict=True)}
+        return Steering(set_point, asked, push.limited, coefficient, scales, ahead)
 
     def _steered(
         self, client: Client, budget: Budget, steering: Steering, density: float, macs: int
