@@ -27,7 +27,7 @@ inline int64_t rows_of(const SpaflParameter& p) { return divide_up(p.size, p.len
 
 template <typename T>
 __device__ __forceinline__ T penalised(T grad, T tau, T penalty) {
-  return add(grad, -multiply(exponential(-tau), penalty));
+  return penalty == T(0) ? grad : add(grad, -multiply(exponential(-tau), penalty));  // exp(-tau) may be infinite
 }
 
 template <bool ALIGNED, typename T>

@@ -190,6 +190,15 @@ def test_the_penalty_moves_thresholds_alone(one_schedule):
             assert torch.equal(old, new)
 
 
+def test_without_a_penalty_a_threshold_may_be_as_low_as_it_likes(one_schedule):
+    """``exp(100)`` is no float32, and infinity times 0 is NaN."""
+    cohort = Cohort(1, torch.float32)
+    for threshold in cohort.thresholds:
+        threshold[..., 0] = -100.0
+    run(cohort, [0.05], 0.0, 0.9, 0.0, None, 2, bitwise)
+    assert all(t.isfinite().all() for t in cohort.tensors())
+
+
 def test_a_nan_gradient_stays_with_its_client(one_schedule):
     cohort = Cohort(3, torch.float64)
     cohort.grads[0][2][1, 4, 7] = NAN
