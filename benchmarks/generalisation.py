@@ -2,12 +2,13 @@
 
     python -m benchmarks.generalisation [--runs experiments/results/runs] [--out FILE.csv]
 
-Nothing is trained: every run folder below ``--runs`` that measured accuracy on its clients' training data in its last
-evaluated round gives a row. ``gap`` is training minus test accuracy in percentage points, mean over clients, with half
-the width of its 95 % interval over them; ``across_clients`` is Spearman's rank correlation of density and gap over the
-clients of the run, from -1 to 1. Models without thresholds have density 1. Runs of different rounds are not compared:
-the gap grows as training accuracy nears 100 %. ``bound`` is :func:`counting_bound` in percentage points, for a client
-of as many training examples and kept parameters as the mean: 32 bits for each of them, and one for every filter.
+Nothing is trained: every run of Fashion-MNIST below ``--runs`` that measured accuracy on its clients' training data in
+its last evaluated round gives a row. ``gap`` is training minus test accuracy in percentage points, mean over clients,
+with half the width of its 95 % interval over them; ``across_clients`` is Spearman's rank correlation of density and
+gap over the clients of the run, from -1 to 1. Models without thresholds have density 1. Runs of different rounds are
+not compared: the gap grows as training accuracy nears 100 %. ``bound`` is :func:`counting_bound` in percentage points,
+for a client of as many training examples and kept parameters as the mean: 32 bits for each of them, and one for every
+filter.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from spafl.report.figures.sparsity import rank_correlation
 from spafl.report.run_data import ReportError, Run, load_run
 
 KEY = ("experiment", "method", "seed")
+DATA = "fashion-mnist"
 RUNS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "runs"
 
 
@@ -144,10 +146,11 @@ def main(argv: list[str] | None = None) -> int:
     for summary in summaries[:6] if args.quick else summaries:
         experiment, method, seed = summary.relative_to(args.runs).parts[:3]
         try:
-            row = row_of(load_run(summary.parent), experiment, method, seed.removeprefix("seed-"))
+            run = load_run(summary.parent)
         except ReportError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        row = row_of(run, experiment, method, seed.removeprefix("seed-")) if run.data == DATA else None
         if row is not None:
             common.tell(rows, row, "{experiment} {method} seed {seed}", "density {density}: gap {gap}", "read")
     if not rows.measured:

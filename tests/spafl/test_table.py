@@ -49,7 +49,7 @@ def test_the_files_of_the_project_are_valid():
     assert len(found) == 10
     assert "spafl-macs-.25" in found.pop("budgets")
     assert {"spafl-paper", "fedprox", "scaffold", "spafl-fixed"} <= found.pop("fmnist-lenet5-further")
-    assert {"spafl-paper", "fedavg", "local"} == found.pop("fmnist-lenet5-500")
+    assert {"spafl-paper", "spafl-density-.4", "fedavg", "local"} == found.pop("fmnist-lenet5-500")
     for labels in found.values():
         assert {"spafl-paper", "fedavg", "local", "spafl-no-exchange"} <= labels
 
