@@ -23,6 +23,11 @@ from .errors import UserError
 from .simulation.files import write_atomic
 from .simulation.same_run import first_difference
 
+# `python -m spafl` that saves its state and ends when this process is gone, even killed.
+_SPAFL = (
+    "import sys; from spafl.signals import stop_with_input; stop_with_input(); "
+    "from spafl.__main__ import main; sys.exit(main())"
+)
 _KEYS = {"title", "reference", "run", "methods", "published", "sweep"}
 
 
@@ -207,14 +212,15 @@ def carry_out(jobs: Sequence[Job], parallel: int | None = None) -> dict[Path, st
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         asked = job.folder.with_suffix(".toml")
         write_atomic(asked, job.config.to_toml())
-        command = [sys.executable, "-m", "spafl", "run", str(asked), "--out", str(job.folder), "--quiet", "--no-report"]
+        command = [sys.executable, "-c", _SPAFL, "run", str(asked), "--out", str(job.folder), "--quiet", "--no-report"]
         command += ["--resume"] if states[job.folder] == "cut off" else []
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | one_thread
-        )
-        running.add(process)
-        _, said = process.communicate()
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=nothing, stderr=pipe, text=True, env=os.environ | one_thread
+        ) as process:
+            running.add(process)
+            said = process.stderr.read() if process.stderr is not None else ""
         running.discard(process)
         lines = [line for line in said.splitlines() if line.strip()]
         return job, "" if process.returncode == 0 else (lines or ["it gave no reason"])[-1], time.perf_counter() - start

@@ -127,6 +127,17 @@ def catching(second_exits: bool = False, to_the_end: bool = False) -> Iterator[N
         catcher.release()
 
 
+def stop_with_input() -> None:
+    """Have SIGTERM come when standard input ends: a pipe whose other end went with the process that held it."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def _holding(held: bool) -> Iterator[None]:
     catcher = _active if _in_main_thread() else None

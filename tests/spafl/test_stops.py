@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from test_simulation import assert_same_run
+from test_table import EXPERIMENT
 
 from spafl import demo
 from spafl.algorithms import SpaFL
@@ -367,3 +368,22 @@ def test_three_deaths_over_one_task_end_the_run_with_the_reason(small, tmp_path,
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-000000"]
     assert capsys.readouterr().err.count("is carried out again") == 2
     assert not workers(os.getpid())
+
+
+def test_a_run_ends_with_the_command_that_began_it(tmp_path):
+    """However that ends; its state is saved, for the next command to go on with."""
+    path = tmp_path / "small.toml"
+    text = EXPERIMENT.replace("rounds = 2", "rounds = 3000").replace("checkpoint_every = 1", "checkpoint_every = 5000")
+    path.write_text(text)
+    command = [sys.executable, "-m", "spafl", "table", str(path), "--seeds", "1", "--methods", "spafl", "--jobs", "1"]
+    table = subprocess.Popen([*command, "--runs", str(tmp_path / "runs")], stderr=subprocess.DEVNULL)
+    folder = tmp_path / "runs" / "small" / "spafl" / "seed-1"
+    try:
+        wait_for(lambda: len(lines(folder)) > 1, "two rounds")
+        (run,) = children(table.pid)
+    finally:
+        table.kill()
+        table.wait()
+    wait_for(lambda: stat(run) is None, "the end of the run")
+    assert 1 < len(lines(folder)) < 3000
+    assert (folder / "checkpoints" / f"round-{len(lines(folder)) - 1:06d}").is_dir()
