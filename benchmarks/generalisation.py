@@ -17,9 +17,11 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,6 +31,8 @@ from benchmarks.common import Row
 from spafl.models import build_model
 from spafl.report.figures.sparsity import rank_correlation
 from spafl.report.run_data import ReportError, Run, load_run
+from spafl.table import over_seeds
+from spafl_kernels import threshold_layers
 
 KEY = ("experiment", "method", "seed")
 DATA = "fashion-mnist"
@@ -48,11 +52,14 @@ def counting_bound(bits: float, examples: float, confidence: float = 0.95) -> fl
 def size(run: Run) -> tuple[int, int]:
     """Parameters without the thresholds, and thresholds, of a run's model."""
     channels = json.loads((run.folder / "partition.json").read_text())["image"][0]
-    model = build_model(run.model, run.train.shape[1], channels)
-    counts = {True: 0, False: 0}
-    for name, parameter in model.named_parameters():
-        counts[name.endswith("threshold")] += parameter.numel()
-    return counts[False], counts[True]
+    return _size(run.model, run.train.shape[1], channels)
+
+
+@cache
+def _size(name: str, classes: int, channels: int) -> tuple[int, int]:
+    model = build_model(name, classes, channels)
+    filters = sum(layer.threshold.numel() for _, layer in threshold_layers(model))
+    return sum(p.numel() for p in model.parameters()) - filters, filters
 
 
 def row_of(run: Run, experiment: str, method: str, seed: str) -> dict[str, object] | None:
@@ -81,23 +88,20 @@ def row_of(run: Run, experiment: str, method: str, seed: str) -> dict[str, objec
 def table(rows: Sequence[Row]) -> str:
     """A line for each method of an experiment, over its seeds, by rounds and then by density."""
 
-    def over_seeds(own: Sequence[Row], name: str, digits: int, sign: str = "") -> str:
-        values = [float(row[name]) for row in own if row[name] != ""]
-        if not values:
-            return ""
-        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-        return f"{np.mean(values):{sign}.{digits}f}{spread}"
+    def seeds(own: Sequence[Row], name: str) -> dict[int, float]:
+        return {int(row["seed"]): float(row[name]) for row in own if row[name] != ""}
+
+    def mean(own: Sequence[Row], name: str) -> float:
+        return fmean(seeds(own, name).values())
 
     key = ("experiment", "method", "rounds")
     groups = [list(own) for _, own in groupby(sorted(rows, key=itemgetter(*key)), itemgetter(*key))]
-    groups.sort(
-        key=lambda own: (own[0]["experiment"], -int(own[0]["rounds"]), np.mean([float(r["density"]) for r in own]))
-    )
+    groups.sort(key=lambda own: (own[0]["experiment"], -int(own[0]["rounds"]), mean(own, "density")))
     body = [
         [own[0]["experiment"], own[0]["method"].replace("_", " "), own[0]["rounds"], str(len(own)),
-         f"{over_seeds(own, 'density', 3)}, {np.mean([float(r['parameters']) for r in own]):.3f}",
-         *(over_seeds(own, name, 1) for name in ("train_accuracy", "accuracy", "gap")),
-         over_seeds(own, "across_clients", 2, "+"), f"{np.mean([float(r['bound']) for r in own]):,.0f}"]
+         f"{over_seeds(seeds(own, 'density'), 3)}, {mean(own, 'parameters'):.3f}",
+         *(over_seeds(seeds(own, name), 1) for name in ("train_accuracy", "accuracy", "gap")),
+         over_seeds(across, 2, "+") if (across := seeds(own, "across_clients")) else "", f"{mean(own, 'bound'):,.0f}"]
         for own in groups
     ]  # fmt: skip
     header = ["experiment", "run", "rounds", "seeds", "density by layer, by parameters", "training accuracy %",

@@ -21,6 +21,7 @@ __all__ = ["AdamOptions", "Options", "SGDOptions", "torch_optimiser", "write_bac
 class _Checked:
     """Checks of the settings that all optimisers have."""
 
+    lr: float
     penalty: float
     max_grad_norm: float | None
     collapse_floor: float | None
@@ -46,6 +47,11 @@ class _Checked:
         for name, value in (self.penalty_scales or {}).items():
             if not (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)):
                 raise ValueError(f"penalty_scales[{name!r}] must be a finite number; got {value!r}")
+
+    @property
+    def rate_of_thresholds(self) -> float:
+        """``threshold_lr``, or ``lr`` where they have none of their own."""
+        return self.lr if self.threshold_lr is None else self.threshold_lr
 
     def penalty_of(self, layer: str) -> float:
         """The penalty's coefficient for a threshold layer."""

@@ -38,8 +38,7 @@ class TensorSGD:
 
     def set_rates(self, options: SGDOptions) -> None:
         """Take the learning rates of these options; nothing waits."""
-        own = options.lr if options.threshold_lr is None else options.threshold_lr
-        for rate, value in zip(self._rates.unbind(), (options.lr, own), strict=True):
+        for rate, value in zip(self._rates.unbind(), (options.lr, options.rate_of_thresholds), strict=True):
             rate.fill_(-value)
 
     def zero_grad(self) -> None:

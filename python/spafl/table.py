@@ -174,12 +174,12 @@ def _at_equal_work(own: Mapping[int, Run], other: Mapping[int, Run]) -> dict[int
 # -- as text
 
 
-def over_seeds(values: Mapping[int, float], digits: int) -> str:
-    """``mean ± standard deviation`` over seeds; the mean alone of one."""
+def over_seeds(values: Mapping[int, float], digits: int, sign: str = "") -> str:
+    """``mean ± standard deviation`` over seeds; the mean alone of one. ``sign="+"``: the mean always has one."""
     if not values:
         return "-"
     numbers = np.array(list(values.values()), dtype=np.float64)
-    mean = f"{numbers.mean():,.{digits}f}"
+    mean = f"{numbers.mean():{sign},.{digits}f}"
     return mean if len(numbers) == 1 else f"{mean} ± {numbers.std(ddof=1):,.{digits}f}"
 
 

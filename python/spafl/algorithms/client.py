@@ -377,7 +377,7 @@ class Client:
         already."""
         options, steps = self.local.options_at(round), self.planned_steps
         assert isinstance(options, SGDOptions)
-        rate = options.lr if options.threshold_lr is None else options.threshold_lr
+        rate = options.rate_of_thresholds
         if moving:
             return rate * steps / (1 - options.momentum)
         return rate * steps_of_momentum(steps, options.momentum, options.nesterov)

@@ -417,8 +417,7 @@ class SpaFL(Algorithm):
         if self._holds and self.options.trained == "weights":
             options = replace(options, threshold_lr=0.0)
         elif self._holds:
-            own = options.lr if options.threshold_lr is None else options.threshold_lr
-            options = replace(options, lr=0.0, threshold_lr=own)
+            options = replace(options, lr=0.0, threshold_lr=options.rate_of_thresholds)
         if steering is not None:
             c, scales = 0.0 if steering.ahead else steering.coefficient, steering.scales
             return replace(options, penalty=c, penalty_scales=scales, collapse_floor=floor)
