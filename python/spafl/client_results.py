@@ -1,9 +1,9 @@
 """What every evaluated client got, round by round: ``evaluations/round-000012.jsonl`` in a run folder.
 
 One JSON object per client and line: ``client``, ``samples`` (of its test data), ``accuracy``, ``loss``,
-``train_accuracy``, ``density`` (mean over layers) and ``first_layer`` (mask of the first layer that has one, a
-character 0 or 1 per filter); null where something was not measured. With ``evaluation.confusion``, also ``confusion``:
-``[class, predicted class, how many]`` of the test samples. Runs of earlier versions hold the same as lists in
+``train_accuracy``, ``density`` (mean over layers) and ``masks`` (by layer, a character 0 or 1 per filter); null where
+something was not measured. With ``evaluation.confusion``, also ``confusion``: ``[class, predicted class, how many]`` of
+the test samples. Earlier versions wrote ``first_layer``, the mask of that layer alone, and before that lists in
 ``metrics.jsonl``, one entry per client.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-FIELDS = ("accuracy", "loss", "train_accuracy", "density", "first_layer")
+FIELDS = ("accuracy", "loss", "train_accuracy", "density", "masks")
 
 
 def results_path(folder: Path, round: int) -> Path:
@@ -22,7 +22,7 @@ def results_path(folder: Path, round: int) -> Path:
 
 def listed_in(line: dict[str, Any]) -> dict[str, list[Any]] | None:
     """The values of all clients by field, if a line of the metrics lists them itself; empty fields are left out."""
-    evaluation, density, first = line["evaluation"], line["density"], line["first_layer"]
+    evaluation, density = line["evaluation"], line["density"]
     if "clients" not in evaluation["accuracy"]:
         return None
     found = {
@@ -30,6 +30,5 @@ def listed_in(line: dict[str, Any]) -> dict[str, list[Any]] | None:
         "loss": evaluation["loss"]["clients"],
         "train_accuracy": evaluation["train_accuracy"],
         "density": density["clients"] if density else None,
-        "first_layer": first["masks"] if first else None,
     }
     return {name: values for name, values in found.items() if values is not None}

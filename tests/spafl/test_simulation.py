@@ -18,6 +18,7 @@ from spafl.cli import main
 from spafl.client_results import results_path
 from spafl.config import deep_merge, resolve_config
 from spafl.errors import UserError
+from spafl.report.run_data import load_run
 from spafl.simulation import run, sample_clients
 from spafl.simulation.checkpoint import load_latest
 
@@ -82,8 +83,10 @@ def test_the_metrics_hold_what_they_promise(small_config, tmp_path):
     assert [result["client"] for result in results] == list(range(5)) and evaluation["clients"] == 5
     assert evaluation["accuracy"]["worst_10pct"] == min(result["accuracy"] for result in results)
     assert evaluation["train_accuracy"] == pytest.approx(sum(result["train_accuracy"] for result in results) / 5)
-    assert set(lines[2]["density"]["layers"]) == {"conv1", "conv2", "fc3", "fc4"}
-    assert lines[2]["first_layer"] == {"name": "conv1"} and all(len(r["first_layer"]) == 20 for r in results)
+    widths = {"conv1": 20, "conv2": 50, "fc3": 500, "fc4": 10}
+    assert lines[2]["density"]["layers"].keys() == widths.keys()
+    assert all({n: len(mask) for n, mask in r["masks"].items()} == widths for r in results)
+    assert load_run(tmp_path / "run").masks.everywhere.shape == (5, 580)
     assert summary["final"] == lines[2] and summary["completed"]
     assert not (tmp_path / "run" / ".scratch").exists() and not (tmp_path / "run" / ".lock").exists()
 

@@ -60,11 +60,25 @@ class ClientGaps:
 
 @dataclass(frozen=True)
 class FilterMasks:
-    """Which filters of the first layer each client kept in a round: bool ``(clients, filters)``."""
+    """Which filters each client kept in a round: by layer, bool ``(clients, filters)``."""
 
     round: int
-    layer: str
-    kept: np.ndarray
+    layers: dict[str, np.ndarray]
+
+    @property
+    def most_varied(self) -> str:
+        """The layer in whose filters two clients differ most often; of layers in which none do, the sparsest."""
+
+        def order(layer: str) -> tuple[float, float]:
+            share = self.layers[layer].mean(axis=0)
+            return float((share * (1 - share)).mean()), float((1 - share).mean())
+
+        return max(self.layers, key=order)
+
+    @property
+    def everywhere(self) -> np.ndarray:
+        """All layers side by side: bool ``(clients, filters of the model)``."""
+        return np.concatenate(list(self.layers.values()), axis=1)
 
 
 @dataclass(frozen=True)
@@ -429,9 +443,10 @@ def _steering(folder: Path, algorithm: _Value, turns: Turns | None) -> tuple[Ste
 
 def _of_clients(line: _Value, number: int, clients: int, folder: Path) -> dict[str, Any]:
     """What the clients got that were tested in a round; what needs all of them is left out where some were not."""
-    evaluation, density, first = line["evaluation"], line["density"], line["first_layer"]
+    evaluation, density = line["evaluation"], line["density"]
     lists: dict[str, _Value | None]
-    if evaluation["accuracy"].holds("clients"):  # a run of an earlier version
+    first = line["first_layer"] if line.holds("first_layer") else None  # here and below: of earlier versions
+    if evaluation["accuracy"].holds("clients"):
         tested = clients
         lists = {
             "accuracy": evaluation["accuracy"]["clients"],
@@ -443,19 +458,19 @@ def _of_clients(line: _Value, number: int, clients: int, folder: Path) -> dict[s
         tested = evaluation["clients"].integer()
         lists = _results(results_path(folder, number), tested, clients)
     accuracies = lists["accuracy"].fractions(tested)  # type: ignore[union-attr]
-    trained, densities, masks = lists["train_accuracy"], lists["density"], lists["first_layer"]
+    trained, densities = lists["train_accuracy"], lists["density"]
     found: dict[str, Any] = {"accuracies": accuracies, "everybody": tested == clients}
     kept = densities.fractions(tested) if densities is not None else None
     if trained:
         found["gaps"] = ClientGaps(number, trained.fractions(tested) - accuracies, kept)
-    if masks and first and tested == clients:
-        found["masks"] = _masks(masks, first["name"].text(), number, clients)
+    if tested == clients and (masks := _masks(lists, first, number, clients)) is not None:
+        found["masks"] = masks
     return found
 
 
 def _results(path: Path, tested: int, clients: int) -> dict[str, _Value | None]:
     """The columns of a file of :mod:`spafl.client_results`; None where nothing was measured."""
-    columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
+    columns: dict[str, list[Any]] = {name: [] for name in (*FIELDS, "first_layer")}
     last = -1
     for number, text in _lines(path):
         where = f"{path} line {number}"
@@ -465,7 +480,7 @@ def _results(path: Path, tested: int, clients: int) -> dict[str, _Value | None]:
             raise ReportError(f"{where}: client must be above {last} and below {clients}; got {client}")
         last = client
         for name, values in columns.items():
-            values.append(record[name].value)
+            values.append(None if name in _EITHER and not record.holds(name) else record[name].value)
     if len(columns["accuracy"]) != tested:
         raise ReportError(
             f"{path}: holds {len(columns['accuracy'])} clients; metrics.jsonl says that {tested} were tested"
@@ -476,15 +491,29 @@ def _results(path: Path, tested: int, clients: int) -> dict[str, _Value | None]:
     }
 
 
-def _masks(rows_of: _Value, layer: str, number: int, clients: int) -> FilterMasks:
-    rows = rows_of.list(clients)
+_EITHER = ("masks", "first_layer")  # a client's line has one of them
+
+
+def _masks(lists: dict[str, _Value | None], first: _Value | None, number: int, clients: int) -> FilterMasks | None:
+    by_client, of_first = lists.get("masks"), lists["first_layer"]
+    if by_client:
+        rows = by_client.list(clients)
+        layers = {name: [row[name] for row in rows] for name, _ in rows[0].items()}
+    elif of_first and first:
+        layers = {first["name"].text(): of_first.list(clients)}
+    else:
+        return None
+    return FilterMasks(number, {name: _bits(rows) for name, rows in layers.items()})
+
+
+def _bits(rows: Sequence[_Value]) -> np.ndarray:
+    """Strings of zeros and ones as bool ``(rows, characters)``."""
     width = len(rows[0].text())
     for row in rows:
         if len(row.text()) != width or set(row.value) - {"0", "1"}:
             raise row.fail(f"a string of {width} zeros and ones, as for the first client")
     bits = np.frombuffer("".join(row.value for row in rows).encode(), dtype=np.uint8)
-    kept = bits.reshape(clients, width) == ord("1")
-    return FilterMasks(number, layer, kept)
+    return bits.reshape(len(rows), width) == ord("1")
 
 
 def _follows(before: Point, after: Point, where: str) -> None:

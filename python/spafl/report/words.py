@@ -117,9 +117,10 @@ def _density(run: Run) -> str:
 def _masks(run: Run) -> str:
     if run.masks is None:
         return ""
-    kept = run.masks.kept
+    layer = run.masks.most_varied
+    kept = run.masks.layers[layer]
     everybody, nobody = int(kept.all(axis=0).sum()), int((~kept.any(axis=0)).sum())
-    return f"of {kept.shape[1]} filters of {run.masks.layer} all clients keep {everybody} and none keeps {nobody}"
+    return f"of {kept.shape[1]} filters of {layer} all clients keep {everybody} and none keeps {nobody}"
 
 
 def _overlap(run: Run) -> str:
@@ -154,7 +155,7 @@ _SAYS: dict[str, Callable[[Run], str]] = {
     "clients": _clients,
     "confusion": _confusion,
     "density": _density,
-    "first_layer": _masks,
+    "filters": _masks,
     "overlap": _overlap,
     "gap": _gap,
     "partition": _partition,

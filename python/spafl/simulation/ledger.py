@@ -80,15 +80,13 @@ class Ledger:
             self._add(line, cost)
         line["evaluation"] = evaluation_summary(evaluations)
         line["density"] = density_summary(evaluations, self._layer_weights)
-        masks = evaluations[0].masks
-        line["first_layer"] = {"name": next(iter(masks))} if masks and all(e.masks for e in evaluations) else None
 
     def _add(self, line: dict[str, Any], cost: Cost) -> None:
         self.cost += cost
         line["cost"] = self.cost.record()
 
 
-_NOT_EVALUATED = {"evaluation": None, "density": None, "first_layer": None}
+_NOT_EVALUATED = {"evaluation": None, "density": None}
 
 
 def without_final_evaluation(line: dict[str, Any], config: RunConfig) -> dict[str, Any]:

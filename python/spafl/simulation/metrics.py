@@ -45,7 +45,7 @@ def client_record(client: int, evaluation: Evaluation) -> dict[str, Any]:
         "loss": evaluation.loss,
         "train_accuracy": evaluation.train_accuracy,
         "density": None if densities is None else float(np.mean(list(densities.values()))),
-        "first_layer": next(iter(evaluation.masks.values())) if evaluation.masks else None,
+        "masks": evaluation.masks or None,
         **confusion,
     }
 

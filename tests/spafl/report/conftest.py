@@ -1,4 +1,4 @@
-"""Crafts run folders as the simulator writes them."""
+"""Crafts run folders: as earlier versions wrote them, with lists in ``metrics.jsonl``, and as they are written now."""
 
 import json
 
@@ -102,6 +102,43 @@ def craft(
         }
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def write_as_now(folder, masks):
+    """Give a crafted folder a file of client results for each evaluation; ``masks``: rows of 0 and 1 by layer, the same
+    in every round."""
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "evaluations").mkdir()
+    for line in lines:
+        evaluation, density = line["evaluation"], line["density"]
+        del line["first_layer"]
+        if evaluation is None:
+            continue
+        accuracies, trained = evaluation["accuracy"].pop("clients"), evaluation["train_accuracy"]
+        evaluation |= {"clients": len(accuracies), "train_accuracy": float(np.mean(trained)) if trained else None}
+        densities = density.pop("clients") if density else [None] * len(accuracies)
+        records = [
+            {
+                "client": k,
+                "samples": 10,
+                "accuracy": accuracy,
+                "loss": 0.3,
+                "train_accuracy": trained[k] if trained else None,
+                "density": densities[k],
+                "masks": {layer: rows[k] for layer, rows in masks.items()} or None,
+            }
+            for k, accuracy in enumerate(accuracies)
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "evaluations" / f"round-{line['round']:06d}.jsonl").write_text(text)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def as_now():
+    """:func:`write_as_now`."""
+    return write_as_now
 
 
 @pytest.fixture

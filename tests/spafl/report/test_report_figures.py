@@ -152,13 +152,6 @@ def test_of_many_clients_some_are_compared(make_run):
     assert compared(few)[0].shape == (9, 9)
 
 
-def test_masks_that_do_not_differ_are_not_drawn_as_a_solid_block(make_run):
-    run = load_run(make_run(rounds=2, clients=5))
-    same = dataclasses.replace(run, masks=dataclasses.replace(run.masks, kept=np.ones((5, 20), dtype=bool)))
-    (picture,) = [p for p in figures.PICTURES if p.stem == "overlap"]
-    assert picture.shows(run) and not picture.shows(same)
-
-
 def test_accuracy_over_payload_is_logarithmic_where_runs_are_far_apart(three):
     figure = drawn(figures.accuracy_over_payload(three))
     (axes,) = figure.axes
@@ -226,9 +219,9 @@ def test_density_of_several_runs_has_axes_per_layer(three, make_run):
     assert legend(figure) == ["spafl", "other"]
 
 
-def test_first_layer_filters_are_the_masks(three):
-    image, share = drawn(figures.first_layer_filters(three)).axes
-    kept = three[0].masks.kept
+def test_filters_are_the_masks(three):
+    image, share = drawn(figures.filters_by_client(three)).axes
+    kept = three[0].masks.layers["conv1"]
     np.testing.assert_array_equal(np.asarray(image.images[0].get_array()), kept.T)
     np.testing.assert_allclose([bar.get_width() for bar in share.patches], 100 * kept.mean(axis=0))
     assert image.get_title(loc="left") == "spafl: conv1, round 6"
@@ -237,13 +230,31 @@ def test_first_layer_filters_are_the_masks(three):
 @pytest.mark.parametrize(("clients", "strips"), [(20, 1), (250, 1), (251, 2), (1000, 4), (3000, 8)])
 def test_many_clients_wrap_and_none_is_lost(make_run, clients, strips):
     run = load_run(make_run(clients=clients, rounds=1, layers={"conv1": 6}))
-    figure = figures.first_layer_filters([run])
+    figure = figures.filters_by_client([run])
     images = [axes.images[0] for axes in figure.axes if axes.images]
     assert len(images) == strips
-    np.testing.assert_array_equal(np.hstack([np.asarray(i.get_array()) for i in images]), run.masks.kept.T)
+    np.testing.assert_array_equal(np.hstack([np.asarray(i.get_array()) for i in images]), run.masks.everywhere.T)
     edges = [i.get_extent()[:2] for i in images]
     assert edges[0][0] == -0.5 and edges[-1][1] == clients - 0.5
     assert all(left[1] == right[0] for left, right in pairwise(edges))
+
+
+def test_filters_are_of_the_layer_in_which_clients_differ(make_run, as_now):
+    masks = {"conv1": ["11"] * 3, "conv2": ["101", "011", "111"], "fc": ["1000"] * 3}
+    run = load_run(as_now(make_run(clients=3, rounds=1), masks))
+    image, _ = drawn(figures.filters_by_client([run])).axes
+    np.testing.assert_array_equal(np.asarray(image.images[0].get_array()), run.masks.layers["conv2"].T)
+    assert image.get_title(loc="left") == "spafl: conv2, round 1"
+    overlap, _ = compared(run)
+    np.testing.assert_allclose(np.sort(overlap[np.triu_indices(3, 1)]), [4 / 6, 5 / 6, 5 / 6])
+
+
+@pytest.mark.parametrize(
+    ("fc", "shown"), [(["11"] * 3, []), (["10"] * 3, ["filters"]), (["10", "01", "11"], ["filters", "overlap"])]
+)
+def test_where_nothing_is_pruned_there_is_no_solid_block(make_run, as_now, fc, shown):
+    run = load_run(as_now(make_run(clients=3, rounds=1), {"conv1": ["11"] * 3, "fc": fc}))
+    assert [p.stem for p in figures.PICTURES if p.stem in ("filters", "overlap") and p.shows(run)] == shown
 
 
 def test_gap_against_density_beside_runs_without_thresholds(three):

@@ -30,12 +30,57 @@ def test_a_finished_run(make_run):
     assert run.last.cost.payload_bytes == sum(records[4]["cost"]["payload"].values())
     assert run.last.accuracy_worst == records[4]["evaluation"]["accuracy"]["worst_10pct"]
     assert run.layers == ["conv1", "conv2", "fc3", "fc4"]
-    assert run.masks.round == 4 and run.masks.kept.shape == (20, 20)
-    assert ["".join("01"[b] for b in row) for row in run.masks.kept.astype(int)] == records[4]["first_layer"]["masks"]
+    assert run.masks.round == 4 and list(run.masks.layers) == ["conv1"] and run.masks.everywhere.shape == (20, 20)
+    kept = run.masks.layers["conv1"].astype(int)
+    assert ["".join("01"[b] for b in row) for row in kept] == records[4]["first_layer"]["masks"]
     gap = np.subtract(records[4]["evaluation"]["train_accuracy"], records[4]["evaluation"]["accuracy"]["clients"])
     np.testing.assert_array_equal(run.gaps.gap, gap)
     assert run.gaps.density.tolist() == records[4]["density"]["clients"]
     np.testing.assert_array_equal(run.train, json.loads((folder / "partition.json").read_text())["train"])
+
+
+def test_masks_of_all_layers(make_run, as_now):
+    """All layers are read, and the one in whose filters clients differ most often is known."""
+    folder = make_run("now", clients=4, rounds=3)
+    before = load_run(folder)
+    masks = {
+        "same": ["01000"] * 4,  # sparse, the same everywhere
+        "wide": ["1" * 40, "0" * 4 + "1" * 36, "1" * 40, "1" * 40],  # more filters differ, fewer of those it has
+        "varied": ["11", "01", "10", "11"],
+    }
+    run = load_run(as_now(folder, masks))
+    assert run.masks.round == 2 and list(run.masks.layers) == list(masks)
+    for layer, rows in masks.items():
+        assert ["".join("01"[int(b)] for b in row) for row in run.masks.layers[layer]] == rows
+    assert run.masks.most_varied == "varied" and run.masks.everywhere.shape == (4, 47)
+    assert run.accuracies.tolist() == before.accuracies.tolist() and run.gaps.gap.tolist() == before.gaps.gap.tolist()
+    same = load_run(as_now(make_run("same", clients=4, rounds=1), {"full": ["11"] * 4, "same": ["10"] * 4}))
+    assert same.masks.most_varied == "same"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["01", "01", "012"], r'masks\[2\]\.b must be a string of 2 zeros and ones, .*; got "012"'),
+        (["01", "01", None], r"masks\[2\]\.b must be a non-empty string; got null"),
+    ],
+)
+def test_a_wrong_mask_is_named(make_run, as_now, rows, message):
+    folder = as_now(make_run(clients=3, rounds=1), {"a": ["1", "1", "0"], "b": rows})
+    with pytest.raises(ReportError, match=message):
+        load_run(folder)
+
+
+def test_files_of_one_layer_are_read(make_run, as_now):
+    """Of an earlier version: the name of the first layer in metrics.jsonl, its masks in the clients' files."""
+    folder = as_now(make_run(clients=3, rounds=1), {"b": ["10", "11", "01"]})
+    path = folder / "evaluations" / "round-000000.jsonl"
+    records = [json.loads(text) for text in path.read_text().splitlines()]
+    for record in records:
+        record["first_layer"] = record.pop("masks")["b"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rewrite(folder, lambda line: line.update(first_layer={"name": "b"}))
+    assert load_run(folder).masks.layers["b"].tolist() == [[1, 0], [1, 1], [0, 1]]
 
 
 def test_the_row_speaks_of_the_last_evaluated_round_and_its_costs(make_run):

@@ -15,7 +15,7 @@ from .confusion import confusion
 from .data import partition
 from .pareto import accuracy_against_costs
 from .pictures import PICTURES, Picture
-from .sparsity import density_per_layer, first_layer_filters, generalisation_gap, masks_and_labels
+from .sparsity import density_per_layer, filters_by_client, generalisation_gap, masks_and_labels
 from .steering import steered
 from .style import COLOURS, STYLE, in_style
 
@@ -32,7 +32,7 @@ __all__ = [
     "accuracy_spread",
     "confusion",
     "density_per_layer",
-    "first_layer_filters",
+    "filters_by_client",
     "generalisation_gap",
     "in_style",
     "masks_and_labels",

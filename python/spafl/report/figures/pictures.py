@@ -18,7 +18,7 @@ from .accuracy import (
 from .confusion import confusion
 from .data import partition
 from .pareto import accuracy_against_costs
-from .sparsity import density_per_layer, first_layer_filters, generalisation_gap, masks_and_labels
+from .sparsity import density_per_layer, filters_by_client, generalisation_gap, masks_and_labels
 from .steering import steered
 from .style import (
     evaluated,
@@ -27,7 +27,7 @@ from .style import (
     with_density,
     with_gaps,
     with_history,
-    with_masks,
+    with_pruned_filters,
     with_varied_masks,
 )
 
@@ -118,19 +118,19 @@ PICTURES = (
         "no budgets",
     ),
     Picture(
-        "first_layer",
-        "First-layer filters, client by client",
-        "A column is a client, a row a filter, coloured where the client keeps it: full rows are filters that "
-        "everybody keeps, broken rows are personal.",
-        first_layer_filters,
-        with_masks,
-        "no first-layer masks recorded",
+        "filters",
+        "Filters, client by client",
+        "Of each run the layer in which clients differ most. A column is a client, a row a filter, coloured where the "
+        "client keeps it: full rows are filters that everybody keeps, broken rows are personal.",
+        filters_by_client,
+        with_pruned_filters,
+        "no masks recorded, or nothing pruned",
     ),
     Picture(
         "overlap",
         "Masks beside labels",
-        "Do clients with like data keep like filters? Left the overlap of first-layer masks of each pair of clients, "
-        "in the middle the cosine of their class counts, right one against the other, a point per pair.",
+        "Do clients with like data keep like filters? Left the overlap of the filters of each pair of clients, all "
+        "layers together, in the middle the cosine of their class counts, right one against the other, a point a pair.",
         masks_and_labels,
         with_varied_masks,
         "no masks that differ between clients",

@@ -9,7 +9,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..run_data import FilterMasks, Run
+from ..run_data import Run
 from .style import (
     COLOURS,
     DASHES,
@@ -24,7 +24,7 @@ from .style import (
     round_axis,
     with_density,
     with_gaps,
-    with_masks,
+    with_pruned_filters,
     with_varied_masks,
 )
 
@@ -89,25 +89,27 @@ def _layer_curve(run: Run, layer: str) -> tuple[list[int], list[float]]:
 
 
 @in_style
-def first_layer_filters(runs: Sequence[Run]) -> Figure:
-    """Per run an image of the first layer, a column per client and a row per filter, dark where the client keeps the
-    filter; beside it the share of clients keeping each filter. More than ``LINE`` clients wrap like text."""
-    chosen = chosen_runs(runs, with_masks, "no run recorded which filters of its first layer are kept")
+def filters_by_client(runs: Sequence[Run]) -> Figure:
+    """Per run an image of the layer in which clients differ most, a column per client and a row per filter, dark where
+    the client keeps the filter; beside it the share of clients keeping each filter. More than ``LINE`` clients wrap
+    like text."""
+    chosen = chosen_runs(runs, with_pruned_filters, "no run has clients that lack a filter")
     strips = []
     for run, name, style in chosen:
-        masks = run.masks
-        assert isinstance(masks, FilterMasks)  # chosen for having them
-        clients, filters = masks.kept.shape
+        assert run.masks is not None  # chosen for having them
+        layer = run.masks.most_varied
+        kept = run.masks.layers[layer]
+        clients = len(kept)
         count = min(LINES, -(-clients // LINE))
         parts = np.array_split(np.arange(clients), count)
-        title = f"{name}: {plain(masks.layer)}, round {masks.round + 1}"
-        strips += [(masks, part, title if i == 0 else "", style["color"]) for i, part in enumerate(parts)]
-    heights = [min(3.6, max(1.3, 0.11 * masks.kept.shape[1])) for masks, *_ in strips]
+        title = f"{name}: {plain(layer)}, round {run.masks.round + 1}"
+        strips += [(kept, part, title if i == 0 else "", style["color"]) for i, part in enumerate(parts)]
+    heights = [min(3.6, max(1.3, 0.11 * kept.shape[1])) for kept, *_ in strips]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.65 * len(strips)))
     grid = figure.add_gridspec(len(strips), 2, width_ratios=[6, 1], height_ratios=heights)
-    for row, (masks, part, title, colour) in enumerate(strips):
+    for row, (kept, part, title, colour) in enumerate(strips):
         axes = figure.add_subplot(grid[row, 0])
-        image, filters = masks.kept[part].T, masks.kept.shape[1]
+        image, filters = kept[part].T, kept.shape[1]
         edges = (part[0] - 0.5, part[-1] + 0.5, filters - 0.5, -0.5)
         axes.imshow(image, aspect="auto", cmap=ListedColormap(["#eeeeee", colour]), vmin=0, vmax=1, extent=edges)
         client_axis(axes)
@@ -167,9 +169,10 @@ def generalisation_gap(runs: Sequence[Run]) -> Figure:
 
 @in_style
 def masks_and_labels(runs: Sequence[Run]) -> Figure:
-    """Do clients with like labels keep like filters? Per run an image of how much the first-layer masks of each pair of
-    clients overlap, one of how alike their labels are, clients in the same order in both, and a point per pair."""
-    chosen = chosen_runs(runs, with_varied_masks, "no run has clients that keep different filters of their first layer")
+    """Do clients with like labels keep like filters? Per run an image of how much the filters of each pair of clients,
+    all layers together, overlap, one of how alike their labels are, clients in the same order in both, and a point per
+    pair."""
+    chosen = chosen_runs(runs, with_varied_masks, "no run has clients that keep different filters")
     figure = Figure(figsize=(WIDTH, 0.5 + 3.1 * len(chosen)))
     panels = figure.subplots(len(chosen), 3, squeeze=False)
     for (left, middle, right), (run, name, style) in zip(panels, chosen):
@@ -195,7 +198,7 @@ def masks_and_labels(runs: Sequence[Run]) -> Figure:
 
 
 def compared(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Overlap of first-layer masks and likeness of labels of each pair of clients, clients of one main class together.
+    """Overlap of masks and likeness of labels of each pair of clients, clients of one main class together.
 
     Pairs grow with the square of the clients: of more than ``MOST_COMPARED``, so many evenly spread by number.
     """
@@ -203,7 +206,7 @@ def compared(run: Run) -> tuple[np.ndarray, np.ndarray]:
     some = np.unique(np.linspace(0, run.clients - 1, min(run.clients, MOST_COMPARED)).astype(int))
     counts = run.train[some]
     some = some[np.lexsort((-counts.max(axis=1), counts.argmax(axis=1)))]
-    return mask_overlap(run.masks.kept[some]), label_similarity(run.train[some])
+    return mask_overlap(run.masks.everywhere[some]), label_similarity(run.train[some])
 
 
 def mask_overlap(kept: np.ndarray) -> np.ndarray:

@@ -127,8 +127,9 @@ def with_gaps(run: Run) -> bool:
     return isinstance(run.gaps, ClientGaps)
 
 
-def with_masks(run: Run) -> bool:
-    return run.masks is not None
+def with_pruned_filters(run: Run) -> bool:
+    """Whether any client lacks a filter; where all keep all, a picture of them is a solid block."""
+    return run.masks is not None and not run.masks.everywhere.all()
 
 
 def with_history(run: Run) -> bool:
@@ -143,4 +144,4 @@ def with_budgets(run: Run) -> bool:
 
 def with_varied_masks(run: Run) -> bool:
     """Whether clients keep different filters; where all keep the same there is nothing to compare."""
-    return run.masks is not None and bool((run.masks.kept != run.masks.kept[:1]).any())
+    return run.masks is not None and any((kept != kept[:1]).any() for kept in run.masks.layers.values())
