@@ -318,6 +318,19 @@ def test_bytes_of_fedspa(tmp_path):
     assert bits == 9 * (16 * (4 * kept + REST) + TOTAL)
 
 
+def test_bytes_of_fedp3(tmp_path):
+    """Down one hidden layer whole and nine tenths of the others with their masks, up the whole one."""
+    lines, sent, bits = payload("fedp3", tmp_path)
+    weights, norms, kept = SIZES[:3], (4 * 4 * 5 + 8, 4 * 4 * 8 + 8, 0), (40, 324, 288)
+    whole = [4 * size + norm for size, norm in zip(weights, norms, strict=True)]
+    pruned = [4 * n + math.ceil(size / 8) + norm for size, norm, n in zip(weights, norms, kept, strict=True)]
+    trained = [k % 3 for line in lines for k in line["sampled"]]
+    assert len(set(trained)) == 3 and sent["up_bytes"] == sum(whole[at] for at in trained)
+    assert sent["down_bytes"] == sum(whole[at] + sum(pruned) - pruned[at] for at in trained)
+    expected = [8 * (0.9 * 4 * size + norm) + size for size, norm in zip(weights, norms, strict=True)]
+    assert bits == 3 * round(3 * (2 * 8 * sum(whole) + 2 * sum(expected)) / 3)
+
+
 def test_bytes_and_work_of_heterofl(tmp_path):
     """Sub-models are small: what travels, what is counted by formula and what runs."""
     rates = [1.0, 0.5]
@@ -339,12 +352,13 @@ def test_bytes_and_work_of_heterofl(tmp_path):
 
 
 def test_work_of_fjord_is_that_of_the_widths_drawn(tmp_path):
-    lines, sent, _ = payload("fjord", tmp_path, algorithm={"widths": [0.5, 1.0]})
+    lines, sent, bits = payload("fjord", tmp_path, algorithm={"widths": [0.5, 1.0]})
     half = 3 * 9 + 4 * 3 * 9 + 5 * 16 + 4 * 5
     small = 4 * (half + 4 + 4 * (3 + 4)) + COUNTERS
     large = 4 * (TOTAL + 4 + 4 * (5 + 8 + 3 + 4)) + 2 * COUNTERS
     trained = [k for line in lines for k in line["sampled"]]
     assert sent["up_bytes"] == sent["down_bytes"] == sum((small, large)[k % 2] for k in trained)
+    assert bits == 3 * (2 * 3 * 8 * (small + large) // 2)
     executed, macs = lines[-1]["cost"]["executed"]["macs"], [(36 * 45, 16 * 360, 320, 40), (36 * 27, 16 * 108, 80, 20)]
     per_sample = [3 * sum(of) - of[0] for of in macs]
     parts = build_problem(tiny_config("fjord")).parts.train
