@@ -273,7 +273,8 @@ def make_table(
     what it cost, into ``out``; returns the first.
 
     Args:
-        run: False makes the table of what is there.
+        run: False makes the table of what is there; without a complete run that of the published figures, if the
+            experiment has any, with no picture.
 
     Raises:
         UserError: a run folder holds another run, or there is no complete run.
@@ -283,13 +284,18 @@ def make_table(
     made = runs_of(jobs)
     missing = [(j, failed.get(j.folder, "not made yet")) for j in jobs if j.seed not in made[j.row.label]]
     lines = lines_of(experiment, made, missing)
-    if not any(line.values["accuracy"] for line in lines):
+    there = any(line.values["accuracy"] for line in lines)
+    if not there and (run or not experiment.published):
         reasons = [fault for line in lines for fault in line.faults.values()]
         raise UserError(f"{experiment.name}: no run is complete; the first says: {reasons[0]}")
+    if not there:
+        lines = [line for line in lines if line.published]
     text = markdown(experiment, lines, seeds)
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, str | bytes] = {
-        "md": text, "csv": raw_csv(lines), "tex": latex(experiment, lines, seeds), "png": picture(made),
+        "md": text, "csv": raw_csv(lines), "tex": latex(experiment, lines, seeds)
     }  # fmt: skip
+    if there:
+        files["png"] = picture(made)
     write_together({out / f"{experiment.name}.{ending}": content for ending, content in files.items()})
     return text
