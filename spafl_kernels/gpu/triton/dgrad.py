@@ -20,7 +20,7 @@ def threshold_dgrad(
     inputs_client, total, stride, channels, row_tiles,
     HEADER: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, SHAPE: tl.constexpr, STEP_H: tl.constexpr,
     STEP_W: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    DEPTH: tl.constexpr, PIECE: tl.constexpr,
+    DEPTH: tl.constexpr, PIECE: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """dL/dx; grid (row tiles * channel tiles, residue classes of positions, clients)."""
     C: tl.constexpr = SHAPE[0]
@@ -54,9 +54,15 @@ def threshold_dgrad(
     row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     c = first_c + tl.arange(0, TILE)
     image = row // (HIGH * WIDE)
-    h = row // WIDE % HIGH * SH + class_h
-    w = row % WIDE * SW + class_w
-    live = (row < total) & (h < H) & (w < W)
+    down = row // WIDE % HIGH  # within the class
+    right = row % WIDE
+    h = down * SH + class_h
+    w = right * SW + class_w
+    live = row < total
+    if H % SH != 0:  # not every class has the last of its positions
+        live = live & (h < H)
+    if W % SW != 0:
+        live = live & (w < W)
     # Taps that meet this class: r = first_r, first_r + STEP_H, ... ; the same for s.
     first_r = class_h * 0 + R
     for i in tl.static_range(STEP_H):
@@ -71,8 +77,8 @@ def threshold_dgrad(
     # Where there are no steps, too, these divide and make an address.
     parts, taps_s = tl.maximum(parts, 1), tl.maximum(taps_s, 1)
     first_r, first_s = tl.minimum(first_r, R - 1), tl.minimum(first_s, S - 1)
-    OFFSET: tl.constexpr = tl.int64 if P * Q * CAP >= 2**31 else tl.int32
-    base = tl.where(live, image, 0).to(tl.int64) * (P * Q * CAP)
+    OFFSET: tl.constexpr = tl.int64 if FAR else tl.int32  # of rows: registers are scarce here
+    base = tl.where(live, image, 0).to(OFFSET) * (P * Q * CAP)
     lane = tl.arange(0, DEPTH)
     column = c if C % TILE == 0 else within(c, c < C)
     acc = tl.zeros((ROWS, TILE), dtype=tl.float32)
@@ -82,9 +88,9 @@ def threshold_dgrad(
         k0 = step % parts * DEPTH
         r = first_r + tap // taps_s * STEP_H
         s = first_s + tap % taps_s * STEP_W
-        p = (h + PH - r * DH) // SH  # exact within the class
-        q = (w + PW - s * DW) // SW
-        ok = live & (h + PH - r * DH >= 0) & (p < P) & (w + PW - s * DW >= 0) & (q < Q)
+        p = down + (class_h + PH - r * DH) // SH  # exact within the class
+        q = right + (class_w + PW - s * DW) // SW
+        ok = live & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
         at = tl.where(ok, base + (p * Q + q).to(OFFSET) * CAP, 0)
         a = (collected + k0) + at[:, None] + lane[None, :]
         if PIECE > 0:
@@ -96,7 +102,10 @@ def threshold_dgrad(
         else:
             b = tl.load(b, mask=(c < C)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    position = (image.to(tl.int64) * H + h) * W + w
+    if SH == 1 and SW == 1:
+        position = row.to(tl.int64)  # one class of all positions: as they are counted
+    else:
+        position = ((image.to(OFFSET) * H + h) * W + w).to(tl.int64)
     if LISTED:
         # As in the forward pass: the tile owns the channels from its first one to the first one of the next tile.
         index = inputs + HEADER
@@ -159,7 +168,9 @@ def input_gradient(
         {
             "HEADER": HEADER, "LISTED": listed, "GROUP": min(64, max(16, power_of_two(channels))), "SHAPE": g.shape,
             "STEP_H": g.step[0], "STEP_W": g.step[1], "PRECISION": precision(kind), "CAP": cap, "ROWS": tile.rows,
-            "TILE": columns, "DEPTH": min(tile.depth, cap), "PIECE": tile.piece(dtype), "num_warps": tile.warps,
+            "TILE": columns, "DEPTH": min(tile.depth, cap), "PIECE": tile.piece(dtype),
+            # Half of what an int32 holds: lanes that are masked off are up to an image further.
+            "FAR": n * max(high * wide * cap, g.height * g.width) >= 2**30, "num_warps": tile.warps,
             "num_stages": tile.stages,
         },
     )  # fmt: skip

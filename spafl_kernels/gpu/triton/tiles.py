@@ -68,7 +68,7 @@ CANDIDATES: dict[Operation, dict[Kind, tuple[Tile, ...]]] = {
             Tile(128, 128, 64, 8, 3), Tile(64, 256, 64, 8, 3),
         ),
         "tf32": (
-            Tile(128, 64, 32, 4, 3, True), Tile(64, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4, True),
+            Tile(128, 64, 32, 8, 3, True), Tile(64, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4, True),
             Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3),
         ),
     },
