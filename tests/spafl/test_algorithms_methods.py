@@ -121,7 +121,7 @@ def test_what_is_held_at_a_rate_of_0_is_as_good_as_frozen_and_runs_small(case, s
 # -- equal terms
 
 
-def seen_in(case, tmp_path, monkeypatch):
+def seen_in(case, folder, monkeypatch):
     """What a run of a method starts from, which clients it samples, which batches they get, what they are tested on."""
     batches, tests = {}, {}
     real_batches, real_test = Client.training_batches, Client.evaluate_model
@@ -137,17 +137,17 @@ def seen_in(case, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Client, "training_batches", training_batches)
     monkeypatch.setattr(Client, "evaluate_model", evaluate_model)
-    run(tiny_config(case), tmp_path / case)
-    lines = metrics(tmp_path / case)
+    run(tiny_config(case), folder)
+    lines = metrics(folder)
     return [line["sampled"] for line in lines], batches, tests
 
 
 @pytest.mark.parametrize("case", some("spafl", "ditto", "fjord", "fedpm"))
 def test_methods_of_a_seed_share_clients_batches_and_tests(case, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        sampled, batches, tests = seen_in("fedavg", tmp_path, patch)
+        sampled, batches, tests = seen_in("fedavg", tmp_path / "first", patch)
     assert all(len(contents) == 1 for contents in batches.values()) and len(tests) == 6
-    other_sampled, other_batches, other_tests = seen_in(case, tmp_path, monkeypatch)
+    other_sampled, other_batches, other_tests = seen_in(case, tmp_path / "other", monkeypatch)
     assert (other_sampled, other_tests) == (sampled, tests)
     assert other_batches == batches  # Ditto's second training too: sets with one entry
 
