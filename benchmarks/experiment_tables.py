@@ -26,6 +26,7 @@ WHAT = {
     "spafl-tuned": "SpaFL `tuned`: `paper` with a dense classifier",
     "spafl-c-.0005": "SpaFL `tuned` with a quarter of the penalty",
     "spafl-density-.4": "`paper` with a budget of .4 for the density in place of the penalty",
+    "spafl-density-.5": "`paper` with a budget of .5 for the density in place of the penalty",
     "spafl-no-exchange": "`paper` without exchange: thresholds stay at the client",
     "spafl-no-importance": "`paper` without the importance update",
     "spafl-thresholds-only": "`paper`, thresholds only: weights stay as drawn",
