@@ -163,7 +163,6 @@ def test_runs_are_made_once_gone_on_with_and_summed_up(path, tmp_path, capsys):
     assert "holds a run of another configuration: training.lr" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_published_figures_make_a_table_where_nothing_was_run(path, tmp_path, capsys):
     arguments = ["table", str(path), "--no-run", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
@@ -175,6 +174,7 @@ def test_published_figures_make_a_table_where_nothing_was_run(path, tmp_path, ca
     assert main(arguments) == 2 and "no run is complete" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_there(path, tmp_path, capsys):
     path.write_text(EXPERIMENT + "training = {lr = 1e30}\n")
     assert main(["table", str(path), "--runs", str(tmp_path / "runs"), "--jobs", "2"]) == 0

@@ -129,7 +129,7 @@ def with_gaps(run: Run) -> bool:
 
 def with_pruned_filters(run: Run) -> bool:
     """Whether any client lacks a filter; where all keep all, a picture of them is a solid block."""
-    return run.masks is not None and not run.masks.everywhere.all()
+    return run.masks is not None and not all(kept.all() for kept in run.masks.layers.values())
 
 
 def with_history(run: Run) -> bool:
