@@ -249,6 +249,22 @@ def test_filters_are_of_the_layer_in_which_clients_differ(make_run, as_now):
     np.testing.assert_allclose(np.sort(overlap[np.triu_indices(3, 1)]), [4 / 6, 5 / 6, 5 / 6])
 
 
+@pytest.mark.parametrize("filters", [81, 80])
+def test_filters_that_nobody_keeps_are_left_out_where_rows_are_thin(make_run, as_now, filters):
+    """Rows keep the numbers of their filters, and the title counts what is not there."""
+    kept = {7: "110", 40: "111", filters - 1: "001"}
+    masks = {"fc": ["".join(kept.get(f, "000")[client] for f in range(filters)) for client in range(3)]}
+    run = load_run(as_now(make_run(clients=3, rounds=1), masks))
+    image, share = drawn(figures.filters_by_client([run])).axes
+    rows, title = (sorted(kept), "; 3 of its 81 filters, nobody keeps the others") if filters > 80 else (range(80), "")
+    np.testing.assert_array_equal(np.asarray(image.images[0].get_array()), run.masks.layers["fc"].T[rows])
+    assert len(share.patches) == len(rows)
+    assert image.get_title(loc="left") == f"spafl: fc, round 1{title}"
+    assert [image.yaxis.get_major_formatter()(row, 0) for row in (-1, 0, 0.5, 1, len(rows) - 1, len(rows))] == [
+        "", str(rows[0]), "", str(rows[1]), str(filters - 1), ""
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fc", "shown"), [(["11"] * 3, []), (["10"] * 3, ["filters"]), (["10", "01", "11"], ["filters", "overlap"])]
 )

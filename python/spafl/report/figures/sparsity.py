@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.colors import ListedColormap
@@ -31,6 +32,7 @@ from .style import (
 LINE, LINES = 250, 8  # clients beside each other in one strip of filters, and most strips per run
 MOST_COMPARED = 300
 MANY_LAYERS = 7  # beyond this a line per layer cannot be told apart
+MANY_FILTERS = 80  # beyond this rows are thin: those of filters that nobody keeps are left out
 
 
 @in_style
@@ -92,43 +94,52 @@ def _layer_curve(run: Run, layer: str) -> tuple[list[int], list[float]]:
 def filters_by_client(runs: Sequence[Run]) -> Figure:
     """Per run an image of the layer in which clients differ most, a column per client and a row per filter, dark where
     the client keeps the filter; beside it the share of clients keeping each filter. More than ``LINE`` clients wrap
-    like text."""
+    like text; of more than ``MANY_FILTERS`` filters, those that nobody keeps are counted in the title instead."""
     chosen = chosen_runs(runs, with_pruned_filters, "no run has clients that lack a filter")
     strips = []
     for run, name, style in chosen:
         assert run.masks is not None  # chosen for having them
         layer = run.masks.most_varied
         kept = run.masks.layers[layer]
-        clients = len(kept)
+        clients, filters = kept.shape
+        rows = np.arange(filters)
+        title = f"{name}: {plain(layer)}, round {run.masks.round + 1}"
+        if filters > MANY_FILTERS and kept.any() and not kept.any(axis=0).all():
+            rows = np.flatnonzero(kept.any(axis=0))
+            title += f"; {len(rows)} of its {filters} filters, nobody keeps the others"
         count = min(LINES, -(-clients // LINE))
         parts = np.array_split(np.arange(clients), count)
-        title = f"{name}: {plain(layer)}, round {run.masks.round + 1}"
-        strips += [(kept, part, title if i == 0 else "", style["color"]) for i, part in enumerate(parts)]
-    heights = [min(3.6, max(1.3, 0.11 * kept.shape[1])) for kept, *_ in strips]
+        strips += [(kept[:, rows], rows, part, title if i == 0 else "", style["color"]) for i, part in enumerate(parts)]
+    heights = [min(3.6, max(1.3, 0.11 * len(rows))) for _, rows, *_ in strips]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.65 * len(strips)))
     grid = figure.add_gridspec(len(strips), 2, width_ratios=[6, 1], height_ratios=heights)
-    for row, (kept, part, title, colour) in enumerate(strips):
+    for row, (kept, rows, part, title, colour) in enumerate(strips):
         axes = figure.add_subplot(grid[row, 0])
-        image, filters = kept[part].T, kept.shape[1]
-        edges = (part[0] - 0.5, part[-1] + 0.5, filters - 0.5, -0.5)
+        image = kept[part].T
+        edges = (part[0] - 0.5, part[-1] + 0.5, len(rows) - 0.5, -0.5)
         axes.imshow(image, aspect="auto", cmap=ListedColormap(["#eeeeee", colour]), vmin=0, vmax=1, extent=edges)
         client_axis(axes)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
-        if len(part) <= 60 and filters <= 80:  # white gaps between cells while cells are big enough
+        axes.yaxis.set_major_formatter(partial(_number_of_row, rows))
+        if len(part) <= 60 and len(rows) <= MANY_FILTERS:  # white gaps between cells while cells are big enough
             axes.set_xticks(part[:-1] + 0.5, minor=True)
-            axes.set_yticks(np.arange(filters - 1) + 0.5, minor=True)
+            axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
             axes.grid(which="minor", color="white", linewidth=0.7)
             axes.tick_params(which="minor", length=0)
         axes.set_title(title)
         axes.set_ylabel("filter")
         axes.set_xlabel("client")
         share = figure.add_subplot(grid[row, 1], sharey=axes)
-        share.barh(np.arange(filters), 100 * image.mean(axis=1), height=0.8, color=colour)
+        share.barh(np.arange(len(rows)), 100 * image.mean(axis=1), height=0.8, color=colour)
         share.set_xlim(0, 100)
         share.set_xlabel("% of these\nclients keep it")
         share.grid(axis="y", visible=False)
         share.tick_params(axis="y", which="both", labelleft=False, left=False)
     return figure
+
+
+def _number_of_row(filters: np.ndarray, row: float, _: int | None) -> str:
+    return str(filters[int(row)]) if row in range(len(filters)) else ""
 
 
 @in_style
