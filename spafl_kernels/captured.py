@@ -72,7 +72,12 @@ class _Place:
     def of(cls, model: nn.Module, trained: Mapping[str, Tensor], options: SGDOptions) -> _Place:
         o = options
         settings = o.momentum, o.weight_decay, o.nesterov, o.max_grad_norm, o.collapse_floor, o.penalty_scales is None
-        return cls(_addresses(model), tuple(trained), (*settings, bool(o.penalty)))
+        return cls(_addresses(model), tuple(trained), (*settings, bool(o.penalty), _spared(options)))
+
+
+def _spared(options: SGDOptions) -> frozenset[str]:
+    """The layers that the penalty leaves alone: where ``exp(-tau)`` is infinite, a coefficient of 0 would give NaN."""
+    return frozenset(name for name in options.penalty_scales or () if not options.penalty_of(name))
 
 
 def _addresses(model: nn.Module) -> tuple[tuple[str, int], ...]:
@@ -92,8 +97,10 @@ class _Fixed:
         self.momentum = {name: torch.zeros_like(p) for name, p in parameters.items()} if options.momentum else {}
         self.optimiser = TensorSGD(parameters, thresholds, self.momentum, options)
         self.shared = share([layer for _, layer in layers])
-        self._thresholds = [layer.threshold for _, layer in layers if layer.threshold.requires_grad]
-        self._names = [name for name, layer in layers if layer.threshold.requires_grad]
+        trained = {name: layer.threshold for name, layer in layers if layer.threshold.requires_grad}
+        spared = _spared(options)
+        self._thresholds, self._names = list(trained.values()), [name for name in trained if name not in spared]
+        self._pulled = [trained[name] for name in self._names]
         self._each = options.penalty_scales is not None
         kind = self._thresholds[0] if self._thresholds else densities
         self._penalties = torch.zeros(len(self._names) if self._each else 1, dtype=kind.dtype, device=kind.device)
@@ -118,12 +125,13 @@ class _Fixed:
 
     def _pull(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Add the penalty's gradient ``-c exp(-tau)``, whose coefficients are on the device."""
-        grads = []
         for tau in self._thresholds:
             if tau.grad is None:
                 tau.grad = torch.zeros_like(tau)
-            grads.append(tau.grad)
-        pull = torch._foreach_neg(self._thresholds)
+        if not self._pulled:
+            return
+        grads: list[Any] = [tau.grad for tau in self._pulled]
+        pull = torch._foreach_neg(self._pulled)
         torch._foreach_exp_(pull)
         torch._foreach_mul_(pull, list(self._penalties.unbind()) if self._each else self._penalties[0])
         torch._foreach_sub_(grads, pull)

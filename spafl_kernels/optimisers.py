@@ -8,12 +8,14 @@ parameter's name; for Adam ``exp_avg.<name>``, ``exp_avg_sq.<name>`` and the sca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .reference import penalty
 
 __all__ = ["AdamOptions", "Options", "SGDOptions", "torch_optimiser", "write_back"]
 
@@ -56,6 +58,18 @@ class _Checked:
     def penalty_of(self, layer: str) -> float:
         """The penalty's coefficient for a threshold layer."""
         return self.penalty * (1.0 if self.penalty_scales is None else self.penalty_scales.get(layer, 1.0))
+
+    def penalty_over(self, thresholds: Iterable[tuple[str, Tensor]]) -> Tensor:
+        """``sum c exp(-tau)`` over thresholds by name of their layer, each layer with its own c; a scalar.
+
+        A c of 0 gives gradients of 0, also where ``exp(-tau)`` is infinite.
+        """
+        parts = []
+        for name, tau in thresholds:
+            c = self.penalty_of(name)
+            nothing = tau.masked_fill(torch.ones_like(tau, dtype=torch.bool), 0).sum
+            parts.append(c * penalty([tau]) if c else nothing())
+        return torch.stack(parts).sum()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from . import backend, reference
+from . import backend
 from .executed import Executed
 from .flops import Counter
 from .functional import check_thresholds, refuse_transforms, threshold_penalty
@@ -453,8 +453,7 @@ class MaskedTrainer(Trainer):
         options = self._options
         if options.penalty_scales is None:
             return options.penalty * threshold_penalty(self.model)
-        parts = [options.penalty_of(name) * reference.penalty([layer.threshold]) for name, layer in self._layers]
-        return torch.stack(parts).sum()
+        return options.penalty_over((name, layer.threshold) for name, layer in self._layers)
 
     @torch.no_grad()
     def evaluate(self, x: Given, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,12 @@ import warnings
 
 import pytest
 import torch
+from tape import Tape
 from torch import nn
 from torch.nn import functional as F
 
 from spafl_kernels import AdamOptions, SGDOptions, ThresholdConv2d, ThresholdLinear, threshold_layers, threshold_penalty
+from spafl_kernels.captured import CapturedTrainer
 from spafl_kernels.compact import CompactTrainer
 from spafl_kernels.engines import make_trainer
 from spafl_kernels.training import MaskedTrainer, Unsupported
@@ -201,6 +203,39 @@ def test_the_penalty_of_a_layer_is_scaled():
         torch.testing.assert_close(p, q - LR * q.grad, msg=n)
     with pytest.raises(ValueError, match=r"penalty_scales must name threshold layers of the model; 'fc' is none"):
         trainer.begin(SGDOptions(LR, penalty_scales={"fc": 1.0}))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("engine", ["masked", "compact", "captured"])
+def test_a_layer_without_penalty_may_have_thresholds_of_any_depth(engine, apart):
+    """``exp(-tau)`` of a threshold below -88 is infinite in float32, and 0 times that would be no number."""
+    model, twin = small(), small()
+    scales = {"conv": 0.0, "last": 0.5}
+    with torch.no_grad():
+        for net in (model, twin):
+            net.conv.threshold.copy_(torch.tensor([-1e9, -100.0, -89.0, 0.1, 0.2, -1.0]))
+            net.conv.weight.requires_grad_(
+                not apart
+            )  # where it is frozen, the compact engine leaves the layer as it is
+    trainer = {
+        "masked": lambda: MaskedTrainer(model),
+        "compact": lambda: CompactTrainer(model, verify="never", patience=0),
+        "captured": lambda: CapturedTrainer(model, recorder=Tape()),
+    }[engine]()
+    plain = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], LR, momentum=0.9)
+    trainer.begin(SGDOptions(LR, 0.9, penalty=0.02, penalty_scales=scales))
+    for x, y in data(6):
+        trainer.step(x, y)
+        plain.zero_grad()
+        penalty = twin.hidden.threshold.neg().exp().sum() + 0.5 * twin.last.threshold.neg().exp().sum()
+        (F.cross_entropy(twin(x), y) + 0.02 * penalty).backward()
+        plain.step()
+    trainer.finish()
+    assert trainer.engine == engine
+    assert engine != "compact" or apart == ("conv: as it stands, at full width" in trainer.explain())
+    for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=n)
+    assert model.conv.threshold.isfinite().all()
 
 
 @pytest.mark.parametrize(

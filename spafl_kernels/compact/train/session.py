@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import native, reference
+from ... import native
 from ...layers import ThresholdLayer
 from ...reference import WINDOW
 from ...training import SGDOptions
@@ -279,12 +279,8 @@ class Session:
         """The penalty of threshold layers that run as they are, which the update does not know."""
         if not self._apart or not self.options.penalty:
             return None
-        parts = [
-            self.options.penalty_of(name) * reference.penalty([m.threshold])
-            for name, m in self._apart.items()
-            if m.threshold.requires_grad
-        ]
-        return torch.stack(parts).sum() if parts else None
+        thresholds = [(name, m.threshold) for name, m in self._apart.items() if m.threshold.requires_grad]
+        return self.options.penalty_over(thresholds) if thresholds else None
 
     def _observe_apart(self) -> None:
         """Guard and densities of the threshold layers that run as they are."""

@@ -182,7 +182,11 @@ class PlainUpdate:
             tau_grad.exp_().mul_(-options.penalty)
             if options.penalty_scales is not None:
                 for f in self._filters:
-                    tau_grad[f.layer.part].mul_(options.penalty_scales.get(f.layer.name, 1.0))
+                    own = tau_grad[f.layer.part]
+                    if options.penalty_of(f.layer.name):
+                        own.mul_(options.penalty_scales.get(f.layer.name, 1.0))
+                    else:
+                        own.zero_()  # exp(-tau) may be infinite
         else:
             tau_grad.zero_()
         if signed:
