@@ -23,8 +23,9 @@ NAMES = ("fmnist-lenet5", "fmnist-lenet5-further", "fmnist-lenet5-500", "fmnist3
 WHAT = {
     "spafl-paper": "SpaFL `paper`",
     "spafl-fmnist": "SpaFL `fmnist`, as published",
-    "spafl-tuned": "SpaFL `tuned`: `paper` with a dense classifier",
-    "spafl-c-.0005": "SpaFL `tuned` with a quarter of the penalty",
+    "spafl-tuned": "SpaFL `tuned`: half of the penalty, a dense classifier",
+    "spafl-c-.002": "`tuned` with twice its penalty: `paper` with a dense classifier",
+    "spafl-c-.0005": "`tuned` with half of its penalty",
     "spafl-density-.4": "`paper` with a budget of .4 for the density in place of the penalty",
     "spafl-density-.5": "`paper` with a budget of .5 for the density in place of the penalty",
     "spafl-no-exchange": "`paper` without exchange: thresholds stay at the client",
@@ -46,6 +47,7 @@ WHAT = {
 }
 FIRST = {  # the rows of the README's first table, all of the first experiment
     "spafl-paper": "SpaFL, the paper's setting on standardised pixels",
+    "spafl-tuned": "SpaFL, half of that penalty and a dense classifier (`tuned`)",
     "spafl-fmnist": "SpaFL as published, on raw pixels",
     **{label: WHAT[label] for label in ("local", "fedp3", "fedspa", "heterofl", "fedavg")},
 }
@@ -74,10 +76,9 @@ def table(name: str) -> str:
     body = []
     for label, own in found.items():
         dagger = "" if find_algorithm(rows[label].tables["algorithm"]["name"]).macs_are_seconds else f" {NOT_SECONDS}"
-        short = f" (of seed {', '.join(map(str, own['accuracy']))})" if len(own["accuracy"]) < seeds else ""
         itself = label == experiment.reference
         body.append([
-            WHAT[label] + short, f"{over_seeds(own['accuracy'], 1)} ({mean(own['best_accuracy'], 1)})",
+            WHAT[label] + fewer(own, seeds), f"{over_seeds(own['accuracy'], 1)} ({mean(own['best_accuracy'], 1)})",
             over_seeds(own["accuracy_worst_10pct"], 1), densities(own) + dagger, mean(own["executed_gmacs"], 0),
             mean(own["payload_mb"], 1 if any(own["payload_mb"].values()) else 0),
             "" if itself else in_points(paired_difference(own["accuracy"], reference)),
@@ -91,10 +92,12 @@ def table(name: str) -> str:
 
 def sweep(name: str) -> str:
     """A line for each combination of settings of a sweep."""
+    found = figures_of(name)
+    seeds = max(len(own["accuracy"]) for own in found.values())
     body = [
-        [brief(label), over_seeds(own["accuracy"], 1), over_seeds(own["accuracy_worst_10pct"], 1),
+        [brief(label) + fewer(own, seeds), over_seeds(own["accuracy"], 1), over_seeds(own["accuracy_worst_10pct"], 1),
          densities(own), mean(own["executed_gmacs"], 0)]
-        for label, own in figures_of(name).items()
+        for label, own in found.items()
     ]  # fmt: skip
     return common.markdown(["", "accuracy %", "worst 10 %", "density by layer, by parameters", "GMACs executed"], body)
 
@@ -114,6 +117,11 @@ def first() -> str:
         ])  # fmt: skip
     head = ["", "accuracy %", "worst 10 % of clients", "operations executed", "sent and received"]
     return common.markdown(head, body)
+
+
+def fewer(own: Mapping[str, Mapping[int, float]], seeds: int) -> str:
+    """The seeds of a row that has fewer than the table."""
+    return f" (of seed {', '.join(map(str, own['accuracy']))})" if len(own["accuracy"]) < seeds else ""
 
 
 def mean(values: Mapping[int, float], digits: int) -> str:

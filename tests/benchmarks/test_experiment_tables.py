@@ -38,6 +38,12 @@ def test_a_line_gives_means_over_seeds_and_differences_paired_by_seed(results):
     assert fedspa[0].endswith("(of seed 2)") and fedspa[3] == "0.700, 0.500 †" and fedspa[6:] == ["+10.0", "+2.0"]
 
 
+def test_a_line_of_a_sweep_says_where_it_has_fewer_seeds(results):
+    _, _, paper, _, fedspa = _cells(experiment_tables.sweep("digits"))
+    assert paper == ["spafl-paper", "81.0 ± 1.4", "61.0 ± 1.4", "0.400, 0.200", "200"]
+    assert fedspa == ["fedspa (of seed 2)", "92.0", "70.0", "0.700, 0.500", "1,000"]
+
+
 def test_the_first_table_gives_sizes_a_person_can_read(results, monkeypatch):
     few = {label: experiment_tables.FIRST[label] for label in ("spafl-paper", "fedavg")}
     monkeypatch.setattr(experiment_tables, "FIRST", few)
