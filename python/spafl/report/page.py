@@ -111,7 +111,8 @@ def _page(runs: Sequence[Run], pictures: dict[Picture, bytes]) -> str:
     if prices:
         parts.append(
             f'<h2 id="targets">What an accuracy costs</h2>\n<div class="wide">{prices}</div>\n'
-            '<p class="soft">The first evaluated round whose mean accuracy is as high, and the costs up to it.</p>'
+            '<p class="soft">The first evaluated round whose mean accuracy is as high, and the costs up to it; means '
+            "over seeds, where all of them got there.</p>"
         )
     devices = devices_html(titles, [run.turns for run in runs])
     if devices:

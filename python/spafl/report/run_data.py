@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +21,16 @@ import numpy as np
 
 from ..client_results import FIELDS, results_path
 from ..cost import MODELLED, RECORDED, Cost
+from ..errors import UserError
 from ..outcomes import OUTCOMES
 from .steering import Steering, of_lines
 
-__all__ = ["ClientGaps", "FilterMasks", "Point", "ReportError", "Run", "Turns", "labels", "load_run", "seed_groups"]
+__all__ = [
+    "ClientGaps", "FilterMasks", "Point", "ReportError", "Run", "Turns", "labels", "load_run", "method_name", "methods",
+    "seed_groups",
+]  # fmt: skip
 
+_SEED = re.compile(r"[\s,_-]*seed[\s_=-]*\d+$")  # in the names that tables of experiments give their runs
 _ROUNDING = 1e-6  # a mean over float32 values may exceed 1 by this much
 
 
@@ -265,8 +271,10 @@ def load_run(folder: str | Path) -> Run:
 def seed_groups(runs: Sequence[Run]) -> list[list[int]]:
     """Positions of runs that are the same experiment: equal configurations but for the name, and different seeds."""
     groups: dict[str, list[tuple[int, int]]] = {}
-    for i, run in enumerate(runs):
-        config = tomllib.loads(run.config)
+    stored = [tomllib.loads(run.config) for run in runs]
+    kinds = {(run.algorithm, frozenset(_keys(settings))) for run, settings in zip(runs, stored)}
+    one_release = len(kinds) == len({algorithm for algorithm, _ in kinds})
+    for i, config in enumerate(stored if one_release else map(_understood, stored)):
         seed = config.pop("seed", None)
         config.pop("name", None)
         members = groups.setdefault(json.dumps(config, sort_keys=True, default=str), [])
@@ -276,6 +284,40 @@ def seed_groups(runs: Sequence[Run]) -> list[list[int]]:
         distinct = len({seed for _, seed in members}) == len(members)
         found += [[i for i, _ in members]] if distinct else [[i] for i, _ in members]
     return sorted(found)
+
+
+def _understood(settings: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the settings that did not exist then; as it is, where it cannot be understood."""
+    try:
+        from ..config import resolve_config  # needs torch, and reports of one release do not
+
+        return resolve_config(settings, imports=False, stored=True).model_dump()
+    except (ImportError, UserError):
+        return settings
+
+
+def _keys(table: Mapping[str, Any], above: str = "") -> set[str]:
+    inner = [_keys(value, f"{above}{key}.") for key, value in table.items() if isinstance(value, Mapping)]
+    return {above + key for key in table}.union(*inner)
+
+
+def method_name(runs: Sequence[Run], label: str) -> str:
+    """What to call runs that differ in their seed alone: the name that they share but for the seed, or else the
+    ``label`` of the first."""
+    names = {_SEED.sub("", " ".join(run.name.split())) for run in runs}
+    return label if len(runs) == 1 or len(names) > 1 else names.pop()
+
+
+def methods(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Runs by method, seeds together: what to call them (``name (3 seeds)``), and the runs."""
+    named = labels(runs)
+    groups = [([runs[i] for i in members], named[members[0]]) for members in seed_groups(runs)]
+    names = [method_name(own, label) for own, label in groups]
+    found = []
+    for (own, label), name in zip(groups, names):
+        distinct = name if names.count(name) == 1 else label
+        found.append((distinct if len(own) == 1 else f"{distinct} ({len(own)} seeds)", own))
+    return found
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -531,20 +573,20 @@ def _summary(path: Path, points: Sequence[Point]) -> tuple[bool, dict[str, Any],
             False,
             {},
             (),
-            [f"the run has no summary.json: it is going on or was stopped; read up to round {points[-1].round}"],
+            [f"the run has no summary.json: it is going on or was stopped; read up to round {points[-1].round + 1}"],
         )
     value = _json(_bytes(path), str(path))
     completed, environment, final = value["completed"].value, value["environment"], value["final"]
     environment.items()
     if not isinstance(completed, bool):
         raise value["completed"].fail("true or false")
-    notes = [] if completed else [f"summary.json says the run is not complete; read up to round {points[-1].round}"]
+    notes = [] if completed else [f"summary.json says the run is not complete; read up to round {points[-1].round + 1}"]
     last = next((p.round for p in reversed(points) if p.accuracy is not None), None)
     if final and final["round"].integer() != last:
-        found = "none" if last is None else f"round {last}"
+        found = "none" if last is None else f"round {last + 1}"
         notes.append(
-            f"summary.json ends at round {final['round'].value}, but the last evaluated round in metrics.jsonl is "
-            f"{found}; metrics.jsonl was used"
+            f"summary.json ends at round {final['round'].integer() + 1}, but the last evaluated round in "
+            f"metrics.jsonl is {found}; metrics.jsonl was used"
         )
     budgets = value["budget"].items() if value.holds("budget") else ()
     return completed, environment.value, tuple(_budget(*pair) for pair in budgets), notes

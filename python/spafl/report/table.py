@@ -6,9 +6,10 @@ import html
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from ..latex import escaped, tabular
-from .run_data import Point, ReportError, Run, labels, load_run
+from .run_data import Point, ReportError, Run, labels, load_run, methods
 
 __all__ = ["comparison_html", "comparison_table", "comparison_tex", "duration", "quantity", "targets_html"]
 
@@ -84,9 +85,10 @@ def comparison_table(runs: Sequence[Run | Path | str]) -> str:
 
 
 def targets(runs: Sequence[Run]) -> list[float]:
-    """Mean accuracies worth asking the price of, whole percents as fractions: for several runs what all of them reached
-    and what two did, for one run 90 % and 99 % of its best."""
-    best = sorted(max(run.curve("accuracy")[1]) for run in runs if run.evaluated is not None)
+    """Mean accuracies worth asking the price of, whole percents as fractions: for several methods what all of them
+    reached and what two did, with all their seeds; for one 90 % and 99 % of its best."""
+    done = [run for run in runs if run.evaluated is not None]
+    best = sorted(min(max(run.curve("accuracy")[1]) for run in own) for _, own in methods(done))
     if not best:
         return []
     wanted = [best[0], best[-2]] if len(best) > 1 else [0.9 * best[0], 0.99 * best[0]]
@@ -98,33 +100,48 @@ def reached(run: Run, target: float) -> Point | None:
     return next((p for p in run.points if p.accuracy is not None and p.accuracy >= target), None)
 
 
-# What it took to get there.
-_PRICES: list[tuple[str, _Cell]] = [
-    ("round", lambda p: str(p.round + 1)),
-    ("payload, up + down", lambda p: quantity(p.cost.payload_bytes, "B")),
-    ("executed MACs", lambda p: quantity(p.cost.executed_macs)),
-    ("measured time", lambda p: duration(p.cost.total_seconds)),
+# What it took to get there: the value of a run, and how the mean over seeds is written.
+_PRICES: list[tuple[str, Callable[[Point], float | None], Callable[[float], str]]] = [
+    ("round", lambda p: p.round + 1, lambda v: f"{v:.0f}"),
+    ("payload, up + down", lambda p: p.cost.payload_bytes, lambda v: quantity(v, "B")),
+    ("executed MACs", lambda p: p.cost.executed_macs, quantity),
+    ("measured time", lambda p: p.cost.total_seconds, duration),
 ]
 # On the clients' devices, where a run models them.
-_MODELLED: list[tuple[str, _Cell]] = [
-    ("modelled time", lambda p: duration(p.cost.modelled_seconds) if p.cost.modelled_seconds else ABSENT),
-    ("modelled energy", lambda p: quantity(p.cost.modelled_joules, "J") if p.cost.modelled_seconds else ABSENT),
+_MODELLED: list[tuple[str, Callable[[Point], float | None], Callable[[float], str]]] = [
+    ("modelled time", lambda p: p.cost.modelled_seconds or None, duration),
+    (
+        "modelled energy",
+        lambda p: p.cost.modelled_joules if p.cost.modelled_seconds else None,
+        lambda v: quantity(v, "J"),
+    ),
 ]
 
 
 def targets_html(runs: Sequence[Run]) -> str:
-    """Rounds, bytes, operations and time that each run needed to reach each of :func:`targets`; empty without any."""
+    """Rounds, bytes, operations and time that each method needed to reach each of :func:`targets`, means over its
+    seeds; empty without any. Where not all seeds reached it, there is no mean."""
     rows = []
     modelled = any(run.turns is not None for run in runs)
     prices = _PRICES + (_MODELLED if modelled else [])
     for target in targets(runs):
-        for label, run in zip(labels(runs), runs):
-            point = reached(run, target)
-            cells = [cell(point) for _, cell in prices] if point else ["not reached"] + [ABSENT] * (len(prices) - 1)
-            rows.append([f"{100 * target:.0f} %", label, *cells])
+        for name, own in methods(runs):
+            found = [point for point in (reached(run, target) for run in own) if point is not None]
+            if len(found) == len(own):
+                values = [[price(point) for point in found] for _, price, _ in prices]
+                cells = [_mean(v, write) for v, (_, _, write) in zip(values, prices)]
+            else:
+                cells = [f"reached by {len(found)} of {len(own)}" if found else "not reached"]
+                cells += [ABSENT] * (len(prices) - 1)
+            rows.append([f"{100 * target:.0f} %", name, *cells])
     if not rows:
         return ""
-    return _table_html(["accuracy", "run", *(name for name, _ in prices)], rows)
+    return _table_html(["accuracy", "run", *(name for name, *_ in prices)], rows)
+
+
+def _mean(values: Sequence[float | None], write: Callable[[float], str]) -> str:
+    known = [v for v in values if v is not None]
+    return write(fmean(known)) if len(known) == len(values) else ABSENT
 
 
 def _table_html(header: Sequence[str], rows: Sequence[Sequence[str]], above: str = "") -> str:

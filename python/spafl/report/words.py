@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 
 from .confusion import last_confusions
 from .figures.sparsity import MOST_COMPARED, compared, rank_correlation
 from .figures.style import with_varied_masks
-from .run_data import Run, labels
+from .run_data import Run, labels, methods
 from .table import duration, quantity
 
 
 def headline(runs: Sequence[Run]) -> str:
-    """One sentence with the result: of one run, or which of several is best at what. Empty before any evaluation."""
-    done = [(label, run) for label, run in zip(labels(runs), runs) if run.evaluated is not None]
+    """One sentence with the result: of one run, or which of several methods is best at what, means over their seeds.
+    Empty before any evaluation."""
+    done = [run for run in runs if run.evaluated is not None]
     if not done:
         return ""
     if len(runs) == 1:
         return _of_one(runs[0])
-    best = max(done, key=lambda item: item[1].last.accuracy or 0)
-    sent = min(done, key=lambda item: item[1].last.cost.payload_bytes)
-    quick = min(done, key=lambda item: item[1].last.cost.total_seconds)
+    found = methods(done)
+    accuracy = _means(found, lambda run: run.last.accuracy)
+    sent = _means(found, lambda run: run.last.cost.payload_bytes)
+    macs = _means(found, lambda run: run.last.cost.executed_macs)
+    seconds = _means(found, lambda run: run.last.cost.total_seconds)
+    best, least, quick = max(accuracy, key=accuracy.__getitem__), _least(sent), _least(seconds)
     parts = [
-        f"Most accurate: {best[0]} ({_percent(best[1].last.accuracy)})",
-        f"least sent: {sent[0]} ({quantity(sent[1].last.cost.payload_bytes, 'B')})",
-        f"least time: {quick[0]} ({duration(quick[1].last.cost.total_seconds)})",
+        f"Most accurate: {_told(best, _percent(accuracy[best]))}",
+        f"least sent: {_told(least, quantity(sent[least], 'B'))}",
     ]
-    counted = [(label, run.last.cost.executed_macs) for label, run in done if run.last.cost.executed_macs is not None]
-    if counted:
-        label, macs = min(counted, key=lambda item: item[1])
-        parts.insert(2, f"fewest executed MACs: {label} ({quantity(macs)})")
+    if macs:
+        parts.append(f"fewest executed MACs: {_told(_least(macs), quantity(min(macs.values())))}")
+    parts.append(f"least time: {_told(quick, duration(seconds[quick]))}")
     return "; ".join(parts) + ". Each at its last evaluated round."
+
+
+def _means(found: Sequence[tuple[str, Sequence[Run]]], figure: Callable[[Run], float | None]) -> dict[str, float]:
+    """By method; one of whose runs any lacks the figure is left out."""
+    values = {name: [figure(run) for run in own] for name, own in found}
+    return {name: fmean(v for v in own if v is not None) for name, own in values.items() if None not in own}
+
+
+def _least(figures: Mapping[str, float]) -> str:
+    return min(figures, key=figures.__getitem__)
+
+
+def _told(method: str, figure: str) -> str:
+    """``name (figure)``, and ``name (3 seeds; figure)``."""
+    return f"{method[:-1]}; {figure})" if method.endswith(" seeds)") else f"{method} ({figure})"
 
 
 def _of_one(run: Run) -> str:
@@ -111,7 +129,9 @@ def _density(run: Run) -> str:
     last = next((p.layer_density for p in reversed(run.points) if p.layer_density), None)
     if not last:
         return ""
-    return "in the end " + ", ".join(f"{layer} {value:.2f}" for layer, value in last.items())
+    parameters = next((p.density_parameters for p in reversed(run.points) if p.density_parameters is not None), None)
+    whole = "" if parameters is None else f", of all parameters {parameters:.3f}"
+    return "in the end " + ", ".join(f"{layer} {value:.2f}" for layer, value in last.items()) + whole
 
 
 def _masks(run: Run) -> str:
@@ -130,6 +150,14 @@ def _overlap(run: Run) -> str:
     overlap, alike = (matrix[pairs] for matrix in compared(run))
     linked = rank_correlation(alike, overlap)
     return f"mean overlap {overlap.mean():.2f}, rank correlation with likeness of labels {linked:+.2f}"
+
+
+def _budgets(run: Run) -> str:
+    return ", ".join(
+        f"{path.kind} {path.budget:g} of {path.clients}: {_percent(path.spent[-1, 1])} of it spent in the end, at a "
+        f"coefficient of {path.coefficient[-1, 1]:.2g} (medians)"
+        for path in run.steering
+    )
 
 
 def _gap(run: Run) -> str:
@@ -155,6 +183,7 @@ _SAYS: dict[str, Callable[[Run], str]] = {
     "clients": _clients,
     "confusion": _confusion,
     "density": _density,
+    "steering": _budgets,
     "filters": _masks,
     "overlap": _overlap,
     "gap": _gap,

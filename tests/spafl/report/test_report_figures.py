@@ -8,7 +8,9 @@ import matplotlib
 import numpy as np
 import pytest
 import scipy.stats
+from steered import steered_run
 
+from spafl.config import resolve_config
 from spafl.cost import Cost
 from spafl.report import ReportError, figures
 from spafl.report.figures.pareto import front
@@ -74,6 +76,25 @@ def test_runs_of_an_experiment_are_called_by_their_method(make_run):
     assert legend(drawn(figures.accuracy_against_costs(runs))) == ["spafl-paper (2 seeds)"]
 
 
+def test_seeds_of_two_releases_are_one_method(make_run):
+    """A run that was made before a setting existed did what the setting's first value does."""
+    runs = []
+    for seed, early in ((1, True), (2, False)):
+        folder = make_run(f"s{seed}", name=f"ours seed {seed}", algorithm="fedavg", seed=seed, rounds=1)
+        asked = {
+            "seed": seed, "name": f"ours seed {seed}", "algorithm": {"name": "fedavg"}, "model": {"name": "lenet5"},
+            "data": {"name": "digits"}, "partition": {"clients": 20},
+        }  # fmt: skip
+        settings = resolve_config(asked).to_toml()
+        earlier = [line for line in settings.splitlines() if not early or not line.startswith(("confusion", "dtype"))]
+        (folder / "config.toml").write_text("\n".join(earlier))
+        runs.append(load_run(folder))
+    assert "confusion" in runs[1].config and "confusion" not in runs[0].config
+    assert seed_groups(runs) == [[0, 1]]
+    other = dataclasses.replace(runs[1], config=runs[1].config.replace("confusion = false", "confusion = true"))
+    assert seed_groups([runs[0], other]) == [[0], [1]]
+
+
 def test_the_same_seed_twice_is_no_spread(make_run):
     runs = [load_run(make_run(n, name=n, rounds=2)) for n in ("a", "b")]
     assert seed_groups(runs) == [[0], [1]]
@@ -91,6 +112,17 @@ def test_the_front_is_what_nothing_beats(seed):
     best = front(costs, values)
     assert {(costs[i], values[i]) for i in best} == unbeaten
     assert all(a < b for a, b in pairwise(costs[best]))
+
+
+def test_the_front_joins_the_medians_of_seeds(make_run):
+    """The luckiest seed of a method is none of its ends."""
+    seeds = [load_run(make_run(f"s{s}", seed=s, rounds=3)) for s in (1, 2, 3)]
+    other = load_run(make_run("other", name="other", algorithm="fedavg", rounds=3))
+    payload, *_ = drawn(figures.accuracy_against_costs([*seeds, other])).axes
+    (joined,) = [line for line in payload.lines if line.get_linestyle() == ":" and line.get_color() == "#888888"]
+    ends = np.array([[run.last.cost.payload_bytes, run.last.accuracy] for run in seeds])
+    xy = np.column_stack([joined.get_xdata(), joined.get_ydata()])
+    np.testing.assert_allclose(xy[0], np.median(ends, axis=0))
 
 
 def test_accuracy_against_costs_ends_where_the_runs_end(three):
@@ -194,7 +226,10 @@ def test_accuracy_spread_is_the_sorted_clients(three):
 
 def test_a_run_keeps_its_colour_where_others_are_left_out(three):
     figure = drawn(figures.density_per_layer([three[1], three[0], three[2]]))
-    assert legend(figure)[-1] == "mean of layers"  # the only run with thresholds, so its layers share the axes
+    assert legend(figure)[-2:] == [
+        "mean of layers",
+        "by parameters",
+    ]  # the only run with thresholds, so its layers share the axes
     (axes,) = drawn(figures.accuracy_spread([dataclasses.replace(three[0], points=three[0].points[:0]), three[1]])).axes
     assert [line.get_color() for line in axes.lines] == [FEDAVG]
 
@@ -204,19 +239,29 @@ def test_density_of_one_run_by_layer(three):
     layers = three[0].layers
     for line, layer in zip(axes.lines, layers):
         assert list(line.get_ydata()) == [p.layer_density[layer] for p in three[0].points]
-    assert list(axes.lines[-1].get_ydata()) == [p.density for p in three[0].points]
-    assert len(axes.lines) == len(layers) + 1
+    *_, mean, parameters = axes.lines
+    assert list(mean.get_ydata()) == [p.density for p in three[0].points]
+    assert list(parameters.get_ydata()) == [p.density_parameters for p in three[0].points]
+    assert len(axes.lines) == len(layers) + 2
 
 
 def test_density_of_several_runs_has_axes_per_layer(three, make_run):
     other = load_run(make_run("other", name="other", rounds=4, layers={"conv1": 8, "fc9": 3}, seed=5))
     figure = drawn(figures.density_per_layer([three[0], other]))
     shown = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_visible()}
-    assert list(shown) == ["conv1", "conv2", "fc3", "fc4", "fc9"]
+    assert list(shown) == ["conv1", "conv2", "fc3", "fc4", "fc9", "by parameters"]
+    (line,) = curves(shown["by parameters"], FEDAVG)
+    assert list(line.get_ydata()) == [p.density_parameters for p in other.points]
     assert len(shown["conv1"].lines) == 2 and len(shown["fc3"].lines) == len(shown["fc9"].lines) == 1
     (line,) = curves(shown["fc9"], FEDAVG)  # the second colour: it is the second run
     assert list(line.get_ydata()) == [p.layer_density["fc9"] for p in other.points]
     assert legend(figure) == ["spafl", "other"]
+
+
+def test_densities_of_seeds_have_one_name(make_run):
+    runs = [load_run(make_run(f"s{s}", name=f"ours seed {s}", seed=s, rounds=2)) for s in (1, 2)]
+    figure = drawn(figures.density_per_layer(runs))
+    assert legend(figure) == ["ours (2 seeds)"] and len(figure.axes[0].lines) == 2
 
 
 def test_filters_are_the_masks(three):
@@ -339,35 +384,9 @@ def test_the_users_settings_neither_matter_nor_change(three):
     assert {line.get_linewidth() for line in figure.axes[0].lines} == {figures.STYLE["lines.linewidth"]}
 
 
-def steered_run(make_run, target, devices=None):
-    """A run of which clients 0 to 3 take part in every round, and their turns as arrays ``(rounds, 4)``."""
-    path = make_run("steered", rounds=6)
-    config = path / "config.toml"
-    config.write_text(config.read_text().replace("[model]", f"target = {target}\n\n[model]"))
-    lines = [json.loads(text) for text in (path / "metrics.jsonl").read_text().splitlines()]
-    generator = np.random.default_rng(3)
-    turns = {name: generator.normal(size=(6, 4)) for name in ("coefficient", "set_point", "density", "macs_share")}
-    for r, line in enumerate(lines):
-        line["turns"] = {"clients": [2, 0, 3, 1], **{name: table[r].tolist() for name, table in turns.items()}}
-        if devices:
-            line["turns"]["macs_share"][0] = None  # client 2 has a budget of density
-            line["system"] = {
-                "seconds": 1,
-                "joules": 1,
-                "away": 0,
-                "clients": [2, 0, 3, 1],
-                "outcomes": ["in time"] * 4,
-            }
-            line["system"] |= {"client_seconds": [1.0] * 4, "client_joules": [1.0] * 4}
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if devices:
-        partition = json.loads((path / "partition.json").read_text()) | {"devices": devices}
-        (path / "partition.json").write_text(json.dumps(partition))
-    return load_run(path), turns
-
-
 def test_the_path_of_a_coefficient(make_run):
-    run, turns = steered_run(make_run, "{macs = 0.25}")
+    path, turns = steered_run(make_run, "{macs = 0.25}")
+    run = load_run(path)
     coefficient, set_point, spent = drawn(figures.steered([run])).axes
     for panel, values in ((coefficient, turns["coefficient"]), (set_point, turns["set_point"])):
         (line,) = curves(panel, SPAFL)
@@ -379,7 +398,8 @@ def test_the_path_of_a_coefficient(make_run):
 
 def test_the_paths_of_budgets_by_class(make_run):
     devices = ["board", "board", "phone", "board"] + ["phone"] * 16
-    run, turns = steered_run(make_run, "{phone = {density = 0.5}, board = {macs = 0.2}}", devices)
+    path, turns = steered_run(make_run, "{phone = {density = 0.5}, board = {macs = 0.2}}", devices)
+    run = load_run(path)
     figure = drawn(figures.steered([run]))
     assert legend(figure) == ["density 0.5, phone", "operations 0.2, board"]
     spent = figure.axes[2]
@@ -391,4 +411,4 @@ def test_the_paths_of_budgets_by_class(make_run):
 
 def test_turns_that_are_not_of_the_target_are_said(make_run):
     with pytest.raises(ReportError, match=r"turns are not those of algorithm\.target"):
-        steered_run(make_run, "{minutes = 0.25}")
+        load_run(steered_run(make_run, "{minutes = 0.25}")[0])

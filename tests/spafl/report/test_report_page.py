@@ -8,9 +8,11 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from steered import steered_run
 
-from spafl.report import ReportError, figures, write_report
+from spafl.report import ReportError, figures, words, write_report
 from spafl.report.run_data import load_run
 from spafl.report.table import reached, targets, targets_html
 
@@ -118,6 +120,41 @@ def test_what_an_accuracy_costs(make_run, tmp_path):
             assert point == (earlier[0] if earlier else None)
     assert reached(runs[0], 1.01) is None and "not reached" not in targets_html(runs[:1])
     assert targets([load_run(make_run("none", rounds=1, evaluate_every=0))]) == []
+
+
+def test_every_picture_is_told_in_words():
+    assert words._SAYS.keys() == {picture.stem for picture in figures.PICTURES}
+
+
+def test_the_page_of_a_run_with_budgets(make_run):
+    devices = ["board", "board", "phone", "board"] + ["phone"] * 16
+    folder, turns = steered_run(make_run, "{phone = {density = 0.5}, board = {macs = 0.2}}", devices)
+    text, reader = read(write_report([folder]))
+    said = next(alt for alt in reader.descriptions if alt.startswith("Budgets. "))
+    assert f"density 0.5 of phone: {100 * turns['density'][-1, 0] / 0.5:.1f} % of it spent in the end" in said
+    macs = np.median(turns["macs_share"][-1, 1:]) / 0.2
+    assert f"macs 0.2 of board: {100 * macs:.1f} % of it" in said
+    assert (folder / "report" / "steering.png").exists() and 'href="#steering"' in text
+
+
+def test_seeds_are_one_method_where_methods_are_compared(make_run, tmp_path):
+    """The luckiest run of a method is not its result."""
+    make = [("spafl", 1), ("spafl", 2), ("spafl", 3), ("fedavg", 1)]
+    folders = [make_run(f"{n}-{s}", name=f"{n} seed {s}", algorithm=n, seed=s, rounds=6) for n, s in make]
+    runs = [load_run(folder) for folder in folders]
+    mean = np.mean([run.last.accuracy for run in runs[:3]])
+    said = words.headline(runs)
+    assert said.startswith(f"Most accurate: spafl (3 seeds; {100 * mean:.1f} %); least sent: spafl (3 seeds; ")
+    assert "spafl seed 1 (" in words.headline([runs[0], runs[3]])
+    worst = min(max(run.curve("accuracy")[1]) for run in runs[:3])
+    assert targets(runs[:3]) == sorted({int(90 * worst) / 100, int(99 * worst) / 100})
+    for target in targets(runs):
+        points = [reached(run, target) for run in runs[:3]]
+        rounds = f"{np.mean([p.round + 1 for p in points]):.0f}" if all(points) else "reached by"
+        row = targets_html(runs).split(f"<td>{100 * target:.0f} %</td>")[1]
+        assert row.startswith(f'<td class="run">spafl (3 seeds)</td><td>{rounds}')
+    text, _ = read(write_report(folders, tmp_path / "out"))
+    assert f"spafl (3 seeds; {100 * mean:.1f} %)" in text
 
 
 def test_several_runs_need_a_place(make_run):

@@ -89,7 +89,7 @@ def test_the_row_speaks_of_the_last_evaluated_round_and_its_costs(make_run):
     run = load_run(folder)
     assert run.last.round == 4
     assert run.last.cost.total_seconds == lines(folder)[4]["cost"]["seconds"]["total"]
-    assert "summary.json ends at round 5, but the last evaluated round in metrics.jsonl is round 4" in run.notes[0]
+    assert "summary.json ends at round 6, but the last evaluated round in metrics.jsonl is round 5" in run.notes[0]
 
 
 @pytest.mark.parametrize("cut", [1, 40, -2])
@@ -102,7 +102,7 @@ def test_a_killed_run_is_read_up_to_its_last_whole_line(make_run, cut):
     run = load_run(folder)
     assert [p.round for p in run.points] == [0, 1, 2] and not run.completed
     assert run.notes[0] == "the last line of metrics.jsonl (line 4) is half written and was ignored"
-    assert "no summary.json" in run.notes[1] and "read up to round 2" in run.notes[1]
+    assert "no summary.json" in run.notes[1] and "read up to round 3" in run.notes[1]
 
 
 def test_a_last_line_that_only_lacks_its_newline_is_whole(make_run):

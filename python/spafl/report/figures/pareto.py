@@ -48,8 +48,9 @@ def front(costs: np.ndarray, values: np.ndarray) -> np.ndarray:
 @in_style
 def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
     """A panel per kind of cost: each run's way to its last evaluated round, faint, the end point with its name, and the
-    Pareto front of the end points. A run that does not pay a cost stands at the left edge. Of many runs the panels
-    stand below each other, show the heights at which runs end, and have the names at their right."""
+    Pareto front of the end points, for runs that differ in their seed alone of their medians. A run that does not pay a
+    cost stands at the left edge. Of many runs the panels stand below each other, show the heights at which runs end,
+    and have the names at their right."""
     chosen = chosen_runs(runs, evaluated, NOT_EVALUATED, _ASIDE)
     groups = _groups_of(chosen)
     marker = {i: group.marker for group in groups for i in group.members}
@@ -75,10 +76,12 @@ def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
             way = np.array([(c if c else edge, a) for c, a in ways[i] if c is not None], dtype=float)
             axes.plot(way[:, 0], way[:, 1], alpha=0.25, linewidth=1, color=style["color"], linestyle=style["linestyle"])
             axes.plot(at, value, marker=marker[i], color=style["color"], linestyle="none", markersize=7)
-        if len(ends) > 1:
-            best = front(shown, y)
-            axes.step(shown[best], y[best], where="post", color="#888888", linewidth=1, linestyle=":", zorder=0)
-        named.append((axes, _ends_of(groups, [i for i, _ in ends], x, shown, y)))
+        middles = _ends_of(groups, [i for i, _ in ends], x, shown, y)
+        if len(middles) > 1:
+            at, height = (np.array([getattr(end, axis) for end in middles]) for axis in "xy")
+            best = front(at, height)
+            axes.step(at[best], height[best], where="post", color="#888888", linewidth=1, linestyle=":", zorder=0)
+        named.append((axes, middles))
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(EngFormatter(unit, places=0 if logarithmic else None, sep=" "))
         axes.margins(x=0.03 if many else 0.12)

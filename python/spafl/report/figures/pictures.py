@@ -58,7 +58,8 @@ PICTURES = (
         "pareto",
         "What accuracy costs",
         "Up and to the left is better. Large marks are the last evaluated rounds, faint lines the way there; the "
-        "dotted line joins the runs that no other beats in both. Bytes and operations are counted, time is measured.",
+        "dotted line joins those that no other beats in both (of several seeds, the medians). Bytes and operations are "
+        "counted, time is measured.",
         accuracy_against_costs,
     ),
     Picture(
@@ -101,8 +102,9 @@ PICTURES = (
     ),
     Picture(
         "density",
-        "Density per layer",
-        "The share of filters that are active, mean over clients: a line that falls is a layer that is being pruned.",
+        "Density, by layer and by parameters",
+        "The share of filters that are active, mean over clients: a line that falls is a layer that is being pruned. "
+        "By parameters it is the share of the layers' weights that belongs to active filters.",
         density_per_layer,
         with_density,
         "no thresholds",

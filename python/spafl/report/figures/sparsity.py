@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..run_data import Run
+from ..run_data import Run, seed_groups
 from .style import (
     COLOURS,
     DASHES,
@@ -18,6 +18,7 @@ from .style import (
     WIDTH,
     chosen_runs,
     client_axis,
+    group_name,
     in_style,
     legend,
     percent_axis,
@@ -32,32 +33,38 @@ from .style import (
 LINE, LINES = 250, 8  # clients beside each other in one strip of filters, and most strips per run
 MOST_COMPARED = 300
 MANY_LAYERS = 7  # beyond this a line per layer cannot be told apart
+PARAMETERS = "by parameters"
 MANY_FILTERS = 80  # beyond this rows are thin: those of filters that nobody keeps are left out
 
 
 @in_style
 def density_per_layer(runs: Sequence[Run]) -> Figure:
     """Density (share of active filters, mean over clients) over rounds: one run's layers in one axes, else an axes per
-    layer with a line per run."""
+    layer with a line per run; and the density of the model by parameters."""
     chosen = chosen_runs(runs, with_density, "no run has thresholds")
     layers = list(dict.fromkeys(layer for run, _, _ in chosen for layer in run.layers))
     if len(chosen) == 1 and len(layers) <= MANY_LAYERS:
         return _density_of_one(chosen[0][0], layers)
-    columns = min(4, len(layers)) if len(layers) > 4 else min(2, len(layers))
-    rows = -(-len(layers) // columns)
+    titles = [*layers, PARAMETERS]
+    columns = min(4, len(titles)) if len(titles) > 4 else min(2, len(titles))
+    rows = -(-len(titles) // columns)
     figure = Figure(figsize=(WIDTH, 0.8 + (1.5 if columns > 2 else 2.1) * rows))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    shown = {}
-    for panel, layer in zip(panels, layers):
-        panel.set_title(plain(layer))
-        for run, name, style in chosen:
-            x, y = _layer_curve(run, layer)
+    shown, alike = {}, [run for run, _, _ in chosen]
+    names = {
+        i: group_name([alike[j] for j in members], chosen[members[0]][1])
+        for members in seed_groups(alike) for i in members
+    }  # fmt: skip
+    for panel, layer in zip(panels, titles):
+        panel.set_title(layer if layer == PARAMETERS else plain(layer))
+        for i, (run, _, style) in enumerate(chosen):
+            x, y = _parameter_curve(run) if layer == PARAMETERS else _layer_curve(run, layer)
             if len(x):
-                (shown[name],) = panel.plot(x, y, marker="." if len(x) < 3 else None, **style)
-    for panel in panels[len(layers) :]:
+                (shown[names[i]],) = panel.plot(x, y, marker="." if len(x) < 3 else None, **style)
+    for panel in panels[len(titles) :]:
         panel.set_visible(False)
-    for i in range(len(layers)):
-        panels[i].xaxis.set_tick_params(labelbottom=i + columns >= len(layers))  # the lowest of each column
+    for i in range(len(titles)):
+        panels[i].xaxis.set_tick_params(labelbottom=i + columns >= len(titles))  # the lowest of each column
     panels[0].set_ylim(-0.03, 1.03)
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, steps=[1, 2, 5, 10]))
     figure.supylabel("density (mean over clients)", fontsize=10)
@@ -78,11 +85,19 @@ def _density_of_one(run: Run, layers: Sequence[str]) -> Figure:
     points, mean = run.curve("density")
     x = [p.round + 1 for p in points]
     handles += axes.plot(x, mean, color="#999999", linewidth=4, alpha=0.6, zorder=1, marker="." if len(x) < 3 else None)
+    x, y = _parameter_curve(run)
+    if len(x):
+        handles += axes.plot(x, y, color="black", linewidth=2.5, linestyle=":", marker="." if len(x) < 3 else None)
     axes.set_ylim(-0.03, 1.03)
     round_axis(axes)
     axes.set_ylabel("density (mean over clients)")
-    legend(figure, handles, [*map(plain, layers), "mean of layers"])
+    legend(figure, handles, [*map(plain, layers), "mean of layers", *[PARAMETERS] * (len(x) > 0)])
     return figure
+
+
+def _parameter_curve(run: Run) -> tuple[list[int], list[float]]:
+    pairs = [(p.round, p.density_parameters) for p in run.points if p.density_parameters is not None]
+    return [round_ + 1 for round_, _ in pairs], [density for _, density in pairs]
 
 
 def _layer_curve(run: Run, layer: str) -> tuple[list[int], list[float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..run_data import ClientGaps, ReportError, Run, labels, seed_groups
+from ..run_data import ClientGaps, ReportError, Run, labels, method_name, seed_groups
 
 # Okabe and Ito's colours, told apart with every common colour vision; their yellow is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -34,7 +33,6 @@ STYLE = {
 }
 WIDTH = 9.0  # inches; shown about 1000 pixels wide
 
-_SEED = re.compile(r"[\s,_-]*seed[\s_=-]*\d+$")  # in the names that tables of experiments give their runs
 
 NOT_EVALUATED = "no run has been evaluated yet"
 
@@ -95,8 +93,7 @@ def group_name(runs: Sequence[Run], name: str, limit: int = _NAME) -> str:
     """What to call runs that differ in their seed alone; ``name`` is the label of the first."""
     if len(runs) == 1:
         return name
-    names = {_SEED.sub("", run.name) for run in runs}
-    return f"{plain(names.pop(), limit) if len(names) == 1 else name} ({len(runs)} seeds)"
+    return f"{plain(method_name(runs, name), limit)} ({len(runs)} seeds)"
 
 
 def round_axis(axes: Axes) -> None:
