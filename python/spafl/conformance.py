@@ -53,7 +53,7 @@ class Deviation:
     relative: float
 
     def __str__(self) -> str:
-        where = f"round {self.round}"
+        where = f"round {self.round + 1}"
         where += ", server" if self.client is None else f", client {self.client}"
         if self.tensor:
             where += f", {self.tensor}"

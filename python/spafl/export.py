@@ -148,7 +148,7 @@ def _client_model(run: Path, client: int, code: Code | None) -> tuple[nn.Module,
     except RuntimeError as error:  # shapes: the model's code is not that of the run
         raise UserError(f"{checkpoint.path} does not fit model {config.model.name}: {one_line(error)}") from None
     if own is None:
-        raise UserError(f"client {client} has not trained up to round {checkpoint.state.round}")
+        raise UserError(f"client {client} has not trained up to round {checkpoint.state.round + 1}")
     return own.float().eval(), blank(1, source.shape, source.dtype)
 
 

@@ -152,8 +152,8 @@ def merge_replies(
         told = "; ".join(f"client {r.client}: {r.reason}" for r in bad[:3]) or "none came"
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise TooFewUploads(
-            f"round {round}: {len(uploads)} of {len(sent)} uploads are good and sampling.min_uploads is {min_uploads} "
-            f"({told}{more})"
+            f"round {round + 1}: {len(uploads)} of {len(sent)} uploads are good and sampling.min_uploads is "
+            f"{min_uploads} ({told}{more})"
         )
     accepted = sorted(uploads)
     # Sums of floating-point numbers depend on their order, and replies come in any.

@@ -172,7 +172,7 @@ def test_every_flipped_byte_is_noticed(folder):
 
 def test_a_checkpoint_beyond_the_metrics_is_not_used(folder):
     found, refused = Checkpoints(folder, "this run").load(finished=1)
-    assert found.state.round == 1 and "the metrics end with round 1" in refused[0]
+    assert found.state.round == 1 and "the metrics end with round 2" in refused[0]
 
 
 def test_a_damaged_newer_one_is_gone_once_its_round_is_repeated(folder):

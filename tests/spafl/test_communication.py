@@ -93,13 +93,13 @@ def test_robust_aggregation_keeps_extreme_thresholds_out_of_a_run(configured, tm
 
 
 def test_too_few_uploads_stop_the_run_in_one_line(configured, tmp_path, capsys):
-    with pytest.raises(TooFewUploads, match="round 0: 4 of 5 uploads are good"):
+    with pytest.raises(TooFewUploads, match="round 1: 4 of 5 uploads are good"):
         run(configured("broken", sampling={"min_uploads": 5}), tmp_path / "run")
     config = tmp_path / "c.toml"
     config.write_text(configured("broken", sampling={"min_uploads": 5}).to_toml())
     assert main(["run", str(config), "--out", str(tmp_path / "again")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("spafl: error: round 0: 4 of 5") and said.count("\n") == 1
+    assert said.startswith("spafl: error: round 1: 4 of 5") and said.count("\n") == 1
     with pytest.raises(UserError, match="min_uploads: 6 uploads cannot come from"):
         configured("broken", sampling={"min_uploads": 6})
 

@@ -276,11 +276,11 @@ def test_a_client_asked_again_answers_again_and_late_rounds_are_refused(pair, tm
     other = roster.parcel(
         {"client": 0, "round": 0, "first": 0, "rounds": []}, [encode({}, 0, side.method.uplink.model)]
     )
-    assert "round 0 is over for this client" in error_of(side.answer("train", other))
+    assert "round 1 is over for this client" in error_of(side.answer("train", other))
     side.answer("train", training(roster, side, 1))
     later = (tmp_path / "state" / ("0" * 32) / "client-00000.safetensors").read_bytes()
     assert later != saved
-    assert "has trained in round 1 already" in error_of(side.answer("train", training(roster, side, 0)))
+    assert "has trained in round 2 already" in error_of(side.answer("train", training(roster, side, 0)))
     assert (tmp_path / "state" / ("0" * 32) / "client-00000.safetensors").read_bytes() == later
 
 
@@ -297,7 +297,7 @@ def test_what_a_client_refuses(pair):
         pack({**unpack(good)[0], "client": 2}, [frame]): "a message for client 2 came to client 0",
         pack({**unpack(good)[0], "run": "../../etc"}, [frame]): "run must be 32 hexadecimal digits",
         pack({**unpack(good)[0], "round": -1}, [frame]): "round must be a whole number from 0",
-        pack({**unpack(good)[0], "round": 1}, [frame]): "of round 0; round 1 was expected",
+        pack({**unpack(good)[0], "round": 1}, [frame]): "of round 1; round 2 was expected",
         pack(unpack(good)[0], []): "frame is missing",
         pack({**unpack(good)[0], "first": 3}, [frame]): "announcements 0 to 2 are missing",
         pack({**unpack(good)[0], "rounds": [1]}, [frame]): "rounds must name the rounds of 0 announcements",
@@ -376,7 +376,7 @@ def test_too_few_uploads_stop_the_run_and_keep_the_state(problem, tmp_path):
             raise ConnectionError("no answer within 1 s")
 
     with pytest.raises(
-        TooFewUploads, match=r"round 1: 1 of 3 uploads are good .* \(client [12]: no answer within 1 s; client "
+        TooFewUploads, match=r"round 2: 1 of 3 uploads are good .* \(client [12]: no answer within 1 s; client "
     ):
         serve(config, tmp_path / "run", tmp_path / "state", script)
     assert load_latest(tmp_path / "run" / "checkpoints").state.round == 0

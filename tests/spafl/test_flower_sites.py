@@ -160,7 +160,7 @@ def test_a_replayed_upload_is_not_merged(problem, tmp_path, monkeypatch):
     assert 0 < lines[0]["cost"]["seconds"]["train"] < lines[1]["cost"]["seconds"]["train"]
     line = lines[1]
     assert line["merged"] == [0, 2] and [entry["client"] for entry in line["rejected"]] == [1]
-    assert "of round 0; round 1 was expected" in line["rejected"][0]["reason"]
+    assert "of round 1; round 2 was expected" in line["rejected"][0]["reason"]
     monkeypatch.setattr(loop, "sample_clients", lambda config, round: [[0, 1, 2], [0, 2]][round])
     run(config, tmp_path / "simulator", quiet=True)
     assert_same_thresholds(tmp_path / "run", tmp_path / "simulator")
@@ -169,10 +169,10 @@ def test_a_replayed_upload_is_not_merged(problem, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_round_of_replays_stops_the_run_and_clients_know_why(problem, tmp_path):
     config = problem(rounds=2, evaluation={"every": 9})
-    with pytest.raises(TooFewUploads, match="round 1: 0 of 3 uploads are good"):
+    with pytest.raises(TooFewUploads, match="round 2: 0 of 3 uploads are good"):
         serve(config, tmp_path / "run", tmp_path / "state", link=type("Kept", (AllReplay, Recorded), {}))
     assert load_latest(tmp_path / "run" / "checkpoints").state.round == 0
-    assert all("the server stopped the run: round 1" in told[-1] for told in errors(Recorded.last).values())
+    assert all("the server stopped the run: round 2" in told[-1] for told in errors(Recorded.last).values())
     assert len(errors(Recorded.last)) == 3
 
 

@@ -69,7 +69,7 @@ BAD = {
     "missing": (frame(without("fc.threshold")), "'fc.threshold' is missing"),
     "extra": (frame(changed(more=torch.ones(2))), "'more' was not asked for"),
     "nothing": (frame({}), "is missing"),
-    "late": (frame(good(1), round=ROUND - 1), "of round 3; round 4 was expected"),
+    "late": (frame(good(1), round=ROUND - 1), "of round 4; round 5 was expected"),
     "other model": (frame(good(1), model=98), "another model"),
     "other encoding": (encode(good(1), ROUND, MODEL, "fp16"), "encoding fp16; fp32 was agreed"),
     "cut": (frame(good(1))[:-3], "checksum"),
@@ -119,7 +119,7 @@ def test_a_good_upload_after_a_bad_one_counts():
 
 def test_too_few_stop_the_run_with_the_reasons():
     replies = [Reply(0, 10, frame(good(0))), Reply(1, 10, BAD["nan"][0]), Reply(2, 10, b"")]
-    with pytest.raises(TooFewUploads, match=r"round 4: 1 of 4 uploads are good .*min_uploads is 2 \(client 1: tensor "):
+    with pytest.raises(TooFewUploads, match=r"round 5: 1 of 4 uploads are good .*min_uploads is 2 \(client 1: tensor "):
         merge(spafl(), replies, min_uploads=2)
     with pytest.raises(TooFewUploads, match="none came"):
         merge(spafl(), [])

@@ -65,7 +65,7 @@ def test_the_header_says_round_model_and_encoding():
     got = read_frame(frame)
     assert (got.round, got.model, got.encoding, got.payload) == (7, 2**64 - 3, "fp32", payload_bytes(MESSAGE))
     assert decode(frame, round=7, model=2**64 - 3)["n"] == 3
-    with pytest.raises(WireError, match="of round 7; round 8 was expected"):
+    with pytest.raises(WireError, match="of round 8; round 9 was expected"):
         decode(frame, round=8)
     with pytest.raises(WireError, match="another model: fingerprint fffffffffffffffd; 0000000000000005"):
         decode(frame, model=5)

@@ -367,7 +367,7 @@ class Client:
         for step, value in enumerate(values):
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"the loss of client {self.id} became {value} in round {round}, step {step}; "
+                    f"the loss of client {self.id} became {value} in round {round + 1}, step {step + 1}; "
                     "a smaller training.lr or a training.max_grad_norm may help"
                 )
         return math.fsum(values) / len(values), len(losses)

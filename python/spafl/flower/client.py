@@ -210,7 +210,9 @@ class ClientSide:
         if round == state.trained and task == state.task:
             return state.reply  # the server has not seen the answer, or forgotten it; training again would be wrong
         if round <= state.trained:
-            raise WireError(f"round {round} is over for this client: it has trained in round {state.trained} already")
+            raise WireError(
+                f"round {round + 1} is over for this client: it has trained in round {state.trained + 1} already"
+            )
         message = decode(frames[0], round, self.method.uplink.model)
         client = self._lend(state)
         self._listen(client, state, header, frames[1:])
@@ -247,7 +249,9 @@ class ClientSide:
             self._listen(client, state, header, frames[1:])
             result = self.method.algorithm.evaluate(client, message, header.get("train_data") is True)
             if not math.isfinite(result.loss):
-                raise ArithmeticError(f"the test loss of client {self.client} became {result.loss} in round {round}")
+                raise ArithmeticError(
+                    f"the test loss of client {self.client} became {result.loss} in round {round + 1}"
+                )
             answer["evaluation"] = asdict(replace(result, masks=None))
         return self._reply(answer)
 

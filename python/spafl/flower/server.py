@@ -240,7 +240,7 @@ class Coordinator:
         self._note_unmerged(line, trained_before)
         self._merged |= dict.fromkeys(merged.accepted, round)
         for r in (*lost, *rejected):
-            self.link.say(f"round {round}: client {r.client}: {r.reason}")
+            self.link.say(f"round {round + 1}: client {r.client}: {r.reason}")
         self.folder.append_metrics(line)
         self._save()
         return line
@@ -299,7 +299,7 @@ class Coordinator:
                 evaluations.append(evaluation)
             except WireError as error:
                 line["lost"].append({"client": k, "reason": f"evaluation: {error}"})
-                self.link.say(f"round {line['round']}: evaluation of client {k}: {error}")
+                self.link.say(f"round {line['round'] + 1}: evaluation of client {k}: {error}")
         if len(evaluations) == len(chosen):
             records = (client_record(k, e) for k, e in zip(chosen, evaluations, strict=True))
             self.folder.write_results(line["round"], records)

@@ -383,7 +383,7 @@ def load_latest(folder: Path, configuration: str | None = None, client: int | No
 
 
 def _end(finished: int) -> str:
-    return f"with round {finished}" if finished >= 0 else "before the first round"
+    return f"with round {finished + 1}" if finished >= 0 else "before the first round"
 
 
 def _newest_good(

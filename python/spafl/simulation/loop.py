@@ -245,7 +245,9 @@ class Simulation:
         self.folder.append_metrics(line)
         self._whole = True
         for rejected in line["rejected"]:
-            progress.say(f"round {done.round}: upload of client {rejected['client']} left out: {rejected['reason']}")
+            progress.say(
+                f"round {done.round + 1}: upload of client {rejected['client']} left out: {rejected['reason']}"
+            )
         progress.update(line)
         self.callbacks.round(line)
         if (done.round + 1) % self.config.simulation.checkpoint_every == 0 or done.round + 1 == self.config.rounds:

@@ -59,7 +59,7 @@ class TrainTask:
     """Whether there is anything in the frame; an empty one is not sent."""
 
     def __str__(self) -> str:
-        return f"the training of client {self.client} in round {self.round}"
+        return f"the training of client {self.client} in round {self.round + 1}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class EvaluateTask:
     train_data: bool
 
     def __str__(self) -> str:
-        return f"the evaluation of clients {self.clients[0]} to {self.clients[-1]} in round {self.round}"
+        return f"the evaluation of clients {self.clients[0]} to {self.clients[-1]} in round {self.round + 1}"
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Worker:
             evaluation = self.algorithm.evaluate(client, message, task.train_data)
             if not math.isfinite(evaluation.loss):
                 raise FloatingPointError(
-                    f"the test loss of client {k} became {evaluation.loss} in round {task.round}; a smaller "
+                    f"the test loss of client {k} became {evaluation.loss} in round {task.round + 1}; a smaller "
                     "training.lr or a training.max_grad_norm may help"
                 )
             evaluations.append(evaluation)

@@ -205,7 +205,7 @@ def read_frame(frame: bytes, round: int | None = None, model: int | None = None)
     if encoding_code >= len(ENCODINGS):
         raise WireError(f"message of unknown encoding {encoding_code}")
     if round is not None and sent_round != round:
-        raise WireError(f"message of round {sent_round}; round {round} was expected")
+        raise WireError(f"message of round {sent_round + 1}; round {round + 1} was expected")
     if model is not None and sent_model != model:
         raise WireError(f"message about another model: fingerprint {sent_model:016x}; {model:016x} was expected")
     encoding = ENCODINGS[encoding_code]
