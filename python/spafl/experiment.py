@@ -28,7 +28,7 @@ _SPAFL = (
     "import sys; from spafl.signals import stop_with_input; stop_with_input(); "
     "from spafl.__main__ import main; sys.exit(main())"
 )
-_KEYS = {"title", "reference", "run", "methods", "published", "sweep"}
+_KEYS = {"title", "note", "reference", "run", "methods", "published", "sweep"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Experiment:
         reference: label of the row that differences are taken from.
         published: figures of the paper by label, as text.
         sweep: values by dotted key.
+        note: what a reader of the whole table has to know.
     """
 
     name: str
@@ -63,9 +64,12 @@ class Experiment:
     reference: str
     published: Mapping[str, str]
     sweep: Mapping[str, Sequence[Any]]
+    note: str = ""
 
     def only(self, labels: Iterable[str]) -> Experiment:
         """The experiment with these rows alone, in the order of the file.
+
+        Where the reference is not among them, it is the first row of SpaFL that is, or else the first.
 
         Raises:
             UserError: no such method.
@@ -75,7 +79,11 @@ class Experiment:
         for label in wanted:
             if label not in known:
                 raise UserError(f"--methods: {self.name} has no method {label!r}; it has {', '.join(known)}")
-        return replace(self, rows=tuple(row for row in self.rows if row.label in wanted))
+        rows = tuple(row for row in self.rows if row.label in wanted)
+        spafl = [row.label for row in rows if row.tables.get("algorithm", {}).get("name", "spafl") == "spafl"]
+        kept = [row.label for row in rows]
+        reference = self.reference if self.reference in kept else [*spafl, *kept, self.reference][0]
+        return replace(self, rows=rows, reference=reference)
 
 
 def load_experiment(path: Path, assignments: Iterable[str] = ()) -> Experiment:
@@ -112,6 +120,7 @@ def load_experiment(path: Path, assignments: Iterable[str] = ()) -> Experiment:
     return Experiment(
         path.stem, str(raw.get("title", path.stem)), tuple(rows), reference,
         {label: str(figure) for label, figure in raw.get("published", {}).items()}, raw.get("sweep", {}),
+        str(raw.get("note", "")),
     )  # fmt: skip
 
 

@@ -53,7 +53,9 @@ def swept(experiment: Experiment, values: Mapping[str, Sequence[Any]]) -> Experi
             rows.append(new)
     first = [row.label for row in rows if row.label.startswith(f"{experiment.reference} ")]
     reference = (first or [rows[0].label])[0]
-    return replace(experiment, name=f"{experiment.name}-sweep", rows=tuple(rows), reference=reference, published={})
+    return replace(
+        experiment, name=f"{experiment.name}-sweep", rows=tuple(rows), reference=reference, published={}, note=""
+    )
 
 
 def _text(value: Any) -> str:

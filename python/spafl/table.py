@@ -207,8 +207,8 @@ def cells(experiment: Experiment, line: Line) -> list[str]:
     return [line.label, *figures, *differences, *([line.published or "-"] if experiment.published else [])]
 
 
-def notes_of(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
-    """What a reader has to know beside the table."""
+def notes_of(lines: Sequence[Line], seeds: Sequence[int], note: str = "") -> list[str]:
+    """What a reader has to know beside the table; ``note`` is that of the experiment."""
     notes = [
         f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds, of the last evaluated round. "
         "Accuracy is the unweighted mean over clients, each tested on its own data. Differences are paired by seed, in "
@@ -224,7 +224,7 @@ def notes_of(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
                 f"{line.label}: the budget{of} is {kind} {budget:g}; in the last tenth of the rounds "
                 f"{over_seeds(reached, 3)} was spent."
             )
-    notes += [f"{line.label}: {line.note}" for line in lines if line.note]
+    notes += [note] * bool(note) + [f"{line.label}: {line.note}" for line in lines if line.note]
     notes += [f"{line.label}, seed {seed}: {fault}" for line in lines for seed, fault in line.faults.items()]
     return notes
 
@@ -236,14 +236,16 @@ def markdown(experiment: Experiment, lines: Sequence[Line], seeds: Sequence[int]
     widths = [max(len(row[i]) for row in escaped) for i in range(len(escaped[0]))]
     text = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in escaped]
     text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join([f"# {experiment.title}", "", *text, "", *(f"* {n}" for n in notes_of(lines, seeds)), ""])
+    return "\n".join(
+        [f"# {experiment.title}", "", *text, "", *(f"* {n}" for n in notes_of(lines, seeds, experiment.note)), ""]
+    )
 
 
 def latex(experiment: Experiment, lines: Sequence[Line], seeds: Sequence[int]) -> str:
     """A ``tabular`` with rules of the booktabs package, notes as comments."""
     columns = "l" + "r" * (len(header(experiment)) - 1)
     head = " & ".join(map(escaped, header(experiment))) + r" \\"
-    notes = [experiment.title, *notes_of(lines, seeds)]
+    notes = [experiment.title, *notes_of(lines, seeds, experiment.note)]
     return tabular(columns, [head], [cells(experiment, line) for line in lines], notes)
 
 

@@ -17,6 +17,7 @@ from spafl.table import COLUMNS, Line, brief, notes_of, over_seeds, paired_diffe
 
 EXPERIMENT = """
 title = "A small one"
+note = "of the whole table"
 reference = "spafl"
 [published]
 spafl = "89 %"
@@ -72,6 +73,15 @@ def test_mistakes_are_found_before_any_run(path, old, new, said):
     with pytest.raises(UserError) as caught:
         load_experiment(path)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_selection_is_compared_with_one_of_its_own():
+    experiment = load_experiment(Path(__file__).parents[2] / "experiments" / "fmnist-lenet5.toml")
+    for chosen, reference in [
+        (["spafl-tuned", "spafl-paper"], "spafl-paper"), (["local", "spafl-tuned", "fedavg"], "spafl-tuned"),
+        (["local", "fedavg"], "fedavg"),
+    ]:  # fmt: skip
+        assert experiment.only(chosen).reference == reference
 
 
 def test_seeds_and_values():
