@@ -25,6 +25,7 @@ Two comparisons, one after the other:
 from __future__ import annotations
 
 import contextlib
+import decimal
 import importlib
 import itertools
 import logging
@@ -288,13 +289,21 @@ def table(rows: Sequence[Row]) -> str:
             whole = [sum(seconds) for seconds in both]
             speed = [*a_round, f"{middle:.1f}x ({low:.1f} to {high:.1f})"]
             speed += [*(f"{seconds / 60:.1f}" for seconds in whole), f"{whole[0] / whole[1]:.1f}x"]
-        apart = [f"<= {max(values(f'{name}_apart')):.2g}" for name in ("accuracy", "density")]
+        apart = [f"<= {at_most(max(values(f'{name}_apart')))}" for name in ("accuracy", "density")]
         body.append([dtype, threads, str(len(own)), *apart, *speed])
     return common.markdown(
         ["dtype", "threads of each", "rounds", "accuracy, points apart", "density apart", "authors' code, s a round",
          "ours", "faster", "all rounds, min", "ours", "faster"],
         body,
     )  # fmt: skip
+
+
+def at_most(value: float) -> str:
+    """Two digits, rounded up: what is said to be a bound has to be one."""
+    if not value:
+        return "0"
+    context = decimal.Context(prec=2, rounding=decimal.ROUND_CEILING)
+    return f"{float(context.create_decimal(f'{value:.6g}')):.2g}"
 
 
 def main(argv: list[str] | None = None) -> int:

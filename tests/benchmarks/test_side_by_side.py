@@ -108,3 +108,10 @@ def test_the_table_takes_the_largest_difference_and_the_median_time(rounds):
     assert agreement.startswith(f"| float64 | 2 | {rounds} | <= {0.1 * (rounds - 1):.2g} | <= 0 |")
     assert "x" not in agreement
     assert speed.startswith("| float32 |") and ("3.5x" if rounds == 3 else "3.0x") in speed
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0, "0"), (0.0124, "0.013"), (4.2, "4.2"), (7.41e-6, "7.5e-06"), (0.30000000000000004, "0.3")]
+)
+def test_a_bound_is_rounded_up(value, said):
+    assert side_by_side.at_most(value) == said
