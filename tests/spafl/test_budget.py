@@ -22,6 +22,7 @@ from spafl.algorithms.budget import (
     push_for,
     pushed,
     reached,
+    travel_of,
 )
 from spafl.algorithms.spafl import VARIANTS, SpaFL, SpaFLOptions
 from spafl.config import deep_merge, resolve_config
@@ -158,7 +159,7 @@ def test_the_coefficient_moves_thresholds_as_far_as_meant(momentum, lifetime):
     push = push_for(scores, [layer.threshold.detach()], mean, 0.4).common
     some = client(PLAIN.__class__(**{**vars(PLAIN), "lr": 0.01, "momentum": momentum, "epochs": 40}))
     steps = some.planned_steps
-    c = push / some.travel(0, lifetime)
+    c = push / travel_of(some, 0, lifetime)
     state = {n: torch.zeros_like(p) for n, p in layer.named_parameters()}
     if lifetime:  # momentum as it is after many turns with the same coefficient
         state["threshold"].fill_(-c / (1 - momentum))

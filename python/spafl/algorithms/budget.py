@@ -40,7 +40,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spafl_kernels.training import SGDOptions
+
 from ..budgets import EVERYBODY, FIGURES, KINDS, Kind, by_class
+from ..errors import UserError
+from .client import Client, steps_of_momentum
 
 __all__ = [
     "FLOOR",
@@ -50,6 +54,7 @@ __all__ = [
     "Steering",
     "asked_for",
     "budget_for",
+    "check_skips",
     "check_target",
     "corrected",
     "densities_of",
@@ -58,6 +63,8 @@ __all__ = [
     "push_for",
     "pushed",
     "reached",
+    "share_of_dense",
+    "travel_of",
 ]
 
 GAIN: dict[Kind, float] = {"density": 0.5, "macs": 0.4, "seconds": 0.4}
@@ -293,3 +300,37 @@ def corrected(set_point: float, asked: float, budget: Budget, measured: float) -
     if asked != set_point or not measured > 0:
         return set_point
     return min(max(set_point * (budget.value / measured) ** GAIN[budget.kind], LOWEST), HIGHEST)
+
+
+def travel_of(client: Client, round: int, moving: bool) -> float:
+    """How far a constant gradient of 1 moves a threshold in a turn of SGD as planned; ``moving``: momentum is there
+    already."""
+    options, steps = client.local.options_at(round), client.planned_steps
+    assert isinstance(options, SGDOptions)
+    rate = options.rate_of_thresholds
+    if moving:
+        return rate * steps / (1 - options.momentum)
+    return rate * steps_of_momentum(steps, options.momentum, options.nesterov)
+
+
+def share_of_dense(client: Client, macs: int) -> float:
+    """Multiply-accumulates of a turn as a share of what the unpruned model would have taken.
+
+    Raises:
+        UserError: see :func:`check_skips`.
+    """
+    check_skips(client)
+    return macs / (client.dense_macs() * client.samples_done)
+
+
+def check_skips(client: Client) -> None:
+    """Refuse an engine that computes pruned filters too, where the budget is of what is executed.
+
+    Raises:
+        UserError: it does; says why it runs.
+    """
+    if client.trainer.engine == "masked":
+        raise UserError(
+            "algorithm.target: macs and seconds need an engine that leaves pruned filters out, and the masked one "
+            f"runs ({client.trainer.reason}); density is what it can steer"
+        )

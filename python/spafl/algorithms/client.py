@@ -18,7 +18,6 @@ from spafl_kernels.training import AdamOptions, MaskedTrainer, Options, SGDOptio
 
 from .. import rng
 from ..data import Transform
-from ..errors import UserError
 from .objective import CLASSES, Confusion, Objective
 
 
@@ -371,37 +370,6 @@ class Client:
                     "a smaller training.lr or a training.max_grad_norm may help"
                 )
         return math.fsum(values) / len(values), len(losses)
-
-    def travel(self, round: int, moving: bool) -> float:
-        """How far a constant gradient of 1 moves a threshold in a turn of SGD as planned; ``moving``: momentum is there
-        already."""
-        options, steps = self.local.options_at(round), self.planned_steps
-        assert isinstance(options, SGDOptions)
-        rate = options.rate_of_thresholds
-        if moving:
-            return rate * steps / (1 - options.momentum)
-        return rate * steps_of_momentum(steps, options.momentum, options.nesterov)
-
-    def share_of_dense(self, macs: int) -> float:
-        """Multiply-accumulates of :meth:`run_sgd` as a share of what the unpruned model would have taken.
-
-        Raises:
-            UserError: see :meth:`check_skips`.
-        """
-        self.check_skips()
-        return macs / (self.dense_macs() * self.samples_done)
-
-    def check_skips(self) -> None:
-        """Refuse an engine that computes pruned filters too, where the budget is of what is executed.
-
-        Raises:
-            UserError: it does; says why it runs.
-        """
-        if self.trainer.engine == "masked":
-            raise UserError(
-                "algorithm.target: macs and seconds need an engine that leaves pruned filters out, and the masked one "
-                f"runs ({self.trainer.reason}); density is what it can steer"
-            )
 
     def peak_bytes(self) -> int:
         """Bytes that the turn has held at its peak, by count: the model, a gradient and the optimiser's state for every

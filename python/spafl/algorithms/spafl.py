@@ -53,6 +53,7 @@ from .budget import (
     Steering,
     asked_for,
     budget_for,
+    check_skips,
     check_target,
     corrected,
     densities_of,
@@ -60,6 +61,8 @@ from .budget import (
     predicted,
     push_for,
     pushed,
+    share_of_dense,
+    travel_of,
 )
 from .client import Client, Evaluation
 
@@ -374,7 +377,7 @@ class SpaFL(Algorithm):
         asked = asked_for(set_point, before, spent(densities_of(scores, thresholds)))
         spared = max(SPARED, self.options.collapse_floor or 0.0)
         push = push_for(scores, thresholds, spent, asked, spared)
-        travel = client.travel(round, self.options.momentum_lifetime == "run")
+        travel = travel_of(client, round, self.options.momentum_lifetime == "run")
         coefficient = push.common / travel if travel else 0.0
         ahead = push.common < 0 or (budget.kind in EXECUTED and by_class(self.options.target or {}))
         for threshold, own in zip(thresholds, push.layers, strict=True):
@@ -394,7 +397,7 @@ class SpaFL(Algorithm):
         if budget.kind != "seconds":
             measured = density
             if budget.kind == "macs":
-                measured = figures["macs_share"] = client.share_of_dense(macs)
+                measured = figures["macs_share"] = share_of_dense(client, macs)
             if not steering.limited:
                 set_point = corrected(set_point, steering.asked, budget, measured)
         state = [set_point, steering.asked, float(steering.limited)]
@@ -405,7 +408,7 @@ class SpaFL(Algorithm):
         budget = budget_for(self.options.target, client.device_class)
         if budget is None or budget.kind != "seconds":
             return {}
-        client.check_skips()
+        check_skips(client)
         state = client.memory["budget"]
         set_point, asked, limited = state.tolist()
         if not limited:
