@@ -47,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="pictures and one HTML page of one or several runs")
     report.add_argument("runs", type=Path, nargs="+", help="run folders; several are compared")
     report.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
+    report.add_argument(
+        "--accuracy",
+        metavar="A,...",
+        help="accuracies whose price is told, as fractions: .85,.9 (default: some reached)",
+    )
     report.add_argument("--csv", action="store_true", help="tables of rounds, clients and confusions too")
     report.add_argument("--latex", action="store_true", help="the comparison as a LaTeX table too")
     report.add_argument("--pdf", action="store_true", help="the pictures, and all of them in one file, as PDF too")
@@ -131,10 +136,17 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from .errors import UserError
     from .report import comparison_table, write_report
 
+    accuracies = None
+    if args.accuracy is not None:
+        try:
+            accuracies = [float(value) for value in args.accuracy.split(",")]
+        except ValueError:
+            raise UserError(f"--accuracy must be numbers between commas, as .85,.9; got {args.accuracy!r}") from None
     print(comparison_table(args.runs))
-    print(f"report: {write_report(args.runs, args.out)}")
+    print(f"report: {write_report(args.runs, args.out, accuracies)}")
     if args.csv or args.latex or args.pdf:
         from .report.formats import write_csv_tables, write_latex, write_pdf
 

@@ -97,6 +97,8 @@ def test_a_diverging_run_is_an_error_and_keeps_its_state(config_file, tmp_path, 
 def test_a_report_of_nothing(tmp_path, capsys):
     assert "config.toml" in fails(capsys, "report", tmp_path)
     assert "no such run folder" in fails(capsys, "report", tmp_path / "none")
+    said = fails(capsys, "report", tmp_path, "--accuracy", "a,b")
+    assert "--accuracy must be numbers between commas, as .85,.9; got 'a,b'" in said
 
 
 @pytest.mark.parametrize("algorithm", ["spafl", "fedavg"])

@@ -42,10 +42,13 @@ details { margin: .5rem 0; } pre { overflow-x: auto; padding: .75rem; border: 1p
 """
 
 
-def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> Path:
+def write_report(
+    runs: Sequence[Path | str], out: Path | str | None = None, accuracies: Sequence[float] | None = None
+) -> Path:
     """Write the report of one run folder or the comparison of several; returns the path of ``report.html``.
 
     ``out`` is the folder to write into, by default ``<run>/report`` for one run; for several it must be named.
+    ``accuracies`` are fractions of which the page says what they cost; by default some that the runs reached.
     Everything is read and drawn before the first file is written, and each file is replaced whole, so a failed
     report leaves the former one as it was. Raises :class:`ReportError` with one line for bad input or an
     unwritable ``out``.
@@ -56,10 +59,12 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
         raise ReportError("runs must name at least one run folder; got none")
     if out is None and len(runs) > 1:
         raise ReportError(f"out must name a folder when several runs are compared; got {len(runs)} runs and no out")
+    if bad := [a for a in accuracies or () if not 0 < a <= 1]:
+        raise ReportError(f"accuracies must be fractions above 0, at most 1; got {bad[0]:g}")
     loaded = [load_run(run) for run in runs]
     folder = Path(out) if out is not None else Path(runs[0]) / "report"
     pictures = {picture: _png(picture, loaded) for picture in PICTURES if any(map(picture.shows, loaded))}
-    page = _page(loaded, pictures)
+    page = _page(loaded, pictures, accuracies)
     files = {f"{picture.stem}.png": png for picture, png in pictures.items()}
     former = [f"{picture.stem}.png" for picture in PICTURES if picture not in pictures]
     return put(folder, {**files, "report.html": page.encode()}, former)[-1]
@@ -91,7 +96,7 @@ def _png(picture: Picture, runs: Sequence[Run]) -> bytes:
     return buffer.getvalue()
 
 
-def _page(runs: Sequence[Run], pictures: dict[Picture, bytes]) -> str:
+def _page(runs: Sequence[Run], pictures: dict[Picture, bytes], accuracies: Sequence[float] | None) -> str:
     titles = labels(runs)
     title = "Comparison of " + ", ".join(titles) if len(runs) > 1 else titles[0]
     notes = [f"{name}: {note}" for name, run in zip(titles, runs) for note in run.notes]
@@ -107,7 +112,7 @@ def _page(runs: Sequence[Run], pictures: dict[Picture, bytes]) -> str:
         "formulas, operations and bytes as executed and sent, and measured time.</p>",
         *(f"<p><strong>Note.</strong> {html.escape(note)}</p>" for note in notes),
     ]
-    prices = targets_html(runs)
+    prices = targets_html(runs, accuracies)
     if prices:
         parts.append(
             f'<h2 id="targets">What an accuracy costs</h2>\n<div class="wide">{prices}</div>\n'

@@ -118,13 +118,13 @@ _MODELLED: list[tuple[str, Callable[[Point], float | None], Callable[[float], st
 ]
 
 
-def targets_html(runs: Sequence[Run]) -> str:
-    """Rounds, bytes, operations and time that each method needed to reach each of :func:`targets`, means over its
-    seeds; empty without any. Where not all seeds reached it, there is no mean."""
+def targets_html(runs: Sequence[Run], wanted: Sequence[float] | None = None) -> str:
+    """Rounds, bytes, operations and time that each method needed to reach each accuracy that is ``wanted``, or each of
+    :func:`targets`; means over its seeds, empty without any. Where not all seeds reached it, there is no mean."""
     rows = []
     modelled = any(run.turns is not None for run in runs)
     prices = _PRICES + (_MODELLED if modelled else [])
-    for target in targets(runs):
+    for target in targets(runs) if wanted is None else sorted(set(wanted)):
         for name, own in methods(runs):
             found = [point for point in (reached(run, target) for run in own) if point is not None]
             if len(found) == len(own):
@@ -133,7 +133,7 @@ def targets_html(runs: Sequence[Run]) -> str:
             else:
                 cells = [f"reached by {len(found)} of {len(own)}" if found else "not reached"]
                 cells += [ABSENT] * (len(prices) - 1)
-            rows.append([f"{100 * target:.0f} %", name, *cells])
+            rows.append([f"{100 * target:.4g} %", name, *cells])
     if not rows:
         return ""
     return _table_html(["accuracy", "run", *(name for name, *_ in prices)], rows)

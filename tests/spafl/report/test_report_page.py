@@ -157,6 +157,17 @@ def test_seeds_are_one_method_where_methods_are_compared(make_run, tmp_path):
     assert f"spafl (3 seeds; {100 * mean:.1f} %)" in text
 
 
+def test_the_accuracies_whose_price_is_told_can_be_chosen(make_run, tmp_path):
+    folder = make_run(rounds=6)
+    best = max(load_run(folder).curve("accuracy")[1])
+    text, _ = read(write_report([folder], accuracies=[0.999, best - 0.125]))
+    low, high = (text.index(f"<td>{100 * a:.4g} %</td>") for a in (best - 0.125, 0.999))
+    assert low < high and "not reached" in text[high : high + 200] and "not reached" not in text[low:high]
+    for bad in (0.0, 90.0, float("nan")):
+        with pytest.raises(ReportError, match="accuracies must be fractions above 0, at most 1"):
+            write_report([folder], accuracies=[bad])
+
+
 def test_several_runs_need_a_place(make_run):
     runs = [make_run("a", rounds=1), make_run("b", rounds=1)]
     with pytest.raises(ReportError, match="out must name a folder when several runs are compared; got 2 runs"):
