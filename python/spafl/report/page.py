@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .devices import devices_html
 from .figures import PICTURES, Picture, in_style
-from .run_data import ReportError, Run, labels, load_run
+from .run_data import ReportError, Run, labels, load_run, methods
 from .table import comparison_html, targets_html
 from .words import description, headline
 
@@ -98,7 +98,7 @@ def _png(picture: Picture, runs: Sequence[Run]) -> bytes:
 
 def _page(runs: Sequence[Run], pictures: dict[Picture, bytes], accuracies: Sequence[float] | None) -> str:
     titles = labels(runs)
-    title = "Comparison of " + ", ".join(titles) if len(runs) > 1 else titles[0]
+    title = "Comparison of " + ", ".join(name for name, _ in methods(runs)) if len(runs) > 1 else titles[0]
     notes = [f"{name}: {note}" for name, run in zip(titles, runs) for note in run.notes]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
@@ -144,12 +144,22 @@ def _page(runs: Sequence[Run], pictures: dict[Picture, bytes], accuracies: Seque
 
 
 def _about(runs: Sequence[Run], titles: Sequence[str]) -> list[str]:
-    return [
-        (f"{name}: " if len(runs) > 1 else "")
-        + f"{run.algorithm}, model {run.model}, data {run.data}, {run.clients} clients, "
-        + f"{len(run.points)} rounds recorded, {'completed' if run.completed else 'not completed'}"
-        for name, run in zip(titles, runs)
-    ]
+    """What was run, a line for each method of whose seeds the same is to be said, or else for each run."""
+    label = {id(run): name for run, name in zip(runs, titles)}
+    lines: list[str] = []
+    for name, own in methods(runs):
+        said = [
+            f"{run.algorithm}, model {run.model}, data {run.data}, {run.clients} clients, "
+            f"{len(run.points)} rounds recorded, {'completed' if run.completed else 'not completed'}"
+            for run in own
+        ]
+        if len(runs) == 1:
+            lines += said
+        elif len(set(said)) == 1:
+            lines.append(f"{name}: {said[0]}")
+        else:
+            lines += [f"{label[id(run)]}: {text}" for run, text in zip(own, said)]
+    return lines
 
 
 def _section(picture: Picture, runs: Sequence[Run], titles: Sequence[str], png: bytes) -> str:

@@ -154,7 +154,14 @@ def test_seeds_are_one_method_where_methods_are_compared(make_run, tmp_path):
         row = targets_html(runs).split(f"<td>{100 * target:.0f} %</td>")[1]
         assert row.startswith(f'<td class="run">spafl (3 seeds)</td><td>{rounds}')
     text, _ = read(write_report(folders, tmp_path / "out"))
-    assert f"spafl (3 seeds; {100 * mean:.1f} %)" in text
+    assert (
+        f"spafl (3 seeds; {100 * mean:.1f} %)" in text
+        and "<h1>Comparison of spafl (3 seeds), fedavg seed 1</h1>" in text
+    )
+    assert "spafl (3 seeds): spafl, model lenet5" in text and "spafl seed 2: spafl, model" not in text
+    (folders[1] / "summary.json").unlink()
+    text, _ = read(write_report(folders, tmp_path / "out"))
+    assert "spafl seed 2: spafl, model lenet5, data digits, 20 clients, 6 rounds recorded, not completed" in text
 
 
 def test_the_accuracies_whose_price_is_told_can_be_chosen(make_run, tmp_path):
