@@ -331,6 +331,30 @@ def test_bytes_of_fedp3(tmp_path):
     assert bits == 3 * round(3 * (2 * 8 * sum(whole) + 2 * sum(expected)) / 3)
 
 
+@pytest.mark.parametrize("case", ["fedavg", "ditto", "fedprox", "scaffold", "fedper", "fedp3", "feddst", "fedspa"])
+def test_work_by_formula(case, tmp_path):
+    """Three forwards a sample and epoch, of a layer only what its mask keeps; a dense batch where a mask is changed."""
+    lines, *_ = payload(case, tmp_path)
+    parts = build_problem(tiny_config(case)).parts.train
+    layers = (36 * 45, 16 * 360, 320, 40)  # per sample, outputs of 6x6 and 4x4
+    kept = m.budgets(dict(zip(range(4), shapes_of(), strict=True)), 0.5, "erk")
+    sparse = [n / size for n, size in zip(kept.values(), SIZES, strict=True)]
+    expected = 0.0
+    for round, line in enumerate(lines):
+        for k in line["sampled"]:
+            # FedP3: one hidden layer whole, nine tenths of the others, the classifier whole
+            pruned = [1.0 if k % 3 == i else n / size for i, (n, size) in enumerate(zip((40, 324, 288), SIZES))] + [1.0]
+            share = {"fedp3": pruned, "feddst": sparse, "fedspa": sparse}.get(case, [1.0] * 4)
+            trainings = 2 if case == "ditto" else 1
+            expected += 3 * 2 * len(parts[k]) * trainings * sum(s * n for s, n in zip(share, layers, strict=True))
+            if case == "fedspa" or (case == "feddst" and round == 2):
+                expected += 3 * 8 * sum(layers)
+        assert line["cost"]["paper"]["macs"] == pytest.approx(expected, rel=1e-12), round
+    if case == "ditto":
+        executed = sum(2 * (len(parts[k]) // 8 * 8) for line in lines for k in line["sampled"])
+        assert lines[-1]["cost"]["executed"]["macs"] == 2 * executed * (3 * sum(layers) - layers[0])
+
+
 def test_bytes_and_work_of_heterofl(tmp_path):
     """Sub-models are small: what travels, what is counted by formula and what runs."""
     rates = [1.0, 0.5]
