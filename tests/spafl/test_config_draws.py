@@ -143,7 +143,7 @@ def is_small(config):
     t, p, d = config.training, config.partition, config.data
     if (d.train or 0) + (d.test or 0) > 10_000 or (d.classes or 0) > 1000 or (d.image or 0) > 64:
         return False
-    steps = config.rounds * config.sampling.clients_per_round * t.epochs * 60
+    steps = config.rounds * config.sampling.clients_per_round * (t.steps or t.epochs * 60)
     return steps < 2000 and p.clients <= 20 and config.simulation.workers == 1 and p.max_draws < 1000
 
 
