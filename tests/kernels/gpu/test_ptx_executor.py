@@ -253,6 +253,9 @@ else:
         ("not.b32 %r4, %r2", lambda a, b: ~a, 32),
         ("prmt.b32 %r4, %r2, %r3, 0x5140U", lambda a, b: low(a) & 255 | (low(b) & 255) << 8 | (low(a) >> 8 & 255) << 16
          | (low(b) >> 8 & 255) << 24, 32),
+        ("add.s16x2 %r4, %r2, %r3", lambda a, b: low(a + b, 16) | low((low(a) >> 16) + (low(b) >> 16), 16) << 16, 32),
+        ("max.u16x2 %r4, %r2, %r3", lambda a, b: max(low(a, 16), low(b, 16)) | max(low(a) >> 16, low(b) >> 16) << 16,
+         32),
         ("setp.lt.u32 %p1, %r2, %r3; selp.b32 %r4, 7, 9, %p1", lambda a, b: 7 if low(a) < low(b) else 9, 32),
         ("mov.b64 %rd9, {%r3, %r2}", lambda a, b: low(a) << 32 | low(b), 64),
         ("mov.u32 %r4, 0xffffffffffffffff", lambda a, b: -1, 32),

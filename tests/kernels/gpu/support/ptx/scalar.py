@@ -60,9 +60,19 @@ def _halves(k, i, parts):
     return step
 
 
+def _pairs(k, i, parts):
+    """Arithmetic of two integers in one register, each by itself."""
+    kind = KINDS[parts[-1].removesuffix("x2")]
+    function, d = BINARY[parts[0]], k.registers.write(i.operands[0], np.uint32).view(kind)
+    a, b = (k.registers.read(o, np.uint32).view(kind) for o in i.operands[1:])
+    return lambda m: function(a, b, out=d, where=m if m is True else np.repeat(m, 2))
+
+
 def binary(k, i, parts):
     if parts[-1].removesuffix("x2") in DECODE and set(parts[1:-1]) <= ROUNDING:
         return _halves(k, i, parts)
+    if parts[0] in ("add", "min", "max") and parts[1:] in (["s16x2"], ["u16x2"]):
+        return _pairs(k, i, parts)
     kind = _kind(i, parts, ROUNDING)
     table = FLOATS if kind in (np.float32, np.float64) else BINARY
     if parts[0] not in table:
