@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
             if "entries" in worst:
                 print(f"final  client 0, every entry of its small tensors: {worst['entries'].relative:.1e}")
             else:
-                print(f"{number:>5}  " + "".join(f"{worst[f].relative:>11.1e}" for f in FIGURES))
+                print(f"{number + 1:>5}  " + "".join(f"{worst[f].relative:>11.1e}" for f in FIGURES))
             if first is None:
                 beyond = [d for d in worst.values() if d.relative > args.tolerance]
                 # Within a round, weights are the cause and losses the effect: name them in the order of FIGURES.

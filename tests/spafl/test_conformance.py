@@ -38,8 +38,8 @@ def test_the_first_rounds_of_a_long_recording_agree(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        pytest.param("round1/client2/l2/conv2.weight", "round 1, client 2, conv2.weight: l2", marks=pytest.mark.slow),
-        ("round2/global/fc3.threshold", "round 2, server, fc3.threshold"),
+        pytest.param("round1/client2/l2/conv2.weight", "round 2, client 2, conv2.weight: l2", marks=pytest.mark.slow),
+        ("round2/global/fc3.threshold", "round 3, server, fc3.threshold"),
     ],
 )
 def test_a_changed_recording_is_pointed_at(tmp_path, capsys, key, said):
