@@ -360,7 +360,7 @@ def test_three_deaths_over_one_task_end_the_run_with_the_reason(small, tmp_path,
     with pytest.raises(WorkerDied) as caught:
         run(resolve_config(deep_merge(small, changes)), tmp_path / "run")
     assert re.fullmatch(
-        r"the training of client \d in round 1: 3 worker processes died over it, the last one was killed by SIGKILL "
+        r"the training of client \d in round 2: 3 worker processes died over it, the last one was killed by SIGKILL "
         r"\(out of memory\?\); if memory is short, fewer simulation.workers need less",
         str(caught.value),
     )
