@@ -66,9 +66,10 @@ class _Checked:
         """
         parts = []
         for name, tau in thresholds:
-            c = self.penalty_of(name)
-            nothing = tau.masked_fill(torch.ones_like(tau, dtype=torch.bool), 0).sum
-            parts.append(c * penalty([tau]) if c else nothing())
+            if c := self.penalty_of(name):
+                parts.append(c * penalty([tau]))
+            else:
+                parts.append(tau.masked_fill(torch.ones_like(tau, dtype=torch.bool), 0).sum())
         return torch.stack(parts).sum()
 
 

@@ -80,7 +80,7 @@ class Experiment:
             if label not in known:
                 raise UserError(f"--methods: {self.name} has no method {label!r}; it has {', '.join(known)}")
         rows = tuple(row for row in self.rows if row.label in wanted)
-        spafl = [row.label for row in rows if row.tables.get("algorithm", {}).get("name", "spafl") == "spafl"]
+        spafl = [row.label for row in rows if row.tables["algorithm"]["name"] == "spafl"]
         kept = [row.label for row in rows]
         reference = self.reference if self.reference in kept else [*spafl, *kept, self.reference][0]
         return replace(self, rows=rows, reference=reference)

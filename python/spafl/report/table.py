@@ -123,9 +123,9 @@ def targets_html(runs: Sequence[Run], wanted: Sequence[float] | None = None) -> 
     :func:`targets`; means over its seeds, empty without any. Where not all seeds reached it, there is no mean."""
     rows = []
     modelled = any(run.turns is not None for run in runs)
-    prices = _PRICES + (_MODELLED if modelled else [])
+    prices, compared = _PRICES + (_MODELLED if modelled else []), methods(runs)
     for target in targets(runs) if wanted is None else sorted(set(wanted)):
-        for name, own in methods(runs):
+        for name, own in compared:
             found = [point for point in (reached(run, target) for run in own) if point is not None]
             if len(found) == len(own):
                 values = [[price(point) for point in found] for _, price, _ in prices]

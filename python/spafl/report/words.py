@@ -130,7 +130,7 @@ def _density(run: Run) -> str:
     if not last:
         return ""
     parameters = next((p.density_parameters for p in reversed(run.points) if p.density_parameters is not None), None)
-    whole = "" if parameters is None else f", of all parameters {parameters:.3f}"
+    whole = "" if parameters is None else f", by parameters {parameters:.3f}"
     return "in the end " + ", ".join(f"{layer} {value:.2f}" for layer, value in last.items()) + whole
 
 
