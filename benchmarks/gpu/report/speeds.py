@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,11 +23,35 @@ from .device import Visit
 from .runner import ROOT
 from .simulator import DIGITS
 
-CLIENTS, EPOCHS, BATCHES = 4, 2, 16
 ROUNDS, WARM = 4, 2  # rounds, of which so many are not counted
 DENSITIES = (1.0, 0.5)
-# Name, batch, image, channels.
-MODELS = (("lenet5", 64, 28, 1), ("conv4", 16, 32, 3))
+
+
+class Work(NamedTuple):
+    """One round: so many clients, each with so many whole batches, as often as there are epochs."""
+
+    clients: int
+    batches: int
+    epochs: int
+
+
+class Model(NamedTuple):
+    """What is trained, on pictures of which size; ``cpu`` is less work where a step takes seconds there."""
+
+    name: str
+    batch: int
+    image: int
+    channels: int
+    cuda: Work = Work(4, 16, 2)
+    cpu: Work = Work(4, 16, 2)
+
+
+MODELS = (
+    Model("lenet5", 64, 28, 1),
+    Model("conv4", 16, 32, 3),
+    Model("resnet18-full", 64, 32, 3, cpu=Work(1, 2, 1)),
+    Model("vit", 16, 32, 3, cpu=Work(2, 4, 1)),
+)
 
 
 def table(lines: Iterable[Mapping[str, Any]]) -> Table | None:
@@ -65,24 +89,23 @@ def run(visit: Visit) -> None:
                 _wait(visit, started[cell][1])
         for (model, density, where), (out, process) in started.items():
             if _wait(visit, process):
-                visit.wrong(f"{model[0]} at density {density} on {where}: {_said(out)}")
+                visit.wrong(f"{model.name} at density {density} on {where}: {_said(out)}")
             else:
                 speed = _speed(out)
                 visit.add(
-                    "speed", model=model[0], batch=model[1], density=density, where=where, steps_per_second=speed,
+                    "speed", model=model.name, batch=model.batch, density=density, where=where, steps_per_second=speed,
                     made=made,
                 )  # fmt: skip
 
 
-def _start(model: tuple[str, int, int, int], density: float, where: str, out: pathlib.Path) -> subprocess.Popen[str]:
-    name, batch, image, channels = model
-    samples = CLIENTS * BATCHES * batch
+def _start(model: Model, density: float, where: str, out: pathlib.Path) -> subprocess.Popen[str]:
+    work = model.cpu if where == "cpu" else model.cuda
     settings = {
         "rounds": ROUNDS, "evaluation.every": ROUNDS, "simulation.workers": 1,
-        "data.name": "synthetic", "data.image": image, "data.channels": channels, "data.classes": 10,
-        "data.train": samples, "data.test": 40, "model.name": name,
-        "partition.scheme": "iid", "partition.alpha": "off", "partition.clients": CLIENTS,
-        "sampling.clients_per_round": CLIENTS, "training.batch_size": batch, "training.epochs": EPOCHS,
+        "data.name": "synthetic", "data.image": model.image, "data.channels": model.channels, "data.classes": 10,
+        "data.train": work.clients * work.batches * model.batch, "data.test": 40, "model.name": model.name,
+        "partition.scheme": "iid", "partition.alpha": "off", "partition.clients": work.clients,
+        "sampling.clients_per_round": work.clients, "training.batch_size": model.batch, "training.epochs": work.epochs,
         "algorithm.penalty": 0, "algorithm.initial_density": density, "algorithm.importance": "none",
         "training.lr": 0.0001,
     }  # fmt: skip

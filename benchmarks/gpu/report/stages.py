@@ -65,7 +65,7 @@ STAGES = (
     Stage("kernels", 90, "steps and layers, kernel by kernel; steps in bfloat16", "kernels"),
     Stage("tests", 120, "the tests that need a GPU, in parallel", "tests"),
     Stage("simulator", 120, "federated runs on the device and on the CPU", "simulator"),
-    Stage("speeds", 90, "steps per second of simulations, here and on the CPU, for a table of engines", "speeds"),
+    Stage("speeds", 120, "steps per second of simulations, here and on the CPU, for a table of engines", "speeds"),
     Stage("tune", 120, "tile sizes for Conv4 and ResNet-18", "timing", ("tune",)),
     Stage("memcheck", 60, "compute-sanitizer looks for accesses outside of tensors", "sanitizer", ("memcheck",)),
     Stage("racecheck", 60, "the same for races, as information", "sanitizer", ("racecheck",)),
