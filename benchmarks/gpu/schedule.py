@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from spafl_kernels.gpu.tables.tiles import Operation
 
 from . import layers, steps, tiles
-from .clock import Device
+from .clock import Device, tf32
 from .results import Recorder, Row
 from .roofline import Machine
 from .shapes import MODEL_NAMES, Layer, layers_of
@@ -159,17 +159,18 @@ def run(
             continue
         shown, bad = [], False
         try:
-            for row in job.rows(device, machine, kernels):
-                recorder.add([row])
-                outcome.rows += 1
-                bad = bad or bool(row.get("error")) or str(row["gate"]).startswith("fail")
-                if row["provider"] in SHOWN and row["mode"] in ("whole", "step"):
-                    way = "graph" if row["graph"] else "eager"
-                    name = "" if row["provider"] == "ours" else f"{row['provider']} "
-                    shown.append(f"{name}{row['density']}:{row.get('speedup_vs_dense', '-')} ({way})")
-                if now() - began > 1.1 * seconds:
-                    outcome.left_out.append(f"{job.label} (the rest of it)")
-                    break
+            with tf32(job.part.dtype != "fp32"):
+                for row in job.rows(device, machine, kernels):
+                    recorder.add([row])
+                    outcome.rows += 1
+                    bad = bad or bool(row.get("error")) or str(row["gate"]).startswith("fail")
+                    if row["provider"] in SHOWN and row["mode"] in ("whole", "step"):
+                        way = "graph" if row["graph"] else "eager"
+                        name = "" if row["provider"] == "ours" else f"{row['provider']} "
+                        shown.append(f"{name}{row['density']}:{row.get('speedup_vs_dense', '-')} ({way})")
+                    if now() - began > 1.1 * seconds:
+                        outcome.left_out.append(f"{job.label} (the rest of it)")
+                        break
         except Exception as error:
             bad = True
             print(f"{job.label}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -77,15 +77,15 @@ def run(visit: Visit) -> None:
     made = results.environment("a CPU" if visit.rehearsal else torch.cuda.get_device_name(), "")
     made["cpu"] = _processor()
     with tempfile.TemporaryDirectory() as folder:
-        cells = [(model, density, where) for where in ("cpu", "cuda") for model in MODELS for density in DENSITIES]
+        cells = [(model, density, where) for where in ("cuda", "cpu") for model in MODELS for density in DENSITIES]
         if visit.rehearsal:
-            cells = cells[:1]
+            cells = cells[-1:]
         started = {}
         for cell in cells:
             out = pathlib.Path(folder, str(len(started)))
             model, density, where = cell
             started[cell] = out, _start(model, density, where, out)
-            if where == "cuda":  # one after the other; those on the CPU have a core each
+            if where == "cuda":  # one after the other, on an idle machine; those on the CPU have a core each
                 _wait(visit, started[cell][1])
         for (model, density, where), (out, process) in started.items():
             if _wait(visit, process):

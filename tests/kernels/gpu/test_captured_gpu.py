@@ -1,6 +1,7 @@
 """Steps replayed from CUDA graphs are those of the masked trainer. ``python -m pytest -m gpu``."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -32,14 +33,18 @@ def made(name="lenet5", channels=1, drop=0.0):
     model = build_model(name, 10, channels, 0)
     with torch.no_grad():
         for _, layer in threshold_layers(model):
-            layer.threshold.copy_(layer.scores() * torch.linspace(0.4, 1.3, len(layer.threshold)))
+            layer.threshold.copy_(layer.scores() * torch.linspace(0.4, 1.31, len(layer.threshold)))
     return (nn.Sequential(model, nn.Dropout(drop)) if drop else model).cuda()
 
 
-def data(sizes, channels=1, image=28):
+def _layers(a, b):
+    return [(p, q) for (_, p), (_, q) in zip(threshold_layers(a), threshold_layers(b), strict=True)]
+
+
+def data(sizes, channels=1, image=28, dtype=torch.float32):
     g = torch.Generator().manual_seed(5)
     found = [(torch.randn(n, channels, image, image, generator=g), torch.randint(10, (n,), generator=g)) for n in sizes]
-    return [(x.cuda(), y.cuda()) for x, y in found]
+    return [(x.to(dtype).cuda(), y.cuda()) for x, y in found]
 
 
 def trained(trainer, options, turns=3, sizes=(16, 16, 7, 16, 7, 16, 7), **shape):
@@ -63,25 +68,49 @@ def near(a, b, bound=1e-3):
 
 
 @pytest.mark.parametrize("request_", ["reference", "auto", "triton"])
-@pytest.mark.parametrize(
-    "name, channels, image, turns, bound",
-    [
-        ("lenet5", 1, 28, 3, 1e-3),
-        # On noise rounding grows: after three turns in float32 two right trainers differ by half of a threshold.
-        ("conv4", 3, 32, 1, 2e-2),
-    ],
-)
-def test_turns(name, channels, image, turns, bound, request_):
+def test_turns(request_):
     with backend.requesting(request_):
-        a = made(name, channels)
+        a = made()
         b = copy.deepcopy(a)
-        first, second = MaskedTrainer(a), CapturedTrainer(b)
-        shape = {"turns": turns, "channels": channels, "image": image}
-        want, got = trained(first, FULL, **shape), trained(second, FULL, **shape)
+        want, got = trained(MaskedTrainer(a), FULL), trained(second := CapturedTrainer(b), FULL)
     assert second.engine == "captured", second.reason
     torch.testing.assert_close(got[0], want[0], rtol=2e-3, atol=1e-4)
     assert (got[1].macs, got[1].steps) == (want[1].macs, want[1].steps)
-    near(a, b, bound)
+    near(a, b)
+
+
+# Conv4's BatchNorm makes rounding grow on noise: in float32 two right trainers prune a filter some steps apart. So turns
+# in which masks change are compared in float64, and the packed kernels, which have none, in steps that change no mask.
+def test_turns_of_conv4_in_float64():
+    with backend.requesting("reference"):
+        a = made("conv4", 3).double()
+        b = copy.deepcopy(a)
+        shape = {"channels": 3, "image": 32, "dtype": torch.float64}
+        want, got = trained(MaskedTrainer(a), FULL, **shape), trained(second := CapturedTrainer(b), FULL, **shape)
+    assert second.engine == "captured", second.reason
+    before = made("conv4", 3)
+    moved = [(p.scores() > p.threshold).ne(q.scores() > q.threshold).any() for p, q in _layers(before, a.float())]
+    assert any(moved), "no mask changed"
+    torch.testing.assert_close(got[0], want[0], rtol=1e-7, atol=1e-9)
+    assert (got[1].macs, got[1].steps) == (want[1].macs, want[1].steps)
+    near(a, b.float(), 1e-6)
+
+
+@pytest.mark.parametrize("request_", ["auto", "triton"])
+def test_gradients_of_conv4_by_the_packed_kernels(request_):
+    options = dataclasses.replace(FULL, lr=1e-6)
+    with backend.requesting(request_):
+        a = made("conv4", 3)
+        b = copy.deepcopy(a)
+        shape = {"channels": 3, "image": 32, "turns": 1}
+        want, got = trained(MaskedTrainer(a), options, **shape), trained(second := CapturedTrainer(b), options, **shape)
+    assert second.engine == "captured", second.reason
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
+    assert (got[1].macs, got[1].steps) == (want[1].macs, want[1].steps)
+    # The momentum is the sum of all gradients.
+    for name, v in want[1].momentum.items():
+        difference = float((v.double() - got[1].momentum[name].double()).norm())
+        assert difference <= 5e-3 * float(v.double().norm()) + 1e-6, name
 
 
 def test_dropout_draws_the_same_numbers():
