@@ -79,8 +79,8 @@ def test_turns(request_):
     near(a, b)
 
 
-# Conv4's BatchNorm makes rounding grow on noise: in float32 two right trainers prune a filter some steps apart. So turns
-# in which masks change are compared in float64, and the packed kernels, which have none, in steps that change no mask.
+# Conv4's BatchNorm makes rounding grow on noise: in float32 two right trainers prune a filter some steps apart. So
+# turns in which masks change are compared in float64, and the packed kernels, which have none, in steps without one.
 def test_turns_of_conv4_in_float64():
     with backend.requesting("reference"):
         a = made("conv4", 3).double()
