@@ -72,10 +72,13 @@ def _launches() -> str:
 def _measured(gpu: str, shelf: Shelf[Any]) -> str | None:
     """Where a table of a GPU comes from, None without one, or what is wrong with it."""
     try:
-        table = shelf.for_device(gpu)
+        table = shelf.best_for(gpu)
     except ValueError as error:
         return f"not usable: {error}"
-    return None if table is None else f"commit {table.made.get('commit', 'unknown')}, {table.made.get('time', '?')}"
+    if table is None:
+        return None
+    whose = "" if table.device == gpu else f"{table.device}: "
+    return f"{whose}commit {table.made.get('commit', 'unknown')}, {table.made.get('time', '?')}"
 
 
 def report() -> dict[str, Any]:

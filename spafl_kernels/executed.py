@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["Executed", "counting", "note", "note_number", "note_skipped"]
+__all__ = ["Executed", "counting", "note", "note_number", "note_skipped", "uncounted"]
 
 # The counter of the step that is running. The backward pass of a GPU runs in a thread of its own: not thread-local.
 _open: Executed | None = None
@@ -49,6 +49,17 @@ def note_skipped(macs: int) -> None:
     """Products that a threshold layer does not compute now, for whoever has counted it with all its filters."""
     if _open is not None:
         _open.numbers -= macs
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Nothing that runs in this context is counted: it is no part of the step that is running."""
+    global _open
+    before, _open = _open, None
+    try:
+        yield
+    finally:
+        _open = before
 
 
 class Executed:

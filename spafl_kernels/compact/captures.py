@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..executed import uncounted
 from ..training import Unsupported
 from .graph.flow import Flow
 from .graph.follow import follow_thresholds
@@ -193,7 +194,7 @@ class Captures(Generic[T]):
         if self.bounded and len(self._read_at) == KINDS_READ and self._calls - self._read_at[0] < AMONG_CALLS:
             raise Unsupported(f"the model or its arguments have changed {KINDS_READ} times in {AMONG_CALLS} calls")
         watch: Watch | None = None
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), uncounted():  # to read a model it is run with made-up samples
             try:
                 trace = self._trace(batch, modes, pattern)
                 watch = trace.watch

@@ -1,6 +1,6 @@
 """Which implementation a layer uses on a GPU, by what runs there and by the tables of :mod:`.tables.choices`.
 
-A choice of the dense operator by measurement is no fallback. Where no table was measured the packed kernels run.
+A choice of the dense operator by measurement is no fallback. Without any table the packed kernels run.
 """
 
 from __future__ import annotations

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spafl_kernels import ThresholdConv2d, ThresholdLinear, threshold_layers
+from spafl_kernels import ThresholdConv2d, ThresholdLinear, executed, reference, threshold_layers
 from spafl_kernels.captured import CapturedTrainer
 from spafl_kernels.gpu import graphs
 from spafl_kernels.training import AdamOptions, MaskedTrainer, SGDOptions, Trainer
@@ -106,6 +107,26 @@ def test_turns_with_other_rates_momentum_and_weights(options: SGDOptions) -> Non
     assert captured.engine == "captured"
     assert tape.recorded == 3  # two sizes of batch, and an evaluation
     assert tape.replayed > 25
+
+
+def test_reading_the_model_is_no_work_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs it with samples of zeros, in the middle of the first step that is recorded."""
+    stock = reference.threshold_linear
+
+    def noted(x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        executed.note(torch.tensor([len(x)], dtype=torch.int32), 100, 1)
+        return stock(x, *rest, **more)
+
+    monkeypatch.setattr(reference, "threshold_linear", noted)
+    found = []
+    for trainer in (MaskedTrainer(model()), CapturedTrainer(model(), recorder=(tape := Tape()))):
+        trainer.begin(OPTIONS[0])
+        given = batches(7)
+        for x, y in given:
+            trainer.step(x, y)
+        found.append(trainer.finish().macs)
+    assert tape.recorded == 2
+    assert found[1] == found[0] and found[0] >= 100 * sum(len(y) for _, y in given)
 
 
 def test_momentum_that_is_given_is_written() -> None:

@@ -1,4 +1,4 @@
-"""Where a run computes. Every table here is made up; none ships, and no GPU is needed."""
+"""Where a run computes. Tables are made up but for one test of those that ship; no GPU is needed."""
 
 import json
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from spafl.errors import UserError
+from spafl.models import MODELS
 from spafl.simulation import run
 from spafl.simulation.placement import pick_device, pick_workers
-from spafl_kernels.gpu.tables import FOLDER, engines
+from spafl_kernels.gpu.tables import FOLDER, engines, file_name
 
 GPU = "made-up GPU"
 
@@ -49,8 +50,16 @@ def test_no_more_workers_are_started_than_there_are_clients(small_config, asked,
     assert pick_workers(many, torch.device("cpu")) == got
 
 
-def test_no_table_is_shipped():
-    assert not list(FOLDER.glob("*.engines.json"))
+def test_the_tables_that_are_shipped(monkeypatch):
+    monkeypatch.delenv("SPAFL_TABLES", raising=False)
+    for path in (paths := sorted(FOLDER.glob("*.engines.json"))):
+        table = engines.SHELF.load(path)
+        assert path.name == file_name(table.device, "engines") and table.made["cpu"]
+        for model, batches in table.entries.items():
+            assert model in MODELS
+            for densities in batches.values():
+                assert {0.5, 1.0} <= densities.keys() and all(s.gpu > s.cpu > 0 for s in densities.values())
+    assert paths
 
 
 def test_without_a_table_the_cpu_runs_and_that_is_said(a_gpu, config):

@@ -149,4 +149,4 @@ def _speed(out: pathlib.Path) -> float:
     costs = [json.loads(line)["cost"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     first, last = costs[WARM - 1], costs[-1]
     seconds = last["seconds"]["train"] - first["seconds"]["train"]
-    return round((last["executed"]["steps"] - first["executed"]["steps"]) / seconds, 1)
+    return float(f"{(last['executed']['steps'] - first['executed']['steps']) / seconds:.4g}")

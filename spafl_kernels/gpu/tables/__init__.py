@@ -52,12 +52,14 @@ class Shelf(Generic[T]):
         what: what a table is called in an error.
         format: number that a file must name as its format.
         parse: makes a table of device, ``made`` and entries; raises :class:`ValueError` with what is wrong.
+        instead: the device whose table stands in for those of devices that have none; by default nothing does.
     """
 
     def __init__(
-        self, subject: str, what: str, format: int, parse: Callable[[str, dict[str, str], dict[str, Any]], T]
-    ) -> None:
-        self.subject, self.what, self.format, self._parse = subject, what, format, parse
+        self, subject: str, what: str, format: int, parse: Callable[[str, dict[str, str], dict[str, Any]], T],
+        instead: str | None = None,
+    ) -> None:  # fmt: skip
+        self.subject, self.what, self.format, self._parse, self._instead = subject, what, format, parse, instead
         self._given: list[T] = []
         self.for_device, self.for_index = functools.cache(self._for_device), functools.cache(self._for_index)
 
@@ -98,8 +100,15 @@ class Shelf(Generic[T]):
         return self.load(path) if path.is_file() else None
 
     def _for_index(self, index: int) -> T | None:
-        """The table of the CUDA device with this index, or None."""
-        return self.for_device(torch.cuda.get_device_name(index)) if torch.cuda.is_available() else None
+        """The table of the CUDA device with this index, that which stands in for it, or None."""
+        return self.best_for(torch.cuda.get_device_name(index)) if torch.cuda.is_available() else None
+
+    def best_for(self, name: str) -> T | None:
+        """The table of a device, or that which stands in for it, whose ``device`` says so; None if there is neither."""
+        table = self.for_device(name)
+        if table is None and self._instead is not None and (other := self.for_device(self._instead)) is not None:
+            return self._parse(f"{other.device}, which stands in for {name}", dict(other.made), other.to_json())
+        return table
 
     @contextlib.contextmanager
     def using(self, table: T) -> Iterator[None]:

@@ -15,7 +15,8 @@ spread of both, on every layer of the class.
 
 The rule of a look-up, and the reason it gives:
 
-1. no table for the device: the packed kernels, "not measured on this device";
+1. no table for the device: that of :data:`INSTEAD`; if the folder lacks it too, the packed kernels, "not measured on
+   this device";
 2. the class or dtype is not in the table: the masked dense operator, for no margin was measured;
 3. otherwise the choice at the smallest measured density that is not below the layer's; a density above all measured
    ones counts as not measured.
@@ -92,4 +93,8 @@ def _parse(device: str, made: dict[str, str], found: dict[str, Any]) -> Table:
     return Table(device, made, entries)
 
 
-SHELF = Shelf("choices", "a table of measured choices", 1, _parse)
+# The device with the most complete table. The kernels lose to cuDNN on wide layers by more than two devices differ, so
+# that a neighbour's choices are the better guess.
+INSTEAD = "NVIDIA H200"
+
+SHELF = Shelf("choices", "a table of measured choices", 1, _parse, INSTEAD)

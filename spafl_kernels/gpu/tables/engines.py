@@ -9,7 +9,7 @@ clients' turns included; ``made`` tells commit, versions and the CPU:
      "entries": {"lenet5": {"64": {"1": {"gpu": 300.0, "cpu": 110.0}, "0.5": {"gpu": 310.0, "cpu": 240.0}}}}}
 
 ``entries`` maps a model's name, a batch size and a density to ``gpu``, one worker process on the GPU, and ``cpu``, one
-worker process of one thread. No file is shipped: nothing was measured yet, and a simulation takes the CPU.
+worker process of one thread. Nothing stands in for a device that has no file: a simulation takes the CPU.
 """
 
 from __future__ import annotations

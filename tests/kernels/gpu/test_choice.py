@@ -1,5 +1,6 @@
 """The choice of a backend by choices. Every table here is made up; none that ships is."""
 
+import dataclasses
 import json
 
 import pytest
@@ -97,6 +98,32 @@ def test_a_file_comes_back_as_it_was(tmp_path, monkeypatch):
         assert choices.SHELF.for_device("another") is None
     finally:
         choices.SHELF.for_device.cache_clear()
+
+
+def test_a_measured_device_stands_in_for_those_that_were_not(tmp_path, monkeypatch):
+    for name, value in {"is_available": True, "get_device_name": "GPU of tomorrow"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    table = dataclasses.replace(made_up(), device=choices.INSTEAD)
+    monkeypatch.setenv("SPAFL_TABLES", str(tmp_path))
+    caches = choices.SHELF.for_device, choices.SHELF.for_index
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert choices.SHELF.for_index(0) is None
+        for cache in caches:
+            cache.cache_clear()
+        choices.SHELF.write(table, tmp_path)
+        choice, reason = choices.SHELF.for_index(0).look_up(CLASS, "fp32", "eager", 0.5)
+        assert choice == "triton"
+        assert f"on {choices.INSTEAD}, which stands in for GPU of tomorrow (commit abc)" in reason
+        assert choices.SHELF.best_for(choices.INSTEAD) == table
+        for cache in caches:
+            cache.cache_clear()
+        choices.SHELF.write(dataclasses.replace(table, device="GPU of tomorrow"), tmp_path)
+        assert choices.SHELF.for_index(0).device == "GPU of tomorrow"
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -273,7 +300,9 @@ def test_explain_tells_the_choice_and_the_measurement(monkeypatch):
 
 def test_nothing_ships_that_nobody_measured():
     """Tables that ship say on what, with what and when they were measured."""
-    for path in FOLDER.glob("*.choices.json"):
+    paths = {path.name: path for path in FOLDER.glob("*.choices.json")}
+    assert file_name(choices.INSTEAD, "choices") in paths
+    for path in paths.values():
         table = choices.SHELF.load(path)
         assert path.name == file_name(table.device, "choices")
         assert {"commit", "torch", "triton", "time"} <= table.made.keys()
