@@ -176,6 +176,20 @@ def test_no_time_for_a_wrong_result(monkeypatch, wrong):
         assert row["gate"].startswith("fail") == (row["provider"] == "ours")
 
 
+def test_a_sum_that_cancels_is_measured_by_what_is_added_up():
+    case = layers.Case(CONV, 2, "tf32", 0.1, "cpu", Closed())
+    y, dx, dw, dtau = case.exact
+    case.exact = y, dx, dw, torch.where(dtau != 0, 1e-9, 0.0)  # as if it had cancelled
+    unit = layers.ROUNDING["tf32"] * case.added_up[3]
+    gate = layers.GATE["tf32"]
+    assert case.error((y, dx, dw, case.exact[3] + unit / 2)) == pytest.approx(gate / 2, rel=1e-3)
+    assert case.error((y, dx, dw, case.exact[3] + 3 * unit)) == pytest.approx(3 * gate, rel=1e-3)
+    # What does not cancel is measured by itself, and a wrong result is far above one rounding.
+    assert case.error((y, dx, dw * (1 + gate / 2), case.exact[3])) == pytest.approx(gate / 2, rel=1e-3)
+    assert case.error((y, dx, dw, dtau)) > 10 * gate
+    assert case.error((y, dx, -dw, case.exact[3])) > 10 * gate
+
+
 def test_a_pruned_output_that_is_not_zero_fails(monkeypatch):
     kernels = Closed()
     stock = kernels.layer_forward
