@@ -125,6 +125,22 @@ def test_the_front_joins_the_medians_of_seeds(make_run):
     np.testing.assert_allclose(xy[0], np.median(ends, axis=0))
 
 
+def test_seeds_are_one_way_one_mark_and_their_spread(make_run, tmp_path):
+    seeds = [load_run(make_run(f"s{s}", seed=s, rounds=3)) for s in (1, 2, 3)]
+    payload, *_, seconds = drawn(figures.accuracy_against_costs(seeds)).axes
+    for axes, cost in ((payload, "payload_bytes"), (seconds, "total_seconds")):
+        ways = np.array([[(getattr(p.cost, cost), p.accuracy) for p in run.points] for run in seeds])
+        found = [np.column_stack([c.get_xdata(), c.get_ydata()]) for c in curves(axes, SPAFL)]
+        (end,) = [line for line in found if len(line) == 1]
+        np.testing.assert_allclose(end[0], np.median(ways[:, -1], axis=0))
+        (way,) = [line for line in found if len(line) == 3]
+        np.testing.assert_allclose(way, np.median(ways, axis=0))
+        spread = [line for line in found if len(line) == 2]
+        least, most = ways[:, -1].min(0), ways[:, -1].max(0)
+        assert any(np.allclose(line[:, 0], [least[0], most[0]]) and (line[:, 1] == end[0, 1]).all() for line in spread)
+        assert any(np.allclose(line[:, 1], [least[1], most[1]]) and (line[:, 0] == end[0, 0]).all() for line in spread)
+
+
 def test_accuracy_against_costs_ends_where_the_runs_end(three):
     figure = drawn(figures.accuracy_against_costs(three))
     payload, macs, seconds = figure.axes

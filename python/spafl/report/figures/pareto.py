@@ -48,12 +48,11 @@ def front(costs: np.ndarray, values: np.ndarray) -> np.ndarray:
 @in_style
 def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
     """A panel per kind of cost: each run's way to its last evaluated round, faint, the end point with its name, and the
-    Pareto front of the end points, for runs that differ in their seed alone of their medians. A run that does not pay a
-    cost stands at the left edge. Of many runs the panels stand below each other, show the heights at which runs end,
-    and have the names at their right."""
+    Pareto front of the end points. Runs that differ in their seed alone are one: the medians of their ways and ends,
+    and thin lines from the least end to the largest. A run that does not pay a cost stands at the left edge. Of many
+    runs the panels stand below each other, show the heights at which runs end, and have the names at their right."""
     chosen = chosen_runs(runs, evaluated, NOT_EVALUATED, _ASIDE)
     groups = _groups_of(chosen)
-    marker = {i: group.marker for group in groups for i in group.members}
     many = len(groups) > _BESIDE[0] or max(len(group.name) for group in groups) > _BESIDE[1]
     figure = Figure(figsize=(WIDTH, 0.5 + max(3.0, 0.2 * len(groups)) * len(_COSTS)) if many else (WIDTH, 4.4))
     shape = (len(_COSTS), 1) if many else (1, len(_COSTS))
@@ -71,12 +70,18 @@ def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
             axes.xaxis.set_minor_formatter(NullFormatter())
         edge = paid.min() / 10 if logarithmic else 0.0
         shown = np.where(x > 0, x, edge)
-        for (i, _), at, value in zip(ends, shown, y):
-            style = chosen[i][2]
-            way = np.array([(c if c else edge, a) for c, a in ways[i] if c is not None], dtype=float)
-            axes.plot(way[:, 0], way[:, 1], alpha=0.25, linewidth=1, color=style["color"], linestyle=style["linestyle"])
-            axes.plot(at, value, marker=marker[i], color=style["color"], linestyle="none", markersize=7)
         middles = _ends_of(groups, [i for i, _ in ends], x, shown, y)
+        for end in middles:
+            mine = [[(c if c else edge, a) for c, a in ways[i] if c is not None] for i in end.there]
+            dashes = chosen[end.there[0]][2]["linestyle"]
+            for way in _middle_way(mine):
+                axes.plot(way[:, 0], way[:, 1], alpha=0.3, linewidth=1, color=end.group.colour, linestyle=dashes)
+            axes.plot(
+                end.x, end.y, marker=end.group.marker, color=end.group.colour, linestyle="none", markersize=7, zorder=3
+            )
+            for across, along in ((end.across, (end.y, end.y)), ((end.x, end.x), end.along)):
+                if across != along and len(end.there) > 1:
+                    axes.plot(across, along, color=end.group.colour, linewidth=0.9, solid_capstyle="butt")
         if len(middles) > 1:
             at, height = (np.array([getattr(end, axis) for end in middles]) for axis in "xy")
             best = front(at, height)
@@ -128,12 +133,18 @@ def _groups_of(chosen: Sequence[tuple[Run, str, dict[str, Any]]]) -> list[_Group
 
 @dataclass(frozen=True)
 class _End:
-    """Where a group ends: the middle of its end points, in the units of the axes; ``name`` says if it paid nothing."""
+    """Where a group ends: the middle of its end points, in the units of the axes; ``name`` says if it paid nothing.
+
+    ``there``: the runs of which the cost is known; ``across`` and ``along``: their least and largest end.
+    """
 
     group: _Group
     name: str
     x: float
     y: float
+    there: Sequence[int]
+    across: tuple[float, float]
+    along: tuple[float, float]
 
 
 def _ends_of(
@@ -145,8 +156,22 @@ def _ends_of(
         mine = [there.index(i) for i in group.members if i in there]
         if mine:
             name = group.name if x[mine].any() else f"{group.name} (none)"
-            found.append(_End(group, name, float(np.median(shown[mine])), float(np.median(y[mine]))))
+            at, height = shown[mine], y[mine]
+            found.append(
+                _End(
+                    group, name, float(np.median(at)), float(np.median(height)), [there[k] for k in mine],
+                    (float(at.min()), float(at.max())), (float(height.min()), float(height.max())),
+                )
+            )  # fmt: skip
     return sorted(found, key=lambda end: -end.y)
+
+
+def _middle_way(ways: Sequence[Sequence[tuple[float, float]]]) -> list[np.ndarray]:
+    """The ways of some runs as one of medians, ``(evaluations, 2)``; each by itself where some were evaluated more
+    often than others."""
+    if len({len(way) for way in ways}) == 1:
+        return [np.median(np.array(ways, dtype=float), axis=0)]
+    return [np.array(way, dtype=float) for way in ways]
 
 
 def _name_ends(axes: Axes, ends: Sequence[_End]) -> None:
