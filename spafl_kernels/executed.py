@@ -52,14 +52,19 @@ def note_skipped(macs: int) -> None:
 
 
 @contextlib.contextmanager
-def uncounted() -> Iterator[None]:
-    """Nothing that runs in this context is counted: it is no part of the step that is running."""
+def _counted_by(counter: Executed | None) -> Iterator[None]:
+    """What runs in this context is noted with ``counter``, and with no other."""
     global _open
-    before, _open = _open, None
+    before, _open = _open, counter
     try:
         yield
     finally:
         _open = before
+
+
+def uncounted() -> contextlib.AbstractContextManager[None]:
+    """Nothing that runs in this context is counted: it is no part of the step that is running."""
+    return _counted_by(None)
 
 
 class Executed:
@@ -84,13 +89,11 @@ class Executed:
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Count what runs in this context: one step. If it raises, its notes are dropped."""
-        global _open
-        before, _open = _open, self
         try:
-            yield
-            self._settle()
+            with _counted_by(self):
+                yield
+                self._settle()
         finally:
-            _open = before
             self._notes.clear()
 
     def _settle(self) -> None:

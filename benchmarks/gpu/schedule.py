@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -89,6 +90,10 @@ class Job:
         """What decides which kernels have to be compiled."""
         return (self.part.kind, self.model, self.layer, self.batch, self.part.dtype)
 
+    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        """In which products of float32 are what the pass calls them; others do not change."""
+        return tf32(self.part.dtype != "fp32")
+
     def rows(self, device: Device, machine: Machine | None, kernels: Any = None) -> Iterator[Row]:
         p = self.part
         if self.layer is not None and p.kind == "tile":
@@ -159,7 +164,7 @@ def run(
             continue
         shown, bad = [], False
         try:
-            with tf32(job.part.dtype != "fp32"):
+            with job.arithmetic():
                 for row in job.rows(device, machine, kernels):
                     recorder.add([row])
                     outcome.rows += 1

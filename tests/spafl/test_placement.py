@@ -26,11 +26,9 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
     monkeypatch.delenv("SPAFL_TABLES", raising=False)
-    engines.SHELF.for_index.cache_clear()
-    engines.SHELF.for_device.cache_clear()
+    engines.SHELF.forget()
     yield
-    engines.SHELF.for_index.cache_clear()
-    engines.SHELF.for_device.cache_clear()
+    engines.SHELF.forget()
 
 
 @pytest.fixture

@@ -120,7 +120,7 @@ def choices(device: Cpu) -> None:
     """Layers as a user calls them."""
     for job in timing.jobs("choices"):
         assert job.layer is not None
-        with tf32(job.part.dtype != "fp32"):
+        with job.arithmetic():
             layers.Case(job.layer, job.batch, job.part.dtype, 0.5, device.where).module("ours")
 
 

@@ -17,10 +17,13 @@ LAYERS = (
     ("resnet18-full", "layer4.0.conv2"), ("resnet50", "stage3.expand"), ("lenet5", "conv1"),
     ("resnet18-full", "layer2.0.conv2"), ("vit", "transformer.layers.0.0.fn.to_qkv"),
 )  # fmt: skip
-# Models and batches whose layers a table of choices is made for: convolutions in tf32 and linear layers in float32, as
-# PyTorch computes them unless it is told otherwise; linear layers in tf32, too.
-CHOSEN = (("lenet5", 64), ("conv4", 16), ("resnet18-full", 64), ("conv4", 128))
-CHOSEN_LINEAR = (("lenet5", 64), ("conv4", 16), ("vit", 16), ("conv4", 128))
+# Models and batches whose layers a table of choices is made for, by arithmetic: convolutions in tf32 and linear layers
+# in float32, as PyTorch computes them unless it is told otherwise; linear layers in tf32, too. The smallest come first:
+# where time is short, the rest goes by what is not in a table.
+CHOSEN = {
+    "fp32": (("lenet5", 64), ("conv4", 16), ("vit", 16), ("conv4", 128)),
+    "tf32": (("lenet5", 64), ("conv4", 16), ("resnet18-full", 64), ("conv4", 128)),
+}
 
 
 def run(visit: Visit, kind: str, model: str = "", batch: int = 0) -> None:
@@ -47,12 +50,12 @@ def jobs(kind: str, model: str = "", batch: int = 0) -> list[Job]:
         densities = DENSITIES if kind == "step" else (0.5, 0.25)
         return schedule.jobs([Pass(kind, (model,), batch, "tf32", densities, graphs=BOTH)])  # type: ignore[arg-type]
     if kind == "choices":
-        convolved = [Pass("layer", (m,), size, "tf32", MAIN, ("module",), BOTH) for m, size in CHOSEN]
-        linear = [Pass("layer", (m,), size, "fp32", MAIN, ("module",), BOTH) for m, size in CHOSEN_LINEAR]
-        # The smallest first: where time is short, the rest of the table goes by what is not in it.
-        return [
-            j for j in schedule.jobs([*linear, *convolved]) if j.part.dtype != "fp32" or (j.layer and j.layer.linear)
+        parts = [
+            Pass("layer", (name,), size, dtype, MAIN, ("module",), BOTH)
+            for dtype, chosen in CHOSEN.items()
+            for name, size in chosen
         ]
+        return [job for job in schedule.jobs(parts) if job.part.dtype == "tf32" or (job.layer and job.layer.linear)]
     if kind == "tune":
         parts = [Pass("tile", ("conv4", "resnet18-full"), 128, d, (0.5, 0.25), OPERATIONS) for d in ("bf16", "tf32")]
         return schedule.jobs(parts)

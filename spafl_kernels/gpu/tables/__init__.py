@@ -110,6 +110,11 @@ class Shelf(Generic[T]):
             return self._parse(f"{other.device}, which stands in for {name}", dict(other.made), other.to_json())
         return table
 
+    def forget(self) -> None:
+        """Read files anew from now on."""
+        self.for_device.cache_clear()
+        self.for_index.cache_clear()
+
     @contextlib.contextmanager
     def using(self, table: T) -> Iterator[None]:
         """Take this table, whatever the device, while the context is open."""

@@ -92,38 +92,38 @@ def test_a_file_comes_back_as_it_was(tmp_path, monkeypatch):
     path.write_text(json.dumps(choices.SHELF.contents(table)))
     assert choices.SHELF.load(path) == table
     monkeypatch.setenv("SPAFL_TABLES", str(tmp_path))
-    choices.SHELF.for_device.cache_clear()
+    choices.SHELF.forget()
     try:
         assert choices.SHELF.for_device("NVIDIA H200 (80 GB)") == table
         assert choices.SHELF.for_device("another") is None
     finally:
-        choices.SHELF.for_device.cache_clear()
+        choices.SHELF.forget()
 
 
 def test_a_measured_device_stands_in_for_those_that_were_not(tmp_path, monkeypatch):
-    for name, value in {"is_available": True, "get_device_name": "GPU of tomorrow"}.items():
+    from spafl_kernels import env
+
+    facts = {"device_count": 1, "is_available": True, "get_device_capability": (9, 0)}
+    for name, value in {**facts, "get_device_name": "GPU of tomorrow"}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     table = dataclasses.replace(made_up(), device=choices.INSTEAD)
     monkeypatch.setenv("SPAFL_TABLES", str(tmp_path))
-    caches = choices.SHELF.for_device, choices.SHELF.for_index
-    for cache in caches:
-        cache.cache_clear()
+    choices.SHELF.forget()
     try:
         assert choices.SHELF.for_index(0) is None
-        for cache in caches:
-            cache.cache_clear()
+        choices.SHELF.forget()
         choices.SHELF.write(table, tmp_path)
         choice, reason = choices.SHELF.for_index(0).look_up(CLASS, "fp32", "eager", 0.5)
         assert choice == "triton"
         assert f"on {choices.INSTEAD}, which stands in for GPU of tomorrow (commit abc)" in reason
         assert choices.SHELF.best_for(choices.INSTEAD) == table
-        for cache in caches:
-            cache.cache_clear()
+        said = env.report()["measured"]["GPU of tomorrow"]
+        assert said == f"{choices.INSTEAD}, which stands in for GPU of tomorrow: commit abc, ?"
+        choices.SHELF.forget()
         choices.SHELF.write(dataclasses.replace(table, device="GPU of tomorrow"), tmp_path)
         assert choices.SHELF.for_index(0).device == "GPU of tomorrow"
     finally:
-        for cache in caches:
-            cache.cache_clear()
+        choices.SHELF.forget()
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_the_environment_report_says_what_was_measured(monkeypatch, tmp_path, ca
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("made-up GPU", "another GPU")[i])
     (tmp_path / "made-up-gpu.choices.json").write_text(json.dumps(choices.SHELF.contents(made_up())))
     monkeypatch.setenv("SPAFL_TABLES", str(tmp_path))
-    choices.SHELF.for_device.cache_clear()
+    choices.SHELF.forget()
     try:
         assert env.main([]) == 0
         text = capsys.readouterr().out
@@ -324,8 +324,8 @@ def test_the_environment_report_says_what_was_measured(monkeypatch, tmp_path, ca
         assert "tiles       another GPU: not measured; the kernels choose them by rule" in text
         assert "choice      another GPU: no times were measured; layers take the Triton kernels" in text
         assert "the best GPU here has 7.5" in text and "SPAFL_BACKEND=auto, SPAFL_STRICT=0" in text
-        choices.SHELF.for_device.cache_clear()
+        choices.SHELF.forget()
         (tmp_path / "another-gpu.choices.json").write_text("{}")
         assert "not usable" in env.report()["measured"]["another GPU"]
     finally:
-        choices.SHELF.for_device.cache_clear()
+        choices.SHELF.forget()

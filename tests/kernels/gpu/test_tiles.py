@@ -85,14 +85,12 @@ def test_a_gpu_finds_its_file(tmp_path, monkeypatch):
     monkeypatch.setenv("SPAFL_TABLES", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("another GPU", "made-up GPU")[i])
-    for cache in (measured.SHELF.for_device, measured.SHELF.for_index):
-        cache.cache_clear()
+    measured.SHELF.forget()
     try:
         assert measured.of(torch.device("cuda")) is None
         assert measured.of(torch.device("cuda", 1)) == made_up()
     finally:
-        for cache in (measured.SHELF.for_device, measured.SHELF.for_index):
-            cache.cache_clear()
+        measured.SHELF.forget()
 
 
 GOOD = dataclasses.asdict(BEST)

@@ -125,7 +125,7 @@ def test_the_front_joins_the_medians_of_seeds(make_run):
     np.testing.assert_allclose(xy[0], np.median(ends, axis=0))
 
 
-def test_seeds_are_one_way_one_mark_and_their_spread(make_run, tmp_path):
+def test_seeds_are_one_way_one_mark_and_their_spread(make_run):
     seeds = [load_run(make_run(f"s{s}", seed=s, rounds=3)) for s in (1, 2, 3)]
     payload, *_, seconds = drawn(figures.accuracy_against_costs(seeds)).axes
     for axes, cost in ((payload, "payload_bytes"), (seconds, "total_seconds")):

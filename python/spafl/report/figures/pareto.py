@@ -73,15 +73,13 @@ def accuracy_against_costs(runs: Sequence[Run]) -> Figure:
         middles = _ends_of(groups, [i for i, _ in ends], x, shown, y)
         for end in middles:
             mine = [[(c if c else edge, a) for c, a in ways[i] if c is not None] for i in end.there]
-            dashes = chosen[end.there[0]][2]["linestyle"]
+            group, colour = end.group, end.group.colour
             for way in _middle_way(mine):
-                axes.plot(way[:, 0], way[:, 1], alpha=0.3, linewidth=1, color=end.group.colour, linestyle=dashes)
-            axes.plot(
-                end.x, end.y, marker=end.group.marker, color=end.group.colour, linestyle="none", markersize=7, zorder=3
-            )
-            for across, along in ((end.across, (end.y, end.y)), ((end.x, end.x), end.along)):
-                if across != along and len(end.there) > 1:
-                    axes.plot(across, along, color=end.group.colour, linewidth=0.9, solid_capstyle="butt")
+                axes.plot(way[:, 0], way[:, 1], alpha=0.3, linewidth=1, color=colour, linestyle=group.dashes)
+            axes.plot(end.x, end.y, marker=group.marker, color=colour, linestyle="none", markersize=7, zorder=3)
+            if len(end.there) > 1:
+                for across, along in ((end.across, (end.y, end.y)), ((end.x, end.x), end.along)):
+                    axes.plot(across, along, color=colour, linewidth=0.9, solid_capstyle="butt")
         if len(middles) > 1:
             at, height = (np.array([getattr(end, axis) for end in middles]) for axis in "xy")
             best = front(at, height)
@@ -118,6 +116,7 @@ class _Group:
     name: str
     marker: str
     colour: str
+    dashes: Any
 
 
 def _groups_of(chosen: Sequence[tuple[Run, str, dict[str, Any]]]) -> list[_Group]:
@@ -125,9 +124,8 @@ def _groups_of(chosen: Sequence[tuple[Run, str, dict[str, Any]]]) -> list[_Group
     for number, members in enumerate(seed_groups([run for run, _, _ in chosen])):
         _, label, style = chosen[members[0]]
         marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]  # another one where the colours come round
-        found.append(
-            _Group(members, group_name([chosen[i][0] for i in members], label, _ASIDE), marker, style["color"])
-        )
+        name = group_name([chosen[i][0] for i in members], label, _ASIDE)
+        found.append(_Group(members, name, marker, style["color"], style["linestyle"]))
     return found
 
 
